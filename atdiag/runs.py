@@ -1,0 +1,211 @@
+"""A run is a directory, named by its spec's hash. It is the only truth: no database, no index.
+
+    <runs>/<id>/spec.json            what the run is
+                metrics.jsonl        one line per epoch
+                checkpoint           while it trains
+                tensorboard/         the same numbers as events
+                failure.json         if it stopped on a fault
+                weights.safetensors  the trained student
+                predictions.npz      per test image: prediction, label, cluster, log-probability of the label
+                result.json          written last and atomically: a run is finished if and only if this file is there
+
+Every file (but events) appears whole or not at all: written beside, flushed, renamed, which also holds on NFS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from atdiag.spec import RunSpec
+
+State = Literal["finished", "training", "interrupted", "failed", "new"]
+
+
+class RunBusyError(RuntimeError):
+    """Another process is training this run."""
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's directory. Making this object touches no file."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits: the spec's hash."""
+        return self.path.name
+
+    @cached_property
+    def spec(self) -> RunSpec:
+        """What the run is. Raises ValueError where the file is not a spec, or not this run's."""
+        spec = RunSpec.model_validate_json((self.path / "spec.json").read_bytes())
+        if spec.id != self.id:
+            raise ValueError(f"{self.path / 'spec.json'} describes run {spec.id}, not {self.id}")
+        return spec
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result is there."""
+        return (self.path / "result.json").is_file()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state of an unfinished run is kept."""
+        return self.path / "checkpoint"
+
+    @property
+    def weights(self) -> Path:
+        """The trained student's weights."""
+        return self.path / "weights.safetensors"
+
+    @property
+    def predictions(self) -> Path:
+        """The per-image test predictions."""
+        return self.path / "predictions.npz"
+
+    @property
+    def state(self) -> State:
+        """Where the run stands."""
+        if self.finished:
+            return "finished"
+        if self._locked():
+            return "training"
+        if (self.path / "failure.json").exists():
+            return "failed"
+        return "interrupted" if self.checkpoint.exists() else "new"
+
+    def result(self) -> dict[str, Any]:
+        """The finished run's result. Raises FileNotFoundError for an unfinished one."""
+        out: dict[str, Any] = json.loads((self.path / "result.json").read_text())
+        return out
+
+    def failure(self) -> dict[str, Any] | None:
+        """Step and cause of the fault that stopped the run, if one did."""
+        path = self.path / "failure.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def progress(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``: one for each epoch done so far."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write one of the run's files, atomically."""
+        write_atomically(self.path / name, content)
+
+    def write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Replace ``metrics.jsonl`` (an interrupted run goes on from its checkpoint's lines)."""
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def fail(self, step: int, cause: str) -> None:
+        """Record the fault that stopped the run."""
+        self.write("failure.json", json.dumps({"step": step, "cause": cause}))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result, which makes the run finished, and drop what only an unfinished run needs."""
+        self.write("result.json", json.dumps(result, indent=1))
+        for name in ("checkpoint", "failure.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _locked(self) -> bool:
+        if not (self.path / "lock").exists():
+            return False
+        try:
+            with FileLock(self.path / "lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for training. The operating system lets go when the process dies, however it dies.
+
+        Raises RunBusyError if another process holds it.
+        """
+        lock = FileLock(self.path / "lock")
+        try:
+            # A moment's patience: someone who asks for this run's state holds the lock as long as that takes.
+            lock.acquire(timeout=0.1, poll_interval=0.01)
+        except Timeout:
+            raise RunBusyError(f"run {self.id} is being trained by another process") from None
+        try:
+            self._tidy()
+            yield
+        finally:
+            lock.release()
+
+    def _tidy(self) -> None:
+        """Delete half-written files that a killed process left; spec.json needs no lock, so its own may be alive."""
+        for path in self.path.glob(".*-*"):
+            if not path.name.startswith(".spec.json"):
+                path.unlink(missing_ok=True)
+
+
+class Store:
+    """A folder of runs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def run(self, spec: RunSpec) -> Run:
+        """The run of a spec, which need not exist yet."""
+        return Run(self.root / spec.id)
+
+    def create(self, spec: RunSpec) -> Run:
+        """The run of a spec, its directory made. Raises ValueError if another spec is in there."""
+        run = self.run(spec)
+        run.path.mkdir(parents=True, exist_ok=True)
+        if (run.path / "spec.json").exists():
+            _ = run.spec
+        else:
+            run.write("spec.json", spec.model_dump_json(indent=1))
+        return run
+
+    def list(self) -> list[Run]:
+        """All runs, oldest first."""
+        if not self.root.is_dir():
+            return []
+        found = [Run(path.parent) for path in self.root.glob("*/spec.json")]
+        return sorted(found, key=lambda run: ((run.path / "spec.json").stat().st_mtime, run.id))
+
+    def find(self, prefix: str) -> Run:
+        """The run whose id starts with ``prefix``. Raises KeyError unless there is exactly one."""
+        matches = [run for run in self.list() if run.id.startswith(prefix)]
+        if len(matches) != 1:
+            raise KeyError(f"{'no run' if not matches else f'{len(matches)} runs'} in {self.root} named {prefix!r}")
+        return matches[0]
+
+    def remove(self, run: Run) -> None:
+        """Delete a run's directory. Raises RunBusyError while it is being trained."""
+        with run.lock():
+            (run.path / "result.json").unlink(missing_ok=True)  # first: what is left of it must not pass for finished
+            shutil.rmtree(run.path)

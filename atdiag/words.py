@@ -1,0 +1,20 @@
+"""What is said to the user: errors that name the mend, and "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A wrong input: one line that says what was wrong and what to type instead. Exit code 2, nothing written."""
+
+    def __init__(self, problem: str, mend: str | None = None) -> None:
+        text = problem if mend is None else f"{problem}{' ' if problem.endswith('?') else ': '}{mend}"
+        super().__init__(" ".join(text.splitlines()))
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``, did you mean 'x'?`` where some known name is close, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,148 @@
+"""A student that fits a teacher, and how it starts: from scratch, or from the teacher's weights module by module."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from atdiag import randomness
+from atdiag.networks.vit import ViT
+from atdiag.spec import Init, Network
+
+_TOKENS = ("pos_embed", "cls_token", "reg_token", "latent")
+_BRANCHES = {"attn": ("ls1", "attn.proj"), "mlp": ("ls2", "mlp.fc2")}
+"""A block's module -> the LayerScale of its branch, and the projection that this scales."""
+
+
+def standard(teacher: Network, components: tuple[str, ...] = (), classes: int | None = None) -> Network:
+    """The student's architecture for a teacher: its grid, width, depth, heads, class token, and the given components.
+
+    ``components`` must be among the teacher's own; () is the standard student, ``teacher.components`` the native one.
+    """
+    foreign = [name for name in components if name not in teacher.components]
+    if foreign:
+        have = ", ".join(teacher.components) or "none"
+        raise ValueError(f"{', '.join(foreign)}: not a native component of this teacher (it has: {have})")
+    return Network.model_validate(
+        {**teacher.model_dump(), "components": components, "classes": classes or teacher.classes, "norm_eps": 1e-6}
+    )
+
+
+def build(network: Network, seed: int) -> ViT:
+    """A network that starts from scratch."""
+    vit = ViT(network)
+    initialise(vit, seed)
+    return vit
+
+
+def initialise(vit: ViT, seed: int) -> None:
+    """Draw every parameter afresh, each from a generator of its own name.
+
+    So students with different components share all that they have in common. Matrices are Xavier-uniform (q, k and v
+    each on its own, the patch embedding as a matrix), as in MAE and MoCo v3 and in the 2024 paper, which at the widths
+    of the miniatures also trains well where DeiT's fixed 0.02 does not; biases zero; norms one and zero;
+    tokens and position embeddings normal with 0.02; relative position biases normal with 0.02.
+    """
+    for name, parameter in vit.named_parameters():
+        _draw(name, parameter, vit.network, seed)
+
+
+@torch.no_grad()
+def _draw(name: str, parameter: nn.Parameter, network: Network, seed: int) -> None:
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "gamma":
+        assert network.layer_scale_init is not None
+        parameter.fill_(network.layer_scale_init)
+    elif leaf in _TOKENS:
+        parameter.copy_(_token_values(name, parameter, network, seed))
+    elif leaf == "relative_position_bias_table":
+        draw = randomness.generator(seed, "init", name)
+        parameter.copy_(torch.from_numpy(0.02 * draw.standard_normal(parameter.shape, dtype=np.float32)))
+    elif parameter.ndim >= 2:
+        fan_in, fan_out = parameter[0].numel(), parameter.shape[0]
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        draw = randomness.generator(seed, "init", name)
+        parameter.copy_(torch.from_numpy(bound * (2 * draw.random(parameter.shape, dtype=np.float32) - 1)))
+    elif leaf.endswith("bias"):
+        parameter.zero_()
+    elif leaf == "weight":  # of a LayerNorm
+        parameter.fill_(1.0)
+    else:
+        raise ValueError(f"no rule to initialise parameter {name!r} of shape {tuple(parameter.shape)}")
+
+
+def _token_values(name: str, parameter: Tensor, network: Network, seed: int) -> Tensor:
+    """Normal values [1, n, C]. The last grid^2 of a position embedding are the patches', whatever is before them."""
+    patches = network.grid**2 if name == "pos_embed" else 0
+    prefix = parameter.shape[1] - patches
+    parts = []
+    for stream, rows in (("init/prefix", prefix), ("init", patches)):
+        values = randomness.generator(seed, stream, name).standard_normal(
+            (1, rows, parameter.shape[2]), dtype=np.float32
+        )
+        parts.append(torch.from_numpy(0.02 * values))
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What became of a teacher's weights in a student: parameter names, for the output and the run's record."""
+
+    taken: tuple[str, ...]
+    folded: tuple[str, ...]
+    """Exactly absorbed by another parameter (LayerScale into the projection that follows it)."""
+    dropped: tuple[str, ...]
+    """Without a place in the student, and without an exact equivalent."""
+    fresh: tuple[str, ...]
+    """The student's parameters that were drawn afresh."""
+
+
+@torch.no_grad()
+def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
+    """Copy the teacher's weights into a freshly initialised student, except what ``init`` re-initialises.
+
+    A module that is re-initialised (``attn``: q, k, v, output projection and position bias of every block; ``mlp``:
+    both layers) keeps its fresh values, and the LayerScale of its branch goes with it. Norms, embeddings and tokens
+    are taken. The head is fresh unless ``init.head``.
+    """
+    have, own = teacher.state_dict(), student.state_dict()
+    drawn = [f".{part}." for module in init.reinit for part in (module, _BRANCHES[module][0])]
+
+    def stays_fresh(name: str) -> bool:
+        if name.startswith("head."):
+            return not init.head
+        return name.startswith("blocks.") and any(part in name for part in drawn)
+
+    folded: list[str] = []
+    for block, (scale, projection) in product(range(teacher.network.depth), _BRANCHES.values()):
+        name = f"blocks.{block}.{scale}.gamma"
+        if name in have and name not in own and init.layer_scale == "fold" and not stays_fresh(name):
+            key = f"blocks.{block}.{projection}"
+            have[f"{key}.weight"] = have[name][:, None] * have[f"{key}.weight"]
+            have[f"{key}.bias"] = have[name] * have[f"{key}.bias"]
+            folded.append(name)
+
+    # The student's position embedding covers class token and patches, a teacher's with registers only patches.
+    if "pos_embed" in have and "pos_embed" in own and have["pos_embed"].shape != own["pos_embed"].shape:
+        rows = min(have["pos_embed"].shape[1], own["pos_embed"].shape[1])
+        position = torch.zeros_like(own["pos_embed"])
+        position[:, -rows:] = have["pos_embed"][:, -rows:]
+        have["pos_embed"] = position
+
+    taken = [n for n in have if n in own and not stays_fresh(n)]
+    for name in taken:
+        if have[name].shape != own[name].shape:
+            raise ValueError(f"{name}: teacher {tuple(have[name].shape)}, student {tuple(own[name].shape)}")
+        own[name] = have[name]
+    student.load_state_dict(own)
+    return Start(
+        taken=tuple(taken),
+        folded=tuple(folded),
+        dropped=tuple(n for n in teacher.state_dict() if n not in own and n not in folded),
+        fresh=tuple(n for n in own if n not in taken),
+    )

@@ -1,0 +1,190 @@
+"""A student beside its teacher: self-copy, initialisation from scratch, and the start from the teacher's weights."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from atdiag.networks import components, students, teachers
+from atdiag.networks.vit import ViT
+from atdiag.spec import Init, Network, Transfer
+from atdiag.transfer import method
+
+PLAIN = Network(image_size=12, patch_size=4, channels=1, width=12, depth=2, heads=2, classes=5)
+EXTRAS = {"layer_scale_init": 0.1, "registers": 3}
+
+
+def on(*names: str, sources=("drawn", "shipped")):
+    """Run the test on these miniatures alone, with weights drawn here and, or, the shipped ones."""
+    ids = [f"{name}-{source}" for name in names for source in sources]
+    return pytest.mark.parametrize("teacher", ids, indirect=True)
+
+
+def with_components(*names: str) -> Network:
+    return Network.model_validate({**PLAIN.model_dump(), **EXTRAS, "components": names})
+
+
+def assert_same_logits(found, expected):
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+# Self-copy
+
+
+@torch.no_grad()
+def test_a_copy_with_random_q_and_k_needs_only_the_teachers_maps(teacher, images):
+    student = ViT(teacher.network)
+    student.load_state_dict(teacher.state_dict())
+    redrawn = students.build(teacher.network, 7)
+    for block, other in zip(student.blocks, redrawn.blocks, strict=True):
+        for name, parameter in block.attn.qk_parameters().items():
+            parameter.copy_(other.attn.get_parameter(name))
+    transfer = Transfer(method="copy", layers=tuple(range(teacher.network.depth)))
+    expected = teacher(images)
+    assert_same_logits(method.forward_test(student, transfer, images, teacher.maps(images, transfer.layers)), expected)
+    assert (method.forward_test(student, Transfer(), images, {}) - expected).abs().max() > 1e-2
+
+
+# From scratch
+
+
+def test_a_student_fits_its_teacher():
+    teacher = teachers.miniature_network("dinov2_reg_s")
+    plain, native = students.standard(teacher), students.standard(teacher, teacher.components, classes=3)
+    assert plain.components == () and plain.registers == 0 and plain.layer_scale_init is None
+    assert native == teacher.model_copy(update={"classes": 3})
+    for field in ("grid", "width", "depth", "heads", "class_token"):
+        assert getattr(plain, field) == getattr(native, field) == getattr(teacher, field)
+    with pytest.raises(ValueError, match=r"pre_norm: not a native component of this teacher.*layer_scale, registers"):
+        students.standard(teacher, ("pre_norm",))
+
+
+def test_initialisation_is_a_function_of_the_seed_alone():
+    network = with_components(*components.COMPONENTS)
+    torch.manual_seed(1)
+    first = students.build(network, 3).state_dict()
+    torch.manual_seed(2)
+    again, other = students.build(network, 3).state_dict(), students.build(network, 4).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in components.COMPONENTS), tuple(components.COMPONENTS)])
+def test_students_with_different_components_share_the_rest(names):
+    plain = dict(students.build(PLAIN, 5).named_parameters())
+    other = dict(students.build(with_components(*names), 5).named_parameters())
+    common = plain.keys() & other.keys()
+    assert len(common) >= len(plain) - 2
+    for name in common:
+        if name == "pos_embed":  # class token, patches | patches
+            assert torch.equal(plain[name][:, -9:], other[name][:, -9:])
+        else:
+            assert torch.equal(plain[name], other[name]), name
+
+
+def test_matrices_fill_their_xavier_bounds_and_the_rest_is_neutral():
+    vit = students.build(with_components(*components.COMPONENTS).model_copy(update={"width": 48}), 0)
+    for name, parameter in vit.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in ("cls_token", "reg_token", "pos_embed", "latent", "relative_position_bias_table"):
+            assert 0.01 < parameter.std() < 0.03 and abs(parameter.mean()) < 0.01, name
+        elif parameter.ndim >= 2:
+            bound = math.sqrt(6 / (parameter.shape[0] + parameter[0].numel()))
+            assert 0.9 * bound < parameter.abs().max() <= bound, name
+            assert abs(parameter.std() / bound - 3**-0.5) < 0.06 and abs(parameter.mean()) < 0.1 * bound, name
+        else:
+            neutral = 0.0 if leaf.endswith("bias") else 0.1 if leaf == "gamma" else 1.0
+            assert torch.equal(parameter, torch.full_like(parameter, neutral)), name
+
+
+def test_no_two_rows_are_drawn_alike():
+    drawn = [p.reshape(-1, p.shape[-1])[:, :4] for p in students.build(PLAIN, 0).parameters() if p.std() > 0]
+    rows = torch.cat(drawn)
+    assert len(drawn) == 16 and len(rows.unique(dim=0)) == len(rows)
+
+
+# From the teacher
+
+
+def started(teacher, names=None, seed=7, **init):
+    network = students.standard(teacher.network, teacher.network.components if names is None else names)
+    student = students.build(network, seed).eval()
+    fresh = copy.deepcopy(student.state_dict())
+    return student, fresh, students.start_from(student, teacher, Init(source="teacher", **init))
+
+
+@torch.no_grad()
+def test_a_native_student_that_takes_everything_is_the_teacher(teacher, images):
+    student, _, start = started(teacher, head=True)
+    assert torch.equal(student(images), teacher(images))
+    assert set(start.taken) == set(teacher.state_dict()) and not (start.folded or start.dropped or start.fresh)
+
+
+@on("dinov2_s", "dinov2_b")
+@torch.no_grad()
+def test_layer_scale_folds_exactly(teacher, images):
+    student, _, start = started(teacher, (), head=True)
+    assert_same_logits(student(images), teacher(images))
+    assert set(start.folded) == {name for name in teacher.state_dict() if name.endswith("gamma")}
+    assert not start.dropped and not start.fresh
+
+
+@on("dinov2_s")
+@torch.no_grad()
+def test_layer_scale_can_be_dropped(teacher, images):
+    student, _, start = started(teacher, (), head=True, layer_scale="drop")
+    assert set(start.dropped) == {name for name in teacher.state_dict() if name.endswith("gamma")}
+    assert not start.folded and not start.fresh
+    state = teacher.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in student.state_dict().items())
+    assert (student(images) - teacher(images)).abs().max() > 1e-2
+
+
+REINIT = {"attn": ("attn.", "ls1."), "mlp": ("mlp.", "ls2.")}
+
+
+@on("beitv2_b", "clip_b", "siglip2_b", sources=["drawn"])
+@pytest.mark.parametrize("reinit", [(), ("attn",), ("mlp",), ("attn", "mlp")])
+@pytest.mark.parametrize("head", [True, False])
+def test_exactly_what_is_reinitialised_stays_fresh(teacher, reinit, head):
+    student, fresh, start = started(teacher, reinit=reinit, head=head)
+    expected = {
+        name
+        for name in fresh
+        if (name.startswith("head.") and not head)
+        or any(name.startswith("blocks.") and f".{part}" in name for module in reinit for part in REINIT[module])
+    }
+    assert set(start.fresh) == expected
+    state = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, fresh[name] if name in expected else state[name]), name
+
+
+@on("dinov2_s")
+def test_layer_scale_does_not_fold_into_a_module_that_is_drawn_afresh(teacher):
+    student, fresh, start = started(teacher, (), reinit=("attn",))
+    assert {name.split(".")[2] for name in start.folded} == {"ls2"}
+    assert {name.split(".")[2] for name in start.dropped} == {"ls1"}
+    name = "blocks.3.attn.proj.weight"
+    assert torch.equal(student.state_dict()[name], fresh[name])
+
+
+@on("beitv2_b", "clip_b", "siglip2_b", "dinov2_reg_s", sources=["drawn"])
+@pytest.mark.parametrize("init", [{}, {"reinit": ("attn",)}, {"reinit": ("mlp",), "layer_scale": "drop"}])
+def test_the_report_names_every_parameter_once(teacher, init):
+    network = teacher.network
+    for names in ((), network.components, *((name,) for name in network.components)):
+        student, fresh, start = started(teacher, names, **init)
+        ours, theirs = set(student.state_dict()), set(teacher.state_dict())
+        assert sorted([*start.taken, *start.fresh]) == sorted(ours)
+        assert sorted([*start.folded, *start.dropped]) == sorted(theirs - ours)
+        changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, fresh[name])}
+        assert changed <= set(start.taken)
+
+
+@on("dinov2_reg_s")
+def test_positions_line_up_when_registers_go(teacher):
+    student, _, _ = started(teacher, ())
+    patches = teacher.pos_embed
+    assert torch.equal(student.pos_embed[:, 1:], patches) and not student.pos_embed[:, :1].any()

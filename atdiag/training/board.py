@@ -1,0 +1,44 @@
+"""Training curves for TensorBoard: the numbers of ``metrics.jsonl`` once more, as events in ``<run>/tensorboard``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from atdiag.runs import Run
+
+
+class Board:
+    """A run's event file, opened when the first epoch ends.
+
+    A convenience: ``metrics.jsonl`` is the record. Where the package ``tensorboard`` is missing nothing is written.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._folder = run.path / "tensorboard"
+        self._writer: Any = None
+        self._written = 0
+
+    def write(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Write what is new in a run's metrics.
+
+        The first call of a process writes all lines and declares what an earlier process wrote void, so that a run
+        which was killed and goes on from an older step has one curve.
+        """
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return
+            self._writer = SummaryWriter(str(self._folder), purge_step=0)
+        for line in lines[self._written :]:
+            for name, value in line.items():
+                if name not in ("epoch", "step"):
+                    self._writer.add_scalar(name, value, line["step"])
+        self._written = len(lines)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,87 @@
+"""What ``atdiag doctor`` looks at."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from atdiag.data import datasets
+from atdiag.networks import teachers, weights
+from atdiag.spec import Data
+from atdiag.training.provenance import best_device, device_name, versions
+from atdiag.transfer import ops
+from atdiag.transfer.ops import QK
+
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    what: str
+    found: str
+    ok: bool = True
+
+
+def examine(runs: Path) -> list[Finding]:
+    """Versions, device, disk, embedded data, miniature teachers, and whether both attention paths agree here."""
+    device = best_device()
+    return [
+        Finding("versions", ", ".join(f"{name} {number}" for name, number in versions().items())),
+        Finding("device", f"{device_name(device)}, {torch.get_num_threads()} CPU threads"),
+        _disk(runs),
+        _data(),
+        _miniatures(),
+        *(_attention(device, tokens) for tokens in (26, 197)),
+        _cross_entropy(device),
+    ]
+
+
+def _disk(runs: Path) -> Finding:
+    folder = next(path for path in (runs.resolve(), *runs.resolve().parents) if path.exists())
+    free = shutil.disk_usage(folder).free / 2**30
+    return Finding("disk", f"{free:.1f} GiB free for {runs}", ok=free > 1)
+
+
+def _data() -> Finding:
+    scenes = datasets.test_split(Data(name="digits", train=1, test_per_source=1))
+    return Finding("data", f"digits and larger (embedded), {len(scenes)} held-out source digits")
+
+
+def _miniatures() -> Finding:
+    sound, bad = 0, []
+    for name in teachers.miniatures():
+        try:
+            weights.load(weights.shipped(name))
+            sound += 1
+        except (OSError, ValueError, RuntimeError) as fault:
+            bad.append(f"{name}: {fault}")
+    return Finding("miniature teachers", "; ".join([f"{sound} load", *bad]), ok=not bad)
+
+
+def _random(device: torch.device, tokens: int) -> tuple[QK, QK, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(2, 3, tokens, 64, generator=generator).to(device)
+
+    return QK(draw(), draw(), 0.125), QK(draw(), draw(), 0.125), draw()
+
+
+def _attention(device: torch.device, tokens: int) -> Finding:
+    qk, _, v = _random(device, tokens)
+    difference = (ops.attend(qk, v, explicit=True) - ops.attend(qk, v, explicit=False)).abs().max().item()
+    path = "explicit" if ops.prefers_explicit(device, tokens) else "fused"
+    text = f"largest difference {difference:.1e}; {path} is used on {device.type}"
+    return Finding(f"fused and explicit attention, {tokens} tokens", text, ok=difference < _TOLERANCE)
+
+
+def _cross_entropy(device: torch.device) -> Finding:
+    teacher, student, _ = _random(device, 197)
+    explicit, fused = (ops.cross_entropy(teacher, student, explicit=path).item() for path in (True, False))
+    difference = abs(explicit - fused)
+    return Finding("fused and explicit distillation loss", f"difference {difference:.1e}", ok=difference < _TOLERANCE)

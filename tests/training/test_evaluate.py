@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+
+from atdiag.data import datasets
+from atdiag.networks import students
+from atdiag.spec import Init, Recipe, Transfer
+from atdiag.training import evaluate
+
+CPU = torch.device("cpu")
+
+
+def test_a_stored_run_gives_its_predictions_again(bench, alone):
+    asked = []
+
+    def load_teacher(teacher):
+        asked.append(teacher)
+        return students.build(teacher.network, 99).eval().requires_grad_(False)
+
+    company = bench.company()
+    subjects = {name: evaluate.load_subject(alone.run(spec), load_teacher) for name, spec in company.items()}
+    assert asked == [company["copy"].teacher] * 2, "only what copies needs its teacher"
+    images = datasets.test_split(company["copy"].data)
+    for (name, spec), predictions in zip(
+        company.items(), evaluate.predict(list(subjects.values()), images, CPU), strict=True
+    ):
+        with np.load(alone.run(spec).predictions) as stored:
+            for field in ("prediction", "label", "cluster", "log_p"):
+                assert np.array_equal(getattr(predictions, field), stored[field]), name
+    assert not any(p.requires_grad for subject in subjects.values() for p in subject.network.parameters())
+
+
+def test_a_copy_student_without_its_teacher_is_refused_and_with_its_own_maps_is_another(bench, alone):
+    spec = bench.company()["copy"]
+    subject = evaluate.load_subject(alone.run(spec), lambda teacher: None)
+    images = datasets.test_split(spec.data)
+    with pytest.raises(ValueError, match="needs its teacher"):
+        evaluate.predict([subject], images, CPU)
+    (own,) = evaluate.predict([evaluate.Subject(subject.network, Transfer())], images, CPU)
+    with np.load(alone.run(spec).predictions) as stored:
+        assert np.abs(own.log_p - stored["log_p"]).max() > 1e-2
+
+
+def test_no_epochs_is_the_teacher_as_it_is(bench):
+    native = bench.company()["native"].network
+    spec = bench.spec(network=native, init=Init(source="teacher", head=True), recipe=Recipe(epochs=0))
+    assert bench.train(spec) == {spec.id: "finished"}
+    teacher = students.build(native, 99).eval()
+    (expected,) = evaluate.predict([evaluate.Subject(teacher)], datasets.test_split(spec.data), CPU)
+    assert bench.run(spec).result()["top1"] == expected.top1
+    assert bench.run(spec).progress() == []
+
+
+def test_predictions_do_not_depend_on_company(alone):
+    teacher = students.build(alone.company()["native"].network, 99).eval()
+    nets = [students.build(alone.spec().network, seed) for seed in range(2)]
+    subjects = [
+        evaluate.Subject(teacher),
+        evaluate.Subject(nets[0], Transfer(method="copy", layers=(5,)), teacher),
+        evaluate.Subject(nets[1], Transfer(method="copy", layers=(0, 2)), teacher),
+        evaluate.Subject(nets[1]),
+    ]
+    images = datasets.test_split(alone.spec().data)
+    together = evaluate.predict(subjects, images, CPU)
+    for subject, expected in zip(subjects, together, strict=True):
+        (single,) = evaluate.predict([subject], images, CPU)
+        assert np.array_equal(single.log_p, expected.log_p)
+    assert len({p.log_p.tobytes() for p in together}) == 4

@@ -67,11 +67,13 @@ def table(listed: list[dict[str, Any]], profile: str) -> Table:
 
     shown = [row for row in listed if row["tokens"] is not None]
     out = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for name in ("name", "family", "weights, licence", "native components", "tokens", "here", "top-1 %"):
-        right, wide = name in ("tokens", "top-1 %"), name == "native components"
-        out.add_column(
-            name, justify="right" if right else "left", no_wrap=name == "name", min_width=14 if wide else None
-        )
+    out.add_column("name", no_wrap=True)
+    out.add_column("family", max_width=12)
+    out.add_column("weights, licence")
+    out.add_column("native components", min_width=14)
+    out.add_column("tokens", justify="right", no_wrap=True)
+    out.add_column("here", no_wrap=True)
+    out.add_column("top-1", justify="right", no_wrap=True, min_width=5)
     for row in shown:
         out.add_row(
             row["name"],

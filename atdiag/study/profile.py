@@ -1,0 +1,277 @@
+"""Profiles: the scale at which everything runs, and how a user's settings are resolved.
+
+Precedence, for the profile and for every setting: command line, then environment, then ``atdiag.toml`` in the working
+directory, then the default (``mini``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from atdiag.data.names import NAMES
+from atdiag.spec import Data, NonNegative, Recipe, Seed, Spec
+from atdiag.words import UserError, suggest
+
+METHODS = ("none", "copy", "distill")
+
+
+class Profile(Spec):
+    """A scale: data, a recipe for each transfer method, and how many seeds."""
+
+    name: str
+    summary: str
+    data: Data
+    recipe: dict[str, Recipe]
+    """By transfer method, so that methods may differ in their optimisation, as in the 2024 paper."""
+    distill_weight: NonNegative = 3.0
+    """Factor of the distillation loss, summed over layers (3.0 in the 2024 paper's code)."""
+    seeds: int
+    device: str | None = None
+    """Where its runs are trained unless the user says otherwise; None: the best device that is here."""
+    threads: int | None = None
+    """Threads of one training process on a CPU; None shares out the cores."""
+
+
+_MINI_RECIPE = Recipe(epochs=4, batch_size=32, lr=2e-3, warmup_epochs=0.5)
+
+PROFILES: dict[str, Profile] = {
+    "mini": Profile(
+        name="mini",
+        summary="miniature teachers on embedded cluttered digits; a CPU, minutes",
+        data=Data(name="digits", train=2500, clutter=6),
+        recipe=dict.fromkeys(METHODS, _MINI_RECIPE),
+        seeds=3,
+        device="cpu",  # so small that a GPU would wait for its kernels' launches, and the same bits everywhere
+        threads=1,
+    ),
+}
+_PLANNED = {
+    "small": "one GPU, hours: Imagenette or CIFAR with published teachers",
+    "paper": "ImageNet-1k and the published weights",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a command works with, resolved: profile with overrides applied, seeds, and where runs and results lie."""
+
+    profile: Profile
+    seeds: tuple[Seed, ...]
+    runs: Path
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """The user's overrides by dotted name, as they were applied."""
+
+
+def resolve(
+    profile: str | None = None,
+    seeds: int | None = None,
+    sets: Sequence[str] = (),
+    runs: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+    folder: Path = Path(),
+) -> Settings:
+    """Resolve a command's settings. Raises UserError for whatever is wrong with any of them."""
+    path = folder / "atdiag.toml"
+    file = _read_file(path)
+    name, origin = next(
+        (value, origin)
+        for value, origin in (
+            (profile, "--profile"),
+            (environment.get("ATDIAG_PROFILE") or None, "ATDIAG_PROFILE"),
+            (file.get("profile"), str(path)),
+            ("mini", ""),
+        )
+        if value is not None
+    )
+    if name in _PLANNED:
+        raise UserError(
+            f"profile {name!r} ({_PLANNED[name]}) needs data and weights that this version can't load",
+            "use '--profile mini'",
+        )
+    if name not in PROFILES:
+        known = [*PROFILES, *_PLANNED]
+        raise UserError(f"{origin}: unknown profile {name!r}{suggest(name, known)} (known: {', '.join(known)})")
+    overrides = _overrides(path, file.get("set", {}), sets)
+    resolved = _apply(PROFILES[name], overrides)
+    count = seeds if seeds is not None else file.get("seeds", resolved.seeds)
+    if not 1 <= count <= 1000:
+        asked = f"--seeds {count}" if seeds is not None else f"{path}: seeds = {count}"
+        raise UserError(asked, "give a number from 1 to 1000")
+    root = runs or Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
+    pairs = tuple(Seed(data=i, model=i) for i in range(count))
+    return Settings(resolved, pairs, root, overrides)
+
+
+_FILE_KEYS = {"profile": (str, 'profile = "mini"'), "seeds": (int, "seeds = 3"), "runs": (str, 'runs = "runs"')}
+_FILE_TABLES = ("data", "recipe", "transfer")
+
+_SETTINGS = (
+    *(f"data.{field}" for field in Data.model_fields),
+    *(f"recipe.{field}" for field in Recipe.model_fields),
+    *(f"recipe.{method}.{field}" for method in METHODS for field in Recipe.model_fields),
+    "transfer.weight",
+)
+"""What can be overridden, by dotted name. ``recipe.lr`` is for all methods, ``recipe.copy.lr`` for one."""
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """``atdiag.toml``: profile, seeds, runs, and any of the tables data, recipe and transfer."""
+    if not path.exists():
+        return {}
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as fault:  # not TOML, not UTF-8, a number of 5,000 digits, a folder
+        raise UserError(f"{path} can't be read ({fault})") from None
+    out: dict[str, Any] = {"set": {}}
+    for key, value in content.items():
+        if key in _FILE_KEYS:
+            wanted, example = _FILE_KEYS[key]
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise UserError(f"{path}: {key} = {_short(value)} has the wrong type", f"write it as '{example}'")
+            out[key] = value
+        elif key in _FILE_TABLES:
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: {key} = {_short(value)} is not a table", f"write its fields under '[{key}]'")
+            out["set"] |= {f"{key}.{name}": v for name, v in _flatten(value).items()}
+        else:
+            known = [*_FILE_KEYS, *_FILE_TABLES]
+            names = ", ".join([*_FILE_KEYS, *(f"[{table}]" for table in _FILE_TABLES)])
+            raise UserError(f"{path}: unknown key {key!r}{suggest(key, known)} (known: {names})")
+    return out
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def _overrides(path: Path, file: Mapping[str, Any], sets: Sequence[str]) -> dict[str, Any]:
+    """The overrides of the file and of ``--set`` by dotted name. What ``--set`` names wins, for all methods or one."""
+    line: dict[str, Any] = {}
+    for item in sets:
+        name, value = _parse(item)
+        if name in line:
+            raise UserError(f"--set {name} is given twice ({_short(line[name])} and {_short(value)})", "give it once")
+        line[name] = value
+    for origin, given in ((f"{path}:", file), ("--set", line)):
+        for name in given:
+            if name not in _SETTINGS:
+                raise UserError(
+                    f"{origin} {name!r} is no setting{suggest(name, _SETTINGS)}",
+                    "'atdiag reinit --dry-run' shows those that there are",
+                )
+    return {name: value for name, value in file.items() if _general(name) not in line} | line
+
+
+def _general(name: str) -> str:
+    """``recipe.copy.lr`` -> ``recipe.lr``; other names as they are."""
+    section, *rest = name.split(".")
+    return f"{section}.{rest[-1]}"
+
+
+def _parse(item: str) -> tuple[str, Any]:
+    """``recipe.epochs=40`` -> its name and value (JSON where it reads as JSON, else a string)."""
+    name, sign, text = item.partition("=")
+    if not sign or not name.strip():
+        raise UserError(f"--set {_short(item)} is not NAME=VALUE", "write it as '--set recipe.epochs=40'")
+    try:
+        return name.strip(), json.loads(text)
+    except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError too
+        return name.strip(), text
+
+
+def _apply(profile: Profile, overrides: Mapping[str, Any]) -> Profile:
+    """A profile with overrides by dotted name."""
+    document = profile.model_dump(mode="json")
+    # The general before the particular, so that recipe.copy.lr wins over recipe.lr.
+    for name, value in sorted(overrides.items(), key=lambda pair: pair[0].count(".")):
+        section, *rest = name.split(".")
+        if section == "transfer":
+            document["distill_weight"] = value
+        elif section == "data":
+            document["data"][rest[0]] = value
+        elif len(rest) == 2:
+            document["recipe"][rest[0]][rest[1]] = value
+        else:
+            for method in METHODS:
+                document["recipe"][method][rest[0]] = value
+    try:
+        # As strict JSON: lists are tuples and 3 is a float there, but true is not 1 and "3" is no number.
+        applied = Profile.model_validate_json(json.dumps(document, default=str), strict=True)
+    except ValidationError as fault:
+        raise UserError(describe(fault, overrides)) from None
+    _check_sense(applied)
+    return applied
+
+
+def describe(fault: ValidationError, given: Collection[str] = ()) -> str:
+    """A validation error as one line: the setting (as the user named it), what was given, and what is wanted."""
+    first = fault.errors()[0]
+    parts = [str(part) for part in first["loc"]]
+    if parts[:1] == ["distill_weight"]:
+        parts = ["transfer", "weight"]
+    if len(parts) > 2 and parts[0] == "recipe" and ".".join(parts[:3]) not in given:
+        del parts[1]  # recipe.<method>.<field>, and the user named recipe.<field>
+    name = ".".join(parts) or "spec"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{name}={_short(first['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: Any) -> str:
+    """A value in one short line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]} ... {text[-10:]}"
+
+
+_MOST = {"data.train": 10_000_000, "data.test_per_source": 1_000, "recipe.epochs": 100_000}
+"""Beyond these a typing error is likelier than a wish, and memory or a lifetime ends before the run does."""
+
+_RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?|-tweights)*")
+"""timm's configuration string, which timm itself reads only when training starts."""
+
+
+def _check_sense(profile: Profile) -> None:
+    """Raise UserError for settings that are each well formed, but contradict each other or can't be trained with."""
+    data = profile.data
+    if data.name not in NAMES:
+        raise UserError(f"unknown data set {data.name!r}{suggest(data.name, NAMES)} (known: {', '.join(NAMES)})")
+    for recipe in profile.recipe.values():
+        values = {
+            "data.train": data.train,
+            "data.test_per_source": data.test_per_source,
+            "recipe.epochs": recipe.epochs,
+        }
+        for name, value in values.items():
+            if value > _MOST[name]:
+                raise UserError(f"{name}={_short(value)} is too large", f"give at most {_MOST[name]}")
+        if recipe.epochs == 0:
+            raise UserError("recipe.epochs=0 trains nothing", "give at least 1")
+        if recipe.batch_size > data.train:
+            raise UserError(
+                f"recipe.batch_size={_short(recipe.batch_size)} is larger than the training set "
+                f"(data.train={data.train})",
+                "make one smaller or the other larger",
+            )
+        if recipe.warmup_epochs > recipe.epochs:
+            raise UserError(
+                f"recipe.warmup_epochs={recipe.warmup_epochs:g} is longer than recipe.epochs={recipe.epochs}",
+                f"give at most {recipe.epochs}",
+            )
+        if max(recipe.mixup, recipe.cutmix) > 1e6:
+            raise UserError("recipe.mixup and recipe.cutmix are the alpha of a beta distribution", "give at most 1e6")
+        if recipe.rand_augment is not None and not _RAND_AUGMENT.fullmatch(recipe.rand_augment):
+            raise UserError(
+                f"recipe.rand_augment={_short(recipe.rand_augment)} is not one of timm's configurations",
+                "write it as 'rand-m9-mstd0.5-inc1'",
+            )

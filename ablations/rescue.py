@@ -1,0 +1,78 @@
+"""Give the student its teacher's native components, randomly initialised: does the transfer then work?
+
+Qin et al. 2026: with all native components all four failures are reversed, although a student with the components is
+worse than the standard one when it trains from scratch. So what counts is a difference of differences: what transfer
+gains in the native student, less what it gains in the standard one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from atdiag.study.ablation import BASELINE, Contrast, Lab, Report, Study, effect, judge
+from atdiag.words import UserError
+
+OF_INTEREST = "rescue: (native + transfer - native) - (standard + transfer - scratch)"
+
+
+def rescue(
+    lab: Lab,
+    teacher: Annotated[str, typer.Option(help="The teacher, such as clip_b.")] = "clip_b",
+    transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
+) -> Study:
+    """Add the teacher's native components to the student, all and each alone, and transfer."""
+    source = lab.teacher(teacher)
+    own = source.network.components
+    if not own:
+        raise UserError(
+            f"{source.label} has no native component, so there is nothing to add", "choose another, such as clip_b"
+        )
+    standard, native = lab.student(source), lab.student(source, own)
+    passed = lab.transfer(transfer, standard)
+    plain, full, control = f"standard + {transfer}", f"native + {transfer}", "native, scratch"
+    # With a single component, "each alone" is the native student itself.
+    singles = {f"{name} + {transfer}": lab.student(source, [name]) for name in own} if len(own) > 1 else {}
+
+    def verdict(report: Report) -> str:
+        return (
+            f"{transfer.capitalize()} from {source.label} into a standard student "
+            f"{judge(report.row(plain).contrast_or_raise(), 'helps', 'hurts')}; "
+            f"native components change what it gains by {effect(report.contrasts[OF_INTEREST])} "
+            f"{_said(report, plain)}; the components alone, from scratch, "
+            f"{judge(report.row(control).contrast_or_raise(), 'help', 'hurt', 'make no difference beyond noise')}."
+        )
+
+    return Study(
+        ablation="rescue",
+        teacher=source,
+        options={"transfer": transfer},
+        arms=(
+            lab.baseline(source),
+            lab.arm(plain, standard, source, transfer=passed),
+            *(lab.arm(name, network, source, transfer=passed) for name, network in singles.items()),
+            lab.arm(full, native, source, transfer=passed),
+            lab.arm(control, native),
+        ),
+        contrasts=(
+            Contrast(OF_INTEREST, {full: 1, control: -1, plain: -1, BASELINE: 1}),
+            Contrast("transfer in the native student", {full: 1, control: -1}),
+            Contrast("native minus standard, both with transfer", {full: 1, plain: -1}),
+        ),
+        verdict=verdict,
+        reference=lab.reference(source),
+        notes=(f"Native components of {source.label}: {', '.join(own)}; in the student all start at random.",),
+    )
+
+
+def _said(report: Report, plain: str) -> str:
+    """What the difference of differences amounts to. Only a transfer that does not help can be rescued."""
+    estimate, standard = report.contrasts[OF_INTEREST], report.row(plain).contrast_or_raise()
+    if estimate.seeds < 2:
+        return "(undecided with one seed)"
+    if not estimate.clear:
+        return "(within noise)"
+    if standard.clear and standard.value > 0:
+        return "(clear of zero, but there was no failure to rescue)"
+    return "(a rescue)" if estimate.value > 0 else "(the opposite of a rescue)"

@@ -1,0 +1,61 @@
+"""Every arm's contrast with the baseline, and the contrasts of interest, with their intervals."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import TYPE_CHECKING
+
+from figures import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from atdiag.study.ablation import Report
+    from atdiag.study.contrast import Estimate
+
+
+def contrasts(report: Report) -> Figure:
+    """A forest plot. Filled: an interval over seeds and images that excludes zero; open: within noise or undecided."""
+    arms = [(row.arm, row.contrast, f"{row.top1:.1f} %") for row in report.rows if row.contrast is not None]
+    asked = [(name, estimate, "") for name, estimate in report.contrasts.items()]
+    lines: list[tuple[str, Estimate, str]] = [*arms, *asked]
+    labels = [_wrapped(name) for name, _, _ in lines]
+    heights = [1 + 0.6 * label.count("\n") for label in labels]
+    figure, axes = style.canvas(height=0.72 + 0.2 * sum(heights))
+
+    place, places = 0.0, []
+    for height in heights:
+        places.append(place + height / 2)
+        place += height
+    for index, ((_, estimate, top1), y) in enumerate(zip(lines, places, strict=True)):
+        colour = style.BLUE if index < len(arms) else style.VERMILLION
+        axes.plot([estimate.low, estimate.high], [y, y], color=colour, solid_capstyle="butt")
+        face = colour if estimate.clear else "white"
+        axes.plot(estimate.value, y, "o", ms=4.5, mfc=face, mec=colour, mew=1.1)
+        axes.annotate(top1, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color=style.GREY)
+    if asked:
+        axes.axhline(sum(heights[: len(arms)]), color=style.GREY, lw=0.6, ls=(0, (2, 2)))
+    axes.axvline(0, color=style.INK, lw=0.8, zorder=1)
+    axes.set_yticks(places, labels)
+    axes.set_ylim(place, 0)
+    axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=5)
+    axes.grid(visible=False, axis="y")
+    baseline = report.rows[0]
+    below = f"top-1 points; arms: minus {baseline.arm} ({baseline.top1:.1f} %)\nfilled: clear of zero; open: not"
+    style.describe(figure, caption(report), below)
+    return figure
+
+
+def _wrapped(name: str) -> str:
+    """A name in lines of at most 33 characters, broken between parentheses rather than in them."""
+    whole = re.sub(r"\([^()]{,30}\)", lambda match: match[0].replace(" ", "\u00a0"), name)
+    return textwrap.fill(whole, 33)
+
+
+def caption(report: Report) -> str:
+    """Which experiment, which teacher at which scale, how many seeds."""
+    seeds = report.rows[0].seeds
+    covers = f"{seeds} seeds, 95 % intervals" if seeds > 1 else "1 seed, 95 % intervals (images only)"
+    return f"{report.study.ablation}, {report.study.teacher.label}, {covers}"

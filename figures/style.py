@@ -1,0 +1,56 @@
+"""One style for all figures: two-column paper widths, colour-blind safe, legible in print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMN = 3.35
+"""Width of one column of a two-column paper, in inches. A figure is saved at exactly its size."""
+
+# Okabe and Ito's palette, safe for the common forms of colour blindness.
+INK, GREY = "#222222", "#6E6E6E"
+BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+
+_SETTINGS = {
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 6.5,
+    "figure.titlesize": 7,
+    "figure.labelsize": 7,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.6,
+    "grid.linewidth": 0.4,
+    "lines.linewidth": 1.2,
+    "xtick.major.pad": 1,
+    "ytick.major.pad": 1,
+    "pdf.fonttype": 42,  # text stays text in the PDF
+    "savefig.dpi": 300,
+}
+
+
+def canvas(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
+    """An empty figure in the house style, drawn without a display."""
+    import seaborn as sns
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sns.set_theme(context="paper", style="whitegrid", rc=_SETTINGS)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    sns.despine(ax=axes, left=True)
+    return figure, axes
+
+
+def describe(figure: Figure, title: str, below: str) -> None:
+    """A title and a line below, over the whole width: beside wide labels the axes are too narrow for them."""
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.supxlabel(below, x=0.99, ha="right")

@@ -1,0 +1,204 @@
+"""Figures can be read: nothing overlaps, nothing is cut, at the width of a paper's column."""
+
+import itertools
+import warnings
+
+import pytest
+from PIL import Image
+
+from atdiag.spec import Network, Teacher
+from atdiag.study.ablation import BASELINE, Contrast, Report, Row, Study
+from atdiag.study.contrast import Estimate
+from figures import style
+from figures.contrasts import contrasts
+from figures.layer_curve import layer_curve
+from figures.scenes import scenes
+
+RESCUE = "rescue: (native + transfer - native) - (standard + transfer - scratch)"
+
+
+def estimate(value, half, seeds) -> Estimate:
+    return Estimate(
+        value=value, low=value - half, high=value + half, level=0.95, p=0.05, seeds=seeds, images=2396, clusters=599,
+        df=2.0, se=half / 4.3, covers="images only" if seeds == 1 else "seeds and images",
+        var_seed=None, var_cluster=0.0, var_residual=None,
+    )  # fmt: skip
+
+
+def report(effects, asked=None, half=1.0, seeds=3, base=50.0, teacher=80.0, name="clip_b", curve=False) -> Report:
+    """A report on arms that lie ``effects`` above the baseline."""
+    network = Network(image_size=20, patch_size=4, channels=1, width=48, depth=12, heads=3, classes=10)
+    weights = Teacher(name=name, profile="mini", network=network, sha256="0" * 64)
+    asked = asked or {}
+    study = Study(
+        ablation="layers" if curve else "rescue",
+        teacher=weights,
+        options={"from": "bottom", "transfer": "distill"},
+        arms=(),
+        contrasts=tuple(Contrast(name, {}) for name in asked),
+        verdict=lambda report: "",
+        curve={arm: k for k, arm in enumerate([BASELINE, *effects])} if curve else {},
+    )
+    rows = [Row(BASELINE, base, seeds, ())]
+    rows += [Row(arm, base + effect, seeds, (), estimate(effect, half, seeds)) for arm, effect in effects.items()]
+    contrasts = {name: estimate(value, half, seeds) for name, value in asked.items()}
+    reference = None if teacher is None else Row("teacher", teacher, 1, ())
+    return Report(study, "mini", tuple(rows), contrasts, reference)
+
+
+def texts(figure):
+    """All texts that are drawn, with their extents in pixels."""
+    renderer = figure.canvas.get_renderer()
+    found = [*figure.texts, *(t for t in (figure._suptitle, figure._supxlabel) if t is not None)]
+    for axes in figure.axes:
+        found += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            found += [t.label1 for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
+    return {t: t.get_window_extent(renderer) for t in found if t.get_visible() and t.get_text().strip()}
+
+
+def check(figure, path, width=style.COLUMN):
+    """Draw and save a figure; its texts neither overlap nor leave it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.canvas.draw()
+        figure.savefig(path / "figure.png")
+        figure.savefig(path / "figure.pdf")
+    with Image.open(path / "figure.png") as image:
+        assert image.size[0] == pytest.approx(300 * width, abs=1)
+    figure.set_dpi(300)
+    figure.canvas.draw()
+    boxes = texts(figure)
+    assert boxes
+    frame = figure.bbox
+    for text, box in boxes.items():
+        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        assert inside, f"{text.get_text()!r} is cut"
+    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
+        if one not in (figure._suptitle, figure._supxlabel) or other not in (figure._suptitle, figure._supxlabel):
+            assert not a.padded(-0.5).overlaps(b.padded(-0.5)), f"{one.get_text()!r} lies on {other.get_text()!r}"
+    columns = len({round(axes.get_position().x0, 2) for axes in figure.axes})
+    for axes in figure.axes:
+        assert axes.get_window_extent().width > figure.bbox.width / 4 / columns, "there is no room to see anything"
+    return {text.get_text() for text in boxes}
+
+
+USUAL = {"standard + copy": 3.0, "pre_norm + copy": 9.0, "quick_gelu + copy": -2.5, "native, scratch": 0.2}
+ASKED = {RESCUE: 4.0, "transfer in the native student": 0.3, "native minus standard, both with transfer": -2.0}
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        report(USUAL, ASKED),
+        report({"all blocks": -5.0}),
+        report({"reinit attn": 3.0, "reinit attn + copy": 12.0}, {"copy, given the start": 9.0}),
+        report(USUAL, ASKED, seeds=1, name="dinov2_reg_s"),
+        report(USUAL, ASKED, half=0.0),
+        report({arm: 45 + value / 10 for arm, value in USUAL.items()}, half=0.4),
+        report({arm: -95 + value / 10 for arm, value in USUAL.items()}, half=0.4, base=100.0),
+        report({arm: value / 1000 for arm, value in USUAL.items()}, ASKED, half=1e-4),
+        report(USUAL, ASKED, half=200.0),
+        report({f"arm number {i} of very many indeed, with a long name": i - 10.0 for i in range(24)}, ASKED),
+        report({"a_name_of_one_word_that_is_longer_than_any_line_could_ever_be": 3.0, "x": 1.0}),
+        report(USUAL, ASKED, teacher=None),
+    ],
+    ids=[
+        "usual",
+        "one",
+        "few",
+        "one seed",
+        "no width",
+        "far",
+        "far below",
+        "tiny",
+        "huge",
+        "many",
+        "long",
+        "no teacher",
+    ],
+)
+def test_contrasts(made, tmp_path):
+    drawn = check(contrasts(made), tmp_path)
+    joined = {text.replace("\n", " ").replace("\u00a0", " ") for text in drawn}
+    names = {name.replace(" ", "") for name in [*(row.arm for row in made.rows[1:]), *made.contrasts]}
+    assert names <= {text.replace(" ", "") for text in joined}
+    assert {f"{row.top1:.1f} %" for row in made.rows[1:]} <= joined
+    assert any(f"{BASELINE} ({made.rows[0].top1:.1f} %)" in text for text in joined)
+    assert any(f"{made.study.teacher.label}, {made.rows[0].seeds} seed" in text for text in joined)
+    assert any("images only" in text for text in joined) == (made.rows[0].seeds == 1)
+
+
+def test_what_is_clear_is_filled():
+    figure = contrasts(report({"clear": 3.0, "noise": 0.5}, {"asked": -3.0}))
+    faces = [line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert faces == [style.BLUE, "white", style.VERMILLION]
+    undecided = contrasts(report({"clear": 3.0}, seeds=1))
+    assert [line.get_markerfacecolor() for line in undecided.axes[0].lines if line.get_marker() == "o"] == ["white"]
+
+
+KS = [*(f"bottom {k}" for k in range(1, 12)), "all blocks"]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        report({arm: 1.5 * k for k, arm in enumerate(KS)}, half=3.0, curve=True),
+        report({arm: 0.1 * k for k, arm in enumerate(KS)}, teacher=51.0, curve=True),
+        report({arm: -0.5 * k for k, arm in enumerate(KS)}, teacher=50.0, curve=True, seeds=1),
+        report({arm: 0.5 * k for k, arm in enumerate(KS)}, teacher=49.9, curve=True),
+        report(dict.fromkeys(KS, 0.0), half=0.0, teacher=None, curve=True),
+        report(dict.fromkeys(KS, 0.0), half=0.0, teacher=50.0, curve=True),
+        report({arm: k / 1000 for k, arm in enumerate(KS)}, half=1e-4, teacher=None, curve=True),
+        report({f"bottom {k}": k / 2 for k in range(1, 25)}, curve=True, base=10.0, teacher=100.0, name="dinov2_reg_s"),
+    ],
+    ids=["rising", "near teacher", "falling", "weak teacher", "flat", "flat at teacher", "tiny", "deep"],
+)
+def test_layer_curve(made, tmp_path):
+    drawn = check(layer_curve(made), tmp_path)
+    assert {"0", "12", "scratch", "top-1 accuracy, %"} <= drawn
+    assert ("teacher" in drawn) == (made.reference is not None)
+    assert any("bottom" in text and "distill" in text for text in drawn)
+
+
+def test_the_curve_is_what_was_measured():
+    made = report({arm: 1.5 * k for k, arm in enumerate(KS)}, half=3.0, curve=True)
+    axes = layer_curve(made).axes[0]
+    line = next(line for line in axes.lines if line.get_marker() == "o")
+    assert list(line.get_xdata()) == list(range(13))
+    assert list(line.get_ydata()) == [row.top1 for row in made.rows]
+    band = axes.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(47.0)
+    assert band[:, 1].max() == pytest.approx(50 + 1.5 * 11 + 3)
+
+
+@pytest.mark.parametrize("task", ["digits", "larger"])
+def test_scenes(task, tmp_path):
+    from atdiag.data import digits
+
+    drawn = check(scenes(task), tmp_path)
+    labels = digits.train_scenes(task, 25, 0, 6).labels
+    assert {int(text) for text in drawn} == {int(label) + (task == "larger") for label in labels}
+
+
+def test_colours_can_be_told_apart_by_the_colour_blind():
+    """Machado et al. 2009, severity 1, in linear RGB: the two colours of a figure differ for everyone."""
+    import numpy as np
+
+    kinds = {
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    }
+
+    def linear(colour):
+        srgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+    for matrix in kinds.values():
+        seen = [np.clip(np.array(matrix) @ linear(c), 0, 1) ** (1 / 2.2) for c in (style.BLUE, style.VERMILLION)]
+        assert np.linalg.norm(seen[0] - seen[1]) > 0.3
+    for colour in (style.INK, style.GREY):  # text on white: WCAG's contrast for small print
+        luminance = linear(colour) @ [0.2126, 0.7152, 0.0722]
+        assert 1.05 / (luminance + 0.05) > 4.5

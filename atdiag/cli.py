@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from atdiag import experiments
+
 if TYPE_CHECKING:
     from atdiag.runs import Run, Store
-    from atdiag.spec import RunSpec, Transfer
-    from atdiag.study.ablation import Lab, Report, Study
-    from atdiag.study.profile import Settings
+    from atdiag.spec import Transfer
 
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
@@ -50,244 +47,6 @@ app = typer.Typer(
 runs_app = typer.Typer(no_args_is_help=True, help="List, show and remove runs.")
 
 
-# --- experiments ---------------------------------------------------------------------------------------------------
-
-_COMMON: dict[str, Any] = {
-    "profile": (str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]"), None),
-    "set_": (
-        list[str],
-        typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
-        [],
-    ),
-    "seeds": (int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]"), None),
-    "dry_run": (bool, typer.Option("--dry-run", help="Show what would be run, what is finished, and the cost."), False),
-    "json_": (bool, typer.Option("--json", help="Print a last line that a machine can read."), False),
-    "out": (
-        Path | None,
-        typer.Option(help="Folder for table and figure. [default: ./results/<ablation>-<teacher>-<profile>]"),
-        None,
-    ),
-    "runs": (
-        Path | None,
-        typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]"),
-        None,
-    ),
-    "device": (str | None, typer.Option(help="cuda, mps or cpu. [default: the profile's; mini: cpu]"), None),
-}
-
-
-def _add_ablations(target: typer.Typer) -> None:
-    """A command for each installed ablation: its own options, then those that all experiments have."""
-    for entry in entry_points(group="atdiag.ablations"):
-        target.command(entry.name)(_experiment(entry.load()))
-
-
-def _experiment(ablation: Callable[..., Study]) -> Callable[..., None]:
-    signature = inspect.signature(ablation, eval_str=True)
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
-    common = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[type_, option])
-        for name, (type_, option, default) in _COMMON.items()
-    ]
-
-    def command(**options: Any) -> None:
-        chosen = {p.name: options.pop(p.name) for p in own}
-        _run_experiment(lambda lab: ablation(lab, **chosen), **options)
-
-    command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in (*own, *common)}
-    command.__doc__ = ablation.__doc__
-    command.__name__ = ablation.__name__
-    return command
-
-
-def _run_experiment(
-    make: Callable[[Lab], Study],
-    profile: str | None,
-    set_: list[str],
-    seeds: int | None,
-    dry_run: bool,
-    json_: bool,
-    out: Path | None,
-    runs: Path | None,
-    device: str | None,
-) -> None:
-    from atdiag.runs import Store
-    from atdiag.study import profile as profiles
-    from atdiag.study import schedule, tables
-    from atdiag.study.ablation import Lab, report
-
-    settings = profiles.resolve(profile, seeds, set_, runs)
-    device = schedule.choose_device(device or settings.profile.device)
-    study = make(Lab(settings))
-    store = Store(settings.runs)
-    folder = tables.output_folder(study, settings.profile.name, out)
-    tables.writable(settings.runs, "--runs")
-    if dry_run:
-        _show_plan(study, settings, store, device, json_)
-        return
-    _header(study, settings)
-    _execute(study, settings, store, device)
-    finished = report(study, settings, store)
-    files = _write(finished, folder)
-    from rich.console import Console
-
-    console = Console()
-    console.print(tables.terminal(finished))
-    for note in tables.notes(finished):
-        console.print(f"- {note}", style="dim", highlight=False)
-    console.print(f"\n[bold]Verdict[/bold]  {finished.verdict}\n", highlight=False)
-    for path in files:
-        typer.echo(f"  {path}")
-    if json_:
-        typer.echo(json.dumps(tables.as_json(finished, files)))
-
-
-def _header(study: Study, settings: Settings) -> None:
-    where = "a miniature of its architecture on embedded data; --profile paper is the real one"
-    note = f" ({where})" if settings.profile.name == "mini" else ""
-    typer.echo(f"atdiag {study.ablation}: {study.teacher.label}{note}")
-    if settings.overrides:
-        typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(settings.overrides.items())))
-
-
-def _execute(study: Study, settings: Settings, store: Store, device: str) -> None:
-    from atdiag.study import schedule
-
-    specs = study.specs
-    todo = schedule.pending(specs, store)
-    threads = settings.profile.threads
-    processes = min(schedule.processes_for(device, threads), max(len(todo), 1))
-    if not todo:
-        typer.echo(f"{len(specs)} runs, all finished before: nothing to train")
-        return
-    cost = _duration(schedule.estimate(todo, processes, schedule.measured_speed(store, device)))
-    what = "process" if processes == 1 else "processes"
-    typer.echo(
-        f"{len(specs)} runs, {len(specs) - len(todo)} finished before; "
-        f"{len(todo)} to do in {processes} {what} on {device}: about {cost}"
-    )
-    _train(specs, store, device, threads)
-
-
-def _train(specs: list[RunSpec], store: Store, device: str, threads: int | None) -> None:
-    """Bring runs to their end, with a progress bar on a terminal and a line for each finished run elsewhere."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from atdiag.study import schedule
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps {task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    before = len(specs) - len(schedule.pending(specs, store))
-    console = Console(stderr=True)
-    said = ""
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=None, rate="")
-
-        def tick(now: schedule.Tick) -> None:
-            nonlocal said
-            elapsed = bar.tasks[0].elapsed or 0
-            rate = f"{now.images / elapsed:.0f} images/s" if now.images and elapsed else ""
-            text = f"{before + now.finished_runs}/{len(specs)} runs" if now.total else now.doing
-            bar.update(task, completed=now.done, total=now.total or None, rate=rate, description=text)
-            if not console.is_terminal and text != said:
-                said = text
-                console.print(f"{text} {rate}".rstrip(), highlight=False)
-
-        schedule.execute(specs, store, device, threads, tick)
-
-
-def _write(report: Report, folder: Path) -> list[Path]:
-    """Write table and figure; nothing of another experiment is touched."""
-    from atdiag.runs import write_atomically
-    from atdiag.study import tables
-
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = tables.slug(report.study)
-    paths = {kind: folder / f"{stem}.{kind}" for kind in ("csv", "md", "json", "png", "pdf")}
-    write_atomically(paths["csv"], tables.frame(report).to_csv(index=False))
-    write_atomically(paths["md"], tables.markdown(report))
-    _draw(report, paths["png"], paths["pdf"])
-    write_atomically(paths["json"], json.dumps(tables.as_json(report, list(paths.values())), indent=1))
-    return list(paths.values())
-
-
-def _draw(report: Report, *paths: Path) -> None:
-    found = [entry for entry in entry_points(group="atdiag.figures") if entry.name == report.study.figure]
-    if not found:
-        raise ValueError(f"no figure named {report.study.figure!r} is installed")
-    figure = found[0].load()(report)
-    for path in paths:
-        figure.savefig(path)
-
-
-def _show_plan(study: Study, settings: Settings, store: Store, device: str, json_: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from atdiag.study import schedule
-
-    _header(study, settings)
-    speed = schedule.measured_speed(store, device)
-    table = Table(title=f"{study.ablation}: what would be run", title_justify="left")
-    for name in ("arm", "seed", "run", "state", "thread-s"):
-        table.add_column(name, justify="right" if name in ("seed", "thread-s") else "left", no_wrap=name != "arm")
-    arms = [*study.arms, *([study.reference] if study.reference else [])]
-    for arm in arms:
-        for spec in arm.specs:
-            cost = f"{schedule.seconds(spec, speed):.0f}"
-            table.add_row(arm.name, str(spec.seed.model), spec.id, store.run(spec).state, cost)
-    Console().print(table)
-    todo = schedule.pending(study.specs, store)
-    processes = schedule.processes_for(device, settings.profile.threads)
-    wall = schedule.estimate(todo, processes, speed)
-    typer.echo(f"{len(study.specs)} runs, {len(todo)} to do, about {_duration(wall)} in {processes} processes.")
-    resolved = {"data": settings.profile.data.model_dump(mode="json")}
-    recipes = {method: recipe.model_dump(mode="json") for method, recipe in settings.profile.recipe.items()}
-    used = sorted({spec.transfer.method for arm in study.arms for spec in arm.specs})
-    if len({json.dumps(recipes[m]) for m in used}) == 1:
-        resolved["recipe"] = recipes[used[0]]
-    else:
-        resolved |= {f"recipe.{method}": recipes[method] for method in used}
-    resolved["student"] = study.arms[0].specs[0].network.model_dump(mode="json")
-    for name, document in resolved.items():
-        typer.echo(f"{name}: " + ", ".join(f"{k}={_short(v)}" for k, v in document.items()))
-    if json_:
-        plan = [
-            {"arm": a.name, "run": s.id, "state": store.run(s).state, "spec": s.model_dump(mode="json")}
-            for a in arms
-            for s in a.specs
-        ]
-        typer.echo(json.dumps({"ablation": study.ablation, "seconds": round(wall), "runs": plan}))
-
-
-def _short(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-# --- teachers, runs, doctor ----------------------------------------------------------------------------------------
-
-
 @app.command()
 def teachers(
     profile: Annotated[str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]")] = None,
@@ -296,15 +55,17 @@ def teachers(
 ) -> None:
     """List the teachers: weights and their licence, native components, tokens, and whether they are here now."""
     from atdiag.networks import listing
+    from atdiag.study.profile import profile_name
 
-    rows = listing.rows(profile or "mini", family)
+    name = profile_name(profile)
+    rows = listing.rows(name, family)
     if json_:
         typer.echo(json.dumps(rows))
         return
     from rich.console import Console
 
     console = Console()
-    console.print(listing.table(rows, profile or "mini"))
+    console.print(listing.table(rows, name))
     if others := listing.stand_ins(rows):
         console.print(
             "The same architecture at this size:", *(f"  {line}" for line in others), sep="\n", highlight=False
@@ -330,7 +91,7 @@ def pretrain(
     settings = profiles.resolve("mini", None, (), runs)
     store = Store(settings.runs)
     typer.echo(f"atdiag pretrain: {name} (mini), {spec.data.train} scenes x {spec.recipe.epochs} epochs, run {spec.id}")
-    _train([spec], store, "cpu", 1)
+    experiments.train([spec], store, "cpu", 1)
     old = weights.metadata(weights.shipped_path(name))["top1"] if weights.shipped_path(name).exists() else None
     pretraining.export(store.run(spec), path)
     shipped = "none" if old is None else f"{old:.1f} %"
@@ -344,7 +105,7 @@ def doctor(runs: Runs = None, json_: Json = False) -> None:
 
     from atdiag.training import checkup
 
-    findings = checkup.examine(runs or Path("runs"))
+    findings = checkup.examine(_store(runs).root)
     for finding in findings:
         mark = "[green]ok[/green]  " if finding.ok else "[red]BAD[/red] "
         Console().print(f"{mark} {finding.what}: {finding.found}", highlight=False)
@@ -467,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     code: Any
     try:
-        _add_ablations(app)
+        experiments.add_commands(app)
         app.add_typer(runs_app, name="runs")
         code = app(args=arguments, prog_name="atdiag", standalone_mode=False) or 0  # Ctrl-C comes back as 130
     except SystemExit as asked:  # SIGTERM
@@ -498,11 +259,12 @@ def _explain(fault: Exception) -> int:
         hint = f" (see '{context.command_path} --help')" if context else ""
         _say(fault.format_message().replace("\n", " ").rstrip(".") + hint)
         return EXIT_USAGE
+    from atdiag.runs import DamagedRunError
     from atdiag.study.schedule import FaultError, StoppedError
 
     if isinstance(fault, StoppedError):
         return EXIT_TERMINATED
-    if isinstance(fault, FaultError | OSError):
+    if isinstance(fault, FaultError | DamagedRunError | OSError):
         _say(str(fault))
         return EXIT_FAULT
     if os.environ.get("ATDIAG_DEBUG"):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from atdiag.spec import RunSpec
 
@@ -34,6 +35,14 @@ State = Literal["finished", "training", "interrupted", "failed", "new"]
 
 class RunBusyError(RuntimeError):
     """Another process is training this run."""
+
+
+class DamagedRunError(ValueError):
+    """A file of a run is not what was written there; the message says how to start the run afresh."""
+
+    def __init__(self, path: Path, cause: object) -> None:
+        what = str(cause).split("\n", 1)[0]
+        super().__init__(f"{path} is damaged ({what}): 'atdiag runs remove {path.parent.name}' starts that run afresh")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -66,10 +75,15 @@ class Run:
 
     @cached_property
     def spec(self) -> RunSpec:
-        """What the run is. Raises ValueError where the file is not a spec, or not this run's."""
-        spec = RunSpec.model_validate_json((self.path / "spec.json").read_bytes())
+        """What the run is. Raises DamagedRunError where the file is not a spec, or not this run's."""
+        path = self.path / "spec.json"
+        try:
+            spec = RunSpec.model_validate_json(path.read_bytes())
+        except ValueError as fault:
+            cause = fault.errors()[0]["msg"] if isinstance(fault, ValidationError) else fault
+            raise DamagedRunError(path, cause) from None
         if spec.id != self.id:
-            raise ValueError(f"{self.path / 'spec.json'} describes run {spec.id}, not {self.id}")
+            raise DamagedRunError(path, f"it describes run {spec.id}")
         return spec
 
     @property
@@ -104,8 +118,14 @@ class Run:
         return "interrupted" if self.checkpoint.exists() else "new"
 
     def result(self) -> dict[str, Any]:
-        """The finished run's result. Raises FileNotFoundError for an unfinished one."""
-        out: dict[str, Any] = json.loads((self.path / "result.json").read_text())
+        """The finished run's result. Raises FileNotFoundError for an unfinished one, DamagedRunError for a damaged."""
+        path = self.path / "result.json"
+        try:
+            out: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as fault:
+            raise DamagedRunError(path, fault) from None
+        if not isinstance(out, dict) or out.get("id") != self.id:
+            raise DamagedRunError(path, "it is not this run's result")
         return out
 
     def failure(self) -> dict[str, Any] | None:
@@ -132,7 +152,7 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, which makes the run finished, and drop what only an unfinished run needs."""
-        self.write("result.json", json.dumps(result, indent=1))
+        self.write("result.json", json.dumps({"id": self.id, **result}, indent=1))
         for name in ("checkpoint", "failure.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -198,7 +218,9 @@ class Store:
         return sorted(found, key=lambda run: ((run.path / "spec.json").stat().st_mtime, run.id))
 
     def find(self, prefix: str) -> Run:
-        """The run whose id starts with ``prefix``. Raises KeyError unless there is exactly one."""
+        """The run whose id starts with ``prefix`` (4 digits at least). Raises KeyError unless there is exactly one."""
+        if len(prefix) < 4:
+            raise KeyError(f"{prefix!r} is too short for a run's id: give at least 4 of its digits")
         matches = [run for run in self.list() if run.id.startswith(prefix)]
         if len(matches) != 1:
             raise KeyError(f"{'no run' if not matches else f'{len(matches)} runs'} in {self.root} named {prefix!r}")

@@ -15,7 +15,7 @@ import typer
 from ablations.layers import blocks, layers
 from ablations.reinit import reinit
 from ablations.rescue import OF_INTEREST, rescue
-from atdiag import cli
+from atdiag import cli, experiments
 from atdiag.networks import teachers, weights
 from atdiag.runs import Store
 from atdiag.study.ablation import BASELINE, Contrast, Lab, Report, Row, Study, judge
@@ -413,7 +413,9 @@ def installed(monkeypatch, capsys, tmp_path):
 
     def install(name, function):
         monkeypatch.setattr(EntryPoint, "load", lambda entry: function)
-        monkeypatch.setattr(cli, "entry_points", lambda group: [EntryPoint(name, "theirs:it", "atdiag.ablations")])
+        monkeypatch.setattr(
+            experiments, "entry_points", lambda group: [EntryPoint(name, "theirs:it", "atdiag.ablations")]
+        )
         monkeypatch.setattr(cli, "app", typer.Typer(cls=cli._Commands))
         monkeypatch.setattr(cli, "runs_app", typer.Typer())
         cli.app.command()(cli.doctor)  # a second command, or typer makes an application of one

@@ -104,7 +104,7 @@ def test_a_run_is_finished_if_and_only_if_its_result_is_there(store):
     with pytest.raises(FileNotFoundError):
         run.result()
     run.finish({"top1": 50.0})
-    assert (run.state, run.finished, run.result()) == ("finished", True, {"top1": 50.0})
+    assert (run.state, run.finished, run.result()) == ("finished", True, {"id": run.id, "top1": 50.0})
     assert not run.checkpoint.exists()
     assert run.failure() is None
 
@@ -210,17 +210,17 @@ def test_list_is_oldest_first_and_skips_what_is_no_run(store):
 
 
 def test_find(store):
-    runs = [store.create(spec(seed)) for seed in range(20)]  # so many that first digits repeat
-    for run in runs:
-        assert store.find(run.id) == run
-        alike = [other for other in runs if other.id.startswith(run.id[0])]
-        if len(alike) == 1:
-            assert store.find(run.id[0]) == run
-        else:
-            with pytest.raises(KeyError, match=f"{len(alike)} runs"):
-                store.find(run.id[0])
+    for run in [store.create(spec(seed)) for seed in range(5)]:
+        assert store.find(run.id) == store.find(run.id[:8]) == run
+    for name in ("abcd000000000000", "abcd111111111111"):
+        (store.root / name).mkdir()
+        (store.root / name / "spec.json").write_text("{}")
+    with pytest.raises(KeyError, match="2 runs"):
+        store.find("abcd")
     with pytest.raises(KeyError, match="no run"):
-        store.find("x")
+        store.find("xxxx")
+    with pytest.raises(KeyError, match="at least 4"):  # "" would be any run, and 'remove' would delete it
+        store.find("")
 
 
 def test_remove(store):

@@ -69,7 +69,8 @@ def miniatures() -> tuple[str, ...]:
 def row(name: str) -> Row:
     """The registry's row of a name. Raises UserError for an unknown one."""
     if name not in registry():
-        raise UserError(f"unknown teacher {name!r}{suggest(name, registry())}", "'atdiag teachers' lists them")
+        near = suggest(name, miniatures()) or suggest(name, registry())
+        raise UserError(f"unknown teacher {name!r}{near}", "'atdiag teachers' lists them")
     return registry()[name]
 
 

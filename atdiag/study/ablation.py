@@ -11,12 +11,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from pydantic import ValidationError
 
 from atdiag.data.names import NAMES
 from atdiag.networks import teachers
-from atdiag.runs import Run, Store
+from atdiag.runs import DamagedRunError, Run, Store
 from atdiag.spec import Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer
 from atdiag.study.profile import Settings, describe
 from atdiag.words import UserError, suggest
@@ -208,9 +209,13 @@ def outcomes(arm: Arm, store: Store) -> Outcomes:
     correct: dict[tuple[int, int], Any] = {}
     clusters = np.empty(0, np.int32)
     for spec in arm.specs:
-        with np.load(store.run(spec).predictions, allow_pickle=False) as saved:
-            correct[spec.seed.data, spec.seed.model] = saved["prediction"] == saved["label"]
-            clusters = saved["cluster"]
+        path = store.run(spec).predictions
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                correct[spec.seed.data, spec.seed.model] = saved["prediction"] == saved["label"]
+                clusters = saved["cluster"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as fault:
+            raise DamagedRunError(path, fault) from None
     return Outcomes(correct, clusters)
 
 

@@ -82,24 +82,12 @@ def resolve(
     """Resolve a command's settings. Raises UserError for whatever is wrong with any of them."""
     path = folder / "atdiag.toml"
     file = _read_file(path)
-    name, origin = next(
-        (value, origin)
-        for value, origin in (
-            (profile, "--profile"),
-            (environment.get("ATDIAG_PROFILE") or None, "ATDIAG_PROFILE"),
-            (file.get("profile"), str(path)),
-            ("mini", ""),
-        )
-        if value is not None
-    )
+    name = profile_name(profile, environment, folder)
     if name in _PLANNED:
         raise UserError(
             f"profile {name!r} ({_PLANNED[name]}) needs data and weights that this version can't load",
             "use '--profile mini'",
         )
-    if name not in PROFILES:
-        known = [*PROFILES, *_PLANNED]
-        raise UserError(f"{origin}: unknown profile {name!r}{suggest(name, known)} (known: {', '.join(known)})")
     overrides = _overrides(path, file.get("set", {}), sets)
     resolved = _apply(PROFILES[name], overrides)
     count = seeds if seeds is not None else file.get("seeds", resolved.seeds)
@@ -109,6 +97,25 @@ def resolve(
     root = runs or Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
     pairs = tuple(Seed(data=i, model=i) for i in range(count))
     return Settings(resolved, pairs, root, overrides)
+
+
+def profile_name(profile: str | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> str:
+    """The name of the profile that is meant. Raises UserError for an unknown one, and says where it was given."""
+    path = folder / "atdiag.toml"
+    name, origin = next(
+        (value, origin)
+        for value, origin in (
+            (profile, "--profile"),
+            (environment.get("ATDIAG_PROFILE") or None, "ATDIAG_PROFILE"),
+            (_read_file(path).get("profile"), str(path)),
+            ("mini", ""),
+        )
+        if value is not None
+    )
+    known = [*PROFILES, *_PLANNED]
+    if name not in known:
+        raise UserError(f"{origin}: unknown profile {name!r}{suggest(name, known)} (known: {', '.join(known)})")
+    return str(name)
 
 
 _FILE_KEYS = {"profile": (str, 'profile = "mini"'), "seeds": (int, "seeds = 3"), "runs": (str, 'runs = "runs"')}
@@ -246,6 +253,8 @@ def _check_sense(profile: Profile) -> None:
     data = profile.data
     if data.name not in NAMES:
         raise UserError(f"unknown data set {data.name!r}{suggest(data.name, NAMES)} (known: {', '.join(NAMES)})")
+    if profile.distill_weight == 0:
+        raise UserError("transfer.weight=0 transfers nothing", "give a positive weight")
     for recipe in profile.recipe.values():
         values = {
             "data.train": data.train,

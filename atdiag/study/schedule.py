@@ -25,7 +25,7 @@ from shutil import which
 from statistics import median
 from typing import Any
 
-from atdiag.runs import Store
+from atdiag.runs import DamagedRunError, Store
 from atdiag.spec import Network, RunSpec
 from atdiag.words import UserError, suggest
 
@@ -79,12 +79,12 @@ def seconds(spec: RunSpec, flops_per_second: float = _FLOPS_PER_SECOND, tested: 
 
 def measured_speed(store: Store, device: str, newest: int = 30) -> float:
     """FLOP/s of a training process on this device: the median of the newest finished runs, or a rule of thumb."""
-    results = [(run.spec, run.result()) for run in store.list()[-newest:] if run.finished]
-    found = [
-        seconds(spec, 1.0, tested=False) / result["seconds"]
-        for spec, result in results
-        if result["seconds"] > 1 and result["environment"]["device"].startswith(device)
-    ]
+    found = []
+    for run in store.list()[-newest:]:
+        with contextlib.suppress(DamagedRunError, FileNotFoundError):  # whoever needs that run will hear of it
+            spec, result = run.spec, run.result()
+            if result["seconds"] > 1 and result["environment"]["device"].startswith(device):
+                found.append(seconds(spec, 1.0, tested=False) / result["seconds"])
     return median(found) if len(found) > 2 else _FLOPS_PER_SECOND
 
 

@@ -28,7 +28,7 @@ from atdiag.data import datasets
 from atdiag.data.loader import Batch, Stream
 from atdiag.networks import students
 from atdiag.networks.vit import ViT
-from atdiag.runs import Run, RunBusyError, Store
+from atdiag.runs import DamagedRunError, Run, RunBusyError, Store
 from atdiag.spec import Recipe, RunSpec, Teacher
 from atdiag.training import checkpoint as checkpoints
 from atdiag.training import evaluate
@@ -210,11 +210,15 @@ def train(
     with ExitStack() as locks:
         todo: list[tuple[Run, RunSpec]] = []
         for spec in specs:
-            run = store.create(spec)
             try:
+                run = store.create(spec)
                 locks.enter_context(run.lock())
             except RunBusyError:
                 status[spec.id] = "busy"
+                continue
+            except DamagedRunError as fault:
+                store.run(spec).fail(0, str(fault))
+                status[spec.id] = "failed"
                 continue
             if run.finished:
                 status[spec.id] = "finished"
@@ -346,7 +350,6 @@ class _Cohort:
         trained = member.total * spec.recipe.batch_size
         run.finish(
             {
-                "id": run.id,
                 "top1": predictions.top1,
                 "test_images": len(predictions.label),
                 "steps": member.total,

@@ -1,0 +1,253 @@
+"""A command for each installed ablation: resolve the settings, train what is not finished, report, write, draw.
+
+Part of the command line: imports nothing heavy before a command is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from atdiag.runs import Store
+    from atdiag.spec import RunSpec
+    from atdiag.study.ablation import Lab, Report, Study
+    from atdiag.study.profile import Settings
+
+_COMMON: dict[str, Any] = {
+    "profile": (str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]"), None),
+    "set_": (
+        list[str],
+        typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
+        [],
+    ),
+    "seeds": (int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]"), None),
+    "dry_run": (bool, typer.Option("--dry-run", help="Show what would be run, what is finished, and the cost."), False),
+    "json_": (bool, typer.Option("--json", help="Print a last line that a machine can read."), False),
+    "out": (
+        Path | None,
+        typer.Option(help="Folder for table and figure. [default: ./results/<ablation>-<teacher>-<profile>]"),
+        None,
+    ),
+    "runs": (
+        Path | None,
+        typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]"),
+        None,
+    ),
+    "device": (str | None, typer.Option(help="cuda, mps or cpu. [default: the profile's; mini: cpu]"), None),
+}
+
+
+def add_commands(app: typer.Typer) -> None:
+    """A command for each installed ablation: its own options, then those that all experiments have."""
+    for entry in entry_points(group="atdiag.ablations"):
+        app.command(entry.name)(_command(entry.load()))
+
+
+def _command(ablation: Callable[..., Study]) -> Callable[..., None]:
+    signature = inspect.signature(ablation, eval_str=True)
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[type_, option])
+        for name, (type_, option, default) in _COMMON.items()
+    ]
+
+    def command(**options: Any) -> None:
+        chosen = {p.name: options.pop(p.name) for p in own}
+        _run(lambda lab: ablation(lab, **chosen), **options)
+
+    command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in (*own, *common)}
+    command.__doc__ = ablation.__doc__
+    command.__name__ = ablation.__name__
+    return command
+
+
+def _run(
+    make: Callable[[Lab], Study],
+    profile: str | None,
+    set_: list[str],
+    seeds: int | None,
+    dry_run: bool,
+    json_: bool,
+    out: Path | None,
+    runs: Path | None,
+    device: str | None,
+) -> None:
+    from atdiag.runs import Store
+    from atdiag.study import profile as profiles
+    from atdiag.study import schedule, tables
+    from atdiag.study.ablation import Lab, report
+
+    settings = profiles.resolve(profile, seeds, set_, runs)
+    device = schedule.choose_device(device or settings.profile.device)
+    study = make(Lab(settings))
+    store = Store(settings.runs)
+    folder = tables.output_folder(study, settings.profile.name, out)
+    tables.writable(settings.runs, "--runs")
+    if dry_run:
+        _show_plan(study, settings, store, device, json_)
+        return
+    _header(study, settings)
+    _execute(study, settings, store, device)
+    finished = report(study, settings, store)
+    files = _write(finished, folder)
+    from rich.console import Console
+
+    console = Console()
+    console.print(tables.terminal(finished))
+    for note in tables.notes(finished):
+        console.print(f"- {note}", style="dim", highlight=False)
+    console.print(f"\n[bold]Verdict[/bold]  {finished.verdict}\n", highlight=False)
+    for path in files:
+        typer.echo(f"  {path}")
+    if json_:
+        typer.echo(json.dumps(tables.as_json(finished, files)))
+
+
+def _header(study: Study, settings: Settings) -> None:
+    where = "a miniature of its architecture on embedded data; --profile paper is the real one"
+    note = f" ({where})" if settings.profile.name == "mini" else ""
+    typer.echo(f"atdiag {study.ablation}: {study.teacher.label}{note}")
+    if settings.overrides:
+        typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(settings.overrides.items())))
+
+
+def _execute(study: Study, settings: Settings, store: Store, device: str) -> None:
+    from atdiag.study import schedule
+
+    specs = study.specs
+    todo = schedule.pending(specs, store)
+    threads = settings.profile.threads
+    processes = min(schedule.processes_for(device, threads), max(len(todo), 1))
+    if not todo:
+        typer.echo(f"{len(specs)} runs, all finished before: nothing to train")
+        return
+    cost = _duration(schedule.estimate(todo, processes, schedule.measured_speed(store, device)))
+    what = "process" if processes == 1 else "processes"
+    typer.echo(
+        f"{len(specs)} runs, {len(specs) - len(todo)} finished before; "
+        f"{len(todo)} to do in {processes} {what} on {device}: about {cost}"
+    )
+    train(specs, store, device, threads)
+
+
+def train(specs: list[RunSpec], store: Store, device: str, threads: int | None) -> None:
+    """Bring runs to their end, with a progress bar on a terminal and a line for each finished run elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from atdiag.study import schedule
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps {task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    said = ""
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None, rate="")
+
+        def tick(now: schedule.Tick) -> None:
+            nonlocal said
+            elapsed = bar.tasks[0].elapsed or 0
+            rate = f"{now.images / elapsed:.0f} images/s" if now.images and elapsed else ""
+            done = len(specs) - len(schedule.pending(specs, store))
+            text = f"{done}/{len(specs)} runs" if now.total else now.doing
+            bar.update(task, completed=now.done, total=now.total or None, rate=rate, description=text)
+            if not console.is_terminal and text != said:
+                said = text
+                console.print(f"{text} {rate}".rstrip(), highlight=False)
+
+        schedule.execute(specs, store, device, threads, tick)
+
+
+def _write(report: Report, folder: Path) -> list[Path]:
+    """Write table and figure; nothing of another experiment is touched."""
+    from atdiag.runs import write_atomically
+    from atdiag.study import tables
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = tables.slug(report.study)
+    paths = {kind: folder / f"{stem}.{kind}" for kind in ("csv", "md", "json", "png", "pdf")}
+    write_atomically(paths["csv"], tables.frame(report).to_csv(index=False))
+    write_atomically(paths["md"], tables.markdown(report))
+    _draw(report, paths["png"], paths["pdf"])
+    write_atomically(paths["json"], json.dumps(tables.as_json(report, list(paths.values())), indent=1))
+    return list(paths.values())
+
+
+def _draw(report: Report, *paths: Path) -> None:
+    found = [entry for entry in entry_points(group="atdiag.figures") if entry.name == report.study.figure]
+    if not found:
+        raise ValueError(f"no figure named {report.study.figure!r} is installed")
+    figure = found[0].load()(report)
+    for path in paths:
+        figure.savefig(path)
+
+
+def _show_plan(study: Study, settings: Settings, store: Store, device: str, json_: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from atdiag.study import schedule
+
+    _header(study, settings)
+    speed = schedule.measured_speed(store, device)
+    table = Table(title=f"{study.ablation}: what would be run", title_justify="left")
+    for name in ("arm", "seed", "run", "state", "thread-s"):
+        table.add_column(name, justify="right" if name in ("seed", "thread-s") else "left", no_wrap=name != "arm")
+    arms = [*study.arms, *([study.reference] if study.reference else [])]
+    for arm in arms:
+        for spec in arm.specs:
+            cost = f"{schedule.seconds(spec, speed):.0f}"
+            table.add_row(arm.name, str(spec.seed.model), spec.id, store.run(spec).state, cost)
+    Console().print(table)
+    todo = schedule.pending(study.specs, store)
+    processes = schedule.processes_for(device, settings.profile.threads)
+    wall = schedule.estimate(todo, processes, speed)
+    typer.echo(f"{len(study.specs)} runs, {len(todo)} to do, about {_duration(wall)} in {processes} processes.")
+    resolved = {"data": settings.profile.data.model_dump(mode="json")}
+    recipes = {method: recipe.model_dump(mode="json") for method, recipe in settings.profile.recipe.items()}
+    used = sorted({spec.transfer.method for arm in study.arms for spec in arm.specs})
+    if len({json.dumps(recipes[m]) for m in used}) == 1:
+        resolved["recipe"] = recipes[used[0]]
+    else:
+        resolved |= {f"recipe.{method}": recipes[method] for method in used}
+    resolved["student"] = study.arms[0].specs[0].network.model_dump(mode="json")
+    for name, document in resolved.items():
+        typer.echo(f"{name}: " + ", ".join(f"{k}={_short(v)}" for k, v in document.items()))
+    if json_:
+        plan = [
+            {"arm": a.name, "run": s.id, "state": store.run(s).state, "spec": s.model_dump(mode="json")}
+            for a in arms
+            for s in a.specs
+        ]
+        typer.echo(json.dumps({"ablation": study.ablation, "seconds": round(wall), "runs": plan}))
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

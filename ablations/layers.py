@@ -17,7 +17,7 @@ from atdiag.words import UserError
 def layers(
     lab: Lab,
     from_: Annotated[str, typer.Option("--from", help="Which end the blocks are counted from: top or bottom.")] = "top",
-    k: Annotated[int, typer.Option("--k", help="How many blocks.")] = 6,
+    k: Annotated[int | None, typer.Option("--k", help="How many blocks. [default: 6]")] = None,
     teacher: Annotated[str, typer.Option(help="The teacher, such as dinov2_s.")] = "dinov2_s",
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
     sweep: Annotated[bool, typer.Option("--sweep", help="Every k from 0 to the depth, as a curve.")] = False,
@@ -27,6 +27,9 @@ def layers(
     source = lab.teacher(teacher)
     student = lab.student(source)
     depth = student.depth
+    if sweep and k is not None:
+        raise UserError(f"--k {k} with --sweep, which takes every k", "leave one of them out")
+    k = 6 if k is None else k
     if not 0 <= k <= depth:
         raise UserError(f"--k {k}: {source.label} has {depth} blocks", f"give a number from 0 to {depth}")
     counts = range(depth + 1) if sweep else sorted({0, k, depth})
@@ -51,13 +54,14 @@ def layers(
         if k == 0:
             return "k = 0 transfers nothing: this is the baseline."
         said = judge(report.row(part).contrast_or_raise(), "helps", "hurts")
-        if k == depth:
-            return f"{transfer.capitalize()} of all {depth} blocks of {source.label} {said}."
+        if k == depth or report.rows[0].seeds == 1:
+            which = f"all {depth}" if k == depth else f"the {from_} {k} of {depth}"
+            return f"{transfer.capitalize()} of {which} blocks of {source.label} {said}."
         rest = judge(
             report.contrasts[f"{part} minus {whole}"],
             "is better than all",
             "is worse than all",
-            "differs from all by no more than noise",
+            "can't be told apart from all",
         )
         return f"{transfer.capitalize()} of the {from_} {k} of {depth} blocks of {source.label} {said}, and {rest}."
 
@@ -65,7 +69,7 @@ def layers(
     return Study(
         ablation="layers",
         teacher=source,
-        options={"from": from_, "transfer": transfer} | ({"sweep": "yes"} if sweep else {"k": str(k)}),
+        options={"from": from_, "transfer": transfer} | ({"sweep": "all k"} if sweep else {"k": str(k)}),
         arms=arms,
         contrasts=tuple(contrasts),
         verdict=verdict,

@@ -41,7 +41,7 @@ def rescue(
             f"{judge(report.row(plain).contrast_or_raise(), 'helps', 'hurts')}; "
             f"native components change what it gains by {effect(report.contrasts[OF_INTEREST])} "
             f"{_said(report, plain)}; the components alone, from scratch, "
-            f"{judge(report.row(control).contrast_or_raise(), 'help', 'hurt', 'make no difference beyond noise')}."
+            f"{judge(report.row(control).contrast_or_raise(), 'help', 'hurt', be='are')}."
         )
 
     return Study(

@@ -84,11 +84,15 @@ def pretrain(
     from atdiag.runs import Store
     from atdiag.study import pretraining, tables
     from atdiag.study import profile as profiles
+    from atdiag.words import UserError
 
     spec = pretraining.spec(name)
-    path = weights.shipped_path(name) if install else out or Path(f"{name}.safetensors")
+    path = weights.shipped_path(name) if install else out.expanduser() if out else Path(f"{name}.safetensors")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder", f"name a file in it, such as {path / name}.safetensors")
     tables.writable(path.parent, "--out")
     settings = profiles.resolve("mini", None, (), runs)
+    tables.writable(settings.runs, "--runs")
     store = Store(settings.runs)
     typer.echo(f"atdiag pretrain: {name} (mini), {spec.data.train} scenes x {spec.recipe.epochs} epochs, run {spec.id}")
     experiments.train([spec], store, "cpu", 1)
@@ -122,38 +126,41 @@ def runs_list(runs: Runs = None, json_: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows: list[dict[str, Any]] = []
     store = _store(runs)
-    for run in store.list():
-        try:
-            spec = run.spec
-        except ValueError:  # no spec, another run's, or another version's: the others are listed all the same
-            nothing = dict.fromkeys(("teacher", "student", "start", "transfer", "seed"), "")
-            rows.append({"run": run.id, "state": "damaged", **nothing, "top1": None})
-            continue
-        rows.append(
-            {
-                "run": run.id,
-                "state": run.state,
-                "teacher": spec.teacher.label if spec.teacher else "",
-                "student": "\n".join(spec.network.components) or "standard",
-                "start": spec.init.source + (f" less {'+'.join(spec.init.reinit)}" if spec.init.reinit else ""),
-                "transfer": _transfer_text(spec.transfer),
-                "seed": f"{spec.seed.data}/{spec.seed.model}",
-                "top1": run.result()["top1"] if run.finished else None,
-            }
-        )
+    rows = [_listed(run) for run in store.list()]
     if json_:
         typer.echo(json.dumps(rows))
         return
     table = Table(title=f"{len(rows)} runs in {store.root}", title_justify="left", box=box.SIMPLE_HEAD)
     table.collapse_padding, table.pad_edge = True, False
-    for name in ("run", "state", "teacher", "student", "start", "transfer", "seed", "top1"):
-        table.add_column(name, no_wrap=name not in ("teacher", "start", "transfer"))
+    for name in ("run", "state", "teacher", "student", "transfer", "data", "seed", "top-1"):
+        table.add_column(name, no_wrap=name in ("run", "state", "seed", "top-1"), overflow="fold")
     for row in rows:
-        cells = [f"{v:.1f}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()]
-        table.add_row(*cells)
+        top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
+        student = row["student"].replace(" ", "\n") + ("" if row["start"] == "scratch" else f"\nfrom {row['start']}")
+        table.add_row(
+            row["run"][:12], row["state"], row["teacher"], student, row["transfer"], row["data"], row["seed"], top1
+        )
     Console().print(table)
+
+
+def _listed(run: Run) -> dict[str, Any]:
+    try:
+        spec = run.spec
+        return {
+            "run": run.id,
+            "state": run.state,
+            "teacher": spec.teacher.label if spec.teacher else "",
+            "student": " ".join(spec.network.components) or "standard",
+            "start": spec.init.source + (f" less {'+'.join(spec.init.reinit)}" if spec.init.reinit else ""),
+            "transfer": _transfer_text(spec.transfer),
+            "data": f"{spec.data.name} {spec.data.train}x{spec.recipe.epochs}",
+            "seed": f"{spec.seed.data}/{spec.seed.model}",
+            "top1": run.result()["top1"] if run.finished else None,
+        }
+    except (ValueError, KeyError):  # a file is damaged, or of another version: the others are listed all the same
+        nothing = dict.fromkeys(("teacher", "student", "start", "transfer", "data", "seed"), "")
+        return {"run": run.id, "state": "damaged", **nothing, "top1": None}
 
 
 def _transfer_text(transfer: Transfer) -> str:
@@ -221,6 +228,23 @@ def runs_remove(
 
 
 # --- entry ---------------------------------------------------------------------------------------------------------
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"atdiag {version('atdiag')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -46,8 +46,29 @@ _COMMON: dict[str, Any] = {
 
 def add_commands(app: typer.Typer) -> None:
     """A command for each installed ablation: its own options, then those that all experiments have."""
-    for entry in entry_points(group="atdiag.ablations"):
-        app.command(entry.name)(_command(entry.load()))
+    taken: dict[str, str] = {}
+    # Ours first, so that no other package can take the name of one by accident.
+    for entry in sorted(
+        entry_points(group="atdiag.ablations"), key=lambda entry: not entry.value.startswith("ablations.")
+    ):
+        if entry.name in taken or entry.name in RESERVED:
+            _warn(f"the experiment {entry.name!r} of {entry.value} is left out: that name is taken")
+            continue
+        try:
+            command = _command(entry.load())
+        except Exception as fault:  # another package's fault must not take this one's commands away
+            _warn(f"the experiment {entry.name!r} of {entry.value} can't be loaded ({type(fault).__name__}: {fault})")
+            continue
+        taken[entry.name] = entry.value
+        app.command(entry.name)(command)
+
+
+RESERVED = ("teachers", "pretrain", "doctor", "runs")
+"""Names of commands that are no experiments."""
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"atdiag: {' '.join(text.splitlines())}", err=True)
 
 
 def _command(ablation: Callable[..., Study]) -> Callable[..., None]:
@@ -88,8 +109,9 @@ def _run(
     settings = profiles.resolve(profile, seeds, set_, runs)
     device = schedule.choose_device(device or settings.profile.device)
     study = make(Lab(settings))
+    _check_overrides(study, [item.partition("=")[0].strip() for item in set_])
     store = Store(settings.runs)
-    folder = tables.output_folder(study, settings.profile.name, out)
+    folder = tables.output_folder(study, settings.profile.name, out.expanduser() if out else None)
     tables.writable(settings.runs, "--runs")
     if dry_run:
         _show_plan(study, settings, store, device, json_)
@@ -111,10 +133,23 @@ def _run(
         typer.echo(json.dumps(tables.as_json(finished, files)))
 
 
+def _check_overrides(study: Study, names: list[str]) -> None:
+    """Raise UserError for a name given with --set that no arm of the study would feel."""
+    from atdiag.words import UserError
+
+    used = {spec.transfer.method for arm in study.arms for spec in arm.specs}
+    for name in names:
+        method = "distill" if name == "transfer.weight" else name.split(".")[1] if name.count(".") == 2 else None
+        if method is not None and method not in used:
+            raise UserError(
+                f"{name} has no effect here: no arm of this experiment has transfer {method!r}", "leave it out"
+            )
+
+
 def _header(study: Study, settings: Settings) -> None:
-    where = "a miniature of its architecture on embedded data; --profile paper is the real one"
-    note = f" ({where})" if settings.profile.name == "mini" else ""
-    typer.echo(f"atdiag {study.ablation}: {study.teacher.label}{note}")
+    typer.echo(f"atdiag {study.ablation}: {study.teacher.label}")
+    if settings.profile.name == "mini":
+        typer.echo("a miniature of its architecture on embedded data; at paper scale (not yet here): --profile paper")
     if settings.overrides:
         typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(settings.overrides.items())))
 
@@ -131,9 +166,11 @@ def _execute(study: Study, settings: Settings, store: Store, device: str) -> Non
         return
     cost = _duration(schedule.estimate(todo, processes, schedule.measured_speed(store, device)))
     what = "process" if processes == 1 else "processes"
+    begun = sum(store.run(spec).checkpoint.exists() for spec in todo)
+    go_on = f" ({begun} go on from their checkpoints)" if begun else ""
     typer.echo(
         f"{len(specs)} runs, {len(specs) - len(todo)} finished before; "
-        f"{len(todo)} to do in {processes} {what} on {device}: about {cost}"
+        f"{len(todo)} to do{go_on} in {processes} {what} on {device}: about {cost}"
     )
     train(specs, store, device, threads)
 

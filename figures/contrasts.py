@@ -22,7 +22,7 @@ def contrasts(report: Report) -> Figure:
     lines: list[tuple[str, Estimate, str]] = [*arms, *asked]
     labels = [_wrapped(name) for name, _, _ in lines]
     heights = [1 + 0.6 * label.count("\n") for label in labels]
-    figure, axes = style.canvas(height=0.72 + 0.2 * sum(heights))
+    figure, axes = style.canvas(height=0.75 + 0.2 * sum(heights) + 0.12 * caption(report).count("\n"))
 
     place, places = 0.0, []
     for height in heights:
@@ -55,7 +55,10 @@ def _wrapped(name: str) -> str:
 
 
 def caption(report: Report) -> str:
-    """Which experiment, which teacher at which scale, how many seeds."""
+    """Which experiment with which options and overrides, which teacher at which scale, how many seeds."""
     seeds = report.rows[0].seeds
     covers = f"{seeds} seeds, 95 % intervals" if seeds > 1 else "1 seed, 95 % intervals (images only)"
-    return f"{report.study.ablation}, {report.study.teacher.label}, {covers}"
+    first = f"{report.study.ablation}, {report.study.teacher.label}, {covers}"
+    own = [f"{name} {value}" for name, value in report.study.options.items()]
+    own += [f"{name}={value}" for name, value in sorted(report.overrides.items())]
+    return "\n".join([first, *textwrap.wrap(", ".join(own), 62)])

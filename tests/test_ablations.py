@@ -17,7 +17,7 @@ from ablations.reinit import reinit
 from ablations.rescue import OF_INTEREST, rescue
 from atdiag import cli, experiments
 from atdiag.networks import teachers, weights
-from atdiag.runs import Store
+from atdiag.runs import DamagedRunError, Store
 from atdiag.study.ablation import BASELINE, Contrast, Lab, Report, Row, Study, judge
 from atdiag.study.ablation import report as read
 from atdiag.study.contrast import Estimate
@@ -121,7 +121,7 @@ def test_layers_at_the_ends(end):
 
 @pytest.mark.parametrize("end", ["top", "bottom"])
 def test_the_sweep_has_every_k(end):
-    study = layers(lab(), end, 6, "clip_b", "copy", True)
+    study = layers(lab(), end, None, "clip_b", "copy", True)
     assert list(study.curve.values()) == list(range(13))
     assert list(study.curve) == list(arms(study)) == [BASELINE, *(f"{end} {k}" for k in range(1, 12)), "all blocks"]
     for name, k in study.curve.items():
@@ -254,10 +254,10 @@ def fabricated(study: Study, effects, contrasts=None, teacher=90.0, base=50.0, s
     [
         (3.0, 1.0, 3, "helps (+3.0 points [+2.0, +4.0], 3 seeds)"),
         (-3.0, 1.0, 3, "hurts (-3.0 points [-4.0, -2.0], 3 seeds)"),
-        (0.5, 1.0, 3, "makes no difference beyond noise (+0.5 points [-0.5, +1.5], 3 seeds)"),
-        (1.0, 1.0, 3, "makes no difference beyond noise (+1.0 points [+0.0, +2.0], 3 seeds)"),
+        (0.5, 1.0, 3, "can't be told from noise (+0.5 points [-0.5, +1.5], 3 seeds)"),
+        (1.0, 1.0, 3, "can't be told from noise (+1.0 points [+0.0, +2.0], 3 seeds)"),
         (30.0, 1.0, 1, "is undecided with one seed (+30.0 points [+29.0, +31.0], images only)"),
-        (0.0, 0.0, 2, "makes no difference beyond noise (+0.0 points [+0.0, +0.0], 2 seeds)"),
+        (0.0, 0.0, 2, "can't be told from noise (+0.0 points [+0.0, +0.0], 2 seeds, too few to tell much)"),
     ],
 )
 def test_an_estimate_in_words(value, half, seeds, says):
@@ -277,7 +277,7 @@ def test_the_verdict_of_reinit():
     ("k", "effects", "rest", "says"),
     [
         (6, [-2.0, 4.0], [-6.0], "hurts (-2.0 points [-3.0, -1.0], 3 seeds), and is worse than all (-6.0"),
-        (6, [2.0, 2.5], [-0.5], "3 seeds), and differs from all by no more than noise (-0.5 points"),
+        (6, [2.0, 2.5], [-0.5], "3 seeds), and can't be told apart from all (-0.5 points"),
         (6, [9.0, 4.0], [5.0], "is better than all (+5.0 points"),
         (12, [4.0], [], "Copy of all 12 blocks of clip_b (mini) helps (+4.0 points [+3.0, +5.0], 3 seeds)."),
         (0, [4.0], [], "k = 0 transfers nothing: this is the baseline."),
@@ -289,7 +289,7 @@ def test_the_verdict_of_layers(k, effects, rest, says):
 
 
 def test_the_verdict_of_a_sweep_owns_up_to_choosing_after_the_fact():
-    study = layers(lab(), "bottom", 6, "clip_b", "copy", True)
+    study = layers(lab(), "bottom", None, "clip_b", "copy", True)
     text = study.verdict(fabricated(study, [float(k) for k in range(6, -6, -1)]))
     assert "Copy of all 12 blocks of clip_b (mini) hurts (-5.0 points" in text
     assert "along the curve bottom 1 is highest (56.0 %), chosen after the fact." in text
@@ -354,7 +354,20 @@ def test_a_report_is_read_from_run_directories(tmp_path):
     assert (report.reference.top1, report.reference.seeds) == (90.0, 1)
     assert report.dropped["reinit attn"] == ("norm_pre.weight", "blocks.*.attn.x")
     assert "weakness" not in report.verdict
-    assert "(+0.0 points [+0.0, +0.0], 2 seeds)" in report.verdict
+    assert "(+0.0 points [+0.0, +0.0], 2 seeds, too few to tell much)" in report.verdict
+
+
+def test_predictions_of_another_run_are_not_taken_for_its_own(tmp_path):
+    store, study = Store(tmp_path), reinit(lab())
+    right = {BASELINE: [20, 22], "reinit attn": [20, 22], "reinit attn + copy": [30, 31], "teacher": [36]}
+    finished(study, store, right)
+    one, other = (store.run(spec) for spec in study.arms[2].specs)
+    one.predictions.write_bytes(other.predictions.read_bytes())
+    with pytest.raises(DamagedRunError, match=r"does not agree with result\.json"):
+        read(study, lab().settings, store)
+    one.predictions.write_bytes(b"nonsense")
+    with pytest.raises(DamagedRunError, match=f"atdiag runs remove {one.id}"):
+        read(study, lab().settings, store)
 
 
 def test_a_teacher_below_the_baseline_is_named(tmp_path):
@@ -447,13 +460,30 @@ def test_an_experiment_of_another_package_is_a_command(installed, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_experiment_that_cannot_be_loaded_takes_no_other_away(monkeypatch, capsys):
+    entries = [
+        EntryPoint("broken", "nowhere_at_all:it", "atdiag.ablations"),
+        EntryPoint("reinit", "theirs:it", "atdiag.ablations"),
+        EntryPoint("runs", "theirs:it", "atdiag.ablations"),
+        EntryPoint("reinit", "ablations.reinit:reinit", "atdiag.ablations"),
+    ]
+    monkeypatch.setattr(experiments, "entry_points", lambda group: entries)
+    app = typer.Typer()
+    experiments.add_commands(app)
+    assert [command.callback.__name__ for command in app.registered_commands] == ["reinit"]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3
+    assert any("'broken' of nowhere_at_all:it can't be loaded (ModuleNotFoundError" in line for line in warnings)
+    assert sum("that name is taken" in line for line in warnings) == 2
+
+
 def test_the_readme_s_experiment_is_a_command(installed, tmp_path):
     run = installed("finetune", readme_example()["finetune"])
     assert "--teacher" in run("--help")[1]
     code, out, err = run("--teacher", "beitv2_b", "--seeds", "2", "--dry-run")
     assert (code, err) == (0, "")
     assert "atdiag finetune: beitv2_b (mini)" in out
-    assert "4 runs, 4 to do" in out
+    assert "5 runs, 5 to do" in out
     study = readme_example()["finetune"](lab(), "beitv2_b")
-    right = {arm.name: [20, 30] for arm in study.arms}
+    right = {arm.name: [20, 30] for arm in study.arms} | {"teacher": [36]}
     assert "Fine-tuning beitv2_b (mini) " in finished(study, Store(tmp_path), right).verdict

@@ -85,13 +85,22 @@ def wrong(capsys, *arguments) -> str:
         ("layers --k six --teacher clip_b", "'--k'"),
         ("layers --k 1.5 --teacher clip_b", "'--k'"),
         ("layers --k 13 --sweep --teacher clip_b", "--k 13"),
+        ("layers --k 3 --sweep --teacher clip_b", "leave one of them out"),
+        ("reinit --set recipe.distill.lr=1e-5", "no arm of this experiment has transfer 'distill'"),
+        ("reinit --set transfer.weight=2", "transfer.weight has no effect here"),
+        ("reinit --transfer distill --set transfer.weight=0", "transfer.weight=0 transfers nothing"),
+        ("reinit --set recipe.lr=0", "recipe.lr=0 trains nothing"),
+        ("reinit --set recipe.min_lr=1", "recipe.min_lr=1 is above recipe.lr=0.002"),
+        ("reinit --device cdua", "unknown device 'cdua', did you mean 'cuda'?"),
+        ("pretrain clip_b --out .", "is a folder"),
+        ("reinit --teacher clip", "did you mean 'clip_b'?"),
         ("reinit --teacher clip_bb", "unknown teacher 'clip_bb', did you mean 'clip_b'?"),
         ("reinit --teacher zebra", "unknown teacher 'zebra'"),
         ("reinit --teacher zebra", "'atdiag teachers' lists them"),
-        ("reinit --teacher mae_b", "use '--teacher deit_b'"),
-        ("layers --teacher dino_s", "use '--teacher deit_s'"),
-        ("rescue --teacher deit3_b", "use '--teacher dinov2_b'"),
-        ("rescue --teacher beit_b", "use '--teacher beitv2_b'"),
+        ("reinit --teacher mae_b", "use 'deit_b'"),
+        ("layers --teacher dino_s", "use 'deit_s'"),
+        ("rescue --teacher deit3_b", "use 'dinov2_b'"),
+        ("rescue --teacher beit_b", "use 'beitv2_b'"),
         ("reinit --profile min", "unknown profile 'min', did you mean 'mini'? (known: mini, small, paper)"),
         ("reinit --profile paper", "ImageNet-1k and the published weights"),
         ("reinit --profile paper", "use '--profile mini'"),
@@ -116,7 +125,7 @@ def wrong(capsys, *arguments) -> str:
         ("teachers --family dinov", "unknown family 'dinov', did you mean 'dinov2'?"),
         ("teachers --profile papr", "unknown profile 'papr', did you mean 'paper'?"),
         ("pretrain clip_bb", "unknown teacher 'clip_bb', did you mean 'clip_b'?"),
-        ("pretrain mae_b", "use '--teacher deit_b'"),
+        ("pretrain mae_b", "use 'deit_b'"),
         ("pretrain", "Missing argument 'name' (see 'atdiag pretrain --help')"),
         ("pretrain clip_b --out {file}/x.safetensors", "{file} is not a folder"),
         ("runs show 0123", "no run in runs named '0123'"),
@@ -478,7 +487,7 @@ def test_runs_list_show_remove(home, at_home, tmp_path, monkeypatch, capsys):
     assert {row["run"] for row in listed} == {path.parent.name for path in Path("runs").glob("*/spec.json")}
     assert {row["state"] for row in listed} == {"finished"}
     table = atdiag("runs", "list")[1]
-    assert all(row["run"] in table for row in listed)
+    assert all(row["run"][:12] in table for row in listed)
 
     copy = next(row for row in listed if row["transfer"] == "copy 6-11")
     assert (copy["teacher"], copy["student"], copy["start"]) == ("clip_b (mini)", "standard", "scratch")

@@ -41,11 +41,8 @@ def _published(row: teachers.Row) -> dict[str, Any]:
 def _mini(row: teachers.Row) -> dict[str, Any]:
     path = weights.shipped_path(row.name)
     own = row.name in teachers.miniatures()
-    try:
-        tokens: int | None = teachers.miniature_network(row.name).tokens
-        source = "shipped" if path.exists() else "missing"
-    except UserError as fault:
-        tokens, source = None, str(fault).rsplit("'--teacher ", 1)[-1].rstrip("'").join(("use ", ""))
+    source = ("shipped" if path.exists() else "missing") if own else f"use {teachers.stand_in(row.name)}"
+    tokens = teachers.miniature_network(row.name).tokens if own else None
     return {
         **_published(row),
         "source": source,

@@ -74,6 +74,14 @@ def row(name: str) -> Row:
     return registry()[name]
 
 
+def stand_in(name: str) -> str:
+    """The miniature with a teacher's architecture: its own, or the nearest of another family or size."""
+    found = row(name)
+    twins = [registry()[m] for m in miniatures() if registry()[m].components == found.components]
+    same_size = [twin for twin in twins if twin.size == found.size]
+    return name if name in miniatures() else (same_size or twins)[-1].name
+
+
 def miniature_network(name: str) -> Network:
     """The architecture of a teacher's miniature: its family's native components at small size.
 
@@ -82,13 +90,9 @@ def miniature_network(name: str) -> Network:
     found = row(name)
     own = _table()["miniature"].get(name)
     if own is None:
-        twins = [m for m in miniatures() if registry()[m].components == found.components]
-        same_size = [m for m in twins if registry()[m].size == found.size]
-        use = (same_size or twins)[-1]
+        use = stand_in(name)
         kind = "the plain architecture" if not found.components else "the architecture"
-        raise UserError(
-            f"{name} has no miniature of its own: at this size it would be {kind} of {use}", f"use '--teacher {use}'"
-        )
+        raise UserError(f"{name} has no miniature of its own: at this size it would be {kind} of {use}", f"use {use!r}")
     return Network(
         image_size=20,
         patch_size=4,

@@ -97,6 +97,8 @@ class Report:
     rows: tuple[Row, ...]
     contrasts: Mapping[str, Estimate]
     reference: Row | None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """The user's overrides of the profile, by dotted name."""
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Arm -> the teacher's weights that had no place in the student that started from it."""
     verdict: str = ""
@@ -212,10 +214,13 @@ def outcomes(arm: Arm, store: Store) -> Outcomes:
         path = store.run(spec).predictions
         try:
             with np.load(path, allow_pickle=False) as saved:
-                correct[spec.seed.data, spec.seed.model] = saved["prediction"] == saved["label"]
+                right = saved["prediction"] == saved["label"]
                 clusters = saved["cluster"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as fault:
-            raise DamagedRunError(path, fault) from None
+            raise DamagedRunError(path, type(fault).__name__) from None
+        if abs(100 * right.mean() - store.run(spec).result()["top1"]) > 1e-6:
+            raise DamagedRunError(path, "it does not agree with result.json")
+        correct[spec.seed.data, spec.seed.model] = right
     return Outcomes(correct, clusters)
 
 
@@ -237,7 +242,7 @@ def report(study: Study, settings: Settings, store: Store) -> Report:
     asked = {c.name: estimate(measured, c.weights) for c in study.contrasts}
     reference = _row(study.reference, store) if study.reference else None
     dropped = {arm.name: names for arm in study.arms if (names := _dropped(store.run(arm.specs[0]).result()))}
-    unsaid = Report(study, settings.profile.name, tuple(rows), asked, reference, dropped)
+    unsaid = Report(study, settings.profile.name, tuple(rows), asked, reference, settings.overrides, dropped)
     return replace(unsaid, verdict=" ".join(filter(None, (study.verdict(unsaid), _handicap(unsaid)))))
 
 
@@ -268,9 +273,13 @@ def effect(estimate: Estimate) -> str:
     return f"{estimate.value:+.1f} points [{estimate.low:+.1f}, {estimate.high:+.1f}]"
 
 
-def judge(estimate: Estimate, better: str, worse: str, same: str = "makes no difference beyond noise") -> str:
-    """A verb phrase for an estimate, with its numbers; with one seed always "undecided"."""
+def judge(estimate: Estimate, better: str, worse: str, same: str = "can't be told from noise", be: str = "is") -> str:
+    """A verb phrase for an estimate, with its numbers; with one seed always "undecided".
+
+    An interval that includes zero does not say that there is no effect, so no phrase says that.
+    """
     if estimate.seeds < 2:
-        return f"is undecided with one seed ({effect(estimate)}, images only)"
+        return f"{be} undecided with one seed ({effect(estimate)}, images only)"
     phrase = same if not estimate.clear else better if estimate.value > 0 else worse
-    return f"{phrase} ({effect(estimate)}, {estimate.seeds} seeds)"
+    few = ", too few to tell much" if estimate.seeds == 2 and not estimate.clear else ""
+    return f"{phrase} ({effect(estimate)}, {estimate.seeds} seeds{few})"

@@ -94,7 +94,9 @@ def resolve(
     if not 1 <= count <= 1000:
         asked = f"--seeds {count}" if seeds is not None else f"{path}: seeds = {count}"
         raise UserError(asked, "give a number from 1 to 1000")
-    root = runs or Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
+    root = (
+        runs.expanduser() if runs else Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
+    )
     pairs = tuple(Seed(data=i, model=i) for i in range(count))
     return Settings(resolved, pairs, root, overrides)
 
@@ -264,6 +266,12 @@ def _check_sense(profile: Profile) -> None:
         for name, value in values.items():
             if value > _MOST[name]:
                 raise UserError(f"{name}={_short(value)} is too large", f"give at most {_MOST[name]}")
+        if recipe.lr == 0:
+            raise UserError("recipe.lr=0 trains nothing", "give a positive rate")
+        if recipe.min_lr > recipe.lr:
+            raise UserError(
+                f"recipe.min_lr={recipe.min_lr:g} is above recipe.lr={recipe.lr:g}", "give a smaller min_lr"
+            )
         if recipe.epochs == 0:
             raise UserError("recipe.epochs=0 trains nothing", "give at least 1")
         if recipe.batch_size > data.train:

@@ -318,4 +318,6 @@ class _Crew:
                 last = next((line for line in reversed(words) if not line[0].isspace()), f"exit code {code}")
             log = self.store.root / "last-fault.log"
             log.write_text("\n".join([*words, last]) + "\n")
-            raise FaultError(f"a training process failed: {last} (its last words are in {log})")
+            raise FaultError(
+                f"a training process failed: {last} (its last words are in {log}); the same command goes on from there"
+            )

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def title(report: Report) -> str:
     """``reinit - clip_b (mini) - module attn, transfer copy``."""
     options = ", ".join(f"{name} {value}" for name, value in report.study.options.items())
-    return f"{report.study.ablation} - {report.study.teacher.label} - {options}"
+    return " - ".join(filter(None, (report.study.ablation, report.study.teacher.label, options)))
 
 
 def slug(study: Study) -> str:
     """A file name for a study: its options, and a few digits that any change of a run's spec changes."""
-    options = "-".join(study.options.values()).replace(" ", "")
+    options = "-".join(study.options.values()).replace(" ", "") or study.ablation
     digest = hashlib.sha256(" ".join(sorted(spec.id for spec in study.specs)).encode()).hexdigest()[:6]
     return f"{options}-{digest}"
 
@@ -43,6 +43,7 @@ def frame(report: Report) -> pd.DataFrame:
         lines[-1]["runs"] = " ".join(run for arm in arms for run in report.row(arm).runs)
     table = pd.DataFrame(lines)
     table.insert(0, "teacher", report.study.teacher.label)
+    table["overrides"] = " ".join(f"{name}={value}" for name, value in sorted(report.overrides.items()))
     table.insert(0, "profile", report.profile)
     table.insert(0, "ablation", report.study.ablation)
     return table
@@ -73,7 +74,7 @@ def terminal(report: Report) -> Table:
     from rich.table import Table
 
     table = Table(title=title(report), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("arm", overflow="fold")
+    table.add_column("arm", overflow="fold", min_width=12)
     table.add_column("top-1 %", justify="right", no_wrap=True)
     table.add_column("points vs scratch [95 %]", justify="right", no_wrap=True)
     table.add_column("seeds", justify="right", no_wrap=True)
@@ -120,7 +121,14 @@ def notes(report: Report) -> list[str]:
         f"Profile {report.profile}, data {data.name}. Intervals: 95 %, over "
         + ("seeds and test images (by source digit)." if report.rows[0].seeds > 1 else "test images only: one seed.")
     )
-    if report.reference is None:
+    if report.overrides:
+        out.append(
+            "Overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(report.overrides.items())) + "."
+        )
+    if (
+        report.reference is None
+        and report.study.teacher.network.classes != report.study.arms[0].specs[0].network.classes
+    ):
         out.append(f"The teacher's own accuracy is not shown: its head is for another task than {data.name}.")
     return out
 
@@ -136,6 +144,7 @@ def as_json(report: Report, files: list[Path]) -> dict[str, Any]:
         "profile": report.profile,
         "teacher": report.study.teacher.label,
         "options": dict(report.study.options),
+        "overrides": dict(report.overrides),
         "arms": [
             {
                 "arm": row.arm,

@@ -100,6 +100,18 @@ class Network(Spec):
         self._become(**{name: v[:1] for name in ("mean", "std") if len(set(v := getattr(self, name))) == 1})
         return self
 
+    def student(self, components: tuple[str, ...] = (), classes: int | None = None) -> Network:
+        """The architecture of a student for this teacher: its grid, width, depth, heads and class token.
+
+        ``components`` are the native components that the student is given: none for the standard student, all of the
+        teacher's for the native one. Raises ValueError for one that the teacher lacks.
+        """
+        if foreign := [name for name in components if name not in self.components]:
+            have = ", ".join(self.components) or "none"
+            raise ValueError(f"{', '.join(foreign)}: not a native component of this teacher (it has: {have})")
+        same = self.model_dump(exclude={"norm_eps"})  # the plain ViT's own
+        return Network.model_validate({**same, "components": components, "classes": classes or self.classes})
+
     @property
     def grid(self) -> int:
         """Patches along one side."""

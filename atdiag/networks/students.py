@@ -19,20 +19,6 @@ _BRANCHES = {"attn": ("ls1", "attn.proj"), "mlp": ("ls2", "mlp.fc2")}
 """A block's module -> the LayerScale of its branch, and the projection that this scales."""
 
 
-def standard(teacher: Network, components: tuple[str, ...] = (), classes: int | None = None) -> Network:
-    """The student's architecture for a teacher: its grid, width, depth, heads, class token, and the given components.
-
-    ``components`` must be among the teacher's own; () is the standard student, ``teacher.components`` the native one.
-    """
-    foreign = [name for name in components if name not in teacher.components]
-    if foreign:
-        have = ", ".join(teacher.components) or "none"
-        raise ValueError(f"{', '.join(foreign)}: not a native component of this teacher (it has: {have})")
-    return Network.model_validate(
-        {**teacher.model_dump(), "components": components, "classes": classes or teacher.classes, "norm_eps": 1e-6}
-    )
-
-
 def build(network: Network, seed: int) -> ViT:
     """A network that starts from scratch."""
     vit = ViT(network)

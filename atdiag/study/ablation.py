@@ -128,14 +128,7 @@ class Lab:
                     f"{teacher.label} has no component {name!r}{suggest(name, have)}",
                     f"it has {', '.join(have) or 'none'}",
                 )
-        return Network.model_validate(
-            {
-                **teacher.network.model_dump(),
-                "components": components,
-                "classes": NAMES[self.settings.profile.data.name],
-                "norm_eps": 1e-6,
-            }
-        )
+        return teacher.network.student(components, NAMES[self.settings.profile.data.name])
 
     def transfer(self, method: str, network: Network, layers: Sequence[int] | None = None) -> Transfer:
         """A transfer of the maps of some blocks (None: of all)."""

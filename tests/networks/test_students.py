@@ -51,13 +51,13 @@ def test_a_copy_with_random_q_and_k_needs_only_the_teachers_maps(teacher, images
 
 def test_a_student_fits_its_teacher():
     teacher = teachers.miniature_network("dinov2_reg_s")
-    plain, native = students.standard(teacher), students.standard(teacher, teacher.components, classes=3)
+    plain, native = teacher.student(), teacher.student(teacher.components, classes=3)
     assert plain.components == () and plain.registers == 0 and plain.layer_scale_init is None
     assert native == teacher.model_copy(update={"classes": 3})
     for field in ("grid", "width", "depth", "heads", "class_token"):
         assert getattr(plain, field) == getattr(native, field) == getattr(teacher, field)
     with pytest.raises(ValueError, match=r"pre_norm: not a native component of this teacher.*layer_scale, registers"):
-        students.standard(teacher, ("pre_norm",))
+        teacher.student(("pre_norm",))
 
 
 def test_initialisation_is_a_function_of_the_seed_alone():
@@ -108,7 +108,7 @@ def test_no_two_rows_are_drawn_alike():
 
 
 def started(teacher, names=None, seed=7, **init):
-    network = students.standard(teacher.network, teacher.network.components if names is None else names)
+    network = teacher.network.student(teacher.network.components if names is None else names)
     student = students.build(network, seed).eval()
     fresh = copy.deepcopy(student.state_dict())
     return student, fresh, students.start_from(student, teacher, Init(source="teacher", **init))

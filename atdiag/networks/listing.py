@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def rows(profile: str, family: str | None = None) -> list[dict[str, Any]]:
-    """A row for each teacher: name, family, size, source, licence, components, tokens, available, top1.
+    """A row for each teacher: name, family, title, size, source, licence, components, tokens, available, top1.
 
     At mini ``source`` is the shipped file, or the miniature that stands for the architecture; elsewhere the published
     weights. ``top1`` is a miniature's own accuracy on its test scenes.
@@ -27,7 +27,8 @@ def rows(profile: str, family: str | None = None) -> list[dict[str, Any]]:
 def _published(row: teachers.Row) -> dict[str, Any]:
     return {
         "name": row.name,
-        "family": row.title,
+        "family": row.family,
+        "title": row.title,
         "size": row.size.upper(),
         "source": row.weights,
         "licence": row.licence,
@@ -70,7 +71,7 @@ def table(listed: list[dict[str, Any]], profile: str) -> Table:
     for row in shown:
         out.add_row(
             row["name"],
-            row["family"],
+            row["title"],
             f"{row['source']}, {row['licence']}",
             "\n".join(row["components"]) or "none",
             str(row["tokens"]),

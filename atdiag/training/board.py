@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ class Board:
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
         """Write what is new in a run's metrics.
 
-        The first call of a process writes all lines and declares what an earlier process wrote void, so that a run
+        The first call of a process writes all lines anew in place of what an earlier process wrote, so that a run
         which was killed and goes on from an older step has one curve.
         """
         if self._writer is None:
@@ -30,7 +31,8 @@ class Board:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 return
-            self._writer = SummaryWriter(str(self._folder), purge_step=0)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._writer = SummaryWriter(str(self._folder))
         for line in lines[self._written :]:
             for name, value in line.items():
                 if name not in ("epoch", "step"):

@@ -13,17 +13,13 @@ import typer
 from typer.core import TyperGroup
 
 from atdiag import experiments
+from atdiag.experiments import Json, Profile, Runs, say
 
 if TYPE_CHECKING:
     from atdiag.runs import Run, Store
     from atdiag.spec import Transfer
 
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
-
-Runs = Annotated[
-    Path | None, typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print a last line that a machine can read.")]
 
 
 class _Commands(TyperGroup):
@@ -49,7 +45,7 @@ runs_app = typer.Typer(no_args_is_help=True, help="List, show and remove runs.")
 
 @app.command()
 def teachers(
-    profile: Annotated[str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]")] = None,
+    profile: Profile = None,
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
     json_: Json = False,
 ) -> None:
@@ -260,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as fault:
         code = _explain(fault)
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
-        _say("stopped: checkpoints are written, the same command goes on from there")
+        say("stopped: checkpoints are written, the same command goes on from there")
     sys.exit(code)
 
 
@@ -273,7 +269,7 @@ def _explain(fault: Exception) -> int:
     from atdiag.words import UserError
 
     if isinstance(fault, UserError):
-        _say(str(fault))
+        say(str(fault))
         return EXIT_USAGE
     if hasattr(fault, "format_message"):  # a usage error of the command-line library
         if type(fault).__name__ == "NoArgsIsHelpError":
@@ -281,7 +277,7 @@ def _explain(fault: Exception) -> int:
             return EXIT_USAGE
         context = getattr(fault, "ctx", None)
         hint = f" (see '{context.command_path} --help')" if context else ""
-        _say(fault.format_message().replace("\n", " ").rstrip(".") + hint)
+        say(fault.format_message().replace("\n", " ").rstrip(".") + hint)
         return EXIT_USAGE
     from atdiag.runs import DamagedRunError
     from atdiag.study.schedule import FaultError, StoppedError
@@ -289,16 +285,12 @@ def _explain(fault: Exception) -> int:
     if isinstance(fault, StoppedError):
         return EXIT_TERMINATED
     if isinstance(fault, FaultError | DamagedRunError | OSError):
-        _say(str(fault))
+        say(str(fault))
         return EXIT_FAULT
     if os.environ.get("ATDIAG_DEBUG"):
         raise fault
-    _say(f"{type(fault).__name__}: {fault} (this is a bug in atdiag; ATDIAG_DEBUG=1 shows where)")
+    say(f"{type(fault).__name__}: {fault} (this is a bug in atdiag; ATDIAG_DEBUG=1 shows where)")
     return EXIT_FAULT
-
-
-def _say(text: str) -> None:
-    typer.echo(f"atdiag: {' '.join(text.splitlines())}", err=True)
 
 
 if __name__ == "__main__":

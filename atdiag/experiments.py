@@ -20,28 +20,34 @@ if TYPE_CHECKING:
     from atdiag.study.ablation import Lab, Report, Study
     from atdiag.study.profile import Settings
 
-_COMMON: dict[str, Any] = {
-    "profile": (str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]"), None),
-    "set_": (
-        list[str],
-        typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
-        [],
-    ),
-    "seeds": (int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]"), None),
-    "dry_run": (bool, typer.Option("--dry-run", help="Show what would be run, what is finished, and the cost."), False),
-    "json_": (bool, typer.Option("--json", help="Print a last line that a machine can read."), False),
-    "out": (
-        Path | None,
-        typer.Option(help="Folder for table and figure. [default: ./results/<ablation>-<teacher>-<profile>]"),
-        None,
-    ),
-    "runs": (
-        Path | None,
-        typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]"),
-        None,
-    ),
-    "device": (str | None, typer.Option(help="cuda, mps or cpu. [default: the profile's; mini: cpu]"), None),
+Runs = Annotated[
+    Path | None, typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print a last line that a machine can read.")]
+Profile = Annotated[str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]")]
+_Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
+]
+_Seeds = Annotated[int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be run, what is finished, and the cost.")]
+_Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for table and figure. [default: ./results/<ablation>-<teacher>-<profile>]"),
+]
+_Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the profile's; mini: cpu]")]
+
+_COMMON: dict[str, tuple[Any, Any]] = {
+    "profile": (Profile, None),
+    "set_": (_Set, []),
+    "seeds": (_Seeds, None),
+    "dry_run": (_DryRun, False),
+    "json_": (Json, False),
+    "out": (_Out, None),
+    "runs": (Runs, None),
+    "device": (_Device, None),
 }
+"""The options that every experiment has: annotation and default."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -52,12 +58,12 @@ def add_commands(app: typer.Typer) -> None:
         entry_points(group="atdiag.ablations"), key=lambda entry: not entry.value.startswith("ablations.")
     ):
         if entry.name in taken or entry.name in RESERVED:
-            _warn(f"the experiment {entry.name!r} of {entry.value} is left out: that name is taken")
+            say(f"the experiment {entry.name!r} of {entry.value} is left out: that name is taken")
             continue
         try:
             command = _command(entry.load())
         except Exception as fault:  # another package's fault must not take this one's commands away
-            _warn(f"the experiment {entry.name!r} of {entry.value} can't be loaded ({type(fault).__name__}: {fault})")
+            say(f"the experiment {entry.name!r} of {entry.value} can't be loaded ({type(fault).__name__}: {fault})")
             continue
         taken[entry.name] = entry.value
         app.command(entry.name)(command)
@@ -67,7 +73,8 @@ RESERVED = ("teachers", "pretrain", "doctor", "runs")
 """Names of commands that are no experiments."""
 
 
-def _warn(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the user something in one line, on standard error."""
     typer.echo(f"atdiag: {' '.join(text.splitlines())}", err=True)
 
 
@@ -75,8 +82,8 @@ def _command(ablation: Callable[..., Study]) -> Callable[..., None]:
     signature = inspect.signature(ablation, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
     common = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[type_, option])
-        for name, (type_, option, default) in _COMMON.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in _COMMON.items()
     ]
 
     def command(**options: Any) -> None:

@@ -82,7 +82,7 @@ def resolve(
     """Resolve a command's settings. Raises UserError for whatever is wrong with any of them."""
     path = folder / "atdiag.toml"
     file = _read_file(path)
-    name = profile_name(profile, environment, folder)
+    name = _name(profile, environment, path, file)
     if name in _PLANNED:
         raise UserError(
             f"profile {name!r} ({_PLANNED[name]}) needs data and weights that this version can't load",
@@ -104,12 +104,16 @@ def resolve(
 def profile_name(profile: str | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> str:
     """The name of the profile that is meant. Raises UserError for an unknown one, and says where it was given."""
     path = folder / "atdiag.toml"
+    return _name(profile, environment, path, _read_file(path))
+
+
+def _name(profile: str | None, environment: Mapping[str, str], path: Path, file: Mapping[str, Any]) -> str:
     name, origin = next(
         (value, origin)
         for value, origin in (
             (profile, "--profile"),
             (environment.get("ATDIAG_PROFILE") or None, "ATDIAG_PROFILE"),
-            (_read_file(path).get("profile"), str(path)),
+            (file.get("profile"), str(path)),
             ("mini", ""),
         )
         if value is not None

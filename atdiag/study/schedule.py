@@ -142,7 +142,6 @@ class Tick:
     done: int
     total: int
     images: int
-    finished_runs: int
     doing: str
 
 
@@ -191,7 +190,7 @@ def execute(
         elsewhere = [spec for spec in todo if store.run(spec).state == "training"]
         if len(elsewhere) == len(todo):
             runs = "1 run" if len(todo) == 1 else f"{len(todo)} runs"
-            tick(Tick(0, 0, 0, 0, f"waiting for {runs} that another process is training"))
+            tick(Tick(0, 0, 0, f"waiting for {runs} that another process is training"))
             time.sleep(1)
             continue
         ours = [spec for spec in todo if spec not in elsewhere]
@@ -299,7 +298,6 @@ class _Crew:
                     done=sum(m["done"] for m in latest.values()),
                     total=sum(m["total"] for m in latest.values()),
                     images=sum(m["images"] for m in latest.values()),
-                    finished_runs=sum(status == "finished" for status in statuses.values()),
                     doing=message.get("doing", "") if message else "",
                 )
             )

@@ -64,7 +64,7 @@ def main() -> int:
             last = now
             if time.monotonic() - told > 0.2 or now.doing != "training":
                 told = time.monotonic()
-                at = done + total - (now.total - now.done)  # runs that have ended are no longer in now.total
+                at = done + total - (now.total - now.done)  # runs that were finished before are not in now.total
                 tell({"done": at, "total": sum(steps), "images": images + now.images, "doing": now.doing})
 
         status = cohort.train(group, store, weights.load, device, report, stop.is_set)

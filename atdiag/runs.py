@@ -201,7 +201,12 @@ class Store:
         return Run(self.root / spec.id)
 
     def create(self, spec: RunSpec) -> Run:
-        """The run of a spec, its directory made. Raises ValueError if another spec is in there."""
+        """The run of a spec, its directory made.
+
+        Raises ValueError if another spec is in there, or if the spec is a plan for weights that are not here.
+        """
+        if spec.teacher is not None and spec.teacher.sha256 is None:
+            raise ValueError(f"the weights of {spec.teacher.label} are not on this machine")
         run = self.run(spec)
         run.path.mkdir(parents=True, exist_ok=True)
         if (run.path / "spec.json").exists():

@@ -25,7 +25,21 @@ SEMANTICS = 1
 NOT_HASHED: frozenset[str] = frozenset({"teacher.name", "teacher.profile"})
 """Fields that say by which name a thing was asked for, not what it is (a teacher *is* its network and weights)."""
 
-ADDED_FIELDS: dict[str, Any] = {}
+ADDED_FIELDS: dict[str, Any] = {
+    "network.differences": [],
+    "teacher.network.differences": [],
+    "init.head_rows": [],
+    "transfer.teacher_layers": [],
+    "transfer.tensor": "map",
+    "transfer.heads": None,
+    "transfer.average": None,
+    "transfer.reduce": "sum",
+    "transfer.temperature": None,
+    **dict.fromkeys(("data.image_size", "data.per_class", "data.test_per_class", "data.fingerprint")),
+    "recipe.crop": None,
+    "recipe.flip": False,
+    "recipe.erase": 0.0,
+}
 """Fields added since version 1 -> the value under which nothing changed. A spec that holds that value hashes as if the
 field did not exist, so old runs stay finished. Frozen: rows are only ever added, and never edited."""
 
@@ -75,6 +89,9 @@ class Network(Spec):
     """Initial value of LayerScale's factors; None without the component `layer_scale`."""
     registers: int = Field(default=0, ge=0)
     """Number of register tokens; 0 without the component `registers`."""
+    differences: Annotated[tuple[str, ...], AfterValidator(_sorted_set)] = ()
+    """What else tells a published network from the plain ViT and can't be added to a student yet (``rope``): such a
+    network can teach, and no student has it."""
 
     @model_validator(mode="after")
     def _canonical(self) -> Self:
@@ -109,7 +126,7 @@ class Network(Spec):
         if foreign := [name for name in components if name not in self.components]:
             have = ", ".join(self.components) or "none"
             raise ValueError(f"{', '.join(foreign)}: not a native component of this teacher (it has: {have})")
-        same = self.model_dump(exclude={"norm_eps"})  # the plain ViT's own
+        same = self.model_dump(exclude={"norm_eps", "differences"})  # the plain ViT's own
         return Network.model_validate({**same, "components": components, "classes": classes or self.classes})
 
     @property
@@ -136,8 +153,8 @@ class Teacher(Spec):
     profile: str
     """The profile whose weights are meant: ``clip_b`` at mini is not CLIP."""
     network: Network
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Of the weight file."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    """Of the weight file; None in a plan for weights that are not on this machine, which nothing trains with."""
 
     @property
     def label(self) -> str:
@@ -156,6 +173,9 @@ class Init(Spec):
     """Modules of every block that are drawn afresh although the rest starts from the teacher."""
     head: bool = False
     """Also take the teacher's classifier head (a student starts with a fresh head otherwise)."""
+    head_rows: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """With ``head``: which of the teacher's classes the student's classes are, in order (a data set of ten ImageNet
+    classes). Empty: the same classes."""
     layer_scale: Literal["fold", "drop"] = "fold"
     """What becomes of a teacher's LayerScale in a student without it: multiplied into the projection that follows
     (exact), or dropped."""
@@ -164,44 +184,154 @@ class Init(Spec):
     def _canonical(self) -> Self:
         if self.source == "scratch":
             self._become(reinit=(), head=False, layer_scale="fold")
+        if not self.head:
+            self._become(head_rows=())
         return self
+
+
+TransferMethod = Literal["copy", "distill", "logits", "features", "none"]
+MapLoss = Literal["ce", "mse", "jsd", "l1", "logits_mse"]
+
+_METHODS_TEXT = {
+    "copy": "the teacher's tensor replaces the student's",
+    "logits": "the student's class probabilities are pulled to the teacher's",
+    "features": "the student's residual stream is pulled to the teacher's",
+}
 
 
 class Transfer(Spec):
-    """What passes from the teacher's attention to the student's during training.
+    """What passes from the teacher to the student during training.
 
     ``copy``: the teacher's map replaces the student's (Li et al. 2024, section 3.1). ``distill``: a loss pulls the
-    student's map to the teacher's (section 3.2). ``none``: nothing.
+    student's map to the teacher's (section 3.2). ``none``: nothing. Beside them, as comparisons that pass no attention:
+    ``logits``, distillation of the class probabilities (Hinton et al. 2015), and ``features``, of the residual stream.
     """
 
-    method: Literal["copy", "distill", "none"] = "none"
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_sorted_set)] = ()
-    """Blocks, counted from 0 at the input."""
-    loss: Literal["ce"] | None = None
+    method: TransferMethod = "none"
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """The student's blocks, counted from 0 at the input."""
+    teacher_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """The teacher's block for each of ``layers``; empty: the same ones."""
+    tensor: Literal["map", "q", "k", "v"] = "map"
+    """What of a block's attention passes: the map, or its queries, keys or values alone."""
+    heads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_sorted_set)] | None = None
+    """Which heads; None: all."""
+    average: Literal["examples", "queries", "heads", "layers"] | None = None
+    """What the teacher's map is averaged over before it passes: what is lost shows what mattered."""
+    loss: Literal["ce", "kl", "mse", "jsd", "l1", "logits_mse"] | None = None
+    """How two maps are compared (distill). ``kl`` becomes ``ce``: their gradients are the same, so they are one arm.
+    Of q, k, v and features it is always ``mse``."""
+    reduce: Literal["sum", "mean"] = "sum"
+    """How the losses of several layers become one."""
     weight: NonNegative | None = None
-    """Factor of the distillation loss, which is summed over layers. Copy has none."""
+    """Factor of the transfer loss. Copy has none."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """By which both networks' logits are divided (``logits``)."""
 
     @model_validator(mode="after")
     def _canonical(self) -> Self:
-        if self.method == "none" or not self.layers or self.weight == 0:
-            self._become(method="none", layers=(), loss=None, weight=None)
-        elif self.method == "distill":
-            self._become(loss=self.loss or "ce", weight=3.0 if self.weight is None else self.weight)
-        elif self.loss is not None or self.weight is not None:
-            raise ValueError("copy has neither loss nor weight: the teacher's map replaces the student's")
+        nothing = self.method == "none" or self.weight == 0 or self.heads == ()
+        if nothing or (self.method != "logits" and not self.layers):
+            blank = type(self).model_fields
+            self._become(**{name: info.default for name, info in blank.items()})
+            return self
+        if self.method == "logits":
+            self._refuse("layers", "teacher_layers", "heads", "average", "loss")
+            self._become(weight=self._or(1.0), temperature=self.temperature or 3.0)
+            if self.tensor != "map" or self.reduce != "sum":
+                raise ValueError("logits are the network's one output: there is no tensor to choose, nothing to reduce")
+            return self
+        self._refuse("temperature")
+        self._pair_layers()
+        if self.method == "features":
+            self._refuse("heads", "average")
+            if self.tensor != "map" or self.loss not in (None, "mse"):
+                raise ValueError(
+                    "features are the residual stream, compared by mse: there is no tensor or loss to choose"
+                )
+            self._become(loss="mse", weight=self._or(1.0))
+        elif self.method == "copy":
+            self._refuse("loss", "weight")
+            self._become(reduce="sum")
+        else:
+            self._become(weight=self._or(3.0))
+            self._choose_loss()
+        if self.average is not None and self.tensor != "map":
+            raise ValueError(f"only maps are averaged before transfer, not {self.tensor}")
+        if self.reduce == "mean" and len(self.layers) == 1:
+            self._become(reduce="sum")
         return self
+
+    def _or(self, default: float) -> float:
+        return default if self.weight is None else self.weight
+
+    def _refuse(self, *fields: str) -> None:
+        for name in fields:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                why = _METHODS_TEXT.get(self.method, "it compares maps, not class probabilities")
+                raise ValueError(f"{self.method} has no {name} ({why})")
+
+    def _pair_layers(self) -> None:
+        theirs = self.teacher_layers or self.layers
+        if len(theirs) != len(self.layers):
+            raise ValueError(
+                f"teacher_layers names {len(theirs)} blocks for the {len(self.layers)} of layers: give one for each"
+            )
+        pairs = sorted(set(zip(self.layers, theirs, strict=True)))
+        own = tuple(layer for layer, _ in pairs)
+        if len(set(own)) < len(own):
+            raise ValueError("a student's block takes from one block of the teacher, and here one is named for two")
+        other = tuple(layer for _, layer in pairs)
+        self._become(layers=own, teacher_layers=() if other == own else other)
+
+    def _choose_loss(self) -> None:
+        if self.tensor != "map":
+            if self.loss not in (None, "mse"):
+                raise ValueError(f"{self.tensor} is compared by mse: {self.loss} compares maps")
+            self._become(loss="mse")
+            return
+        if self.average is not None and self.loss == "logits_mse":
+            raise ValueError("an averaged map has no logits: choose ce, mse, jsd or l1")
+        self._become(loss="ce" if self.loss in (None, "kl") else self.loss)
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The teacher's block for each of ``layers``."""
+        return self.teacher_layers or self.layers
+
+    @property
+    def takes_attention(self) -> bool:
+        """Whether anything of the teacher's attention passes."""
+        return self.method in ("copy", "distill")
 
 
 class Data(Spec):
     """A data set: which images a run is trained and measured on."""
 
     name: str = "digits"
+    """``digits`` and ``larger`` are embedded scenes, made for each data seed; the others are real images."""
     train: Positive
-    """Training images (the data seed chooses which)."""
+    """Training images (of scenes, the data seed chooses which)."""
     test_per_source: Positive = 4
-    """Test scenes for each held-out source digit (the same for every run)."""
+    """Scenes: test scenes for each held-out source digit (the same for every run)."""
     clutter: int = Field(default=3, ge=0, le=64)
-    """Fragments of other digits in a scene."""
+    """Scenes: fragments of other digits in each."""
+    image_size: Positive | None = None
+    """Real images: the side of the square crop that every network sees, in pixels. None for scenes."""
+    per_class: Positive | None = None
+    """Real images: how many training images of each class, chosen by a hash of the file name; None: all."""
+    test_per_class: Positive | None = None
+    """Real images: the same for test images."""
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Real images in a folder of one's own: sha256 of its list of files and sizes, because its path says nothing."""
+
+    @model_validator(mode="after")
+    def _canonical(self) -> Self:
+        if self.image_size is not None:
+            self._become(test_per_source=4, clutter=3)
+        elif self.per_class or self.test_per_class or self.fingerprint:
+            raise ValueError("per_class, test_per_class and fingerprint are of real images, which need an image_size")
+        return self
 
 
 class Recipe(Spec):
@@ -229,11 +359,17 @@ class Recipe(Spec):
     """Alpha of CutMix (0: off). With both on, each batch takes either with equal chance, as in timm."""
     rand_augment: str | None = None
     """timm's RandAugment configuration, such as ``rand-m9-mstd0.5-inc1``."""
+    crop: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Random resized crop: the least share of the image's area that a crop keeps (0.08 in DeiT). None: the whole."""
+    flip: bool = False
+    """Mirror images left to right with chance one half."""
+    erase: Share = 0.0
+    """Chance that a random rectangle of an image is erased (0.25 in DeiT; Zhong et al. 2020)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: automatic mixed precision, weights and optimiser in float32."""
 
 
-_SHARED = {"batch_size", "mixup", "cutmix", "rand_augment", "precision"}
+_SHARED = {"batch_size", "mixup", "cutmix", "rand_augment", "crop", "flip", "erase", "precision"}
 
 
 class Seed(Spec):
@@ -275,7 +411,7 @@ class RunSpec(Spec):
         if self.teacher is None:
             return self
         student, teacher = self.network, self.teacher.network
-        for field in ("depth", "heads", "image_size", "channels", "grid", "class_token"):
+        for field in ("heads", "image_size", "channels", "grid", "class_token"):
             if getattr(student, field) != getattr(teacher, field):
                 raise ValueError(
                     f"the student's {field} ({getattr(student, field)}) must be "
@@ -283,15 +419,57 @@ class RunSpec(Spec):
                 )
         if student.registers not in (0, teacher.registers):
             raise ValueError(f"the student has {student.registers} registers, the teacher {teacher.registers}")
-        if self.init.source == "teacher" and (student.width, student.mlp_ratio) != (teacher.width, teacher.mlp_ratio):
-            raise ValueError("a student that starts from its teacher needs the teacher's width and mlp_ratio")
-        if self.init.head and student.classes != teacher.classes:
-            raise ValueError(f"the teacher's head has {teacher.classes} classes, the student {student.classes}")
-        if self.transfer.layers and self.transfer.layers[-1] >= student.depth:
-            raise ValueError(
-                f"layer {self.transfer.layers[-1]} is out of range: the network has {student.depth} blocks"
-            )
+        self._check_start(student, teacher)
+        self._check_transfer(student, teacher)
         return self
+
+    def _check_start(self, student: Network, teacher: Network) -> None:
+        if self.init.source == "scratch":
+            return
+        for field in ("width", "mlp_ratio", "depth"):
+            if getattr(student, field) != getattr(teacher, field):
+                raise ValueError(
+                    f"a student that starts from its teacher needs the teacher's {field} "
+                    f"({getattr(teacher, field)}, not {getattr(student, field)})"
+                )
+        if not self.init.head:
+            return
+        rows = self.init.head_rows
+        if rows and (len(rows) != student.classes or max(rows) >= teacher.classes):
+            raise ValueError(
+                f"head_rows must name one of the teacher's {teacher.classes} classes for each of the student's"
+            )
+        if not rows and student.classes != teacher.classes:
+            raise ValueError(f"the teacher's head has {teacher.classes} classes, the student {student.classes}")
+
+    def _check_transfer(self, student: Network, teacher: Network) -> None:
+        transfer = self.transfer
+        if student.depth != teacher.depth and transfer.layers and not transfer.teacher_layers:
+            raise ValueError(
+                f"the student's depth ({student.depth}) is not the teacher's ({teacher.depth}): "
+                "say in teacher_layers which of its blocks passes to which of the student's"
+            )
+        for layers, network, whose in (
+            (transfer.layers, student, ""),
+            (transfer.teacher_layers, teacher, "teacher's "),
+        ):
+            if layers and max(layers) >= network.depth:
+                raise ValueError(f"layer {max(layers)} is out of range: the {whose}network has {network.depth} blocks")
+        if transfer.heads is not None:
+            if transfer.heads[-1] >= student.heads:
+                raise ValueError(f"head {transfer.heads[-1]} is out of range: there are {student.heads}")
+            if len(transfer.heads) == student.heads:
+                self._become(transfer=transfer.model_copy(update={"heads": None}))
+        what = "features" if transfer.method == "features" else transfer.tensor
+        if what != "map" and student.width != teacher.width:
+            raise ValueError(
+                f"{what} pass between networks of one width: teacher {teacher.width}, student {student.width}"
+            )
+        if transfer.method == "logits" and student.classes != teacher.classes:
+            raise ValueError(
+                f"logit distillation needs a teacher with the student's classes "
+                f"(teacher {teacher.classes}, student {student.classes})"
+            )
 
     @property
     def id(self) -> str:

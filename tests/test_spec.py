@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from atdiag import spec
-from atdiag.spec import Data, Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, content_hash
+from atdiag.spec import ADDED_FIELDS, Data, Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, content_hash
 
 PLAIN = Network(image_size=20, patch_size=4, channels=1, width=32, depth=12, heads=2, classes=10, mean=(0.18,))
 SCALED = PLAIN.model_copy(update={"components": ("layer_scale",), "layer_scale_init": 0.1})
@@ -260,8 +260,8 @@ def test_json_round_trip(made):
         (lambda: Network(**{**PLAIN.model_dump(), "components": 5}), "valid tuple"),
         (lambda: Network(**{**PLAIN.model_dump(), "components": "layer_scale"}), "valid tuple"),
         (lambda: Network(**{**PLAIN.model_dump(), "hieght": 5}), "hieght"),
-        (lambda: Transfer(method="copy", layers=(1,), weight=2.0), "copy has neither loss nor weight"),
-        (lambda: Transfer(method="copi", layers=(1,)), "'copy', 'distill' or 'none'"),
+        (lambda: Transfer(method="copy", layers=(1,), weight=2.0), "copy has no weight"),
+        (lambda: Transfer(method="copi", layers=(1,)), "'copy', 'distill', 'logits', 'features' or 'none'"),
         (lambda: Transfer(method="none", lairs=(1,)), "lairs"),
         (lambda: Transfer(method="copy", layers=(-1,)), "greater than or equal to 0"),
         (lambda: Init(source="scratch", bogus=1), "bogus"),
@@ -283,12 +283,57 @@ def test_json_round_trip(made):
         (lambda: run(**grown(components=("registers",), registers=4), transfer=COPY.transfer), "registers"),
         (lambda: run(**grown(width=64), init=Init(source="teacher")), "the teacher's width"),
         (lambda: run(**grown(classes=9), init=Init(source="teacher", head=True)), "head has 10 classes"),
+        (lambda: run(teacher=TEACHER, init=Init(source="teacher", head=True, head_rows=(1, 2))), "head_rows must name"),
+        (lambda: distill(layers=(1,), loss="nll"), "'ce', 'kl', 'mse', 'jsd', 'l1' or 'logits_mse'"),
+        (lambda: distill(layers=(1,), tensor="q", loss="ce"), "q is compared by mse"),
+        (lambda: distill(layers=(1,), tensor="v", average="heads"), "only maps are averaged"),
+        (lambda: distill(layers=(1,), average="heads", loss="logits_mse"), "an averaged map has no logits"),
+        (lambda: distill(layers=(1,), temperature=2.0), "distill has no temperature"),
+        (lambda: distill(layers=(1, 2), teacher_layers=(1,)), "names 1 blocks for the 2 of layers"),
+        (lambda: distill(layers=(1, 1), teacher_layers=(1, 2)), "one is named for two"),
+        (lambda: Transfer(method="logits", layers=(1,)), "logits has no layers"),
+        (lambda: Transfer(method="features", layers=(1,), tensor="q"), "features are the residual stream"),
+        (lambda: Data(train=10, per_class=2), "need an image_size"),
+        (lambda: run(teacher=TEACHER, transfer=distill(layers=(1,), teacher_layers=(12,))), "layer 12 is out of range"),
+        (lambda: run(teacher=TEACHER, transfer=distill(layers=(1,), heads=(9,))), "head 9 is out of range"),
+        (lambda: run(**grown(width=64), transfer=distill(layers=(1,), tensor="k")), "networks of one width"),
+        (lambda: run(**grown(classes=9), transfer=Transfer(method="logits")), "a teacher with the student's classes"),
     ],
 )
 def test_nonsense_is_refused_with_its_reason(make, message):
     with pytest.raises(ValidationError) as fault:
         make()
     assert message in str(fault.value)
+
+
+def distill(**fields: Any) -> Transfer:
+    return Transfer(method="distill", **fields)
+
+
+def test_equal_transfers_have_equal_specs():
+    assert distill(layers=(1,), loss="kl") == distill(layers=(1,)) == distill(layers=(1,), reduce="mean")
+    assert distill(layers=(2, 1), teacher_layers=(2, 1)) == distill(layers=(1, 2))
+    assert distill(layers=(2, 1), teacher_layers=(5, 3)).teacher_layers == (3, 5)
+    assert distill(layers=(1,), heads=()) == Transfer() == distill(layers=(), loss="l1", average="heads")
+    every = run(teacher=TEACHER, transfer=distill(layers=(1,), heads=tuple(range(PLAIN.heads))))
+    assert every == run(teacher=TEACHER, transfer=distill(layers=(1,)))
+    assert Transfer(method="logits").weight == 1.0
+    assert distill(layers=(1,)).sources == (1,)
+
+
+def test_fields_added_later_leave_old_hashes_alone():
+    """A spec as version 1 wrote it, hashed as it was then (without the fields that came after)."""
+    spec = run(teacher=TEACHER, transfer=distill(layers=(1,)))
+    document = spec.model_dump(mode="json")
+    old = json.loads(json.dumps(document))
+    for path in ADDED_FIELDS:
+        node = old
+        *parents, last = path.split(".")
+        for part in parents:
+            node = node.get(part) or {}
+        node.pop(last, None)
+    assert content_hash(old, added={}) == content_hash(document)
+    assert RunSpec.model_validate(old) == spec
 
 
 def grown(**changes: Any) -> dict[str, Any]:

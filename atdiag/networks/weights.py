@@ -71,9 +71,8 @@ def load(teacher: Teacher) -> ViT:
     if teacher.profile != "mini" or not path.exists():
         raise WeightsMissingError(f"no weights of {teacher.label} on this machine")
     if sha256(path) != teacher.sha256:
-        raise ValueError(
-            f"{path} is not the file this run was made with (sha256 {sha256(path)[:12]}, not {teacher.sha256[:12]})"
-        )
+        meant = str(teacher.sha256)[:12]
+        raise ValueError(f"{path} is not the file this run was made with (sha256 {sha256(path)[:12]}, not {meant})")
     vit = ViT(teacher.network)
     vit.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     vit.eval().requires_grad_(False)

@@ -236,9 +236,10 @@ def describe(fault: ValidationError, given: Collection[str] = ()) -> str:
         parts = ["transfer", "weight"]
     if len(parts) > 2 and parts[0] == "recipe" and ".".join(parts[:3]) not in given:
         del parts[1]  # recipe.<method>.<field>, and the user named recipe.<field>
-    name = ".".join(parts) or "spec"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{name}={_short(first['input'])}: {message[0].lower()}{message[1:]}"
+    if not parts:  # what contradicts itself is the whole, which the message describes
+        return message
+    return f"{'.'.join(parts)}={_short(first['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _short(value: Any) -> str:

@@ -16,26 +16,29 @@ from torch import Tensor, nn
 
 from atdiag.networks import components
 from atdiag.spec import Network
-from atdiag.transfer.attention import Attention
+from atdiag.transfer.attention import Attention, Given
+from atdiag.transfer.observation import Observation, Seen, Wanted
 from atdiag.transfer.ops import QK
 
 
 class Block(TimmBlock):  # type: ignore[misc]
     """timm's block, which passes a map in or out and takes its drop-path masks as an argument."""
 
-    def forward(
-        self,
-        x: Tensor,
-        given: QK | None = None,
-        captured: list[QK] | None = None,
-        keep: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, given: Given | None = None, keep: Tensor | None = None) -> Tensor:
         """Tokens [B, N, C] -> [B, N, C].
 
-        given, captured: see :meth:`Attention.forward`. keep: [2, B, 1, 1], the factors of the attention and the MLP
-        branch for each image (0 where the branch is dropped, 1 / (1 - rate) where kept).
+        given: see :meth:`Attention.forward`. keep: [2, B, 1, 1], the factors of the attention and the MLP branch for
+        each image (0 where the branch is dropped, 1 / (1 - rate) where kept).
         """
-        branch: Tensor = self.ls1(self.attn(self.norm1(x), given, captured))
+        return self._rest(x, self.attn(self.norm1(x), given), keep)
+
+    def see(self, x: Tensor, given: Given | None = None, keep: Tensor | None = None) -> tuple[Tensor, Seen]:
+        """As :meth:`forward`, and what the attention used."""
+        branch, seen = self.attn.see(self.norm1(x), given)
+        return self._rest(x, branch, keep), seen
+
+    def _rest(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+        branch = self.ls1(branch)
         x = x + (branch if keep is None else keep[0] * branch)
         branch = self.ls2(self.mlp(self.norm2(x)))
         return x + (branch if keep is None else keep[1] * branch)
@@ -82,48 +85,47 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
         return {*super().no_weight_decay(), *tables}
 
-    def forward(
-        self,
-        images: Tensor,
-        given: Mapping[int, QK] | None = None,
-        captured: dict[int, QK] | None = None,
-        capture: Iterable[int] = (),
-        keep: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, images: Tensor, given: Mapping[int, Given] | None = None, keep: Tensor | None = None) -> Tensor:
         """Images [B, channels, S, S] in [0, 1] (not normalised: the network does that) -> logits [B, classes].
 
-        given: block -> the map that it uses instead of its own. capture: blocks whose maps are put into ``captured``.
-        keep: drop-path factors [depth, 2, B, 1, 1].
+        given: block -> what it uses instead of its own. keep: drop-path factors [depth, 2, B, 1, 1].
         """
-        wanted = frozenset(capture)
-        x = self.embed(images)
-        for i, block in enumerate(self.blocks):
-            out: list[QK] | None = [] if i in wanted else None
-            x = block(x, None if given is None else given.get(i), out, None if keep is None else keep[i])
-            if out and captured is not None:
-                captured[i] = out[0]
-        logits: Tensor = self.forward_head(self.norm(x))
+        logits = self.observe(images, Wanted(logits=True), given, keep).logits
+        assert logits is not None
         return logits
 
-    @torch.no_grad()
-    def maps(self, images: Tensor, layers: Iterable[int]) -> dict[int, QK]:
-        """The maps of some blocks for images [B, channels, S, S] in [0, 1].
-
-        Runs no further than the last of them, and there no further than q and k.
-        """
-        wanted = sorted(set(layers))
-        if not wanted:
-            return {}
-        found: dict[int, QK] = {}
+    def observe(
+        self,
+        images: Tensor,
+        wanted: Wanted,
+        given: Mapping[int, Given] | None = None,
+        keep: Tensor | None = None,
+    ) -> Observation:
+        """Run no further than what is wanted, and hand it out. Arguments as of :meth:`forward`."""
+        seen: dict[int, Seen] = {}
+        features: dict[int, Tensor] = {}
+        last = wanted.whole_blocks
         x = self.embed(images)
-        for i, block in enumerate(self.blocks[: wanted[-1]]):
-            out: list[QK] | None = [] if i in wanted else None
-            x = block(x, None, out)
-            if out:
-                found[i] = out[0]
-        last = self.blocks[wanted[-1]]
-        found[wanted[-1]] = last.attn.map(last.norm1(x))
-        return found
+        for i, block in enumerate(self.blocks if wanted.logits else self.blocks[:last]):
+            own = None if given is None else given.get(i), None if keep is None else keep[i]
+            if i in wanted.attention:
+                x, seen[i] = block.see(x, *own)
+            else:
+                x = block(x, *own)
+            if i in wanted.features:
+                features[i] = x
+        if wanted.logits:
+            return Observation(seen, features, self.forward_head(self.norm(x)))
+        if last in wanted.attention:
+            block = self.blocks[last]
+            seen[last] = block.attn.peek(block.norm1(x), last in wanted.values)
+        return Observation(seen, features)
+
+    def maps(self, images: Tensor, layers: Iterable[int]) -> dict[int, QK]:
+        """The maps of some blocks for images [B, channels, S, S] in [0, 1], without gradients."""
+        with torch.no_grad():
+            seen = self.observe(images, Wanted(maps=frozenset(layers))).seen
+        return {layer: one.qk for layer, one in seen.items()}
 
     def shared_tokens(self, other: Network) -> Tensor | None:
         """Indices of this network's tokens that a network with fewer registers also has; None if all."""

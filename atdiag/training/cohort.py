@@ -7,35 +7,25 @@ weights, bit for bit on a CPU with the same number of threads.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
-from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
-from atdiag import randomness
 from atdiag.data import datasets
 from atdiag.data.loader import Batch, Stream
-from atdiag.networks import students
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run, RunBusyError, Store
-from atdiag.spec import Recipe, RunSpec, Teacher
-from atdiag.training import checkpoint as checkpoints
-from atdiag.training import evaluate
-from atdiag.training.board import Board
+from atdiag.spec import RunSpec, Teacher
+from atdiag.training import compiled, evaluate
+from atdiag.training.member import Training
 from atdiag.training.provenance import environment
-from atdiag.transfer import method
-from atdiag.transfer.ops import QK
+from atdiag.transfer.observation import Observation, of_teacher
 
 Status = Literal["finished", "failed", "interrupted", "busy"]
 
@@ -49,139 +39,6 @@ class Progress:
     images: int
     """Images that went through a student since the start."""
     doing: str
-
-
-class Training:
-    """One run under way: its student, optimiser and schedule, and how far it is."""
-
-    def __init__(
-        self, run: Run, spec: RunSpec, teacher: ViT | None, steps_per_epoch: int, device: torch.device
-    ) -> None:
-        self.run, self.spec, self.teacher = run, spec, teacher
-        recipe = spec.recipe
-        self.total = recipe.epochs * steps_per_epoch
-        self.steps_per_epoch = steps_per_epoch
-        self.student = students.build(spec.network, spec.seed.model)
-        self.start: students.Start | None = None
-        if spec.init.source == "teacher":
-            assert teacher is not None
-            self.start = students.start_from(self.student, teacher, spec.init)
-        self.student.to(device).train()
-        if spec.transfer.method == "copy":
-            for layer in spec.transfer.layers:
-                for parameter in self.student.blocks[layer].attn.qk_parameters().values():
-                    parameter.requires_grad_(False)
-        self.optimizer = _optimizer(self.student, recipe, device)
-        self.schedule = _schedule(self.optimizer, recipe, self.total, steps_per_epoch)
-        self.step, self.seconds = 0, 0.0
-        self.metrics: list[dict[str, Any]] = []
-        self.sums: dict[str, float] = {}
-        self.cause: str | None = None
-        self.board = Board(run)
-        if (saved := checkpoints.load(run)) is not None:
-            self.student.load_state_dict(saved.student)
-            self.optimizer.load_state_dict(saved.optimizer)
-            self.step, self.seconds = saved.step, saved.seconds
-            self.metrics, self.sums = saved.metrics, saved.sums
-
-    @property
-    def done(self) -> bool:
-        """Whether there is nothing left to train, or no way to."""
-        return self.cause is not None or self.step >= self.total
-
-    def save(self) -> None:
-        """Write a checkpoint."""
-        checkpoints.save(
-            self.run,
-            checkpoints.Checkpoint(
-                self.step, self.student.state_dict(), self.optimizer.state_dict(), self.seconds, self.metrics, self.sums
-            ),
-        )
-
-    def advance(self, batch: Batch, maps: dict[int, QK]) -> None:
-        """One optimisation step. A loss or gradient that is not finite stops the run *before* the update."""
-        spec, device = self.spec, batch.images.device
-        keep = drop_path(spec.recipe.drop_path, spec.network.depth, spec.seed.model, self.step, batch.samples)
-        with torch.autocast(device.type, torch.bfloat16, enabled=spec.recipe.precision == "bfloat16"):
-            logits, transfer_loss = method.forward(
-                self.student, spec.transfer, batch.images, maps, None if keep is None else keep.to(device)
-            )
-        task_loss = classification_loss(logits.float(), batch, spec.recipe.label_smoothing)
-        loss = task_loss if transfer_loss is None else task_loss + transfer_loss
-        if not math.isfinite(value := loss.item()):
-            self.cause = f"the loss became {value}"
-            return
-        loss.backward()  # type: ignore[no-untyped-call]
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = clip_grad_norm_(parameters, spec.recipe.clip_grad or math.inf)
-        if not math.isfinite(norm.item()):
-            self.cause = f"the gradient's norm became {norm.item()}"
-            return
-        self.schedule.step_update(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        sums = {"loss": value, "task_loss": task_loss.item(), "grad_norm": norm.item(), "steps": 1.0}
-        if transfer_loss is not None:
-            sums["transfer_loss"] = transfer_loss.item()
-        for name, amount in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + amount
-
-    def end_epoch(self) -> None:
-        """Add the epoch's means to the run's metrics."""
-        steps = self.sums.pop("steps")
-        line: dict[str, Any] = {"epoch": self.step // self.steps_per_epoch, "step": self.step}
-        line |= {name: total / steps for name, total in self.sums.items()}
-        line["lr"] = self.optimizer.param_groups[0]["lr"]
-        line["seconds"] = round(self.seconds, 3)
-        self.metrics.append(line)
-        self.sums = {}
-        self.run.write_metrics(self.metrics)
-        self.board.write(self.metrics)
-
-    def subject(self) -> evaluate.Subject:
-        """The student as something that can be evaluated."""
-        return evaluate.Subject(self.student, self.spec.transfer, self.teacher)
-
-
-def drop_path(rate: float, depth: int, seed: int, step: int, samples: np.ndarray) -> Tensor | None:
-    """Drop-path factors [depth, 2, B, 1, 1] (attention and MLP branch of each block): 0, or 1 / (1 - rate).
-
-    The rate rises linearly from 0 at the first block (Huang et al. 2016; timm's rule). Each factor depends on seed,
-    step, layer and sample alone.
-    """
-    if rate == 0:
-        return None
-    rates = np.linspace(0, rate, depth)[:, None, None]
-    draws = randomness.uniform(seed, "drop_path", step, np.arange(2 * depth).reshape(depth, 2, 1), samples)
-    factors = np.where(draws >= rates, 1 / (1 - rates), 0.0).astype(np.float32)
-    return torch.from_numpy(factors)[..., None, None]
-
-
-def classification_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Cross-entropy with label smoothing; for mixed images, of both labels by their shares (Zhang et al. 2018)."""
-    loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
-    if batch.partner_labels is None:
-        return loss
-    return batch.lam * loss + (1 - batch.lam) * F.cross_entropy(logits, batch.partner_labels, label_smoothing=smoothing)
-
-
-def _optimizer(student: ViT, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    no_decay = student.no_weight_decay() | {"reg_token"}  # older versions of timm forget it
-    groups = param_groups_weight_decay(student, recipe.weight_decay, no_weight_decay_list=tuple(no_decay))
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=device.type in ("cpu", "cuda"))
-
-
-def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int, steps_per_epoch: int) -> CosineLRScheduler:
-    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(total, 1),
-        lr_min=recipe.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=recipe.lr / max(warmup, 1),  # timm's default, 0, wastes the first step
-        t_in_epochs=False,
-    )
 
 
 def train(
@@ -251,9 +108,15 @@ class _Cohort:
         self.members: list[Training] = []
         for run, s in todo:
             try:
-                self.members.append(Training(run, s, self.teacher if s.teacher else None, steps, device))
+                teacher = self.teacher if s.teacher else None
+                averages = evaluate.averages(s, teacher) if teacher else {}
+                self.members.append(Training(run, s, teacher, averages, steps, device))
             except ValueError as fault:  # a checkpoint that can't be read, a teacher's weight that does not fit
                 self._fail(run, 0, str(fault))
+        self.compiled = compiled.wanted(device)
+        if self.compiled:
+            for network in (*(m.student for m in self.members), *([self.teacher] if self.teacher else [])):
+                compiled.compile_blocks(network)
         self.total = sum(m.total for m in self.members)
         self.images = 0
 
@@ -291,16 +154,15 @@ class _Cohort:
         assert self.stream is not None
         begin = time.perf_counter()
         batch = self.stream.batch(step).to(self.device)
-        maps = self._teacher_maps(batch, active)
+        shown = self._teacher_shows(batch, active)
         shared = (time.perf_counter() - begin) / len(active)
         for member in active:
             begin = time.perf_counter()
-            own = {}
-            if member.spec.transfer.layers:
+            own = Observation()
+            if member.spec.transfer.method != "none":
                 assert member.teacher is not None
-                own = evaluate.fit_maps(
-                    {layer: maps[layer] for layer in member.spec.transfer.layers}, member.teacher, member.student
-                )
+                own = evaluate.fit(shown, member.teacher, member.spec.network)
+                own = replace(own, averages=member.averages)
             member.seconds += shared
             member.advance(batch, own)
             member.seconds += time.perf_counter() - begin
@@ -308,15 +170,15 @@ class _Cohort:
             if member.cause is None and member.step % member.steps_per_epoch == 0:
                 member.end_epoch()
 
-    def _teacher_maps(self, batch: Batch, active: list[Training]) -> dict[int, QK]:
-        layers = {layer for member in active for layer in member.spec.transfer.layers}
-        if not layers:
-            return {}
+    def _teacher_shows(self, batch: Batch, active: list[Training]) -> Observation:
+        wanted = of_teacher(member.spec.transfer for member in active)
+        if not wanted:
+            return Observation()
         assert self.teacher is not None
         precision = active[0].spec.recipe.precision
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            maps: dict[int, QK] = self.teacher.maps(batch.images, layers)
-        return maps
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            shown: Observation = self.teacher.observe(batch.images, wanted)
+        return shown
 
     def _finish(self) -> None:
         """Test and store the members that are done, and let go of them."""
@@ -325,7 +187,8 @@ class _Cohort:
         if whole := [m for m in ended if m.cause is None]:
             self._tell("testing")
             precision = whole[0].spec.recipe.precision  # the same for all: it is part of the stream
-            results = evaluate.predict([m.subject() for m in whole], self.test, self.device, precision)
+            with compiled.eagerly() if self.compiled else nullcontext():
+                results = evaluate.predict([m.subject() for m in whole], self.test, self.device, precision)
             for member, predictions in zip(whole, results, strict=True):
                 if np.isfinite(predictions.log_p).all():
                     self._store(member, predictions)
@@ -357,7 +220,7 @@ class _Cohort:
                 "images_per_second": round(trained / member.seconds, 1) if member.seconds else None,
                 "start": asdict(member.start) if member.start else None,
                 "teacher": spec.teacher.label if spec.teacher else None,
-                "environment": environment(self.device),
+                "environment": {**environment(self.device), "compiled": self.compiled},
             }
         )
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from atdiag.data import datasets
 from atdiag.data.datasets import Images
 from atdiag.networks.vit import ViT
 from atdiag.runs import Run
-from atdiag.spec import Teacher, Transfer
-from atdiag.transfer import method
-from atdiag.transfer.ops import QK
+from atdiag.spec import Network, RunSpec, Teacher, Transfer
+from atdiag.transfer import method, ops
+from atdiag.transfer.attention import indices
+from atdiag.transfer.observation import Observation, Wanted, of_teacher
+from atdiag.transfer.ops import Averaged
 
 BATCH = 256
+
+
+AVERAGED_IMAGES = 2048
+"""Over how many training images a teacher's map is averaged, where it is averaged over examples."""
 
 
 @dataclass
@@ -28,6 +35,8 @@ class Subject:
     network: ViT
     transfer: Transfer = field(default_factory=Transfer)
     teacher: ViT | None = None
+    averages: Mapping[int, Averaged] = field(default_factory=dict)
+    """The teacher's maps averaged over examples, for a student that copies those."""
 
 
 def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT]) -> Subject:
@@ -37,11 +46,37 @@ def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT]) -> Subject:
     spec = run.spec
     network = ViT(spec.network)
     network.load_state_dict(load_file(run.weights))
-    teacher = None
-    if method.layers_at_test(spec.transfer):
-        assert spec.teacher is not None
-        teacher = load_teacher(spec.teacher)
-    return Subject(network.eval().requires_grad_(False), spec.transfer, teacher)
+    network.eval().requires_grad_(False)
+    if not method.needs_teacher_at_test(spec.transfer):
+        return Subject(network, spec.transfer)
+    assert spec.teacher is not None
+    teacher = load_teacher(spec.teacher)
+    return Subject(network, spec.transfer, teacher, averages(spec, teacher))
+
+
+def averages(spec: RunSpec, teacher: ViT) -> dict[int, Averaged]:
+    """The teacher's maps averaged over examples, by block, if the run's transfer takes those; else empty.
+
+    Over the first ``AVERAGED_IMAGES`` of its training images, as they are (not augmented): one map [H, N, N] for each
+    block, the same for every image, in training and at test. It holds what a map has of positions, and nothing of what
+    is in an image.
+    """
+    transfer = spec.transfer
+    if transfer.average != "examples":
+        return {}
+    images = datasets.train_split(spec.data, spec.seed.data)
+    device = next(teacher.parameters()).device
+    count = min(len(images), AVERAGED_IMAGES)
+    sums: dict[int, Tensor] = {}
+    for start in range(0, count, BATCH):
+        pixels = _pixels(images, start, min(start + BATCH, count), device)
+        with torch.no_grad():
+            shown = teacher.observe(pixels, Wanted(maps=frozenset(transfer.sources)))
+        for layer, seen in fit(shown, teacher, spec.network).seen.items():
+            chosen = seen.qk if transfer.heads is None else seen.qk.select_heads(indices(transfer.heads, device))
+            total = ops.logits(chosen).softmax(-1).sum(0, keepdim=True)
+            sums[layer] = total if layer not in sums else sums[layer] + total
+    return {layer: Averaged(total / count) for layer, total in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -65,12 +100,18 @@ class Predictions:
         return buffer.getvalue()
 
 
-def fit_maps(maps: Mapping[int, QK], teacher: ViT, student: ViT) -> dict[int, QK]:
-    """A teacher's maps on the student's tokens: registers that it lacks are sliced off before softmax."""
-    tokens = teacher.shared_tokens(student.network)
+def fit(observation: Observation, teacher: ViT, student: Network) -> Observation:
+    """What a teacher showed, on the student's tokens: registers that it lacks are sliced off before softmax."""
+    tokens = teacher.shared_tokens(student)
     if tokens is None:
-        return dict(maps)
-    return {layer: qk.select(tokens.to(qk.q.device)) for layer, qk in maps.items()}
+        return observation
+    device = next(teacher.parameters()).device
+    return observation.select(tokens.to(device))
+
+
+def _pixels(images: Images, start: int, stop: int, device: torch.device) -> Tensor:
+    """Images [b, C, S, S] in [0, 1]."""
+    return torch.from_numpy(images.pixels[start:stop]).to(device).float().div_(255)
 
 
 def predict(
@@ -81,22 +122,26 @@ def predict(
     Each batch is loaded once, and each distinct teacher runs once for all who need it. Batches have a fixed size, so a
     subject's numbers do not depend on its company. Raises ValueError for a copy-student without its teacher.
     """
-    needed: dict[int, tuple[ViT, set[int]]] = {}
+    needed: dict[int, tuple[ViT, list[Transfer]]] = {}
     for subject in subjects:
         subject.network.eval()
-        if layers := method.layers_at_test(subject.transfer):
+        if method.needs_teacher_at_test(subject.transfer):
             if subject.teacher is None:
-                raise ValueError(f"a student that copies blocks {layers} needs its teacher at test time, and has none")
-            needed.setdefault(id(subject.teacher), (subject.teacher, set()))[1].update(layers)
+                blocks = subject.transfer.layers
+                raise ValueError(f"a student that copies blocks {blocks} needs its teacher at test time, and has none")
+            needed.setdefault(id(subject.teacher), (subject.teacher, []))[1].append(subject.transfer)
     logits: list[list[Tensor]] = [[] for _ in subjects]
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         for start in range(0, len(images), BATCH):
-            pixels = torch.from_numpy(images.pixels[start : start + BATCH]).to(device).float().div_(255)
-            maps = {key: teacher.maps(pixels, layers) for key, (teacher, layers) in needed.items()}
+            pixels = _pixels(images, start, start + BATCH, device)
+            shown = {
+                key: teacher.observe(pixels, of_teacher(transfers)) for key, (teacher, transfers) in needed.items()
+            }
             for subject, out in zip(subjects, logits, strict=True):
-                own = {}
-                if subject.teacher is not None and id(subject.teacher) in maps:
-                    own = fit_maps(maps[id(subject.teacher)], subject.teacher, subject.network)
+                own = Observation()
+                if subject.teacher is not None and id(subject.teacher) in shown:
+                    own = fit(shown[id(subject.teacher)], subject.teacher, subject.network.network)
+                    own = replace(own, averages=subject.averages)
                 out.append(method.forward_test(subject.network, subject.transfer, pixels, own).float().cpu())
     return [_score(torch.cat(out), images) for out in logits]
 

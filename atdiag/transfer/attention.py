@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atdiag.transfer import ops
-from atdiag.transfer.ops import QK
+from atdiag.transfer.observation import Seen
+from atdiag.transfer.ops import QK, Map
+
+
+@cache
+def indices(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The indices [h] of some heads on a device, made once: a copy to a GPU at each step would be waited for."""
+    return torch.tensor(heads, dtype=torch.long, device=device)
+
+
+class Heads(NamedTuple):
+    """A part of a block's heads as indices: the part, all others, and the order that puts both together again."""
+
+    part: Tensor
+    rest: Tensor
+    order: Tensor
+
+
+@cache
+def split_heads(part: tuple[int, ...], total: int, device: torch.device) -> Heads:
+    """Some heads of ``total``, on a device."""
+    rest = tuple(head for head in range(total) if head not in part)
+    both = (*part, *rest)
+    order = tuple(both.index(head) for head in range(total))
+    return Heads(indices(part, device), indices(rest, device), indices(order, device))
+
+
+class Given(NamedTuple):
+    """What a block takes from a teacher in place of its own.
+
+    value: a map, or the queries, keys or values [B, h, N, d]; of some ``heads`` or of all (None).
+    """
+
+    tensor: Literal["map", "q", "k", "v"]
+    value: Map | Tensor
+    heads: Heads | None = None
 
 
 class Attention(nn.Module):
@@ -18,6 +54,9 @@ class Attention(nn.Module):
     The same function as ``timm.layers.Attention`` and, in a state dict, the same keys (``qkv.weight``, ``qkv.bias``,
     ``proj.*``). In memory q, k and v are separate parameters: under copy the student computes no q, k at all, and what
     is not computed gets no gradient, no weight decay and no optimiser state, which slices of a fused tensor can't do.
+
+    What is given of some heads alone leaves the others' rows in the same parameters: those of the given heads then
+    influence nothing, get zero gradients, and decay like any weight.
 
     ``rel_pos_bias``, where a component has set it, is a module that returns the bias [H, N, N] of the logits.
     """
@@ -34,46 +73,87 @@ class Attention(nn.Module):
         self.register_state_dict_post_hook(_fuse)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_split)  # type: ignore[no-untyped-call]
 
-    def qk_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that only the map depends on, by name: unused while a teacher's map is copied."""
-        own = {name: p for name, p in self.named_parameters(recurse=False) if name[0] in "qk"}
-        if self.rel_pos_bias is not None:
+    def unused_parameters(self, tensor: Literal["map", "q", "k", "v"] = "map") -> dict[str, nn.Parameter]:
+        """The parameters that nothing depends on while a tensor of all heads is copied from a teacher, by name."""
+        names = "qk" if tensor == "map" else tensor
+        own = {name: p for name, p in self.named_parameters(recurse=False) if name[0] in names}
+        if tensor == "map" and self.rel_pos_bias is not None:
             own |= {f"rel_pos_bias.{name}": p for name, p in self.rel_pos_bias.named_parameters()}
         return own
 
-    def _heads(self, x: Tensor, names: str) -> list[Tensor]:
-        """Project tokens [B, N, C] to the named tensors, [B, H, N, d] each, in one matrix product."""
-        weight = torch.cat([getattr(self, f"{n}_weight") for n in names])
-        bias = None if self.q_bias is None else torch.cat([getattr(self, f"{n}_bias") for n in names])
+    def _heads(self, x: Tensor, names: str, heads: Tensor | None = None) -> list[Tensor]:
+        """Project tokens [B, N, C] to the named tensors, [B, H, N, d] each, in one matrix product.
+
+        heads: indices [h] of those that are computed (None: all).
+        """
+
+        def rows(parameter: Tensor) -> Tensor:
+            if heads is None:
+                return parameter
+            return parameter.view(self.num_heads, -1, *parameter.shape[1:])[heads].flatten(0, 1)
+
+        weight = torch.cat([rows(getattr(self, f"{n}_weight")) for n in names])
+        bias = None if self.q_bias is None else torch.cat([rows(getattr(self, f"{n}_bias")) for n in names])
         batch, tokens, width = x.shape
-        out = F.linear(x, weight, bias).view(batch, tokens, len(names), self.num_heads, width // self.num_heads)
+        count = self.num_heads if heads is None else len(heads)
+        out = F.linear(x, weight, bias).view(batch, tokens, len(names), count, width // self.num_heads)
         return list(out.permute(2, 0, 3, 1, 4).unbind(0))
 
     def _bias(self) -> Tensor | None:
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
-    def map(self, x: Tensor) -> QK:
-        """The map for tokens [B, N, C], without computing what it would be applied to."""
+    def peek(self, x: Tensor, values: bool = False) -> Seen:
+        """The map for tokens [B, N, C], and the values if wanted, without computing what comes of them."""
         # q, k alone: a teacher's last needed block stops here, and gets the same bits wherever it stops.
-        q, k = self._heads(x, "qk")
-        return QK(q, k, self.scale, self._bias())
+        q, k, *v = self._heads(x, "qkv" if values else "qk")
+        return Seen(QK(q, k, self.scale, self._bias()), *v)
 
-    def forward(self, x: Tensor, given: QK | None = None, captured: list[QK] | None = None) -> Tensor:
-        """Tokens [B, N, C] -> [B, N, C].
+    def forward(self, x: Tensor, given: Given | None = None) -> Tensor:
+        """Tokens [B, N, C] -> [B, N, C]. given: what is used instead of the module's own, which is not computed."""
+        return self.see(x, given)[0]
 
-        given: the map to use instead of the module's own, which is then not computed.
-        captured: the map that was used is appended here.
+    def see(self, x: Tensor, given: Given | None = None) -> tuple[Tensor, Seen]:
+        """As :meth:`forward`, and what was used on the way.
+
+        Where a map is given to some heads alone, there is no one map by q and k: the others' own is handed out.
         """
-        if given is not None:
-            qk, (v,) = given, self._heads(x, "v")
+        if given is not None and given.tensor == "map":
+            (v,) = self._heads(x, "v")
+            used, out = self._under(x, given, v)
         else:
-            q, k, v = self._heads(x, "qkv")
-            qk = QK(q, k, self.scale, self._bias())
-        if captured is not None:
-            captured.append(qk)
-        out = ops.attend(qk, v)
+            q, k, v = self._tensors(x, given)
+            used = QK(q, k, self.scale, self._bias())
+            out = ops.attend(used, v)
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(x.shape))
-        return mixed
+        return mixed, Seen(used, v)
+
+    def _under(self, x: Tensor, given: Given, v: Tensor) -> tuple[Map, Tensor]:
+        """The values under a given map."""
+        assert not isinstance(given.value, Tensor)
+        if given.heads is None:
+            return given.value, ops.attend(given.value, v)
+        part, rest, order = given.heads
+        q, k = self._heads(x, "qk", rest)
+        bias = self._bias()
+        own = QK(q, k, self.scale, None if bias is None else bias[rest])
+        out = torch.cat([ops.attend(given.value, v[:, part]), ops.attend(own, v[:, rest])], dim=1)
+        return own, out[:, order]
+
+    def _tensors(self, x: Tensor, given: Given | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, one of which may be given."""
+        if given is None:
+            q, k, v = self._heads(x, "qkv")
+            return q, k, v
+        assert isinstance(given.value, Tensor)
+        own = "qkv".replace(given.tensor, "")
+        found = dict(zip(own, self._heads(x, own), strict=True))
+        if given.heads is None:
+            taken = given.value
+        else:
+            (others,) = self._heads(x, given.tensor, given.heads.rest)
+            taken = torch.cat([given.value.to(others.dtype), others], dim=1)[:, given.heads.order]
+        found[given.tensor] = taken
+        return found["q"], found["k"], found["v"]
 
 
 def _fuse(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

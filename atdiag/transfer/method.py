@@ -1,61 +1,153 @@
-"""The transfer methods: what a student's forward pass takes from its teacher's maps, and what loss it adds."""
+"""The transfer methods: what a student's forward pass takes from its teacher, and what loss it adds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from atdiag.spec import Transfer
-from atdiag.transfer import ops
-from atdiag.transfer.ops import QK
+from atdiag.spec import Network, Transfer
+from atdiag.transfer import divergences, observation, ops
+from atdiag.transfer.attention import Given, indices, split_heads
+from atdiag.transfer.observation import Observation, Seen, Wanted
+from atdiag.transfer.ops import QK, Map
 
 
-class TakesMaps(Protocol):
+class Learner(Protocol):
     """A student."""
 
-    def __call__(
+    network: Network
+
+    def observe(
         self,
         images: Tensor,
-        given: Mapping[int, QK] | None = None,
-        captured: dict[int, QK] | None = None,
-        capture: tuple[int, ...] = (),
+        wanted: Wanted,
+        given: Mapping[int, Given] | None = None,
         keep: Tensor | None = None,
-    ) -> Tensor:
-        """See :meth:`atdiag.networks.vit.ViT.forward`."""
+    ) -> Observation:
+        """See :meth:`atdiag.networks.vit.ViT.observe`."""
+
+
+class Passed(NamedTuple):
+    """A student's training forward."""
+
+    logits: Tensor
+    """[B, classes]."""
+    loss: Tensor | None
+    """The weighted transfer loss, a scalar; None where the transfer has no loss."""
 
 
 def forward(
-    student: TakesMaps,
-    transfer: Transfer,
-    images: Tensor,
-    teacher: Mapping[int, QK],
-    keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """A student's training forward: logits [B, classes] and the transfer loss (a scalar, weighted) or None.
+    student: Learner, transfer: Transfer, images: Tensor, teacher: Observation, keep: Tensor | None = None
+) -> Passed:
+    """A student's training forward.
 
-    teacher: the teacher's maps of at least ``transfer.layers``, on the student's tokens. keep: drop-path factors.
+    teacher: what :func:`observation.of_teacher` asks for, on the student's tokens. keep: drop-path factors.
     """
-    if transfer.method == "copy":
-        return student(images, given={layer: teacher[layer] for layer in transfer.layers}, keep=keep), None
-    if transfer.method == "distill":
-        own: dict[int, QK] = {}
-        logits = student(images, captured=own, capture=transfer.layers, keep=keep)
-        losses = [ops.cross_entropy(teacher[layer], own[layer]) for layer in transfer.layers]
-        assert transfer.weight is not None
-        return logits, transfer.weight * torch.stack(losses).sum()
-    return student(images, keep=keep), None
+    wanted = observation.of_student(transfer) | Wanted(logits=True)
+    own = student.observe(images, wanted, _given(transfer, teacher, student.network, images.device), keep)
+    assert own.logits is not None
+    if transfer.weight is None:  # copy and none
+        return Passed(own.logits, None)
+    losses = torch.stack(_losses(transfer, teacher, own))
+    return Passed(own.logits, transfer.weight * (losses.mean() if transfer.reduce == "mean" else losses.sum()))
 
 
-def forward_test(student: TakesMaps, transfer: Transfer, images: Tensor, teacher: Mapping[int, QK]) -> Tensor:
-    """A student's logits [B, classes] at test time: one that copies needs its teacher's maps, any other none."""
-    if transfer.method == "copy":
-        return student(images, given={layer: teacher[layer] for layer in transfer.layers})
-    return student(images)
+def forward_test(student: Learner, transfer: Transfer, images: Tensor, teacher: Observation) -> Tensor:
+    """A student's logits [B, classes] at test time: one that copies needs its teacher, any other does not."""
+    logits = student.observe(
+        images, Wanted(logits=True), _given(transfer, teacher, student.network, images.device)
+    ).logits
+    assert logits is not None
+    return logits
 
 
-def layers_at_test(transfer: Transfer) -> tuple[int, ...]:
-    """The blocks whose teacher maps the trained student needs at test time."""
-    return transfer.layers if transfer.method == "copy" else ()
+def needs_teacher_at_test(transfer: Transfer) -> bool:
+    """Whether the trained student works only together with its teacher."""
+    return transfer.method == "copy"
+
+
+def excess(transfer: Transfer, teacher: Observation, ce: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence behind a weighted cross-entropy loss: mean over the layers, in nats.
+
+    It differs from cross-entropy by the teacher's entropy, so it has the same gradient: it is a number to report, zero
+    where the student's maps are the teacher's.
+    """
+    assert transfer.weight is not None
+    maps = _maps(transfer, teacher)
+    floor = torch.stack([divergences.entropy(one) for one in maps.values()]).mean()
+    return ce / transfer.weight / (len(maps) if transfer.reduce == "sum" else 1) - floor
+
+
+def _given(transfer: Transfer, teacher: Observation, student: Network, device: torch.device) -> dict[int, Given] | None:
+    """What a copying student's blocks are given."""
+    if transfer.method != "copy":
+        return None
+    heads = None if transfer.heads is None else split_heads(transfer.heads, student.heads, device)
+    if transfer.tensor == "map":
+        return {layer: Given("map", one, heads) for layer, one in _maps(transfer, teacher).items()}
+    pairs = zip(transfer.layers, transfer.sources, strict=True)
+    return {layer: Given(transfer.tensor, _tensor(transfer, teacher.seen[source]), heads) for layer, source in pairs}
+
+
+def _losses(transfer: Transfer, teacher: Observation, own: Observation) -> list[Tensor]:
+    """The transfer loss of each layer (of the network's output, for logits), before the weight."""
+    if transfer.method == "logits":
+        assert own.logits is not None and teacher.logits is not None and transfer.temperature is not None
+        return [hinton(teacher.logits, own.logits, transfer.temperature)]
+    if transfer.method == "distill" and transfer.tensor == "map":
+        loss = divergences.LOSSES[transfer.loss or "ce"]
+        return [loss(one, _map(transfer, own.seen[layer])) for layer, one in _maps(transfer, teacher).items()]
+    pairs = zip(transfer.layers, transfer.sources, strict=True)
+    if transfer.method == "features":
+        return [feature_mse(teacher.features[source], own.features[layer]) for layer, source in pairs]
+    return [
+        F.mse_loss(_tensor(transfer, own.seen[layer]).float(), _tensor(transfer, teacher.seen[source]).float())
+        for layer, source in pairs
+    ]
+
+
+def hinton(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))`` of logits [B, classes], mean over the batch.
+
+    Hinton et al. 2015, section 2: the factor keeps the gradient's size whatever the temperature.
+    """
+    target = (teacher.float() / temperature).log_softmax(-1)
+    own = (student.float() / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(own, target, log_target=True, reduction="batchmean")
+
+
+def feature_mse(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean squared difference of residual streams [B, N, C], each token brought to mean 0 and variance 1 over channels.
+
+    As every block does before it reads the stream. Without that a few tokens of large norm, which DINOv2's and CLIP's
+    teachers have, would be all that the loss sees (whitened as in Wei et al. 2022, Contrastive learning rivals masked
+    image modeling in fine-tuning via feature distillation, section 3).
+    """
+    one, other = (F.layer_norm(x.float(), x.shape[-1:]) for x in (teacher, student))
+    return F.mse_loss(other, one)
+
+
+def _maps(transfer: Transfer, teacher: Observation) -> dict[int, Map]:
+    """The student's blocks -> the teacher's map for each, of the chosen heads, averaged if it is to be."""
+    if transfer.average == "examples":
+        return {
+            layer: teacher.averages[source] for layer, source in zip(transfer.layers, transfer.sources, strict=True)
+        }
+    maps = [_map(transfer, teacher.seen[source]) for source in transfer.sources]
+    out: list[Any] = maps if transfer.average is None else ops.average(maps, transfer.average)
+    return dict(zip(transfer.layers, out, strict=True))
+
+
+def _map(transfer: Transfer, seen: Seen) -> QK:
+    return seen.qk if transfer.heads is None else seen.qk.select_heads(indices(transfer.heads, seen.qk.q.device))
+
+
+def _tensor(transfer: Transfer, seen: Seen) -> Tensor:
+    """q, k or v [B, h, N, d] of the chosen heads."""
+    tensor = seen.v if transfer.tensor == "v" else getattr(seen.qk, transfer.tensor)
+    assert isinstance(tensor, Tensor)
+    return tensor if transfer.heads is None else tensor[:, indices(transfer.heads, tensor.device)]

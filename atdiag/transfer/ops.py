@@ -1,26 +1,33 @@
-"""Exact attention transfer: the student's output under a teacher's map, and divergences between maps.
+"""Attention maps without N x N tensors: what defines one, averages of them, and values under one.
 
-Shapes: B images, H heads, N tokens, d head width, all of *one* block. A map is never an argument: it is named by what
-defines it, :class:`QK`, so that each function may choose how to compute it.
-
-Every function has two paths with the same value: *explicit* builds [B, H, N, N] tensors; *fused* has scaled dot-product
-attention (SDPA) as its primitive and stores none. :func:`prefers_explicit` is the rule that chooses.
+Shapes: B images, H heads, N tokens, d head width, all of *one* block. A map is not an array [B, H, N, N]: it is named
+by what defines it, :class:`QK`, so that each function may choose how to compute it. Only an average of maps, which no q
+and k define, is a tensor: :class:`Averaged`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EXPLICIT_UP_TO_TOKENS = 400
-"""On a CPU the explicit formula is the faster one for sequences up to about this length (measured: 2.4 times at 197
-tokens, equal at about 577); beyond, and on every other device, the fused path is."""
+from atdiag.transfer import sdpa
 
-_ROWS = 128  # queries per block where logits must be formed block by block
+EXPLICIT_UP_TO_TOKENS = 64
+"""On a CPU :func:`attend` is as fast by the explicit formula as by SDPA for sequences of up to about this length,
+forward alone or with gradients of q, k and v (one core: equal at 65 tokens, 1.3 times slower at 197, 1.7 at 577);"""
+EXPLICIT_IN_PART_UP_TO_TOKENS = 400
+"""and up to this one where SDPA's backward pass is not what is needed: it can't leave out q and k where only the values
+have a gradient (copy: 1.7 times slower than the explicit formula at 197 tokens, equal at 577), and it has none for a
+bias (1.2 times slower at 197, equal from 400)."""
+
+_BLOCK_CPU = 2**18
+"""Elements of a map that are formed at a time where it is formed block by block: on a CPU what its cache holds,"""
+_BLOCK = 2**24
+"""elsewhere what keeps the device busy (64 MiB in float32)."""
 _ALL = slice(None)
 
 
@@ -44,135 +51,173 @@ class QK(NamedTuple):
         bias = None if self.bias is None else self.bias[:, tokens][:, :, tokens]
         return QK(self.q[:, :, tokens], self.k[:, :, tokens], self.scale, bias)
 
+    def select_heads(self, heads: Tensor) -> QK:
+        """The maps of some heads (indices [h])."""
+        return QK(self.q[:, heads], self.k[:, heads], self.scale, None if self.bias is None else self.bias[heads])
 
-def prefers_explicit(device: torch.device, tokens: int) -> bool:
-    """Whether the explicit formula is the faster path for a device and a number of tokens."""
-    return device.type == "cpu" and tokens <= EXPLICIT_UP_TO_TOKENS
+    def part(self, images: slice, rows: slice) -> QK:
+        """Some images' queries ``rows``, with all keys: q [b, H, r, d], k [b, H, N, d], bias [H, r, N]."""
+        bias = None if self.bias is None else self.bias[:, rows]
+        return QK(self.q[images, :, rows], self.k[images], self.scale, bias)
+
+    def widened(self) -> QK:
+        """The same map defined in float32 or better, with the scale folded into q, and detached.
+
+        What softmax keeps of a logit is its difference from the others: a large part common to all keys would leave
+        none of that in a number rounded to bf16.
+        """
+        wide = torch.promote_types(self.q.dtype, torch.float32)
+        q, k = self.q.detach().to(wide) * self.scale, self.k.detach().to(wide)
+        bias = None if self.bias is None else self.bias.detach().to(wide)
+        return QK(q.contiguous(), k.contiguous(), 1.0, bias)
+
+
+class Averaged(NamedTuple):
+    """A map that is itself a tensor: p [B or 1, H or 1, N or 1, N], rows sum to one; a 1 stands for all of its kind."""
+
+    p: Tensor
+
+    def select_heads(self, heads: Tensor) -> Averaged:
+        """The maps of some heads (indices [h]); one map for all heads stays what it is."""
+        return self if self.p.shape[1] == 1 else Averaged(self.p[:, heads])
+
+    def part(self, images: slice, rows: slice) -> Averaged:
+        """Some images' queries ``rows``."""
+        images, rows = (_ALL if self.p.shape[dim] == 1 else chosen for dim, chosen in ((0, images), (2, rows)))
+        return Averaged(self.p[images, :, rows])
+
+    def widened(self) -> Averaged:
+        """The same map in float32 or better, detached."""
+        return Averaged(self.p.detach().to(torch.promote_types(self.p.dtype, torch.float32)))
+
+
+Map: TypeAlias = QK | Averaged
+Over = Literal["queries", "heads", "layers", "examples"]
+
+
+def prefers_explicit(device: torch.device, tokens: int, in_part: bool = False) -> bool:
+    """Whether :func:`attend` is faster by the explicit formula, for a device and a number of tokens.
+
+    in_part: with gradients, but of the values alone, or of a bias too.
+    """
+    return device.type == "cpu" and tokens <= (EXPLICIT_IN_PART_UP_TO_TOKENS if in_part else EXPLICIT_UP_TO_TOKENS)
 
 
 def logits(qk: QK, rows: slice = _ALL) -> Tensor:
     """The map's logits [B, H, N, N] before softmax, or of some queries only; in float32 or better.
 
-    Also of bf16 tensors and under autocast: what softmax keeps of a logit is its difference from the others, and a
-    large part common to all keys would leave none of that in a number rounded to bf16.
+    Also of bf16 tensors and under autocast (why: :meth:`QK.widened`).
     """
     q, k = (x if x.dtype == torch.float64 else x.float() for x in (qk.q[:, :, rows], qk.k))
     with torch.autocast(q.device.type, enabled=False):
-        scores = (q * qk.scale) @ k.transpose(-2, -1)
+        scores = (q if qk.scale == 1.0 else q * qk.scale) @ k.transpose(-2, -1)
     return scores if qk.bias is None else scores + qk.bias[:, rows]
 
 
-def attend(qk: QK, v: Tensor, explicit: bool | None = None) -> Tensor:
-    """Apply a map to values [B, H, N, e]: ``softmax(logits) v``. ``explicit=None`` chooses by the rule."""
-    if explicit is None:
-        explicit = prefers_explicit(v.device, v.shape[-2])
-    if explicit:
-        return logits(qk).softmax(-1).to(v.dtype) @ v
-    # SDPA falls back in silence to a formula with N x N tensors where head widths differ (zeros that pad q and k change
-    # no product, those that pad v are cut off again) and, on a CPU, for a mask of three dimensions.
-    width = max(qk.q.shape[-1], v.shape[-1])
-    q, k, padded = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (qk.q, qk.k, v))
-    bias = None if qk.bias is None else qk.bias.to(q.dtype)[None]
-    return F.scaled_dot_product_attention(q, k, padded, attn_mask=bias, scale=qk.scale)[..., : v.shape[-1]]
+def probabilities(map: Map, rows: slice = _ALL) -> Tensor:
+    """The map as a tensor [B, H, N, N] (an averaged one: its own shape), or of some queries only."""
+    if isinstance(map, Averaged):
+        return map.part(_ALL, rows).p
+    return logits(map, rows).softmax(-1)
 
 
-def cross_entropy(teacher: QK, student: QK, explicit: bool | None = None) -> Tensor:
-    """``-sum_k p_t log p_s``, summed over keys, mean over batch, heads and queries (Li et al. 2024, section 3.2).
+def log_probabilities(map: Map) -> Tensor:
+    """The logarithm of :func:`probabilities`; where an averaged map is zero, that of the least positive number."""
+    if isinstance(map, Averaged):
+        return map.p.clamp_min(torch.finfo(map.p.dtype).tiny).log()
+    return logits(map).log_softmax(-1)
 
-    A scalar with gradients to the student's q, k and bias; none reach the teacher.
 
-    Fused path, with s = scale * q_s k_s^T + bias_s: the loss is ``lse(s) - scale * q_s . (P_t k_s) - E_t[bias_s]`` and
-    its gradient to the logits ``p_s - p_t``, so that ``grad q_s = scale * (P_s k_s - P_t k_s)`` and ``grad k_s`` is the
-    difference of what the two attentions P_s, P_t give back to their value argument for upstream ``scale * q_s``.
+def blocks(like: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(images, rows): a map in blocks, for queries ``like`` [B, H, N, d]. All rows of some images, or some of one's."""
+    batch, heads, tokens = like.shape[:3]
+    size = _BLOCK_CPU if like.device.type == "cpu" else _BLOCK
+    rows = max(1, min(tokens, size // (heads * tokens)))
+    images = max(1, min(batch, size // (heads * tokens * tokens)))
+    for image in range(0, batch, images):
+        for row in range(0, tokens, rows):
+            yield slice(image, image + images), slice(row, row + rows)
+
+
+@torch.no_grad()
+def average(maps: Sequence[QK], over: Over) -> list[Averaged]:
+    """The maps of several layers, each averaged before it passes to a student (Li et al. 2024, the averaging ablation).
+
+    ``queries``: one row for all tokens [B, H, 1, N]; ``heads`` [B, 1, N, N]; ``examples``: over the batch [1, H, N, N];
+    ``layers``: over ``maps`` [B, H, N, N], the same for each of them. What an average does not need is never stored:
+    maps are formed block by block. No gradient flows.
     """
+    if over == "layers":
+        mean = _mean(maps[0], over)
+        for map in maps[1:]:
+            mean += _mean(map, over)
+        return [Averaged(mean / len(maps))] * len(maps)
+    return [Averaged(_mean(map, over)) for map in maps]
+
+
+def _mean(map: QK, over: Over) -> Tensor:
+    map = map.widened()
+    shape = [*map.q.shape[:3], map.k.shape[-2]]
+    dim = {"examples": 0, "heads": 1, "queries": 2}.get(over)
+    if dim is not None:
+        shape[dim] = 1
+    out = map.q.new_zeros(shape)
+    for images, rows in blocks(map.q):
+        p = probabilities(map.part(images, rows))
+        if dim is None:
+            out[images, :, rows] = p
+        else:
+            into = _ALL if dim == 0 else images, _ALL, _ALL if dim == 2 else rows
+            out[into] += p.sum(dim, keepdim=True)
+    return out if dim is None else out / map.q.shape[dim]
+
+
+def attend(map: Map, v: Tensor, explicit: bool | None = None) -> Tensor:
+    """Apply a map to values [B, H, N, e]: ``softmax(logits) v``, or ``p v`` of an averaged one.
+
+    Two paths with the same value and gradients (to q, k, v and bias): *explicit* builds [B, H, N, N]; *fused* is SDPA,
+    which does not. ``explicit=None`` chooses by the rule, :func:`prefers_explicit`.
+    """
+    if isinstance(map, Averaged):
+        # einsum folds what p has only once into the columns of v; matmul would copy p for every image.
+        out = torch.einsum("bhqk,bhke->bhqe", map.p.to(v.dtype), v)
+        return out.expand(*out.shape[:2], v.shape[2], -1)
+    bias_trained = torch.is_grad_enabled() and map.bias is not None and map.bias.requires_grad
     if explicit is None:
-        explicit = prefers_explicit(student.q.device, student.q.shape[-2])
+        copied = torch.is_grad_enabled() and v.requires_grad and not (map.q.requires_grad or map.k.requires_grad)
+        explicit = prefers_explicit(v.device, v.shape[-2], in_part=bias_trained or copied)
     if explicit:
-        with torch.no_grad():
-            target = logits(teacher).softmax(-1)
-        return -(target * logits(student).log_softmax(-1)).sum(-1).mean()
-    value: Tensor = _CrossEntropy.apply(
-        student.q, student.k, student.bias, teacher.q, teacher.k, teacher.bias, student.scale, teacher.scale
-    )
-    return value
+        return logits(map).softmax(-1).to(v.dtype) @ v
+    out = sdpa.attention(map.q, map.k, v, map.scale, map.bias)
+    if bias_trained:
+        out = _BiasGradient.apply(out, map.q.detach(), map.k.detach(), v.detach(), map.bias, map.scale)
+    return out
 
 
-def entropy(qk: QK) -> Tensor:
-    """Mean entropy of a map's rows in nats: the least value that cross-entropy to it can take. A scalar."""
-    log_p = logits(qk).log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1).mean()
+class _BiasGradient(torch.autograd.Function):
+    """The identity on SDPA's output, which gives the bias its gradient block by block.
 
-
-class _CrossEntropy(torch.autograd.Function):
-    """The fused path of :func:`cross_entropy`."""
+    SDPA itself gives a mask its gradient only by the formula that stores N x N tensors. With o = P v, the gradient to
+    the logits is ``P * (do v^T - rowsum(do * o))``, to the bias its sum over images.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q_s: Tensor,
-        k_s: Tensor,
-        bias_s: Tensor | None,
-        q_t: Tensor,
-        k_t: Tensor,
-        bias_t: Tensor | None,
-        scale_s: float,
-        scale_t: float,
-    ) -> Tensor:
-        ctx.save_for_backward(q_s, k_s, bias_s, q_t, k_t, bias_t)
-        ctx.scales = scale_s, scale_t
-        k_c = _centred(k_s)
-        student, teacher = QK(q_s, k_c, scale_s, bias_s), QK(q_t, k_t, scale_t, bias_t)
-        wide = torch.promote_types(q_s.dtype, torch.float32)
-        exact = torch.float32 if q_s.device.type == "mps" else torch.float64  # which MPS lacks
-        total = -(scale_s * q_s.to(wide) * attend(teacher, k_c, explicit=False)).sum(dtype=exact)
-        for part in _blocks(q_s):
-            total += logits(student, part).logsumexp(-1).sum(dtype=exact)
-            if bias_s is not None:
-                p_t = logits(teacher, part).softmax(-1)
-                total -= (p_t.sum(0) * bias_s[:, part]).sum(dtype=exact)
-        return (total / _count(q_s)).to(wide)
+    def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(out, q, k, v, bias)
+        ctx.scale = scale
+        return out.view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Detached: SDPA would leave its fast kernels for a bias that requires a gradient.
-        saved: list[Any] = [None if x is None else x.detach() for x in ctx.saved_tensors]
-        q_s, k_s, bias_s, q_t, k_t, bias_t = saved
-        scale_s, scale_t = ctx.scales
-        student, teacher = QK(q_s, k_s, scale_s, bias_s), QK(q_t, k_t, scale_t, bias_t)
-        factor = grad / _count(q_s)
-
-        # The two attentions P_s and P_t as functions of their value argument alone.
-        with torch.enable_grad():
-            value = _centred(k_s).requires_grad_()
-            pulled_s, pulled_t = attend(student, value, explicit=False), attend(teacher, value, explicit=False)
-        upstream = scale_s * q_s
-        (back_s,) = torch.autograd.grad(pulled_s, value, upstream)
-        (back_t,) = torch.autograd.grad(pulled_t, value, upstream)
-
-        grad_q = (factor * scale_s * (pulled_s.detach() - pulled_t.detach())).to(q_s.dtype)
-        grad_k = (factor * (back_s - back_t)).to(k_s.dtype)
-        grad_bias = None
-        if bias_s is not None and ctx.needs_input_grad[2]:
-            parts = [(logits(student, p).softmax(-1) - logits(teacher, p).softmax(-1)).sum(0) for p in _blocks(q_s)]
-            grad_bias = (factor * torch.cat(parts, dim=1)).to(bias_s.dtype)
-        return grad_q, grad_k, grad_bias, None, None, None, None, None
-
-
-def _centred(k: Tensor) -> Tensor:
-    """Keys without their mean over tokens.
-
-    What is common to all keys shifts each row of logits by a constant and changes no probability. Without it,
-    ``P_s k - P_t k`` is the difference of two small numbers, which survives bf16 when the maps nearly agree.
-    """
-    return k - k.mean(-2, keepdim=True)
-
-
-def _blocks(q: Tensor) -> list[slice]:
-    """The queries in blocks of ``_ROWS``."""
-    return [slice(first, first + _ROWS) for first in range(0, q.shape[-2], _ROWS)]
-
-
-def _count(q: Tensor) -> int:
-    """Rows of a map: images x heads x queries."""
-    return q.shape[:-1].numel()
+        out, q, k, v, bias = ctx.saved_tensors
+        map = QK(q, k, ctx.scale, bias).widened()
+        wide = map.q.dtype
+        common = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+        total = torch.zeros_like(bias, dtype=wide)
+        with torch.autocast(q.device.type, enabled=False):
+            for images, rows in blocks(q):
+                pulled = grad[images, :, rows].to(wide) @ v[images].to(wide).transpose(-2, -1)
+                pulled -= common[images, :, rows]
+                total[:, rows] += pulled.mul_(probabilities(map.part(images, rows))).sum(0)
+        return grad, None, None, None, total.to(bias.dtype), None

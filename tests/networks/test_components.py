@@ -10,6 +10,7 @@ from atdiag.networks import components, students, teachers
 from atdiag.networks.components import COMPONENTS, RelPosBias
 from atdiag.spec import Network
 from atdiag.transfer.attention import Attention
+from atdiag.transfer.observation import Wanted
 
 GRID, HEADS = 3, 2
 NAMES = sorted(COMPONENTS)
@@ -24,10 +25,12 @@ def network(names=(), class_token=True) -> Network:
 def assert_builds_and_trains(wanted: Network) -> None:
     vit = students.build(wanted, 0)
     assert components.inspect(vit) == wanted.components
-    images, captured = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0)), {}
-    logits = vit(images, captured=captured, capture=range(wanted.depth))
+    images = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    shown = vit.observe(images, Wanted(maps=frozenset(range(wanted.depth)), logits=True))
+    logits = shown.logits
     assert logits.shape == (2, wanted.classes)
-    assert all(qk.q.shape == (2, HEADS, wanted.tokens, 6) for qk in captured.values()) and len(captured) == wanted.depth
+    assert all(one.qk.q.shape == (2, HEADS, wanted.tokens, 6) for one in shown.seen.values())
+    assert len(shown.seen) == wanted.depth
     logits.square().sum().backward()
     for name, parameter in vit.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name

@@ -10,6 +10,7 @@ from atdiag.networks import components, students, teachers
 from atdiag.networks.vit import ViT
 from atdiag.spec import Init, Network, Transfer
 from atdiag.transfer import method
+from atdiag.transfer.observation import Observation, of_teacher
 
 PLAIN = Network(image_size=12, patch_size=4, channels=1, width=12, depth=2, heads=2, classes=5)
 EXTRAS = {"layer_scale_init": 0.1, "registers": 3}
@@ -38,12 +39,13 @@ def test_a_copy_with_random_q_and_k_needs_only_the_teachers_maps(teacher, images
     student.load_state_dict(teacher.state_dict())
     redrawn = students.build(teacher.network, 7)
     for block, other in zip(student.blocks, redrawn.blocks, strict=True):
-        for name, parameter in block.attn.qk_parameters().items():
+        for name, parameter in block.attn.unused_parameters().items():
             parameter.copy_(other.attn.get_parameter(name))
     transfer = Transfer(method="copy", layers=tuple(range(teacher.network.depth)))
     expected = teacher(images)
-    assert_same_logits(method.forward_test(student, transfer, images, teacher.maps(images, transfer.layers)), expected)
-    assert (method.forward_test(student, Transfer(), images, {}) - expected).abs().max() > 1e-2
+    shown = teacher.observe(images, of_teacher([transfer]))
+    assert_same_logits(method.forward_test(student, transfer, images, shown), expected)
+    assert (method.forward_test(student, Transfer(), images, Observation()) - expected).abs().max() > 1e-2
 
 
 # From scratch

@@ -14,6 +14,8 @@ from atdiag.networks import students, teachers
 from atdiag.networks.vit import ViT
 from atdiag.spec import Network
 from atdiag.transfer import ops
+from atdiag.transfer.attention import Given
+from atdiag.transfer.observation import Wanted
 
 TIMM_ARGUMENTS = {
     "deit_s": {},
@@ -141,8 +143,7 @@ def test_a_keep_factor_scales_its_branch_of_its_image(vit, images, block, branch
 
 
 def test_maps_are_those_that_the_forward_pass_uses_wherever_it_stops(vit, images):
-    captured = {}
-    vit(images, captured=captured, capture=range(4))
+    captured = used(vit, images, range(4))
     assert list(captured) == [0, 1, 2, 3]
     for layers in ((0,), (1,), (2,), (3,), (0, 2), (3, 1), range(4)):
         maps = vit.maps(images, layers)
@@ -152,6 +153,33 @@ def test_maps_are_those_that_the_forward_pass_uses_wherever_it_stops(vit, images
     assert vit.maps(images, ()) == {}
 
 
+def used(vit, images, layers, given=None):
+    """The maps that a whole forward pass uses."""
+    shown = vit.observe(images, Wanted(maps=frozenset(layers), logits=True), given)
+    assert torch.equal(shown.logits, vit(images, given))
+    return {layer: seen.map for layer, seen in shown.seen.items()}
+
+
+def test_what_is_observed_is_the_same_wherever_the_pass_stops(vit, images):
+    """Values, residual stream and logits beside a pass that runs to the end, and against the blocks themselves."""
+    full = vit.observe(images, Wanted(maps={0}, values={1, 3}, features={0, 2}, logits=True))
+    for layers in ({1}, {3}, {1, 3}):
+        shown = vit.observe(images, Wanted(values=frozenset(layers)))
+        assert shown.logits is None and set(shown.seen) == layers
+        assert all(
+            torch.equal(shown.seen[i].v, full.seen[i].v) and equal(shown.seen[i].map, full.seen[i].map) for i in layers
+        )
+    assert torch.equal(vit.observe(images, Wanted(features={2})).features[2], full.features[2])
+    stream = vit.embed(images)
+    for i in range(3):
+        stream = vit.blocks[i](stream)
+        if i in full.features:
+            assert torch.equal(full.features[i], stream)
+    assert not Wanted() and (Wanted(maps={1}) | Wanted(features={2}, logits=True)) == Wanted(
+        maps={1}, features={2}, logits=True
+    )
+
+
 def test_maps_run_no_further_than_needed(vit, images, monkeypatch):
     ran, projected = set(), []
     for name, module in vit.named_modules():
@@ -159,19 +187,20 @@ def test_maps_run_no_further_than_needed(vit, images, monkeypatch):
     for i, block in enumerate(vit.blocks):
         heads = block.attn._heads
         monkeypatch.setattr(
-            block.attn, "_heads", lambda x, names, i=i, heads=heads: projected.append((i, names)) or heads(x, names)
+            block.attn,
+            "_heads",
+            lambda x, names, i=i, heads=heads, **kw: projected.append((i, names)) or heads(x, names),
         )
     vit.maps(images, (0, 2))
     assert projected == [(0, "qkv"), (1, "qkv"), (2, "qk")]
-    assert {"blocks.0", "blocks.1", "blocks.2.norm1"} <= ran
+    assert {"blocks.0.mlp", "blocks.1.mlp", "blocks.2.norm1"} <= ran
     assert {name for name in ran if name.startswith("blocks.2")} <= {"blocks.2.norm1", "blocks.2.attn.rel_pos_bias"}
     assert not any(name.startswith(("blocks.3", "head", "norm.", "fc_norm")) for name in ran)
 
 
 def test_a_given_map_is_used_and_leaves_other_blocks_their_own(vit, images):
     other = students.build(vit.network, 9).maps(images, (1,))
-    captured = {}
-    vit(images, given=other, captured=captured, capture=(0, 1, 2))
+    captured = used(vit, images, (0, 1, 2), {1: Given("map", other[1])})
     own = vit.maps(images, (0, 1, 2))
     assert captured[1] is other[1] and equal(captured[0], own[0]) and not equal(captured[2], own[2])
 
@@ -196,8 +225,7 @@ def test_what_is_copied_is_what_nnsight_traces(name, perturbed, images):
         for layer in layers:
             inputs = model.blocks[layer].attn.source.F_scaled_dot_product_attention_0.inputs
             traced[layer] = nnsight.save(inputs)
-    maps, captured = vit.maps(images, layers), {}
-    vit(images, captured=captured, capture=layers)
+    maps, captured = vit.maps(images, layers), used(vit, images, layers)
     for layer in layers:
         (q, k, _), options = traced[layer]
         assert options["attn_mask"] is None

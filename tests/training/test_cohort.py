@@ -10,10 +10,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional as F
 
-from atdiag.data.loader import Stream
+from atdiag.data.loader import Batch, Stream
 from atdiag.networks import students
 from atdiag.spec import Data, Init, Recipe, Transfer
-from atdiag.training import cohort
+from atdiag.training import member
 from atdiag.words import UserError
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def plain_timm(spec, steps):
     )
     for step in range(steps):
         batch = stream.batch(step)
-        keep = cohort.drop_path(recipe.drop_path, 6, spec.seed.model, step, batch.samples)
+        keep = member.drop_path(recipe.drop_path, 6, spec.seed.model, step, batch.samples)
         if keep is not None:
             for block, (attention, mlp) in zip(vit.blocks, keep, strict=True):
                 block.drop_path1.factor, block.drop_path2.factor = attention, mlp
@@ -126,7 +126,7 @@ def test_transfer_none_is_plain_timm_training(bench, rate, clip):
 
 def test_drop_path_is_timms():
     rate, samples = 0.4, np.arange(4000)
-    factors = cohort.drop_path(rate, 5, 0, 7, samples)
+    factors = member.drop_path(rate, 5, 0, 7, samples)
     assert factors.shape == (5, 2, 4000, 1, 1)
     timms = VisionTransformer(embed_dim=16, depth=5, num_heads=2, drop_path_rate=rate)
     for block, pair in zip(timms.blocks, factors, strict=True):
@@ -134,18 +134,18 @@ def test_drop_path_is_timms():
         for factor in pair:
             assert torch.isclose(factor.unique(), torch.tensor([0.0, 1 / (1 - p)][p == 0 :])).all()
             assert (factor == 0).float().mean().item() == pytest.approx(p, abs=0.03)
-    some = cohort.drop_path(rate, 5, 0, 7, samples[[30, 2]])
+    some = member.drop_path(rate, 5, 0, 7, samples[[30, 2]])
     assert torch.equal(some, factors[:, :, [30, 2]])
-    assert not torch.equal(cohort.drop_path(rate, 5, 0, 8, samples), factors)
-    assert cohort.drop_path(0.0, 5, 0, 7, samples) is None
+    assert not torch.equal(member.drop_path(rate, 5, 0, 8, samples), factors)
+    assert member.drop_path(0.0, 5, 0, 7, samples) is None
 
 
 def test_the_loss_of_a_mixed_batch_is_the_cross_entropy_to_its_soft_target():
     logits, labels, partners = torch.randn(8, 10), torch.arange(8), torch.arange(8).flip(0)
-    batch = cohort.Batch(torch.zeros(8, 1, 2, 2), labels, np.arange(8), partners, 0.3)
+    batch = Batch(torch.zeros(8, 1, 2, 2), labels, np.arange(8), partners, 0.3)
     target = 0.3 * F.one_hot(labels, 10) + 0.7 * F.one_hot(partners, 10)
     expected = F.cross_entropy(logits, 0.9 * target + 0.01)
-    assert torch.isclose(cohort.classification_loss(logits, batch, 0.1), expected)
+    assert torch.isclose(member.classification_loss(logits, batch, 0.1), expected)
 
 
 # --- Copy -------------------------------------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ def test_copy_leaves_the_unused_q_and_k_untouched(alone):
 
 def test_copy_gives_unused_parameters_neither_gradient_nor_optimiser_state(bench):
     spec = bench.company()["copy"]
-    training, batch, maps = begin(bench, spec)
-    training.advance(batch, maps)
-    unused = {id(p) for i in spec.transfer.layers for p in training.student.blocks[i].attn.qk_parameters().values()}
+    training, batch, shown = begin(bench, spec)
+    training.advance(batch, shown)
+    unused = {id(p) for i in spec.transfer.layers for p in training.student.blocks[i].attn.unused_parameters().values()}
     assert len(unused) == 16
     assert not unused & {id(p) for p in training.optimizer.state}
     assert not unused & {id(p) for group in training.optimizer.param_groups for p in group["params"]}
@@ -176,17 +176,19 @@ def test_copy_gives_unused_parameters_neither_gradient_nor_optimiser_state(bench
 
 
 def begin(bench, spec):
-    """A run's training, its first batch and the maps that go with it."""
+    """A run's training, its first batch and what the teacher shows of it."""
     from atdiag.training import evaluate
+    from atdiag.transfer.observation import Observation, of_teacher
 
     run = bench.store.create(spec)
     stream = Stream(spec.data, spec.recipe, spec.seed.data)
     teacher = students.build(spec.teacher.network, 99).eval().requires_grad_(False) if spec.teacher else None
-    training = cohort.Training(run, spec, teacher, stream.steps_per_epoch, CPU)
+    training = member.Training(run, spec, teacher, {}, stream.steps_per_epoch, CPU)
     batch = stream.batch(0)
-    maps = teacher.maps(batch.images, spec.transfer.layers) if teacher else {}
-    maps = evaluate.fit_maps(maps, teacher, training.student) if teacher else {}
-    return training, batch, maps
+    if teacher is None:
+        return training, batch, Observation()
+    shown = teacher.observe(batch.images, of_teacher([spec.transfer]))
+    return training, batch, evaluate.fit(shown, teacher, spec.network)
 
 
 # --- What is not finite -----------------------------------------------------------------------------------------------
@@ -194,20 +196,61 @@ def begin(bench, spec):
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_before_the_update(bench, poison):
-    training, batch, maps = begin(bench, bench.spec())
-    training.advance(batch, maps)
+    training, batch, shown = begin(bench, bench.spec())
+    training.advance(batch, shown)
     before = {name: value.clone() for name, value in training.student.state_dict().items()}
     moments = {p: {k: v.clone() for k, v in s.items()} for p, s in training.optimizer.state.items()}
     if poison == "loss":
         batch.images[3, 0, 5, 5] = math.nan
     else:
         training.student.head.weight.register_hook(lambda grad: grad * math.inf)
-    training.advance(batch, maps)
+    training.advance(batch, shown)
     assert poison in training.cause
     assert training.done
     assert training.step == 1
     assert all(torch.equal(value, before[name]) for name, value in training.student.state_dict().items())
     assert all(torch.equal(v, moments[p][k]) for p, s in training.optimizer.state.items() for k, v in s.items())
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_where_nothing_is_fetched_the_optimiser_itself_stops_at_the_fault(bench, poison):
+    """As on a GPU: later steps run on in ignorance, and change nothing."""
+    training, batch, shown = begin(bench, bench.spec())
+    training._fetches_at_once = False
+    training.advance(batch, shown)
+    before = {name: value.clone() for name, value in training.student.state_dict().items()}
+    if poison == "loss":
+        pixel = batch.images[3, 0, 5, 5].clone()
+        batch.images[3, 0, 5, 5] = math.nan
+    else:
+        hook = training.student.head.weight.register_hook(lambda grad: grad * math.inf)
+    training.advance(batch, shown)
+    if poison == "loss":
+        batch.images[3, 0, 5, 5] = pixel
+    else:
+        hook.remove()
+    training.advance(batch, shown)
+    assert training.cause is None
+    training.save()
+    assert poison in training.cause and training.done and training.step == 1
+    assert not training.run.checkpoint.exists()
+    assert all(torch.equal(value, before[name]) for name, value in training.student.state_dict().items())
+
+
+def test_losses_fetched_late_are_the_same(bench):
+    lines = []
+    for at_once in (True, False):
+        spec = bench.spec(transfer=Transfer(method="distill", layers=(0, 1)), model_seed=int(at_once))
+        training, batch, shown = begin(bench, spec.model_copy(update={"seed": bench.spec().seed}))
+        training._fetches_at_once = at_once
+        for _ in range(5):
+            training.advance(batch, shown)
+        training.end_epoch()
+        lines.append({k: v for k, v in training.metrics[0].items() if k != "seconds"})
+    assert lines[0] == pytest.approx(lines[1])
+    assert {"loss", "task_loss", "transfer_loss", "grad_norm", "kl"} <= set(lines[0])
+    assert lines[0]["loss"] == pytest.approx(lines[0]["task_loss"] + lines[0]["transfer_loss"])
+    assert 0 < lines[0]["kl"] < lines[0]["transfer_loss"]
 
 
 def test_a_run_that_diverges_stops_with_its_cause_and_leaves_the_others_going(bench, alone, assert_same):

@@ -7,8 +7,8 @@ import pytest
 import timm.layers
 import torch
 
-from atdiag.transfer import ops
-from atdiag.transfer.attention import Attention
+from atdiag.transfer import divergences, ops
+from atdiag.transfer.attention import Attention, Given, split_heads
 from atdiag.transfer.ops import QK
 
 WIDTH, HEADS = 24, 3
@@ -103,54 +103,104 @@ def test_clones_are_independent_equals(clone):
 
 
 def test_captured_is_what_is_used():
-    module, x, captured = ours(), torch.randn(2, 6, WIDTH), []
+    module, x = ours(), torch.randn(2, 6, WIDTH)
     module.rel_pos_bias = Bias(6)
-    out = module(x, captured=captured)
-    (qk,) = captured
+    out, (qk, v) = module.see(x)
     values = (x @ module.v_weight.T + module.v_bias).view(2, 6, HEADS, -1).transpose(1, 2)
     rebuilt = module.proj((ops.logits(qk).softmax(-1) @ values).transpose(1, 2).reshape(x.shape))
     torch.testing.assert_close(rebuilt, out, rtol=1e-6, atol=1e-5)
-    assert torch.equal(module(x, given=qk), out)
-    assert all(map(torch.equal, module.map(x)[:2], qk[:2])) and torch.equal(module.map(x).bias, qk.bias)
+    torch.testing.assert_close(v, values)
+    assert torch.equal(module(x), out)
+    for tensor, value in (("map", qk), ("q", qk.q), ("k", qk.k), ("v", v)):
+        torch.testing.assert_close(module(x, Given(tensor, value)), out)
+    for seen in (module.peek(x), module.peek(x, values=True)):
+        assert all(map(torch.equal, seen.qk[:2], qk[:2])) and torch.equal(seen.qk.bias, qk.bias)
+    assert module.peek(x).v is None and torch.equal(module.peek(x, values=True).v, v)
 
 
 def test_captured_is_what_a_hook_on_timms_module_sees():
-    module, twin, x, captured, seen = ours(), timms(), torch.randn(2, 6, WIDTH), [], []
+    module, twin, x, seen = ours(), timms(), torch.randn(2, 6, WIDTH), []
     twin.load_state_dict(module.state_dict())
     twin.attn_drop.register_forward_hook(lambda _, args, out: seen.append(args[0]))
-    module(x, captured=captured), twin(x)
-    torch.testing.assert_close(ops.logits(captured[0]).softmax(-1), seen[0], rtol=1e-6, atol=1e-6)
+    twin(x)
+    torch.testing.assert_close(ops.logits(module.peek(x).qk).softmax(-1), seen[0], rtol=1e-6, atol=1e-6)
 
 
 def test_a_given_map_replaces_the_own_one():
     module, x = ours(), torch.randn(2, 6, WIDTH)
     module.rel_pos_bias = Bias(6)
     given = QK(torch.randn(2, HEADS, 6, 4), torch.randn(2, HEADS, 6, 4), 0.5)  # a teacher of another head width
-    captured = []
-    out = module(x, given, captured)
-    assert captured == [given]
+    given = Given("map", given)
+    out, seen = module.see(x, given)
+    assert seen.map is given.value
     with torch.no_grad():
-        for parameter in module.qk_parameters().values():
+        for parameter in module.unused_parameters().values():
             parameter.normal_()
     assert torch.equal(module(x, given), out)
     assert not torch.allclose(module(x), out, atol=1e-2)
 
 
-def test_no_gradient_reaches_q_and_k_under_a_given_map():
+@pytest.mark.parametrize("tensor", ["map", "q", "k", "v"])
+def test_no_gradient_reaches_what_a_given_tensor_replaces(tensor):
     module, x = ours(), torch.randn(2, 6, WIDTH)
     module.rel_pos_bias = Bias(6)
-    unused = module.qk_parameters()
-    assert set(unused) == {"q_weight", "q_bias", "k_weight", "k_bias", "rel_pos_bias.table"}
-    given = ours().map(x)
-    module(x, given).square().sum().backward()
+    unused = module.unused_parameters(tensor)
+    q_and_k = {"q_weight", "q_bias", "k_weight", "k_bias", "rel_pos_bias.table"}
+    assert set(unused) == (q_and_k if tensor == "map" else {f"{tensor}_weight", f"{tensor}_bias"})
+    module(x, Given(tensor, taken(ours(), x, tensor))).square().sum().backward()
     for name, parameter in module.named_parameters():
         assert (parameter.grad is None) == (name in unused), name
     module(x).square().sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
-def test_qk_parameters_are_those_that_the_map_depends_on():
+def taken(module, x, tensor):
+    """What a module used, of all heads."""
+    seen = module.peek(x, values=True)
+    return {"map": seen.qk, "q": seen.qk.q, "k": seen.qk.k, "v": seen.v}[tensor]
+
+
+@pytest.mark.parametrize("tensor", ["map", "q", "k", "v"])
+@pytest.mark.parametrize("heads", [(0,), (1,), (2,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_given_to_some_heads_leaves_the_others_alone(tensor, heads, biased):
+    """Against an oracle that computes every head's output by an explicit formula and picks by head."""
+    module, teacher, x = ours(), ours(), torch.randn(2, 6, WIDTH)
+    for one in (module, teacher):
+        one.rel_pos_bias = Bias(6) if biased else None
+    theirs = taken(teacher, x, tensor)
+    index = torch.tensor(heads)
+    part = theirs.select_heads(index) if tensor == "map" else theirs[:, index]
+    out = module(x, Given(tensor, part, split_heads(heads, HEADS, x.device)))
+
+    own, v = module.peek(x, values=True)
+    q, k = own.q.clone(), own.k.clone()
+    p = ops.logits(own).softmax(-1)
+    if tensor == "map":
+        p[:, index] = ops.logits(theirs).softmax(-1)[:, index]
+    else:
+        v = v.clone()
+        {"q": q, "k": k, "v": v}[tensor][:, index] = theirs[:, index]
+        p = ops.logits(own._replace(q=q, k=k)).softmax(-1)
+    expected = module.proj((p @ v).transpose(1, 2).reshape(x.shape))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(out, module(x), atol=1e-2)
+    every = Given(tensor, theirs, split_heads((0, 1, 2), HEADS, x.device))
+    torch.testing.assert_close(module(x, every), module(x, Given(tensor, theirs)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, HEADS, 6, 6), (2, 1, 6, 6), (2, HEADS, 1, 6)])
+def test_an_averaged_map_can_be_given(shape):
+    module, x = ours(), torch.randn(2, 6, WIDTH)
+    p = torch.rand(shape).softmax(-1)
+    out = module(x, Given("map", ops.Averaged(p)))
+    v = module.peek(x, values=True).v
+    expected = module.proj((p.expand(2, HEADS, 6, 6) @ v).transpose(1, 2).reshape(x.shape))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unused_parameters_are_those_that_the_map_depends_on():
     module, x = ours(), torch.randn(2, 6, WIDTH)
     module.rel_pos_bias = Bias(6)
-    ops.entropy(module.map(x)).backward()
-    assert {name for name, p in module.named_parameters() if p.grad is not None} == set(module.qk_parameters())
+    divergences.entropy(module.peek(x).qk).backward()
+    assert {name for name, p in module.named_parameters() if p.grad is not None} == set(module.unused_parameters())

@@ -1,43 +1,41 @@
-"""The fused identities against formulas written out here in float64."""
+"""Values under a map, and averages of maps, against formulas written out here in float64."""
+
+from math import prod
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from atdiag.transfer import ops
-from atdiag.transfer.ops import QK
+from atdiag.transfer import ops, sdpa
+from atdiag.transfer.ops import QK, Averaged
 
 PATHS = pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "fused"])
-KNOWN = {"batch": 2, "heads": 3, "teacher_width": 5, "student_width": 8, "scale": 0.3, "seed": 0}
-LONG = {**KNOWN, "batch": 1, "heads": 2, "tokens": 2 * ops._ROWS + 7, "teacher_bias": True, "student_bias": True}
 
 
 @st.composite
-def pairs(draw):
-    """Sizes of a teacher's and a student's map on the same tokens."""
-    small = st.integers(1, 4)
-    sizes = {name: draw(small) for name in ("batch", "heads")}
-    sizes |= {name: draw(st.integers(1, 9)) for name in ("tokens", "teacher_width", "student_width")}
-    sizes |= {name: draw(st.booleans()) for name in ("teacher_bias", "student_bias")}
-    return sizes | {"scale": draw(st.floats(0.05, 2.0)), "seed": draw(st.integers(0, 999))}
+def sizes(draw, most=4):
+    """Batch, heads, tokens, the width of q and k, that of the values, whether there is a bias, and a seed."""
+    small = [draw(st.integers(1, most)) for _ in range(2)]
+    return *small, *(draw(st.integers(1, 9)) for _ in range(3)), draw(st.booleans()), draw(st.integers(0, 999))
 
 
-def make(sizes: dict, dtype=torch.float32) -> tuple[QK, QK]:
-    generator = torch.Generator().manual_seed(sizes["seed"])
+LONG = (2, 2, 300, 6, 9, True, 0)
+
+
+def make(batch, heads, tokens, width, value_width, bias, seed, dtype=torch.float32) -> tuple[QK, Tensor]:
+    """A map and values."""
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    def one(width, scale, bias):
-        shape = sizes["batch"], sizes["heads"], sizes["tokens"]
-        return QK(normal(*shape, width), normal(*shape, width), scale, normal(*shape[1:], shape[2]) if bias else None)
-
-    teacher = one(sizes["teacher_width"], 0.5, sizes["teacher_bias"])
-    return teacher, one(sizes["student_width"], sizes["scale"], sizes["student_bias"])
+    q, k = (normal(batch, heads, tokens, width) for _ in range(2))
+    values = normal(batch, heads, tokens, value_width)
+    return QK(q, k, 0.4, normal(heads, tokens, tokens) if bias else None), values
 
 
 def tensors(qk: QK) -> list[Tensor]:
@@ -48,18 +46,14 @@ def changed(qk: QK, change) -> QK:
     return QK(change(qk.q), change(qk.k), qk.scale, None if qk.bias is None else change(qk.bias))
 
 
-def leaves(qk: QK, dtype=None) -> QK:
-    return changed(qk, lambda x: x.detach().to(dtype or x.dtype, copy=True).requires_grad_())
+def leaves(qk: QK) -> QK:
+    return changed(qk, lambda x: x.detach().clone().requires_grad_())
 
 
 def the_map(qk: QK) -> Tensor:
     scores = qk.scale * torch.einsum("bhqd,bhkd->bhqk", qk.q.double(), qk.k.double())
     weights = (scores + (0 if qk.bias is None else qk.bias.double())).exp()
     return weights / weights.sum(-1, keepdim=True)
-
-
-def the_cross_entropy(teacher: QK, student: QK) -> Tensor:
-    return -(the_map(teacher) * the_map(student).log()).sum(-1).mean()
 
 
 def value_and_gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -72,135 +66,122 @@ def assert_all_close(found, expected, tolerance):
         torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
 
 
+class Watch(TorchDispatchMode):
+    """Which operations run, forward and backward, and the largest tensor that any of them makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran, self.largest = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.ran.add(func.overloadpacket.__name__)
+        made = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
+        # An expanded view has few elements of its own.
+        own = [prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride) for x in made]
+        self.largest = max(self.largest, *own, 0)
+        return out
+
+
 @PATHS
-@given(sizes=pairs())
+@given(size=sizes())
 @example(LONG)
-def test_attend_is_softmax_times_values(explicit, sizes):
-    qk, other = make(sizes)  # the other's queries serve as values of another width
-    qk, v = leaves(qk), other.q.clone().requires_grad_()
+def test_attend_is_softmax_times_values(explicit, size):
+    qk, v = make(*size)
+    qk, v = leaves(qk), v.requires_grad_()
     inputs, upstream = [*tensors(qk), v], torch.cos(v.detach())
     found = value_and_gradients((ops.attend(qk, v, explicit) * upstream).sum(), inputs)
     expected = value_and_gradients((the_map(qk) @ v.double() * upstream).sum(), inputs)
-    assert_all_close(found, expected, 3e-5)
-
-
-@PATHS
-@given(sizes=pairs())
-@example(LONG)
-def test_cross_entropy_and_its_gradients_are_those_of_the_formula(explicit, sizes):
-    teacher, student = make(sizes)
-    student, exact = leaves(student), leaves(student, torch.float64)
-    found = value_and_gradients(ops.cross_entropy(teacher, student, explicit), tensors(student))
-    expected = value_and_gradients(the_cross_entropy(teacher, exact), tensors(exact))
-    assert_all_close(found, expected, 1e-5)
-
-
-@given(sizes=pairs())
-@example(LONG)
-def test_both_paths_agree_in_float64(sizes):
-    teacher, student = make(sizes, torch.float64)
-    student = leaves(student)
-    both = [
-        value_and_gradients(ops.cross_entropy(teacher, student, explicit), tensors(student))
-        for explicit in (True, False)
-    ]
-    assert_all_close(*both, 1e-12)
+    assert_all_close(found, expected, 5e-5)
 
 
 @PATHS
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(explicit, bias):
-    teacher, student = make({**KNOWN, "tokens": 5, "teacher_bias": True, "student_bias": bias}, torch.float64)
+    qk, v = make(2, 2, 5, 3, 4, bias, 1, torch.float64)
+    scale = qk.scale
 
-    def loss(q, k, b=None):
-        return ops.cross_entropy(teacher, QK(q, k, student.scale, b), explicit)
+    def attended(q, k, v, b=None):
+        return ops.attend(QK(q, k, scale, b), v, explicit)
 
-    assert gradcheck(loss, tensors(leaves(student)))
+    q, k, *b = tensors(leaves(qk))
+    assert gradcheck(attended, (q, k, v.requires_grad_(), *b))
+
+
+@given(size=sizes(), chosen=st.sets(st.sampled_from(["q", "k", "bias", "v"]), min_size=1))
+def test_any_part_alone_may_have_a_gradient(size, chosen):
+    qk, v = make(*size, torch.float64)
+    parts = {"q": qk.q, "k": qk.k, "bias": qk.bias, "v": v}
+    trained = [x.requires_grad_() for name, x in parts.items() if name in chosen and x is not None]
+    if trained:
+        by_each = [torch.autograd.grad(ops.attend(qk, v, path).square().sum(), trained) for path in (True, False)]
+        assert_all_close(*by_each, 1e-10)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_attention_stores_no_map(bias, trained):
+    batch, heads, tokens = 2, 3, 1024
+    qk, v = make(batch, heads, tokens, 16, 16, bias, 0)
+    if trained:
+        qk = leaves(qk)
+    with Watch() as seen:
+        ops.attend(qk, v.requires_grad_(), explicit=False).square().sum().backward()
+    assert "_scaled_dot_product_flash_attention_for_cpu" in seen.ran
+    assert "_scaled_dot_product_flash_attention_for_cpu_backward" in seen.ran
+    assert seen.largest <= max(ops._BLOCK_CPU, heads * tokens * tokens if bias else 0)
+    with Watch() as seen:
+        ops.attend(qk, v, explicit=True)
+    assert seen.largest == batch * heads * tokens * tokens  # the watch sees what there is to see
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("value_width", [4, 8, 12])
+def test_the_fused_path_never_leaves_the_fast_kernels(dtype, bias, value_width):
+    """SDPA would fall back in silence to a formula that stores [B, H, N, N]."""
+    qk, v = make(2, 3, 30, 8, value_width, bias, 0, dtype)
+    with Watch() as seen:
+        out = ops.attend(qk, v, explicit=False)
+    assert "_scaled_dot_product_flash_attention_for_cpu" in seen.ran and out.shape == v.shape
+    assert not {"_softmax", "_safe_softmax", "bmm"} & seen.ran
+
+
+@given(size=sizes())
+@example(LONG)
+def test_the_kernels_log_sum_exp_is_the_logits(size):
+    qk, v = make(*size)
+    out = sdpa.attention(qk.q, qk.k, v.requires_grad_(), qk.scale, qk.bias)
+    assert sdpa.kernel(out) == "flash"
+    torch.testing.assert_close(sdpa.logsumexp(out), ops.logits(qk).logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert sdpa.kernel(out * 2) is None and sdpa.logsumexp(out.detach()) is None
 
 
 def in_bf16_with_offset_keys(offset: float) -> QK:
-    qk, _ = make({**KNOWN, "tokens": 40, "teacher_width": 16, "teacher_bias": True, "student_bias": False})
+    qk, _ = make(2, 3, 40, 16, 16, True, 0)
     direction = torch.randn(16, generator=torch.Generator().manual_seed(1))
     return changed(qk._replace(k=qk.k + offset * direction), Tensor.bfloat16)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("offset", [0.0, 24.0])
-@PATHS
-def test_bf16_gradients_survive_near_agreement_with_offset_keys(explicit, offset, autocast):
-    """Maps that nearly agree, keys far from zero: the gradient is a small difference of large numbers."""
-    teacher = in_bf16_with_offset_keys(offset)
-    nudge = 0.2 * torch.randn(teacher.q.shape, generator=torch.Generator().manual_seed(2))
-    student = leaves(teacher._replace(q=(teacher.q.float() + nudge).bfloat16()))
-    exact = leaves(student, torch.float64)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = ops.cross_entropy(teacher, student, explicit)
-    found = value_and_gradients(loss, tensors(student))
-    expected = value_and_gradients(the_cross_entropy(teacher, exact), tensors(exact))
-    assert [x.dtype for x in found] == [torch.float32] + 3 * [torch.bfloat16]
-    for one, other in zip(found, expected, strict=True):
-        assert (one.double() - other).norm() < 0.04 * other.norm()
-
-
-@pytest.mark.parametrize("autocast", [False, True])
 @PATHS
 def test_bf16_attention_survives_offset_keys(explicit, autocast):
-    qk = in_bf16_with_offset_keys(24.0)
+    qk = leaves(in_bf16_with_offset_keys(24.0))
+    values = qk.q.detach()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = ops.attend(qk, qk.q, explicit)
+        out = ops.attend(qk, values, explicit)
     assert out.dtype == torch.bfloat16
-    assert_all_close([out], [the_map(qk) @ qk.q.double()], 2e-2)
-
-
-@PATHS
-def test_distilling_into_an_own_copy_costs_the_entropy_and_pulls_nowhere(explicit):
-    teacher, _ = make({**KNOWN, "tokens": 7, "teacher_bias": True, "student_bias": False}, torch.float64)
-    loss, *gradients = value_and_gradients(
-        ops.cross_entropy(teacher, (copy := leaves(teacher)), explicit), tensors(copy)
-    )
-    torch.testing.assert_close(loss, ops.entropy(teacher))
-    assert all(gradient.abs().max() < 1e-14 for gradient in gradients)
-
-
-@PATHS
-def test_a_changed_copy_is_pulled_back_along_finite_differences(explicit):
-    teacher, _ = make({**KNOWN, "tokens": 7, "teacher_bias": True, "student_bias": False}, torch.float64)
-    directions = changed(teacher, lambda x: torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double())
-    moved = leaves(teacher._replace(q=teacher.q + 0.1 * directions.q))
-    loss, *gradients = value_and_gradients(ops.cross_entropy(teacher, moved, explicit), tensors(moved))
-    assert loss > ops.entropy(teacher)
-    assert gradients[0].abs().max() > 1e-5
-    step = 1e-5
-
-    def loss_at(name, sign):
-        shifted = getattr(moved, name) + sign * step * getattr(directions, name)
-        return ops.cross_entropy(teacher, moved._replace(**{name: shifted}), explicit)
-
-    for name, gradient in zip(("q", "k", "bias"), gradients, strict=True):
-        slope = (loss_at(name, 1) - loss_at(name, -1)) / (2 * step)
-        torch.testing.assert_close((gradient * getattr(directions, name)).sum(), slope, rtol=1e-6, atol=1e-10)
-
-
-@given(sizes=pairs())
-def test_entropy_is_the_least_cross_entropy(sizes):
-    teacher, student = make(sizes)
-    torch.testing.assert_close(ops.cross_entropy(teacher, teacher), ops.entropy(teacher), rtol=1e-5, atol=1e-6)
-    assert ops.cross_entropy(teacher, student) >= ops.entropy(teacher) - 1e-5
-
-
-@PATHS
-def test_no_gradient_reaches_the_teacher(explicit):
-    teacher, student = make({**KNOWN, "tokens": 6, "teacher_bias": True, "student_bias": True})
-    teacher, student = leaves(teacher), leaves(student)
-    ops.cross_entropy(teacher, student, explicit).backward()
-    assert all(x.grad is None for x in tensors(teacher))
-    assert all(x.grad.isfinite().all() for x in tensors(student))
+    assert_all_close([out], [the_map(qk) @ values.double()], 2e-2)
+    upstream = torch.cos(values)
+    (found,) = torch.autograd.grad(out, [qk.bias], upstream)
+    (expected,) = torch.autograd.grad(the_map(qk) @ values.double(), [qk.bias], upstream.double())
+    assert found.dtype == torch.bfloat16 and (found - expected).norm() < 0.02 * expected.norm()
 
 
 @PATHS
 @given(data=st.data())
 def test_select_is_the_renormalised_map(explicit, data):
-    qk, _ = make({**KNOWN, "tokens": 8, "teacher_bias": data.draw(st.booleans()), "student_bias": False})
+    qk, _ = make(2, 3, 8, 5, 5, data.draw(st.booleans()), 0)
     kept = torch.tensor(data.draw(st.lists(st.integers(0, 7), min_size=1, unique=True)))
     sliced = the_map(qk)[:, :, kept][..., kept]
     values = torch.eye(len(kept)).expand(*qk.q.shape[:2], -1, -1)
@@ -208,26 +189,100 @@ def test_select_is_the_renormalised_map(explicit, data):
     assert_all_close([found], [sliced / sliced.sum(-1, keepdim=True)], 1e-5)
 
 
-@pytest.mark.parametrize(("teacher_width", "student_width"), [(8, 8), (4, 8), (8, 4)])
-def test_the_fused_path_never_leaves_the_fast_kernels(monkeypatch, teacher_width, student_width):
-    """SDPA would fall back in silence to a formula that stores [B, H, N, N]."""
-    kernels, sdpa = [], F.scaled_dot_product_attention
+@given(size=sizes(), data=st.data())
+def test_select_heads_takes_the_maps_of_those_heads(size, data):
+    qk, _ = make(*size)
+    heads = torch.tensor(data.draw(st.lists(st.integers(0, size[1] - 1), min_size=1, unique=True)))
+    expected = the_map(qk)[:, heads]
+    assert_all_close([ops.probabilities(qk.select_heads(heads))], [expected], 1e-5)
+    assert_all_close([Averaged(the_map(qk)).select_heads(heads).p], [expected], 1e-12)
+    shared = Averaged(the_map(qk)[:, :1])
+    assert shared.select_heads(heads) is shared
 
-    def watched(q, k, v, attn_mask=None, scale=None):
-        kernels.append(torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, False, scale=scale))
-        return sdpa(q, k, v, attn_mask=attn_mask, scale=scale)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    widths = {"teacher_width": teacher_width, "student_width": student_width}
-    teacher, student = make({**KNOWN, **widths, "tokens": 30, "teacher_bias": True, "student_bias": True})
-    student = leaves(student)
-    ops.cross_entropy(teacher, student, explicit=False).backward()
-    ops.attend(teacher, student.q, explicit=False).sum().backward()
-    math = 0
-    assert len(kernels) == 4 and math not in kernels
+AVERAGES = {"examples": 0, "heads": 1, "queries": 2, "layers": None}
+
+
+@pytest.mark.parametrize("over", AVERAGES)
+@given(size=sizes(), layers=st.integers(1, 3))
+@example(LONG, 2)
+def test_averages_are_means_of_the_maps(over, size, layers):
+    maps = [leaves(make(*size[:-1], size[-1] + layer)[0]) for layer in range(layers)]
+    found, dim = ops.average(maps, over), AVERAGES[over]
+    full = [the_map(qk) for qk in maps]
+    mean = [sum(full) / layers] * layers if dim is None else [p.mean(dim, keepdim=True) for p in full]
+    assert not any(average.p.requires_grad for average in found)
+    assert_all_close([average.p for average in found], mean, 1e-6)
+    sums = [average.p.sum(-1) for average in found]
+    assert_all_close(sums, [torch.ones_like(x) for x in sums], 1e-5)
+
+
+@pytest.mark.parametrize("over", ["examples", "queries"])
+def test_an_average_over_examples_or_queries_holds_only_blocks_of_the_maps(over):
+    batch, heads, tokens = 3, 4, 512
+    qk, _ = make(batch, heads, tokens, 8, 8, False, 0)
+    with Watch() as seen:
+        (average,) = ops.average([qk], over)
+    assert seen.largest <= max(ops._BLOCK_CPU, average.p.numel()) < batch * heads * tokens * tokens
+
+
+@given(size=sizes(), single=st.sets(st.sampled_from([0, 1, 2])))
+def test_an_averaged_map_attends_like_the_map_it_stands_for(size, single):
+    qk, v = make(*size)
+    p = the_map(qk).float()
+    for dim in single:
+        p = p.mean(dim, keepdim=True)
+    found = value_and_gradients(ops.attend(Averaged(p), v.requires_grad_()).square().sum(), [v])
+    expected = value_and_gradients((p.expand(*v.shape[:3], -1).double() @ v.double()).square().sum(), [v])
+    assert ops.attend(Averaged(p), v).shape == v.shape
+    assert_all_close(found, expected, 1e-4)
+
+
+def test_an_averaged_map_is_not_copied_for_every_image():
+    _, v = make(8, 2, 128, 8, 8, False, 0)
+    p = torch.rand(1, 2, 128, 128).softmax(-1)
+    with Watch() as seen:
+        ops.attend(Averaged(p), v.requires_grad_()).square().sum().backward()
+    assert seen.largest <= p.numel()
+
+
+def test_attention_under_autocast_by_an_averaged_map_is_in_bf16():
+    qk, v = make(2, 2, 9, 4, 4, False, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.attend(Averaged(the_map(qk).float()), v.bfloat16())
+    assert out.dtype == torch.bfloat16
+
+
+def test_attend_compiles_in_one_piece_with_a_trained_bias():
+    qk, v = make(2, 2, 20, 8, 8, True, 0)
+    qk, v = leaves(qk), v.requires_grad_()
+
+    def loss(q, k, bias, v):
+        return ops.attend(QK(q, k, 0.4, bias), v, explicit=False).square().sum()
+
+    inputs = [*tensors(qk), v]
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = value_and_gradients(compiled(*inputs), inputs)
+    assert_all_close(found, value_and_gradients(loss(*inputs), inputs), 1e-6)
 
 
 def test_the_rule_takes_the_explicit_formula_for_short_sequences_on_a_cpu_alone():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert ops.prefers_explicit(cpu, 197) and not ops.prefers_explicit(cpu, 577)
-    assert not ops.prefers_explicit(gpu, 197)
+    assert ops.prefers_explicit(cpu, 26) and not ops.prefers_explicit(cpu, 197)
+    assert ops.prefers_explicit(cpu, 197, in_part=True) and not ops.prefers_explicit(cpu, 577, in_part=True)
+    assert not ops.prefers_explicit(gpu, 26) and not ops.prefers_explicit(gpu, 26, in_part=True)
+
+
+@pytest.mark.parametrize(
+    ("trained", "explicit"), [("", False), ("v", True), ("qkv", False), ("qkv bias", True), ("bias", True)]
+)
+def test_attend_follows_the_rule_for_what_is_trained(trained, explicit):
+    qk, v = make(1, 2, 100, 4, 4, True, 0)
+    for name, x in {"q": qk.q, "k": qk.k, "v": v, "bias": qk.bias}.items():
+        x.requires_grad_(name in trained.partition(" ")[0] or name in trained.split())
+    with Watch() as seen:
+        ops.attend(qk, v)
+    assert ("_softmax" in seen.ran) == explicit
+    with torch.no_grad(), Watch() as seen:
+        ops.attend(qk, v)
+    assert "_softmax" not in seen.ran

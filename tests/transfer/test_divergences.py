@@ -1,0 +1,377 @@
+"""Every loss, its values and gradients, against the formula of its definition in float64."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from atdiag.spec import MapLoss
+from atdiag.transfer import divergences, ops
+from atdiag.transfer.ops import QK, Averaged
+
+KNOWN = {"batch": 2, "heads": 3, "teacher_width": 5, "student_width": 8, "scale": 0.3, "seed": 0}
+BOTH = {"teacher_bias": True, "student_bias": True}
+NEITHER = {"teacher_bias": False, "student_bias": False}
+LONG = {**KNOWN, **BOTH, "heads": 2, "tokens": 400}  # more than one block for each image
+LONG_PLAIN = {**LONG, **NEITHER}
+
+
+@st.composite
+def pairs(draw):
+    """Sizes of a teacher's and a student's map on the same tokens."""
+    small = st.integers(1, 4)
+    sizes = {name: draw(small) for name in ("batch", "heads")}
+    sizes |= {name: draw(st.integers(1, 9)) for name in ("tokens", "teacher_width", "student_width")}
+    sizes |= {name: draw(st.booleans()) for name in BOTH}
+    return sizes | {"scale": draw(st.sampled_from([0.05, 0.3, 0.5, 2.0])), "seed": draw(st.integers(0, 999))}
+
+
+def make(sizes: dict, dtype=torch.float32) -> tuple[QK, QK]:
+    generator = torch.Generator().manual_seed(sizes["seed"])
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def one(width, scale, bias):
+        shape = sizes["batch"], sizes["heads"], sizes["tokens"]
+        return QK(normal(*shape, width), normal(*shape, width), scale, normal(*shape[1:], shape[2]) if bias else None)
+
+    teacher = one(sizes["teacher_width"], 0.5, sizes["teacher_bias"])
+    return teacher, one(sizes["student_width"], sizes["scale"], sizes["student_bias"])
+
+
+def tensors(qk: QK) -> list[Tensor]:
+    return [x for x in (qk.q, qk.k, qk.bias) if x is not None]
+
+
+def changed(qk: QK, change) -> QK:
+    return QK(change(qk.q), change(qk.k), qk.scale, None if qk.bias is None else change(qk.bias))
+
+
+def leaves(qk: QK, dtype=None) -> QK:
+    return changed(qk, lambda x: x.detach().to(dtype or x.dtype, copy=True).requires_grad_())
+
+
+def the_logits(qk: QK) -> Tensor:
+    scores = qk.scale * torch.einsum("bhqd,bhkd->bhqk", qk.q.double(), qk.k.double())
+    return scores + (0 if qk.bias is None else qk.bias.double())
+
+
+def the_map(map) -> Tensor:
+    return map.p.double() if isinstance(map, Averaged) else the_logits(map).softmax(-1)
+
+
+def log_of(p: Tensor) -> Tensor:
+    return p.clamp_min(1e-300).log()
+
+
+def the_jsd(t: Tensor, s: Tensor) -> Tensor:
+    middle = (t + s) / 2
+    return (t * (log_of(t) - log_of(middle)) + s * (log_of(s) - log_of(middle))) / (2 * math.log(2))
+
+
+DEFINED = {
+    "ce": lambda t, s: -t * log_of(s),
+    "kl": lambda t, s: t * (log_of(t) - log_of(s)),
+    "mse": lambda t, s: (s - t).square(),
+    "jsd": the_jsd,
+    "l1": lambda t, s: (s - t).abs(),
+}
+
+
+def the_loss(name: str, teacher, student: QK) -> Tensor:
+    if name == "logits_mse":
+        difference = the_logits(student) - the_logits(teacher)
+        return (difference - difference.mean(-1, keepdim=True)).square().mean()
+    return DEFINED[name](the_map(teacher), the_map(student)).sum(-1).mean()
+
+
+def ours(name: str, fused: bool | None):
+    loss = {**divergences.LOSSES, "kl": divergences.kl}[name]
+    return loss if fused is None else lambda teacher, student: loss(teacher, student, fused)
+
+
+WAYS = [("ce", False), ("ce", True), ("kl", False), ("kl", True), ("mse", False), ("mse", True)]
+WAYS += [("jsd", None), ("l1", None), ("logits_mse", None)]
+EACH = pytest.mark.parametrize(
+    ("name", "fused"), WAYS, ids=lambda x: x if isinstance(x, str) else {None: "", False: "blocks", True: "fused"}[x]
+)
+OF_AVERAGES = pytest.mark.parametrize("name", ["ce", "kl", "mse", "jsd", "l1"])
+
+
+def value_and_gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def assert_all_close(found, expected, tolerance):
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+def assert_is_the_loss(name, fused, teacher, student, tolerance):
+    student, exact = leaves(student), leaves(student, torch.float64)
+    found = value_and_gradients(ours(name, fused)(teacher, student), tensors(student))
+    expected = value_and_gradients(the_loss(name, teacher, exact), tensors(exact))
+    assert_all_close(found, expected, tolerance)
+
+
+def test_the_table_has_the_losses_of_the_spec():
+    assert set(divergences.LOSSES) == set(get_args(MapLoss))
+
+
+@EACH
+@settings(max_examples=20)
+@given(sizes=pairs())
+@example(LONG)
+@example(LONG_PLAIN)
+def test_values_and_gradients_are_those_of_the_definition(name, fused, sizes):
+    assert_is_the_loss(name, fused, *make(sizes), 2e-5)
+
+
+@EACH
+@settings(max_examples=20)
+@given(sizes=pairs())
+@example(LONG_PLAIN)
+def test_they_are_exact_in_float64(name, fused, sizes):
+    assert_is_the_loss(name, fused, *make(sizes, torch.float64), 1e-11)
+
+
+@OF_AVERAGES
+@settings(max_examples=20)
+@given(sizes=pairs(), single=st.sets(st.sampled_from([0, 1, 2])))
+@example(LONG, {0})
+@example(LONG, {1, 2})
+def test_the_teacher_may_be_an_average(name, sizes, single):
+    teacher, student = make(sizes)
+    p = the_map(teacher).float()
+    for dim in single:
+        p = p.mean(dim, keepdim=True)
+    assert_is_the_loss(name, None, Averaged(p), student, 2e-5)
+
+
+@EACH
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(name, fused, bias):
+    teacher, student = make({**KNOWN, "tokens": 5, "teacher_bias": True, "student_bias": bias}, torch.float64)
+
+    def loss(q, k, b=None):
+        return ours(name, fused)(teacher, QK(q, k, student.scale, b))
+
+    assert gradcheck(loss, tensors(leaves(student)))
+
+
+@EACH
+def test_a_subset_of_heads(name, fused):
+    teacher, student = make({**KNOWN, **BOTH, "tokens": 6}, torch.float64)
+    student, heads = leaves(student), torch.tensor([0, 2])
+    found = ours(name, fused)(teacher.select_heads(heads), student.select_heads(heads))
+    expected = the_loss(name, teacher.select_heads(heads), student.select_heads(heads))
+    gradients = value_and_gradients(found, tensors(student))
+    assert_all_close(gradients, value_and_gradients(expected, tensors(student)), 1e-11)
+    assert gradients[1][:, 1].abs().max() == 0 != gradients[1][:, 0].abs().max()
+
+
+def test_logit_mse_by_forming_the_logits_and_without():
+    """Either side of the length where it pays not to form them."""
+    for tokens in (24, 25, 40):
+        for biases in ({**BOTH}, {**NEITHER}, {**BOTH, "student_bias": False}, {**BOTH, "teacher_bias": False}):
+            teacher, student = make({**KNOWN, **biases, "tokens": tokens})
+            assert_is_the_loss("logits_mse", None, teacher, student, 1e-6)
+
+
+@EACH
+def test_an_own_copy_is_pulled_nowhere_and_no_gradient_reaches_the_teacher(name, fused):
+    teacher, _ = make({**KNOWN, "tokens": 7, "teacher_bias": True, "student_bias": False}, torch.float64)
+    teacher, copy = leaves(teacher), leaves(teacher)
+    loss, *gradients = value_and_gradients(ours(name, fused)(teacher, copy), tensors(copy))
+    least = divergences.entropy(teacher) if name == "ce" else torch.zeros(())
+    torch.testing.assert_close(loss, least.double(), rtol=1e-12, atol=1e-14)
+    assert all(gradient.abs().max() < 1e-14 for gradient in gradients)
+    moved = leaves(copy._replace(q=copy.q + 0.1))
+    ours(name, fused)(teacher, moved).backward()
+    assert all(x.grad is None for x in tensors(teacher))
+    assert moved.q.grad.abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@settings(max_examples=20)
+@given(sizes=pairs())
+def test_kl_is_cross_entropy_less_its_least_value_with_the_same_gradients(fused, sizes):
+    teacher, student = make(sizes, torch.float64)
+    student = leaves(student)
+    ce, *ce_gradients = value_and_gradients(ours("ce", fused)(teacher, student), tensors(student))
+    kl, *kl_gradients = value_and_gradients(ours("kl", fused)(teacher, student), tensors(student))
+    torch.testing.assert_close(kl, ce - divergences.entropy(teacher), rtol=1e-10, atol=1e-12)
+    assert_all_close(kl_gradients, ce_gradients, 1e-12)
+    assert kl > -1e-12
+
+
+@settings(max_examples=20)
+@given(sizes=pairs())
+@example(LONG)
+def test_entropy_is_that_of_the_map(sizes):
+    teacher, _ = make(sizes)
+    p = the_map(teacher)
+    expected = -(p * p.log()).sum(-1).mean()
+    for found in (teacher, leaves(teacher), Averaged(p)):
+        torch.testing.assert_close(divergences.entropy(found).double(), expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(divergences.entropy(one := leaves(teacher)), [one.q])
+    (exact,) = torch.autograd.grad(-(the_map(one) * the_map(one).log()).sum(-1).mean(), [one.q])
+    assert_all_close([gradient], [exact], 1e-5)
+
+
+@OF_AVERAGES
+def test_maps_with_nothing_in_common_and_zeros_in_the_teachers(name):
+    sure = 60.0 * torch.eye(2)
+    student = leaves(QK(sure.view(1, 1, 2, 2), torch.eye(2).view(1, 1, 2, 2), 1.0))
+    teacher = Averaged(torch.eye(2).flip(0).view(1, 1, 2, 2))
+    loss, *gradients = value_and_gradients(ours(name, None)(teacher, student), tensors(student))
+    torch.testing.assert_close(loss, torch.tensor({"ce": 60.0, "kl": 60.0, "mse": 2.0, "jsd": 1.0, "l1": 2.0}[name]))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def in_bf16_with_offset_keys(offset: float, bias: bool) -> QK:
+    sizes = {**KNOWN, "tokens": 40, "teacher_width": 16, "teacher_bias": bias, "student_bias": False}
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    teacher, _ = make(sizes)
+    return changed(teacher._replace(k=teacher.k + offset * direction), Tensor.bfloat16)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 24.0])
+@pytest.mark.parametrize("bias", [True, False])
+@EACH
+def test_bf16_gradients_survive_near_agreement_with_offset_keys(name, fused, offset, bias, autocast):
+    """Maps that nearly agree, keys far from zero: the gradient is a small difference of large numbers."""
+    teacher = in_bf16_with_offset_keys(offset, bias)
+    nudge = 0.2 * torch.randn(teacher.q.shape, generator=torch.Generator().manual_seed(2))
+    student = leaves(teacher._replace(q=(teacher.q.float() + nudge).bfloat16()))
+    exact = leaves(student, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = ours(name, fused)(teacher, student)
+    found = value_and_gradients(loss, tensors(student))
+    expected = value_and_gradients(the_loss(name, teacher, exact), tensors(exact))
+    assert [x.dtype for x in found] == [torch.float32] + len(tensors(student)) * [torch.bfloat16]
+    # The fused way takes the difference of attentions that bf16 has rounded already.
+    bound = 0.05 if fused and not bias else 0.004
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert (one.double() - other).norm() < bound * other.norm()
+    assert (found[0] - expected[0]).abs() < (0.01 if fused and not bias else 1e-4) * max(expected[0], 1)
+
+
+@EACH
+@settings(max_examples=20)
+@given(sizes=pairs())
+@example(LONG)
+@example(LONG_PLAIN)
+def test_bf16_stays_within_bounds_of_float32(name, fused, sizes):
+    """Of maps that don't agree: relative to the gradient's norm, and what rounding q and k themselves does aside."""
+    teacher, student = (changed(map, Tensor.bfloat16) for map in make(sizes))
+    student, wide = leaves(student), leaves(student, torch.float32)
+    found = value_and_gradients(ours(name, fused)(teacher, student), tensors(student))
+    expected = value_and_gradients(
+        ours(name, False if fused else fused)(changed(teacher, Tensor.float), wide), tensors(wide)
+    )
+    torch.testing.assert_close(found[0], expected[0], rtol=0.01, atol=0.01)
+    rows = student.q.shape[:-1].numel()
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert (one.float() - other).norm() <= 0.02 * other.norm() + 0.02 / rows**0.5
+
+
+@EACH
+def test_float16_gradients_under_a_scaled_loss(name, fused):
+    """As a GradScaler does it: a mean's gradients are too small for float16, scaled they are not."""
+    teacher, student = (changed(map, Tensor.half) for map in make({**LONG_PLAIN, "heads": 8}))
+    student, exact = leaves(student), leaves(student, torch.float64)
+    found = torch.autograd.grad(ours(name, fused)(teacher, student), tensors(student), torch.tensor(65536.0))
+    expected = torch.autograd.grad(the_loss(name, teacher, exact) * 65536.0, tensors(exact))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float16
+        assert (one.double() - other).norm() < 0.02 * other.norm()
+
+
+class Watch(TorchDispatchMode):
+    """Which operations run, forward and backward, and the largest tensor that any of them makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran, self.largest = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.ran.add(func.overloadpacket.__name__)
+        made = [x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
+        self.largest = max(self.largest, *made, 0)
+        return out
+
+
+@pytest.mark.parametrize("biases", [BOTH, NEITHER, {**BOTH, "student_bias": False}], ids=["both", "neither", "teacher"])
+@EACH
+def test_no_map_is_stored(name, fused, biases):
+    sizes = {**KNOWN, **biases, "tokens": 1024, "heads": 2}
+    teacher, student = make(sizes)
+    with Watch() as seen:
+        ours(name, fused)(teacher, leaves(student)).backward()
+    whole = sizes["batch"] * sizes["heads"] * 1024 * 1024
+    biased = sizes["heads"] * 1024 * 1024 if any(biases.values()) else 0
+    assert seen.largest <= max(ops._BLOCK_CPU, biased) < whole
+    if fused and not biases["student_bias"]:
+        assert "_scaled_dot_product_flash_attention_for_cpu" in seen.ran
+        assert "_scaled_dot_product_flash_attention_for_cpu_backward" in seen.ran
+        if name != "kl":  # whose constant, the teacher's entropy, is formed in blocks
+            assert not {"_softmax", "_log_softmax", "bmm"} & seen.ran
+    with Watch() as seen:
+        the_loss(name, teacher, student)
+    assert seen.largest == whole  # the watch sees what there is to see
+
+
+@EACH
+def test_nothing_depends_on_a_value(name, fused):
+    """What reads a number from the device, or branches on one, fails on tensors that have a shape and nothing else."""
+    with FakeTensorMode():
+        teacher, student = make({**KNOWN, **NEITHER, "tokens": 30})
+        student = leaves(student)
+        ours(name, fused)(teacher, student).backward()
+        assert student.q.grad.shape == student.q.shape
+        with pytest.raises(DataDependentOutputException):
+            student.q.sum().item()
+
+
+@EACH
+def test_values_alone_cost_no_gradients(name, fused):
+    teacher, student = make({**LONG_PLAIN})
+    expected = ours(name, fused)(teacher, leaves(student))
+    with torch.no_grad(), Watch() as seen:
+        found = ours(name, fused)(teacher, leaves(student))
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-6)
+    assert not found.requires_grad and "_scaled_dot_product_flash_attention_for_cpu_backward" not in seen.ran
+
+
+def test_maps_that_do_not_line_up_are_refused():
+    teacher, student = make({**KNOWN, **NEITHER, "tokens": 6})
+    for wrong in (
+        teacher.select(torch.arange(5)),
+        teacher.select_heads(torch.tensor([0])),
+        Averaged(torch.ones(2, 2, 6, 6)),
+    ):
+        with pytest.raises(ValueError, match="line up"):
+            divergences.cross_entropy(wrong, student)
+    with pytest.raises(TypeError, match="no logits"):
+        divergences.logits_mse(Averaged(torch.ones(1, 1, 1, 6) / 6), student)
+
+
+def test_the_rule_forms_maps_in_blocks_on_a_cpu_alone():
+    assert divergences.prefers_blocks(torch.device("cpu"))
+    assert not divergences.prefers_blocks(torch.device("cuda"))
+    teacher, student = make({**KNOWN, **NEITHER, "tokens": 6})
+    assert divergences._fuses(teacher, student, fused=True)
+    assert not divergences._fuses(teacher, student, fused=None)
+    assert not divergences._fuses(Averaged(the_map(teacher)), student, fused=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,7 +117,7 @@ def _run(
     settings = profiles.resolve(profile, seeds, set_, runs)
     device = schedule.choose_device(device or settings.profile.device)
     study = make(Lab(settings))
-    _check_overrides(study, [item.partition("=")[0].strip() for item in set_])
+    _check_overrides(make, study, settings, [item.partition("=")[0].strip() for item in set_])
     store = Store(settings.runs)
     folder = tables.output_folder(study, settings.profile.name, out.expanduser() if out else None)
     tables.writable(settings.runs, "--runs")
@@ -140,17 +141,23 @@ def _run(
         typer.echo(json.dumps(tables.as_json(finished, files)))
 
 
-def _check_overrides(study: Study, names: list[str]) -> None:
-    """Raise UserError for a name given with --set that no arm of the study would feel."""
+def _check_overrides(make: Callable[[Lab], Study], study: Study, settings: Settings, names: list[str]) -> None:
+    """Raise UserError for a name given with --set that changes no run of the study."""
+    from atdiag.study import profile as profiles
+    from atdiag.study.ablation import Lab
     from atdiag.words import UserError
 
-    used = {spec.transfer.method for arm in study.arms for spec in arm.specs}
+    ids = {spec.id for spec in study.specs}
     for name in names:
-        method = "distill" if name == "transfer.weight" else name.split(".")[1] if name.count(".") == 2 else None
-        if method is not None and method not in used:
-            raise UserError(
-                f"{name} has no effect here: no arm of this experiment has transfer {method!r}", "leave it out"
-            )
+        plain = profiles.without(settings, name)
+        if plain is None or plain == settings.profile:  # it can't be left out, or says what is so anyway
+            continue
+        try:
+            others = make(Lab(replace(settings, profile=plain)))
+        except UserError:
+            continue
+        if ids == {spec.id for spec in others.specs}:
+            raise UserError(f"{name} has no effect here: it changes none of this experiment's runs", "leave it out")
 
 
 def _header(study: Study, settings: Settings) -> None:
@@ -252,6 +259,7 @@ def _show_plan(study: Study, settings: Settings, store: Store, device: str, json
     from rich.table import Table
 
     from atdiag.study import schedule
+    from atdiag.study.ablation import recipe_of
 
     _header(study, settings)
     speed = schedule.measured_speed(store, device)
@@ -270,7 +278,7 @@ def _show_plan(study: Study, settings: Settings, store: Store, device: str, json
     typer.echo(f"{len(study.specs)} runs, {len(todo)} to do, about {_duration(wall)} in {processes} processes.")
     resolved = {"data": settings.profile.data.model_dump(mode="json")}
     recipes = {method: recipe.model_dump(mode="json") for method, recipe in settings.profile.recipe.items()}
-    used = sorted({spec.transfer.method for arm in study.arms for spec in arm.specs})
+    used = sorted({recipe_of(spec.transfer) for arm in study.arms for spec in arm.specs})
     if len({json.dumps(recipes[m]) for m in used}) == 1:
         resolved["recipe"] = recipes[used[0]]
     else:

@@ -86,7 +86,7 @@ def wrong(capsys, *arguments) -> str:
         ("layers --k 1.5 --teacher clip_b", "'--k'"),
         ("layers --k 13 --sweep --teacher clip_b", "--k 13"),
         ("layers --k 3 --sweep --teacher clip_b", "leave one of them out"),
-        ("reinit --set recipe.distill.lr=1e-5", "no arm of this experiment has transfer 'distill'"),
+        ("reinit --set recipe.distill.lr=1e-5", "recipe.distill.lr has no effect here"),
         ("reinit --set transfer.weight=2", "transfer.weight has no effect here"),
         ("reinit --transfer distill --set transfer.weight=0", "transfer.weight=0 transfers nothing"),
         ("reinit --set recipe.lr=0", "recipe.lr=0 trains nothing"),

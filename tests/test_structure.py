@@ -46,6 +46,7 @@ LIGHT = (
     "atdiag/networks/weights.py",
     "atdiag/study/__init__.py",
     "atdiag/study/ablation.py",
+    "atdiag/study/forms.py",
     "atdiag/study/profile.py",
     "atdiag/study/schedule.py",
     "atdiag/study/worker.py",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from zipfile import BadZipFile
 
 from pydantic import ValidationError
@@ -18,12 +18,15 @@ from pydantic import ValidationError
 from atdiag.data.names import NAMES
 from atdiag.networks import teachers
 from atdiag.runs import DamagedRunError, Run, Store
-from atdiag.spec import Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer
+from atdiag.spec import Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, TransferMethod
 from atdiag.study.profile import Settings, describe
 from atdiag.words import UserError, suggest
 
 if TYPE_CHECKING:
     from atdiag.study.contrast import Estimate, Outcomes
+
+METHODS = ("copy", "distill")
+"""The transfers of attention."""
 
 BASELINE = "scratch"
 """Name of the baseline arm: the standard student, trained from scratch with no transfer."""
@@ -130,13 +133,20 @@ class Lab:
                 )
         return teacher.network.student(components, NAMES[self.settings.profile.data.name])
 
-    def transfer(self, method: str, network: Network, layers: Sequence[int] | None = None) -> Transfer:
-        """A transfer of the maps of some blocks (None: of all)."""
-        choose(method, ("copy", "distill"), "--transfer")
-        blocks = tuple(range(network.depth) if layers is None else layers)
-        if method == "copy":
-            return Transfer(method="copy", layers=blocks)
-        return Transfer(method="distill", layers=blocks, weight=self.settings.profile.distill_weight)
+    def transfer(
+        self, method: str, network: Network, layers: Sequence[int] | None = None, allowed: Sequence[str] = METHODS
+    ) -> Transfer:
+        """A transfer in the profile's form; ``layers`` are the blocks, where the experiment chooses them.
+
+        Raises UserError for a method that is not allowed, and for a form that contradicts itself.
+        """
+        choose(method, allowed, "--transfer")
+        try:
+            return self.settings.profile.transfer.transfer(
+                cast(TransferMethod, method), network.depth, network.heads, None if layers is None else tuple(layers)
+            )
+        except ValidationError as fault:
+            raise UserError(describe(fault)) from None
 
     def arm(
         self,
@@ -159,7 +169,7 @@ class Lab:
                         init=init or Init(),
                         transfer=transfer,
                         data=profile.data,
-                        recipe=profile.recipe[transfer.method],
+                        recipe=profile.recipe[recipe_of(transfer)],
                         seed=seed,
                     )
                     for seed in self.settings.seeds
@@ -186,6 +196,11 @@ class Lab:
             seed=Seed(data=0, model=0),
         )
         return Arm("teacher", (spec,))
+
+
+def recipe_of(transfer: Transfer) -> str:
+    """Whose recipe a transfer is optimised by: the comparison losses by distillation's."""
+    return transfer.method if transfer.method in ("copy", "none") else "distill"
 
 
 def choose(value: str, allowed: Sequence[str], option: str) -> str:

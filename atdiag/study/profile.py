@@ -18,7 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from atdiag.data.names import NAMES
-from atdiag.spec import Data, NonNegative, Recipe, Seed, Spec
+from atdiag.spec import Data, Recipe, Seed, Spec
+from atdiag.study.forms import Form
 from atdiag.words import UserError, suggest
 
 METHODS = ("none", "copy", "distill")
@@ -32,8 +33,8 @@ class Profile(Spec):
     data: Data
     recipe: dict[str, Recipe]
     """By transfer method, so that methods may differ in their optimisation, as in the 2024 paper."""
-    distill_weight: NonNegative = 3.0
-    """Factor of the distillation loss, summed over layers (3.0 in the 2024 paper's code)."""
+    transfer: Form = Form()
+    """The form of every transfer, where an experiment does not vary it."""
     seeds: int
     device: str | None = None
     """Where its runs are trained unless the user says otherwise; None: the best device that is here."""
@@ -101,6 +102,15 @@ def resolve(
     return Settings(resolved, pairs, root, overrides)
 
 
+def without(settings: Settings, name: str) -> Profile | None:
+    """The profile as it would be without one of the user's overrides; None if the others then contradict each other."""
+    others = {key: value for key, value in settings.overrides.items() if key != name}
+    try:
+        return _apply(PROFILES[settings.profile.name], others)
+    except UserError:
+        return None
+
+
 def profile_name(profile: str | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> str:
     """The name of the profile that is meant. Raises UserError for an unknown one, and says where it was given."""
     path = folder / "atdiag.toml"
@@ -131,7 +141,7 @@ _SETTINGS = (
     *(f"data.{field}" for field in Data.model_fields),
     *(f"recipe.{field}" for field in Recipe.model_fields),
     *(f"recipe.{method}.{field}" for method in METHODS for field in Recipe.model_fields),
-    "transfer.weight",
+    *(f"transfer.{field}" for field in Form.model_fields),
 )
 """What can be overridden, by dotted name. ``recipe.lr`` is for all methods, ``recipe.copy.lr`` for one."""
 
@@ -210,10 +220,8 @@ def _apply(profile: Profile, overrides: Mapping[str, Any]) -> Profile:
     # The general before the particular, so that recipe.copy.lr wins over recipe.lr.
     for name, value in sorted(overrides.items(), key=lambda pair: pair[0].count(".")):
         section, *rest = name.split(".")
-        if section == "transfer":
-            document["distill_weight"] = value
-        elif section == "data":
-            document["data"][rest[0]] = value
+        if section in ("transfer", "data"):
+            document[section][rest[0]] = value
         elif len(rest) == 2:
             document["recipe"][rest[0]][rest[1]] = value
         else:
@@ -232,8 +240,6 @@ def describe(fault: ValidationError, given: Collection[str] = ()) -> str:
     """A validation error as one line: the setting (as the user named it), what was given, and what is wanted."""
     first = fault.errors()[0]
     parts = [str(part) for part in first["loc"]]
-    if parts[:1] == ["distill_weight"]:
-        parts = ["transfer", "weight"]
     if len(parts) > 2 and parts[0] == "recipe" and ".".join(parts[:3]) not in given:
         del parts[1]  # recipe.<method>.<field>, and the user named recipe.<field>
     message = first["msg"].removeprefix("Value error, ")
@@ -260,7 +266,7 @@ def _check_sense(profile: Profile) -> None:
     data = profile.data
     if data.name not in NAMES:
         raise UserError(f"unknown data set {data.name!r}{suggest(data.name, NAMES)} (known: {', '.join(NAMES)})")
-    if profile.distill_weight == 0:
+    if profile.transfer.weight == 0:
         raise UserError("transfer.weight=0 transfers nothing", "give a positive weight")
     for recipe in profile.recipe.values():
         values = {

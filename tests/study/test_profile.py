@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from atdiag.spec import Data, Recipe
+from atdiag.study.forms import Form
 from atdiag.study.profile import METHODS, PROFILES, Settings, resolve
 from atdiag.words import UserError
 
@@ -95,7 +96,7 @@ def test_every_field_can_be_set(tmp_path):
     recipe = found.profile.recipe["distill"]
     assert (recipe.betas, recipe.clip_grad, recipe.precision, recipe.lr) == ((0.8, 0.9), None, "bfloat16", 1.0)
     assert recipe.rand_augment == "rand-m9-mstd0.5-inc1"
-    assert found.profile.distill_weight == 2
+    assert found.profile.transfer.weight == 2
     for name, value in PROFILES["mini"].recipe["copy"].model_dump(mode="json").items():
         assert asked(f"recipe.{name}={json.dumps(value)}").profile == PROFILES["mini"]
 
@@ -138,7 +139,9 @@ def test_overrides_leave_the_profile_as_it_is():
         (["data.name=digit"], "unknown data set 'digit', did you mean 'digits'?"),
         (["data.name=3"], "data.name=3: input should be a valid string"),
         (["data.clutter=65"], "data.clutter=65"),
-        (["transfer.weight=null"], "transfer.weight=None: input should be a valid number"),
+        (["transfer.weight=much"], "transfer.weight='much': input should be a valid number"),
+        (["transfer.loss=cross_entropy"], "transfer.loss='cross_entropy': input should be 'ce', 'kl'"),
+        (["transfer.average=images"], "transfer.average='images': input should be 'examples'"),
         (["transfer.weight=-1"], "transfer.weight=-1: "),
         (["transfer.method=copy"], "'transfer.method' is no setting"),
         (["recipe.rand_augment=strong"], "recipe.rand_augment='strong' is not one of timm's configurations"),
@@ -250,7 +253,9 @@ def test_files_that_are_no_text(make, tmp_path):
 # --- any input at all ----------------------------------------------------------------------------------------------
 
 NAMES = [f"data.{f}" for f in Data.model_fields]
-NAMES += [f"recipe.{m}{f}" for m in ("", "copy.") for f in Recipe.model_fields] + ["transfer.weight"]
+NAMES += [f"recipe.{m}{f}" for m in ("", "copy.") for f in Recipe.model_fields] + [
+    f"transfer.{f}" for f in Form.model_fields
+]
 VALUES = st.one_of(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(string.printable, max_size=8),

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atdiag.data.datasets import Images
+from atdiag.data.datasets import Split
 from atdiag.networks.vit import ViT
 from atdiag.runs import Run
 from atdiag.spec import Teacher, Transfer
@@ -74,7 +74,7 @@ def fit_maps(maps: Mapping[int, QK], teacher: ViT, student: ViT) -> dict[int, QK
 
 
 def predict(
-    subjects: Sequence[Subject], images: Images, device: torch.device, precision: str = "float32"
+    subjects: Sequence[Subject], images: Split, device: torch.device, precision: str = "float32"
 ) -> list[Predictions]:
     """Predictions of several subjects in one pass over the images.
 
@@ -91,7 +91,7 @@ def predict(
     logits: list[list[Tensor]] = [[] for _ in subjects]
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         for start in range(0, len(images), BATCH):
-            pixels = torch.from_numpy(images.pixels[start : start + BATCH]).to(device).float().div_(255)
+            pixels = torch.from_numpy(images.batch(start, start + BATCH)).to(device).float().div_(255)
             maps = {key: teacher.maps(pixels, layers) for key, (teacher, layers) in needed.items()}
             for subject, out in zip(subjects, logits, strict=True):
                 own = {}
@@ -101,7 +101,7 @@ def predict(
     return [_score(torch.cat(out), images) for out in logits]
 
 
-def _score(logits: Tensor, images: Images) -> Predictions:
+def _score(logits: Tensor, images: Split) -> Predictions:
     log_p = logits.log_softmax(-1).numpy()
     return Predictions(
         prediction=log_p.argmax(-1).astype(np.int32),

@@ -13,7 +13,7 @@ from atdiag.data import cache, digits, places
 from atdiag.data.facts import FACTS, crop_share
 from atdiag.data.names import classes, is_real, known
 from atdiag.data.pictures import ImageFolder, View, to_picture
-from atdiag.data.places import SPLITS, Files
+from atdiag.data.places import SPLITS, Files, SplitName
 from atdiag.spec import Data, Network
 from atdiag.words import UserError
 
@@ -108,22 +108,29 @@ def check(data: Data, network: Network) -> None:
         _check_folder(data)
 
 
-def _check_folder(data: Data) -> None:
-    files = {split: places.read(data.name, split) for split in SPLITS}
+def check_files(name: str) -> dict[SplitName, Files]:
+    """The images of both splits of a data set. Raises UserError where the folder is not what the name says."""
+    files = {split: places.read(name, split) for split in SPLITS}
     train, test = files["train"], files["test"]
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise UserError(f"training and test images in {train.root} have different classes: {', '.join(odd[:5])}")
-    if facts := FACTS.get(data.name):
+    if facts := FACTS.get(name):
         for split, have, need in (("training", len(train), facts.train), ("test", len(test), facts.test)):
             if have != need:
                 raise UserError(
-                    f"{train.root} has {have:,} {split} images, {data.name} ({facts.title}) {need:,}",
+                    f"{train.root} has {have:,} {split} images, {name} ({facts.title}) {need:,}",
                     f"complete it, or call it what it is: folder:{train.root}",
                 )
+    return files
+
+
+def _check_folder(data: Data) -> None:
+    files = check_files(data.name)
+    train, test = files["train"], files["test"]
     for part, wanted in ((train, data.per_class), (test, data.test_per_class)):
-        if wanted and (fewest := int(part.counts.min())) < wanted:
-            name = part.classes[int(part.counts.argmin())]
+        if wanted and (fewest := min(part.counts)) < wanted:
+            name = part.classes[part.counts.index(fewest)]
             raise UserError(
                 f"the class {name} in {part.root} has {fewest} {part.split} images, and the spec takes {wanted}"
             )
@@ -131,7 +138,7 @@ def _check_folder(data: Data) -> None:
     if data.fingerprint is None:
         if data.name not in FACTS:
             raise UserError(f"{data.name} needs a fingerprint of its files in its spec", "names.complete gives it")
-    elif (now := places.fingerprint(data.name)) != data.fingerprint:
+    elif (now := places.fingerprint_of([train, test])) != data.fingerprint:
         raise UserError(
             f"the files in {train.root} are not those that the spec means "
             f"(fingerprint {now[:12]}, not {data.fingerprint[:12]})"

@@ -23,7 +23,7 @@ class Facts:
     image_size: int
     """The side of the crop that networks see unless a spec says otherwise, in pixels."""
     resolution: str
-    """Of the images as they are stored."""
+    """Of the images as they are stored, in pixels."""
     folders: tuple[str, ...]
     """Names of the folder that holds it, in the folder of all data sets."""
     tests: tuple[str, ...]
@@ -63,7 +63,6 @@ _IMAGENETTE = {
 }
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _TESTS = ("val", "validation", "test")
-_INAT = "non-commercial research and education, no redistribution"
 
 
 def _inat(year: int, classes: int, train: int, test: int, folders: tuple[str, ...] = ()) -> Facts:
@@ -73,13 +72,13 @@ def _inat(year: int, classes: int, train: int, test: int, folders: tuple[str, ..
         train=train,
         test=test,
         image_size=224,
-        resolution="up to 800 px",
+        resolution="to 800 px",
         folders=(f"inat{year}", f"inaturalist{year}", f"iNat{year}", f"inaturalist-{year}", f"train_val{year}"),
         tests=_TESTS,
         class_folders=r".+",
         classes_text=f"a folder for each class, or train{year}.json and val{year}.json beside the images",
         source="github.com/visipedia/inat_comp",
-        licence=_INAT,
+        licence="non-commercial",
         annotations=str(year),
     )
 
@@ -91,13 +90,13 @@ FACTS: dict[str, Facts] = {
         train=1_281_167,
         test=50_000,
         image_size=224,
-        resolution="mixed, about 500 x 375",
+        resolution="mixed",
         folders=("imagenet", "imagenet-1k", "imagenet1k", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"),
         tests=_TESTS,
         class_folders=_WNID,
         classes_text="folders named by WordNet id, such as n01440764",
         source="image-net.org",
-        licence="non-commercial research and education, on request",
+        licence="non-commercial",
         imagenet=tuple(range(1000)),
     ),
     "inat2017": _inat(2017, 5_089, 579_184, 95_986),
@@ -109,13 +108,13 @@ FACTS: dict[str, Facts] = {
         train=9_469,
         test=3_925,
         image_size=224,
-        resolution="mixed, or shorter side 320, 160 or 128 px",
+        resolution="mixed",
         folders=("imagenette", "imagenette2", "imagenette2-320", "imagenette2-160", "imagenette-128"),
         tests=_TESTS,
         class_folders="|".join(_IMAGENETTE),
         classes_text="its ten folders named by WordNet id, such as n01440764",
         source="github.com/fastai/imagenette",
-        licence="Apache-2.0; the images as ImageNet's",
+        licence="Apache-2.0",
         imagenet=tuple(_IMAGENETTE.values()),
         in_forms=True,
     ),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from atdiag.data.places import Files
 
@@ -16,17 +17,28 @@ from atdiag.data.places import Files
 class BrokenImageError(OSError):
     """An image that can't be decoded, named by its path. A run that meets one stops: nothing is skipped in silence."""
 
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(path, why)  # what unpickling passes to it
+        self.path, self.why = path, why
 
-def decode(path: Path) -> Image.Image:
-    """An image as RGB at its stored size; EXIF orientation is ignored, as timm does. Raises BrokenImageError."""
+    def __str__(self) -> str:
+        return f"the image {self.path} can't be read: {self.why}"
+
+
+def decode(path: Path, content: bytes | None = None) -> Image.Image:
+    """An image as RGB at its stored size; EXIF orientation is ignored, as timm does. Raises BrokenImageError.
+
+    ``content`` are the file's bytes, where they have been read already.
+    """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path if content is None else io.BytesIO(content)) as picture:
             return picture.convert("RGB")
+    except UnidentifiedImageError:
+        raise BrokenImageError(path, "it is no image of a known format") from None
     except OSError as fault:
-        why = fault.strerror if fault.errno is not None else str(fault)
-        raise BrokenImageError(f"the image {path} can't be read: {why}") from None
+        raise BrokenImageError(path, fault.strerror or str(fault)) from None
     except Exception as fault:  # Pillow's readers raise whatever a broken file leads them to
-        raise BrokenImageError(f"the image {path} can't be read: {type(fault).__name__}: {fault}") from None
+        raise BrokenImageError(path, f"{type(fault).__name__}: {fault}") from None
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class ImageFolder:
     def __init__(self, files: Files, view: View, decoded: Path | None = None) -> None:
         self.files, self.view, self.decoded = files, view, decoded
         self.size = view.size
-        self.labels = files.labels
+        self.labels = np.array(files.labels, np.int64)
         self.clusters: NDArray[np.int64] = np.arange(len(files), dtype=np.int64)
         self._stored: NDArray[np.uint8] | None = None
 

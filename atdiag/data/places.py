@@ -1,11 +1,12 @@
-"""Where data sets of real images lie, and which files they are. Reads folders, never an image; imports nothing heavy.
+"""Where data sets of real images lie, and which files they are. Reads folders, never an image.
 
 ``ATDIAG_DATA`` (or ``--data-dir``, which sets it) names the folder of all data sets, each in a folder of its own::
 
     $ATDIAG_DATA/cifar10/train/<class>/<image>
     $ATDIAG_DATA/cifar10/test/<class>/<image>
 
-Names that begin with a dot are passed over: they are what file systems leave behind.
+Names that begin with a dot are passed over: they are what file systems leave behind. Imports nothing heavy, not even
+NumPy: planning asks for the number of classes.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from atdiag.data.facts import ANY_FOLDER, FACTS, OWN_TESTS, Facts, is_class
 from atdiag.words import UserError
@@ -35,7 +34,7 @@ class Files:
     """The images of one split, by class and then by name.
 
     ``files`` are paths below ``root``; ``keys`` name each image by class and file ("cat/0001.jpg") wherever it lies;
-    ``labels`` [n] index ``classes``.
+    ``labels`` index ``classes``.
     """
 
     root: Path
@@ -43,26 +42,25 @@ class Files:
     classes: tuple[str, ...]
     files: tuple[str, ...]
     keys: tuple[str, ...]
-    labels: NDArray[np.int64]
+    labels: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.files)
 
     @property
-    def counts(self) -> NDArray[np.int64]:
+    def counts(self) -> list[int]:
         """Images of each class."""
-        return np.bincount(self.labels, minlength=len(self.classes))
+        seen = Counter(self.labels)
+        return [seen[label] for label in range(len(self.classes))]
 
-    def keep(self, chosen: NDArray[np.int64]) -> Files:
+    def keep(self, chosen: Iterable[int]) -> Files:
         """Some of the images, in the order that they have here."""
-        chosen = np.sort(chosen)
-        return Files(
-            self.root,
-            self.split,
-            self.classes,
-            tuple(self.files[i] for i in chosen),
-            tuple(self.keys[i] for i in chosen),
-            self.labels[chosen],
+        rows = sorted(chosen)
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in rows),
+            keys=tuple(self.keys[i] for i in rows),
+            labels=tuple(self.labels[i] for i in rows),
         )
 
     def subset(self, per_class: int | None = None, total: int | None = None) -> Files:
@@ -72,14 +70,16 @@ class Files:
         """
         if per_class is None and (total is None or total >= len(self)):
             return self
-        hashes = np.array([hashlib.sha256(key.encode()).hexdigest() for key in self.keys])
-        order = np.argsort(hashes, kind="stable")
+        order = sorted(range(len(self)), key=lambda i: hashlib.sha256(self.keys[i].encode()).digest())
         if per_class is None:
             return self.keep(order[:total])
-        by_class = order[np.argsort(self.labels[order], kind="stable")]
-        starts = np.cumsum(self.counts) - self.counts
-        rank = np.arange(len(self)) - starts[self.labels[by_class]]
-        return self.keep(by_class[rank < per_class])
+        taken: Counter[int] = Counter()
+        chosen = []
+        for i in order:
+            taken[self.labels[i]] += 1
+            if taken[self.labels[i]] <= per_class:
+                chosen.append(i)
+        return self.keep(chosen)
 
     def fingerprint(self, with_times: bool = False) -> str:
         """sha256 of the list of images and their sizes in bytes; ``with_times`` also of when each was last written."""
@@ -145,7 +145,7 @@ def read(name: str, split: SplitName) -> Files:
         files += [f"{prefix}/{cls}/{file}" for file in here]
         keys += [f"{cls}/{file}" for file in here]
         labels += [label] * len(here)
-    out = Files(root, split, classes, tuple(files), tuple(keys), np.array(labels, np.int64))
+    out = Files(root, split, classes, tuple(files), tuple(keys), tuple(labels))
     if empty := [cls for cls, count in zip(classes, out.counts, strict=True) if count == 0]:
         raise UserError(f"{len(empty)} of the {len(classes)} classes in {folder} have no image: {_list(empty)}")
     return out
@@ -153,8 +153,12 @@ def read(name: str, split: SplitName) -> Files:
 
 def fingerprint(name: str) -> str:
     """sha256 of the list of all images of both splits and their sizes: what ``folder:PATH`` is, whatever its path."""
-    parts = [read(name, split).fingerprint() for split in SPLITS]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return fingerprint_of([read(name, split) for split in SPLITS])
+
+
+def fingerprint_of(splits: Iterable[Files]) -> str:
+    """The same of splits that have been read."""
+    return hashlib.sha256("\n".join(split.fingerprint() for split in splits).encode()).hexdigest()
 
 
 def class_names(name: str) -> tuple[str, ...]:
@@ -211,17 +215,17 @@ def _annotated(root: Path, split: SplitName, path: Path) -> Files:
         raise UserError(f"{path} names files outside of its folder: {_list(outside)}")
     if unknown := sorted({str(category) for category, _ in pairs if category not in index}):
         raise UserError(f"{path} has annotations of categories that it does not list: {_list(unknown)}")
-    labels = np.array([index[category] for category, _ in pairs], np.int64)
-    if empty := [str(ids[i]) for i in np.flatnonzero(np.bincount(labels, minlength=len(ids)) == 0)]:
-        raise UserError(f"{len(empty)} of the {len(ids)} categories in {path} have no image: {_list(empty)}")
-    return Files(
+    out = Files(
         root,
         split,
         tuple(map(str, ids)),
         tuple(file for _, file in pairs),
         tuple(f"{category}/{Path(file).name}" for category, file in pairs),
-        labels,
+        tuple(index[category] for category, _ in pairs),
     )
+    if empty := [cls for cls, count in zip(out.classes, out.counts, strict=True) if count == 0]:
+        raise UserError(f"{len(empty)} of the {len(ids)} categories in {path} have no image: {_list(empty)}")
+    return out
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -211,22 +211,28 @@ def _in_order(make: Callable[[int], Item], indices: range, workers: int, pin: bo
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # or it would advance the global one
     )
-    ahead = iter(loader)
-    while True:
-        try:
-            item = next(ahead)
-        except StopIteration:
-            return
-        except RuntimeError as fault:
-            if "DataLoader worker" not in str(fault):
-                raise
-            raise WorkerDiedError(
-                f"a process that loads images is gone, killed or out of memory ({' '.join(str(fault).split())}): "
-                "the same command goes on from the last checkpoint"
-            ) from fault
-        if isinstance(item, _Fault):
-            raise item.error
-        yield item
+    ahead: Any = iter(loader)
+    try:
+        while (item := _next(ahead)) is not None:
+            if isinstance(item, _Fault):
+                raise item.error
+            yield item
+    finally:
+        # Left to the garbage collector after an error, each worker is waited for five seconds.
+        ahead._shutdown_workers()
+
+
+def _next(ahead: Iterator[Any]) -> Any:
+    """The next item, or None at the end."""
+    try:
+        return next(ahead, None)
+    except RuntimeError as fault:
+        if "DataLoader worker" not in str(fault):
+            raise
+        raise WorkerDiedError(
+            f"a process that loads images is gone, killed or out of memory ({' '.join(str(fault).split())}): "
+            "the same command goes on from the last checkpoint"
+        ) from fault
 
 
 def _same(item: Any) -> Any:

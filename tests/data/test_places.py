@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from atdiag.data import datasets, facts, names, places
-from atdiag.spec import Data, Network
+from atdiag.spec import Data, Network, Recipe, RunSpec, Seed
 from atdiag.words import UserError
 
 NETWORK = Network(image_size=32, patch_size=8, channels=3, width=16, depth=1, heads=2, classes=3)
@@ -275,3 +275,19 @@ def test_a_fingerprint_names_the_files_and_not_their_place(uniform, tmp_path):
     one = places.fingerprint(f"folder:{copy}")
     (copy / "train" / "ant" / "ant_1.jpg").rename(copy / "train" / "ant" / "other.jpg")
     assert len({before, one, places.fingerprint(f"folder:{copy}")}) == 3
+
+
+def test_a_run_on_a_folder_is_named_by_its_files_and_not_by_their_place(uniform, tmp_path, spec):
+    copy = shutil.copytree(uniform, tmp_path / "copy")
+
+    def run(root):
+        return RunSpec(network=NETWORK, data=spec(root), recipe=Recipe(epochs=1), seed=Seed(data=0, model=0))
+
+    one, two = run(uniform), run(copy)
+    assert one.data.name != two.data.name
+    assert (one.id, one.stream) == (two.id, two.stream)
+    (copy / "train" / "ant" / "ant_0.jpg").unlink()
+    assert run(copy).id != one.id
+    assert run(copy).stream != one.stream
+    unknown = [r.model_copy(update={"data": r.data.model_copy(update={"fingerprint": None})}) for r in (one, two)]
+    assert unknown[0].id != unknown[1].id

@@ -34,6 +34,14 @@ def classes(data: Data | str) -> int:
     return FACTS[name].classes if name in FACTS else len(places.class_names(name))
 
 
+def image_size(name: str) -> int | None:
+    """The side of the crop that a set of real images decides, in pixels; None for scenes and folders of one's own.
+
+    For who makes a spec: one with ``per_class`` can't be made without an ``image_size``.
+    """
+    return FACTS[name].image_size if known(name) in FACTS else None
+
+
 def imagenet_rows(name: str) -> tuple[int, ...]:
     """Where a data set's classes are ImageNet-1k's: their indices there, in order; else empty."""
     return FACTS[name].imagenet if name in FACTS else ()
@@ -63,7 +71,7 @@ def complete(data: Data) -> Data:
         fingerprint = places.fingerprint(name)
     values = {
         "train": classes(data) * data.per_class if data.per_class else have,
-        "image_size": data.image_size or (facts.image_size if facts else None),
+        "image_size": data.image_size or image_size(name),
         "fingerprint": fingerprint,
     }
     return Data.model_validate({**data.model_dump(), **values})

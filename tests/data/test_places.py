@@ -35,6 +35,7 @@ def test_names_and_classes():
         "imagenette": 10,
         "cifar100": 100,
     }
+    assert [names.image_size(name) for name in ("digits", "imagenet", "cifar10", "folder:x")] == [None, 224, 32, None]
     assert [names.is_real(name) for name in ("larger", "cifar10", "folder:x")] == [False, True, True]
     with pytest.raises(UserError, match="unknown data set 'imagenete', did you mean 'imagenette'"):
         names.known("imagenete")

@@ -1,13 +1,20 @@
 """A few real images of CIFAR-10 and Imagenette-128, by name."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from atdiag.data import datasets, facts, manifest, names
 from atdiag.data.loader import Stream
-from atdiag.spec import Data, Network, Recipe
+from atdiag.runs import Store
+from atdiag.spec import Data, Network, Recipe, RunSpec, Seed
+from atdiag.training import cohort
+
+CPU = torch.device("cpu")
 
 
 def network(size):
@@ -62,3 +69,28 @@ def test_a_check_of_real_images(cifar10, imagenette_files):
     reading = manifest.read(datasets.check_files("cifar10"), processes=2)
     assert (reading.broken, reading.mean_size, reading.classes) == ((), (32, 32), 10)
     assert manifest.recorded("cifar10") == reading.sha256
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_training_on_real_images_goes_on_bit_for_bit(cifar10, tmp_path, size):
+    own = {
+        "crop": 0.3,
+        "flip": True,
+        "erase": 0.25,
+        "rand_augment": "rand-m9-mstd0.5-inc1",
+        "mixup": 0.8,
+        "cutmix": 1.0,
+    }
+    data = names.complete(Data(name="cifar10", train=1, image_size=size, per_class=5, test_per_class=2))
+    recipe = Recipe(epochs=2, batch_size=10, drop_path=0.1, **own)
+    spec = RunSpec(network=network(size), data=data, recipe=recipe, seed=Seed(data=0, model=0))
+    weights = []
+    for stops in (0, 7):  # 7 steps: in the middle of the second epoch
+        store, asked = Store(tmp_path / str(stops)), itertools.count(1)
+        if stops:
+            status = cohort.train([spec], store, None, CPU, should_stop=lambda asked=asked: next(asked) == 7)
+            assert status == {spec.id: "interrupted"}
+        assert cohort.train([spec], store, None, CPU) == {spec.id: "finished"}
+        assert store.run(spec).result()["test_images"] == 20
+        weights.append(load_file(store.run(spec).weights))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

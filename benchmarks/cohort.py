@@ -182,8 +182,10 @@ def main() -> None:
     print(f"{source.label}, {data.name}, batch {batch}, {device}: {len(specs)} arms, images per second over all arms")
     for name, value in rate.items():
         print(f"  {name:9} {value:9.0f}")
-    print(f"  parts of a step in ms: batch {1e3 * middle['batch']:.1f}, teacher {1e3 * middle['teacher']:.1f}, "
-          f"students {', '.join(f'{1e3 * s:.1f}' for s in middle['students'])}")
+    print(
+        f"  parts of a step in ms: batch {1e3 * middle['batch']:.1f}, teacher {1e3 * middle['teacher']:.1f}, "
+        f"students {', '.join(f'{1e3 * s:.1f}' for s in middle['students'])}"
+    )
     print(f"  cohort / separate {rate['cohort'] / rate['separate']:.2f}")
     print(f"  {'met   ' if share >= 0.9 else 'MISSED'} cohort / bound {share:.2f} (target >= 0.90)")
     if asked.json == Path("-"):

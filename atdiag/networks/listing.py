@@ -43,12 +43,13 @@ def _mini(row: teachers.Row) -> dict[str, Any]:
     path = weights.shipped_path(row.name)
     own = row.name in teachers.miniatures()
     source = ("shipped" if path.exists() else "missing") if own else f"use {teachers.stand_in(row.name)}"
-    tokens = teachers.miniature_network(row.name).tokens if own else None
+    network = teachers.miniature_network(row.name) if own else None
     return {
         **_published(row),
         "source": source,
         "licence": "Apache-2.0" if own else "",
-        "tokens": tokens,
+        "components": list(network.components if network else row.components),
+        "tokens": network.tokens if network else None,
         "available": own and path.exists(),
         "top1": weights.metadata(path)["top1"] if own and path.exists() else None,
     }

@@ -83,7 +83,7 @@ def stand_in(name: str) -> str:
 
 
 def miniature_network(name: str) -> Network:
-    """The architecture of a teacher's miniature: its family's native components at small size.
+    """The architecture of a teacher's miniature: its family's native components (or fewer) at small size.
 
     Raises UserError where the teacher has no miniature of its own, and says which to use.
     """
@@ -101,9 +101,8 @@ def miniature_network(name: str) -> Network:
         classes=10,
         mean=(0.18,),
         std=(0.33,),
-        components=found.components,
         **_SIZES[found.size],
-        **own,
+        **{"components": found.components, **own},
     )
 
 

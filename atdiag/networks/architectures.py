@@ -106,7 +106,7 @@ def _network(
     std: tuple[float, ...],
     image_size: int,
 ) -> Network:
-    from atdiag.networks import published
+    from atdiag.networks import inspection
 
     built = build(Source(name=name, model=model, arguments=dict(arguments)), image_size, meta=True)
-    return published.describe(built, mean, std)
+    return inspection.describe(built, mean, std)

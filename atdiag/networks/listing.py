@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -134,9 +133,9 @@ def _published_table(listed: list[dict[str, Any]], profile: str) -> Table:
     for members in families.values():
         # What is common to a family is laid beside its rows, one line each, and the rest beside the last.
         lines = wrap(_about(members[0]), _ABOUT)
-        beside = [*lines[: len(members) - 1], "\n".join(lines[len(members) - 1 :])]
-        for row, text in zip_longest(members, beside[: len(members)], fillvalue=""):
-            assert isinstance(row, dict)
+        last = len(members) - 1
+        beside = [*lines[:last], *[""] * (last - len(lines)), "\n".join(lines[last:])]
+        for row, text in zip(members, beside, strict=True):
             out.add_row(
                 row["name"],
                 text,
@@ -145,7 +144,7 @@ def _published_table(listed: list[dict[str, Any]], profile: str) -> Table:
                 "here" if row["available"] else _kind(row["source"]),
                 row["licence"].replace("CC-BY-NC-4.0", "CC-BY-NC"),
                 style=None if row["available"] else "dim",
-                end_section=row is members[-1],
+                end_section=row is members[last],
             )
     return out
 

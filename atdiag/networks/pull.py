@@ -5,6 +5,7 @@ The only place that asks the network for anything, and only when the user types 
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,9 @@ def _by_hand(source: Source) -> str:
 def _from_hub(source: Source, repository: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # its retries are no news: what comes of them is said in one line
+    # Its retries are no news: what comes of them is said in one line.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for name in sources.HUB_FILES:
         try:
             return Path(hf_hub_download(repository, name))  # shows its progress

@@ -16,8 +16,10 @@ class Attention(nn.Module):
     """Multi-head self-attention that can be given the map it uses, and can hand out its own.
 
     The same function as ``timm.layers.Attention`` and, in a state dict, the same keys (``qkv.weight``, ``qkv.bias``,
-    ``proj.*``). In memory q, k and v are separate parameters: under copy the student computes no q, k at all, and what
-    is not computed gets no gradient, no weight decay and no optimiser state, which slices of a fused tensor can't do.
+    ``proj.*``); where a component has taken the bias of k away, those of timm's BEiT (``q_bias``, ``v_bias`` and no
+    ``qkv.bias``). In memory q, k and v are separate parameters: under copy the student computes no q, k at all, and
+    what is not computed gets no gradient, no weight decay and no optimiser state, which slices of a fused tensor can't
+    do.
 
     ``rel_pos_bias``, where a component has set it, is a module that returns the bias [H, N, N] of the logits.
     """
@@ -44,10 +46,19 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor, names: str) -> list[Tensor]:
         """Project tokens [B, N, C] to the named tensors, [B, H, N, d] each, in one matrix product."""
         weight = torch.cat([getattr(self, f"{n}_weight") for n in names])
-        bias = None if self.q_bias is None else torch.cat([getattr(self, f"{n}_bias") for n in names])
         batch, tokens, width = x.shape
-        out = F.linear(x, weight, bias).view(batch, tokens, len(names), self.num_heads, width // self.num_heads)
+        out = F.linear(x, weight, self._projection_bias(names)).view(
+            batch, tokens, len(names), self.num_heads, width // self.num_heads
+        )
         return list(out.permute(2, 0, 3, 1, 4).unbind(0))
+
+    def _projection_bias(self, names: str) -> Tensor | None:
+        """The bias of the named projections, zero for one that has none; None if none of them has one."""
+        parts: dict[str, Tensor | None] = {n: getattr(self, f"{n}_bias") for n in names}
+        some = next((part for part in parts.values() if part is not None), None)
+        if some is None:
+            return None
+        return torch.cat([torch.zeros_like(some) if part is None else part for part in parts.values()])
 
     def _bias(self) -> Tensor | None:
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
@@ -80,7 +91,7 @@ def _fuse(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
     """Separate q, k, v parameters -> timm's fused ``qkv``, in a state dict that is being saved."""
     for kind in ("weight", "bias"):
         keys = [f"{prefix}{n}_{kind}" for n in "qkv"]
-        if keys[0] in state:
+        if all(key in state for key in keys):  # without a bias of k, q's and v's keep their names, as in timm's BEiT
             state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(key) for key in keys])
 
 

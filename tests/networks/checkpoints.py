@@ -176,7 +176,7 @@ LAYOUTS = {
 
 
 def network(layout, size=SIZE):
-    """The network that a layout's checkpoint is written from. BEiT's self-supervised one has one table for all blocks."""
+    """The network that a checkpoint is written from; of self-supervised BEiT, with one table for all blocks."""
     model = drawn(layout.source, size)
     if layout.write is beitv2:
         for block in model.blocks[1:]:

@@ -240,7 +240,7 @@ def test_every_command_has_help(folder):
     code, out = atdiag("--help")
     assert code == 0
     assert re.findall(r"^  (\w+)  ", out.partition("Commands:")[2], re.MULTILINE) == commands
-    for command in [*commands, "runs list", "runs show", "runs remove"]:
+    for command in [*commands, "teachers pull", "runs list", "runs show", "runs remove"]:
         code, out = atdiag(*command.split(), "--help")
         assert code == 0
         assert "Usage: " in out
@@ -264,7 +264,11 @@ def test_nothing_at_all_shows_the_help(group, capsys, folder):
 # --- teachers ------------------------------------------------------------------------------------------------------
 
 
-def test_teachers(folder):
+def test_teachers(folder, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("ATDIAG_CACHE", str(folder / "none"))  # whatever this machine has fetched
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "none"))
     code, out = atdiag("teachers", "--json")
     rows = json.loads(out.splitlines()[-1])
     assert code == 0

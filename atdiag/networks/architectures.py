@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@cache
 def known_models() -> tuple[str, ...]:
-    """All of timm's model names, plain and with the tag of pre-trained weights."""
+    """All of timm's model names at this moment, plain and with the tag of pre-trained weights."""
     import timm
 
     return (*timm.list_models(), *timm.list_models(pretrained=True))

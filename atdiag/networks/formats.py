@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
@@ -36,7 +37,7 @@ _PREFIXES = ("module.base_encoder.", "module.momentum_encoder.", "module.backbon
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 _DROPPED = {
-    "timm": r".*relative_position_index$",
+    "timm": r".*relative_position_index$|pre_logits\.",
     "mocov3": r"head\.\d+\.",
     "dino": r"head\.|masked_embed$",
     "mae": r"mask_token$|decoder_",
@@ -147,7 +148,9 @@ def fit(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     wanted = model.state_dict()
     if faults := _faults(state, wanted, model):
         raise WeightsError("; ".join(faults))
-    ready = {name: _resampled(name, tensor.float(), wanted[name], model) for name, tensor in state.items()}
+    # A copy, since what was read may be a map of the file, which someone can write to.
+    whole = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    ready = {name: _resampled(name, tensor, wanted[name], model) for name, tensor in whole.items()}
     if broken := [name for name, tensor in ready.items() if not bool(tensor.isfinite().all())]:
         raise WeightsError(f"NaN or infinite values in {listed(broken)}")
     return ready

@@ -146,7 +146,9 @@ def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module,
     try:
         state = formats.fit(found.state, model)
     except WeightsError as fault:
-        raise WeightsError(f"{path} does not fit {source.name}: {fault}") from None
+        rows = [row.name for row in _published_as(found, model) if row.name != source.name]
+        hint = f"a checkpoint of this kind is {' or '.join(rows)}: type {rows[0]}@{path}" if rows else None
+        raise WeightsError(f"{path} does not fit {source.name}: {fault}", hint) from None
     persistent = set(model.state_dict())
     if any(name not in persistent for name, _ in model.named_buffers()):
         # What timm computes when it builds, and keeps in no file, needs a network that is really there.
@@ -163,21 +165,23 @@ def _check_format(found: Converted, source: Source, path: Path) -> None:
         )
 
 
+def _published_as(found: Converted, model: Any) -> list[teachers.Row]:
+    """The registry's rows with a network of this width and depth whose authors publish it in this format."""
+    if found.format == "timm":
+        return []
+    size = model.embed_dim, len(model.blocks)
+    rows = teachers.registry().values()
+    return [row for row in rows if found.format in (row.formats or ()) and (row.width, row.depth) == size]
+
+
 def _check_heads(found: Converted, model: Any, path: Path) -> None:
     """Shapes do not tell the number of heads; what is known of the checkpoints in this format does."""
-    if found.format == "timm":
-        return
-    width, depth, heads = model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads
-    alike = [
-        row
-        for row in teachers.registry().values()
-        if found.format in (row.formats or ()) and (row.width, row.depth) == (width, depth)
-    ]
-    if alike and heads not in {row.heads for row in alike}:
+    rows, heads = _published_as(found, model), model.blocks[0].attn.num_heads
+    if rows and heads not in {row.heads for row in rows}:
         raise WeightsError(
-            f"{path} is a checkpoint in {found.format}'s format, whose network of width {width} has "
-            f"{alike[0].heads} heads, not {heads}",
-            f"use {alike[0].name}@{path}",
+            f"{path} is a checkpoint in {found.format}'s format, whose network of width {model.embed_dim} has "
+            f"{rows[0].heads} heads, not {heads}",
+            f"use {rows[0].name}@{path}",
         )
 
 

@@ -114,7 +114,7 @@ def dinov2(state):
 def dinov2_registers(state):
     """The authors give the class token a position of its own."""
     state = dict(state)
-    position = torch.full_like(state["cls_token"], 0.25)
+    position = torch.linspace(-1, 1, state["cls_token"].shape[-1]).expand_as(state["cls_token"])
     return {
         **junk("mask_token"),
         "register_tokens": state.pop("reg_token"),

@@ -139,6 +139,30 @@ def test_mocov3_in_six_heads_is_refused(alone):
     weights.load(teachers.teacher(f"mocov3_s@{path}", "paper", PX))
 
 
+def test_a_checkpoint_of_another_row_names_that_row(alone):
+    """timm's BEiT v2 is the fine-tuned one: mean of the patches, then fc_norm, and a head."""
+    path = alone / "beitv2_base_patch16_224_pt1k.pth"
+    layout = replace(checkpoints.LAYOUTS["beitv2"], source=teachers.source("beitv2_b"))
+    checkpoints.write(layout, checkpoints.network(layout, PX), path)
+    with pytest.raises(WeightsError) as fault:
+        weights.load(teachers.teacher(f"timm:beitv2_base_patch16_224@{path}", "paper", PX))
+    assert "missing: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in str(fault.value)
+    assert "left over: norm.weight, norm.bias" in str(fault.value)
+    assert str(fault.value).endswith(f"type beitv2_b@{path}")
+    loaded = weights.load(teachers.teacher(f"beitv2_b@{path}", "paper", PX))
+    assert loaded.network.components == ("layer_scale", "no_abs_pos", "no_k_bias", "rel_pos_bias")
+
+
+def test_a_teacher_does_not_follow_later_changes_of_its_file(tiny, tmp_path):
+    path = tmp_path / "tiny.pth"
+    torch.save(tiny[0].state_dict(), path)
+    loaded, _ = weights.load_source(teachers.source("timm:vit_tiny_patch16_224"), path, PX)
+    before = copy.deepcopy(loaded.state_dict())
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert all(torch.equal(value, before[key]) for key, value in loaded.state_dict().items())
+
+
 def test_dinov2_with_registers_from_its_authors(alone):
     path = alone / "dinov2_vits14_reg4_pretrain.pth"
     published("dinov2_reg_s", path)
@@ -244,7 +268,9 @@ def test_the_sha256_of_a_large_file_is_remembered_until_it_changes(alone, monkey
     first = sources.sha256(path)
     assert sources.sha256(path) == first == hashlib.sha256(path.read_bytes()).hexdigest()
     assert len(counted) == 1
-    path.write_bytes(os.urandom(sources._WORTH_REMEMBERING + 1))
+    about = path.stat()
+    path.write_bytes(os.urandom(sources._WORTH_REMEMBERING))
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
     assert sources.sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest() != first
     for note in (alone / "cache" / "sha256").iterdir():
         note.write_text("{")  # a note that a crash spoiled
@@ -311,8 +337,8 @@ def test_the_real_vit_is_as_accurate_as_it_should_be():
     assert len(labels) > 250
     among_ten = (logits[:, list(CLASSES.values())].argmax(1) == labels).float().mean()
     among_all = (logits.argmax(1) == torch.tensor(list(CLASSES.values()))[labels]).float().mean()
-    assert among_ten > 0.9
-    assert among_all > 0.6
+    assert among_ten > 0.95  # 0.967 when this was written
+    assert among_all > 0.55  # 0.609: 128 px of JPEG, enlarged
 
 
 def test_planning_says_nothing_of_weights_it_has_not_read(alone):

@@ -54,8 +54,9 @@ def flops(network: Network) -> int:
     Matrix products and convolutions only, a multiplication and an addition counted as two (papers that quote "GFLOPs"
     of ViTs often count one, half of this).
     """
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        ViT(network)(torch.empty(1, network.channels, network.image_size, network.image_size))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        vit = ViT(network).requires_grad_(False)
+        vit(torch.empty(1, network.channels, network.image_size, network.image_size))
     return int(counter.get_total_flops())
 
 

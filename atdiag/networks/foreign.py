@@ -153,8 +153,6 @@ def _qk(
     """The map of one call of scaled dot-product attention (its arguments, by their names)."""
     if is_causal or dropout_p:
         raise RuntimeError("the network attends with a causal mask or dropout: such a map can't be transferred")
-    if (groups := network.heads // key.shape[1]) > 1:  # one key serves several heads
-        key = key.repeat_interleave(groups, dim=1)
     expected = (images, network.heads, network.tokens)
     if query.shape[:3] != expected or key.shape != query.shape:
         raise RuntimeError(f"q {tuple(query.shape)}, k {tuple(key.shape)}: expected {expected} and a width of a head")

@@ -62,6 +62,16 @@ def test_a_foreign_teacher_runs_no_further_than_needed_and_leaves_no_hook():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in taught.modules())
 
 
+@torch.no_grad()
+def test_a_network_that_was_set_to_the_explicit_formula_is_brought_to_sdpa():
+    slow = copy.deepcopy(model("eva02"))
+    for block in slow.blocks:
+        block.attn.fused_attn = False
+    x = images(56)
+    found, expected = (taught.maps(x, (0, 1)) for taught in (published.teacher_from(slow), teacher("eva02")))
+    assert all(torch.equal(found[layer].q, expected[layer].q) for layer in (0, 1))
+
+
 def test_registers_are_left_out_of_what_a_student_without_them_takes():
     taught = teacher("distilled deit")
     shared = taught.shared_tokens(taught.network.student())

@@ -67,6 +67,8 @@ class Component:
     arguments: what it changes in the arguments of timm's ``VisionTransformer``.
     attach: what it adds or takes away once the network is built.
     parameters: fragments of the names of the parameters that come with it.
+    initial: the initial value of such parameters, by the last part of their name, where it is a constant that the
+        rules for all parameters (``students.initialise``) don't give.
     followed: whether every student of a teacher has it, so that it is not a component to choose (see the module).
     """
 
@@ -77,6 +79,7 @@ class Component:
     arguments: Callable[[Network], dict[str, Any]] = lambda network: {}
     attach: Callable[[VisionTransformer, Network], None] = lambda vit, network: None
     parameters: tuple[str, ...] = field(default=())
+    initial: Callable[[Network], dict[str, float | None]] = lambda network: {}
     followed: bool = False
 
 
@@ -166,6 +169,7 @@ for _component in (
         found=lambda model: any(scale is not None for scale in branch_scales(_first_block(model))),
         arguments=lambda network: {"init_values": network.layer_scale_init},
         parameters=("ls1.", "ls2."),
+        initial=lambda network: {"gamma": network.layer_scale_init},
     ),
     Component(
         "registers",

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from atdiag.spec import Network
 from atdiag.transfer.ops import QK
+from atdiag.words import UserError
 
 
 class Foreign(nn.Module):
@@ -19,10 +20,11 @@ class Foreign(nn.Module):
 
     The maps are taken from the calls of scaled dot-product attention (SDPA) that the network itself makes, one in each
     block: q and k as they enter it, after rotary embedding and norms, with scale and mask. So nothing of the network is
-    written a second time. What is not as expected (a block that calls SDPA twice or not at all, a causal mask,
-    dropout) is a RuntimeError, never a wrong map.
+    written a second time. One image of zeros goes through all blocks when the object is made: a network whose blocks do
+    not each attend once, without dropout, over the tokens that its description names, is a UserError then. What
+    changes later is a RuntimeError, never a wrong map.
 
-    The network is changed to use SDPA in every block, and belongs to this object from then on.
+    The network is brought to eval mode and to use SDPA in every block, and belongs to this object from then on.
     """
 
     mean: Tensor
@@ -37,6 +39,19 @@ class Foreign(nn.Module):
                 module.fused_attn = True  # type: ignore[assignment]  # else the formula, which calls no SDPA
         self.register_buffer("mean", torch.tensor(network.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(network.std).view(1, -1, 1, 1), persistent=False)
+        self.eval()
+        self._check()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Raises UserError where the maps of some block can't be read."""
+        like = next(self.model.parameters())
+        side = self.network.image_size
+        self.to(like.device)
+        try:
+            self._run(like.new_zeros(1, self.network.channels, side, side), range(self.network.depth), whole=True)
+        except RuntimeError as fault:
+            raise UserError(f"{type(self.model).__name__} can't be a teacher: {fault}") from None
 
     @property
     def _blocks(self) -> nn.Module:
@@ -66,8 +81,8 @@ class Foreign(nn.Module):
         shared = self.network.tokens_shared_with(other)
         return None if shared is None else torch.tensor(shared)
 
-    def _run(self, images: Tensor, wanted: Collection[int]) -> dict[int, QK]:
-        """Run the network as far as the last wanted block's attention."""
+    def _run(self, images: Tensor, wanted: Collection[int], whole: bool = False) -> dict[int, QK]:
+        """Run the network as far as the last wanted block's attention, or (``whole``) to that block's end."""
         found: dict[int, QK] = {}
         inside: list[int] = []  # the block that is running, if any
         calls = [0] * self.network.depth
@@ -81,13 +96,15 @@ class Foreign(nn.Module):
                 raise RuntimeError(f"block {block} attends twice: it has no single map")
             if block in wanted:
                 found[block] = _qk(self.network, images.shape[0], *args, **options)
-            if block == max(wanted):
+            if block == max(wanted) and not whole:
                 raise _EnoughError
 
         def leaves(block: int) -> None:
             if not calls[block]:
                 raise RuntimeError(f"block {block} made no call of scaled dot-product attention: its map can't be read")
             inside.clear()
+            if block == max(wanted):
+                raise _EnoughError
 
         hooks = []
         for i, block in enumerate(self._blocks.children()):
@@ -136,8 +153,6 @@ def _qk(
     """The map of one call of scaled dot-product attention (its arguments, by their names)."""
     if is_causal or dropout_p:
         raise RuntimeError("the network attends with a causal mask or dropout: such a map can't be transferred")
-    if (groups := network.heads // key.shape[1]) > 1:  # one key serves several heads
-        key = key.repeat_interleave(groups, dim=1)
     expected = (images, network.heads, network.tokens)
     if query.shape[:3] != expected or key.shape != query.shape:
         raise RuntimeError(f"q {tuple(query.shape)}, k {tuple(key.shape)}: expected {expected} and a width of a head")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from atdiag import randomness
+from atdiag.networks import components
 from atdiag.networks.vit import ViT
 from atdiag.spec import Init, Network
 
@@ -54,8 +55,9 @@ def flops(network: Network) -> int:
     Matrix products and convolutions only, a multiplication and an addition counted as two (papers that quote "GFLOPs"
     of ViTs often count one, half of this).
     """
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        ViT(network)(torch.empty(1, network.channels, network.image_size, network.image_size))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        vit = ViT(network).requires_grad_(False)
+        vit(torch.empty(1, network.channels, network.image_size, network.image_size))
     return int(counter.get_total_flops())
 
 
@@ -65,19 +67,24 @@ def initialise(vit: ViT, seed: int) -> None:
     So students with different components share all that they have in common. Matrices are Xavier-uniform (q, k and v
     each on its own, the patch embedding as a matrix), as in MAE and MoCo v3 and in the 2024 paper, which at the widths
     of the miniatures also trains well where DeiT's fixed 0.02 does not; biases zero; norms one and zero;
-    tokens and position embeddings normal with 0.02; relative position biases normal with 0.02.
+    tokens and position embeddings normal with 0.02; relative position biases normal with 0.02; what a component gives a
+    constant (LayerScale) that.
     """
+    constants: dict[str, float | None] = {}
+    for component in components.resolve(vit.network.components):
+        constants |= component.initial(vit.network)
     for name, parameter in vit.named_parameters():
-        _draw(name, parameter, vit.network, seed)
+        constant = constants.get(name.rsplit(".", 1)[-1])
+        if constant is None:
+            _draw(name, parameter, vit.network, seed)
+        else:
+            nn.init.constant_(parameter, constant)
 
 
 @torch.no_grad()
 def _draw(name: str, parameter: nn.Parameter, network: Network, seed: int) -> None:
     leaf = name.rsplit(".", 1)[-1]
-    if leaf == "gamma":
-        assert network.layer_scale_init is not None
-        parameter.fill_(network.layer_scale_init)
-    elif leaf in _TOKENS:
+    if leaf in _TOKENS:
         parameter.copy_(_token_values(name, parameter, network, seed))
     elif leaf == "relative_position_bias_table":
         draw = randomness.generator(seed, "init", name)

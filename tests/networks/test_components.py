@@ -1,5 +1,8 @@
 """Native components: found where they were asked for, trainable in any mix, and equal to timm's."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -82,7 +85,7 @@ def temperature():
     def found(model):
         return isinstance(model.norm_pre, Scale)
 
-    mine = Component("token_scale", "A factor on the tokens.", "here", found, attach=attach, parameters=("norm_pre.",))
+    mine = Component("token_scale", "A factor.", "here", found, attach=attach, initial=lambda network: {"factor": 0.5})
     components.register_component(mine)
     yield mine
     del COMPONENTS["token_scale"]
@@ -93,18 +96,38 @@ class Scale(torch.nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(width))
+        self.factor = torch.nn.Parameter(torch.empty(width))
 
     def forward(self, x):
-        return x * self.weight
+        return x * self.factor
 
 
 def test_a_component_of_ones_own_is_like_any_other(temperature):
     vit = students.build(network(("token_scale", "layer_scale")), 0)
-    assert torch.equal(vit.norm_pre.weight, torch.ones(12)) and "norm_pre.weight" in vit.state_dict()
+    assert torch.equal(vit.norm_pre.factor, torch.full((12,), 0.5)) and "norm_pre.factor" in vit.state_dict()
     assert "token_scale" in components.inspect(vit)
     with pytest.raises(ValueError, match="already a component 'token_scale'"):
         components.register_component(temperature)
+
+
+def test_a_component_of_another_package_is_found_by_its_entry_point(tmp_path):
+    (tmp_path / "theirs.py").write_text(
+        "from atdiag.networks.components import Component\n"
+        "component = Component('theirs', 'What it does.', 'source', found=lambda model: False)\n"
+    )
+    (facts := tmp_path / "theirs-1.0.dist-info").mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[atdiag.components]\ntheirs = theirs:component\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from atdiag.networks import components as c"
+    ran = subprocess.run([sys.executable, "-c", f"{code}; print(*c.COMPONENTS)"], capture_output=True, text=True)
+    assert ran.stdout.split() == [*COMPONENTS, "theirs"], ran.stderr
+
+
+def test_weights_with_a_bias_of_the_keys_do_not_load_where_there_is_none():
+    vit = students.build(network(("no_k_bias",)), 0)
+    assert {"blocks.0.attn.q_bias", "blocks.0.attn.v_bias"} <= set(vit.state_dict())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*blocks\.0\.attn\.k_bias"):
+        vit.load_state_dict(students.build(network(), 0).state_dict())
 
 
 def test_every_component_says_what_it_does_and_who_described_it():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from atdiag import cli
-from atdiag.networks import teachers, weights
+from atdiag.networks import sources, teachers, weights
 from atdiag.runs import Store
 from atdiag.study import profile, schedule
 from atdiag.study.contrast import Outcomes, estimate
@@ -169,7 +169,7 @@ def test_bad_variables(folder, capsys, monkeypatch, tmp_path):
 
 
 def test_a_miniature_that_is_not_here(folder, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(sources, "SHIPPED", tmp_path / "none")
     text = wrong(capsys, "reinit", "--teacher", "clip_b")
     assert f"the miniature of clip_b is not in {tmp_path / 'none'}" in text
     assert "'atdiag pretrain clip_b --install'" in text

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from atdiag.networks import sources, teachers
 from atdiag.networks.sources import (
-    SHIPPED,
     Source,
     WeightsError,
     WeightsMissingError,
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from atdiag.networks.vit import ViT
 
 __all__ = [
-    "SHIPPED",
     "Origin",
     "WeightsError",
     "WeightsMissingError",

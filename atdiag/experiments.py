@@ -179,7 +179,13 @@ def _check_overrides(make: Callable[[Lab], Study], study: Study, settings: Setti
 def _header(study: Study, settings: Settings) -> None:
     from atdiag.networks import teachers
 
-    typer.echo(f"atdiag {study.ablation}: {study.teacher.label}, {settings.profile.summary}")
+    data = settings.profile.data
+    epochs = sorted({spec.recipe.epochs for arm in study.arms for spec in arm.specs})
+    typer.echo(f"atdiag {study.ablation}: {study.teacher.label}")
+    typer.echo(
+        f"profile {settings.profile.name}: {data.name}, {data.train:,} training images x "
+        f"{' or '.join(map(str, epochs))} epochs, {_count(len(settings.seeds), 'seed')}"
+    )
     if teachers.is_miniature(study.teacher):
         typer.echo(
             f"this teacher is a miniature of {teachers.row(study.teacher.name).title}'s architecture; "
@@ -298,7 +304,6 @@ def _show_plan(study: Study, settings: Settings, store: Store, device: str, json
     from rich.table import Table
 
     from atdiag.study import schedule
-    from atdiag.study.ablation import recipe_of
 
     _header(study, settings)
     speed = schedule.measured_speed(store, device)
@@ -322,12 +327,12 @@ def _show_plan(study: Study, settings: Settings, store: Store, device: str, json
         typer.echo("The names of runs that need the teacher will be others: its weights' sha256 is part of them.")
     scenes = {"test_per_source", "clutter"} if settings.profile.data.image_size else set()
     resolved = {"data": settings.profile.data.model_dump(mode="json", exclude=scenes)}
-    recipes = {method: recipe.model_dump(mode="json") for method, recipe in settings.profile.recipe.items()}
-    used = sorted({recipe_of(spec.transfer) for arm in study.arms for spec in arm.specs})
-    if len({json.dumps(recipes[m]) for m in used}) == 1:
-        resolved["recipe"] = recipes[used[0]]
-    else:
-        resolved |= {f"recipe.{method}": recipes[method] for method in used}
+    trained = {spec.recipe for arm in study.arms for spec in arm.specs}
+    for recipe in dict.fromkeys(settings.profile.recipe.values()):
+        if recipe in trained:
+            of = [method for method, one in settings.profile.recipe.items() if one == recipe]
+            name = "recipe" if len(trained) == 1 else f"recipe of {', '.join(of)}"
+            resolved[name] = recipe.model_dump(mode="json")
     networks = {spec.network: arm.name for arm in reversed(study.arms) for spec in arm.specs}
     resolved["student"] = study.arms[0].specs[0].network.model_dump(mode="json")
     for name, document in resolved.items():
@@ -354,6 +359,10 @@ def _size(network: Network) -> str:
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _duration(seconds: float) -> str:

@@ -185,10 +185,10 @@ class Teacher(Spec):
 
     @property
     def label(self) -> str:
-        """How it is shown: ``clip_b (mini)``, its plain name at paper scale, a file by its name alone."""
-        name, at, path = self.name.partition("@")
+        """How it is shown: ``clip_b (mini)``, its plain name at paper scale, ``deit_s (own file)``."""
+        name, at, _ = self.name.partition("@")
         if at:
-            return f"{name}@{path.replace(chr(92), '/').rpartition('/')[2]}"
+            return f"{name} (own file)"
         return name if self.profile == "paper" or ":" in name else f"{name} ({self.profile})"
 
 

@@ -160,8 +160,12 @@ class Lab:
         teacher: Teacher | None = None,
         init: Init | None = None,
         transfer: Transfer | None = None,
+        recipe: str | None = None,
     ) -> Arm:
-        """An arm over the seeds of the settings, optimised by the profile's recipe for its transfer method."""
+        """An arm over the seeds of the settings.
+
+        recipe: which of the profile's recipes it is optimised by; None: that of its transfer method.
+        """
         profile = self.settings.profile
         transfer = transfer or Transfer()
         try:
@@ -174,7 +178,7 @@ class Lab:
                         init=init or Init(),
                         transfer=transfer,
                         data=profile.data,
-                        recipe=profile.recipe[recipe_of(transfer)],
+                        recipe=profile.recipe[recipe or recipe_of(transfer)],
                         seed=seed,
                     )
                     for seed in self.settings.seeds

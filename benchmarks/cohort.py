@@ -143,6 +143,8 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     device = torch.device(asked.device)
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
     batch = asked.batch or (32 if asked.device == "cpu" else 128)
     precision = "bfloat16" if asked.device == "cuda" else "float32"
     if asked.data == "digits":

@@ -266,6 +266,8 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     device = torch.device(asked.device)
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     size = asked.size or ("s" if asked.device == "cpu" else "b")

@@ -9,7 +9,8 @@
     (torch.Size([4, 2, 26, 26]), torch.Size([4, 26, 32]))
 
 Nothing is switched in the network. Where its attention is fused, queries and keys are read as they enter the kernel,
-and a layer's map is computed from them when it is asked for. Shapes: B images, H heads, N tokens, d head width, C width.
+and a layer's map is computed from them when it is asked for. Shapes: B images, H heads, N tokens, d head width, C
+width.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ class Layer:
         if what in ("logits", "q", "k"):
             if not isinstance(self.map, QK):
                 raise TracingError(
-                    f"there is no {what} to be read: the map was given as a tensor, or the network's fused attention is "
-                    "off, where only the map itself is in reach"
+                    f"there is no {what} to be read: the map was given as a tensor, or the network's fused attention "
+                    "is off, where only the map itself is in reach"
                 )
             if what == "logits":
                 return ops.logits(self.map)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Pictures:
     """
 
     names: tuple[str, ...]
-    source: _Rows | _Files
+    source: _Source
     labels: NDArray[np.int64] | None = None
     clusters: NDArray[np.int64] | None = None
     data: Data | None = None
@@ -49,6 +50,12 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def reordered(self, order: NDArray[np.int64]) -> Pictures:
+        """The same images in another order; those that are skipped are noted here too."""
+        names = tuple(self.names[i] for i in order)
+        labels, clusters = (None if x is None else x[order] for x in (self.labels, self.clusters))
+        return Pictures(names, _Reordered(self.source, order), labels, clusters, self.data, self.skip_bad, self.skipped)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """The images in batches of at most ``size``.
@@ -75,6 +82,23 @@ class Pictures:
             yield Batch(pixels, places, None if self.labels is None else self.labels[places])
         if not seen:
             raise UserError(f"none of the {len(self)} images can be read")
+
+
+class _Source(Protocol):
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """An image, uint8 [C, S, S]. Raises OSError where it can't be read."""
+
+
+@dataclass(frozen=True)
+class _Reordered:
+    """Another's images in another order."""
+
+    source: _Source
+    order: NDArray[np.int64]
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """uint8 [C, S, S]."""
+        return self.source.read(int(self.order[index]))
 
 
 @dataclass(frozen=True)

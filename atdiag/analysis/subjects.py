@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from atdiag.networks import teachers, weights
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run
-from atdiag.spec import Data, Network, RunSpec
+from atdiag.spec import Data, Network, RunSpec, Transfer
 from atdiag.training import evaluate
 from atdiag.transfer import method
 from atdiag.transfer.attention import Given
@@ -37,11 +37,18 @@ class Subject:
     """The data set that it was trained on, where that is known."""
     id: str = ""
     """A run's id, or a weight file's sha256: what a table needs to name the same subject again."""
+    spec: RunSpec | None = None
+    """Of a run's student, what the run is."""
 
     @property
     def module(self) -> nn.Module:
         """The network that runs: images [B, channels, S, S] in [0, 1] -> logits [B, classes]."""
         return self.body.network if isinstance(self.body, evaluate.Subject) else self.body
+
+    @property
+    def transfer(self) -> Transfer:
+        """What passes to it from its teacher."""
+        return self.body.transfer if isinstance(self.body, evaluate.Subject) else Transfer()
 
     @property
     def device(self) -> torch.device:
@@ -200,7 +207,7 @@ def _student(spec: RunSpec, file: Path) -> Subject:
         except (weights.WeightsMissingError, ValueError) as fault:
             raise UserError(f"run {spec.id} copies from its teacher: {fault}") from None
         body.averages = evaluate.averages(spec, body.teacher)
-    return Subject(label, body, spec.network, spec.data, spec.id)
+    return Subject(label, body, spec.network, spec.data, spec.id, spec)
 
 
 def _kind(spec: RunSpec) -> str:

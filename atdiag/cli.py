@@ -41,6 +41,10 @@ app = typer.Typer(
     "Everything runs at profile mini unless told otherwise: miniature teachers, embedded data, a CPU, minutes.",
 )
 runs_app = typer.Typer(no_args_is_help=True, help="List, show and remove runs.")
+data_app = typer.Typer(help="List the data sets and where they are found; check one.")
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="The folder that holds the data sets. [default: $ATDIAG_DATA]")
+]
 
 
 @app.command()
@@ -239,6 +243,67 @@ def runs_remove(
         typer.echo(f"removed {one.id}")
 
 
+@data_app.callback(invoke_without_command=True)
+def data_list(context: typer.Context, data_dir: DataDir = None, json_: Json = False) -> None:
+    """List the data sets: classes, images, licence, and where each is found."""
+    _look_in(data_dir)
+    if context.invoked_subcommand is not None:
+        return
+    from rich.console import Console
+
+    from atdiag.data import listing
+
+    rows = listing.rows()
+    if json_:
+        typer.echo(json.dumps(rows))
+    else:
+        Console().print(listing.table(rows), highlight=False)
+        for line in listing.where(rows):
+            typer.echo(f"  {line}")
+
+
+@data_app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(help="A data set, such as cifar10 or folder:PATH.")],
+    data_dir: DataDir = None,
+    json_: Json = False,
+) -> None:
+    """Read every image of a data set: name broken ones, write hashes.
+
+    Exit code 1 if an image is broken. The manifest, with the sha256 of each file, lies in the cache folder.
+    """
+    _look_in(data_dir)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from atdiag.data import datasets, listing, manifest
+    from atdiag.data.names import is_real
+
+    if not is_real(name):
+        typer.echo(f"{name}: embedded scenes, made anew for each data seed; there is no folder to check")
+        return
+    splits = datasets.check_files(name)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"reading {name}", total=None)
+        reading = manifest.read(splits, lambda done, total: bar.update(task, completed=done, total=total))
+    for line in listing.text(reading):
+        typer.echo(line)
+    if json_:
+        typer.echo(json.dumps(listing.document(reading)))
+    if reading.broken:
+        raise typer.Exit(EXIT_FAULT)
+
+
+def _look_in(data_dir: Path | None) -> None:
+    """Let this process and those that it starts find data sets there."""
+    if data_dir is not None:
+        from atdiag.words import UserError
+
+        if not data_dir.expanduser().is_dir():
+            raise UserError(f"--data-dir {data_dir} is no folder")
+        os.environ["ATDIAG_DATA"] = str(data_dir.expanduser().absolute())
+
+
 # --- entry ---------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         experiments.add_commands(app)
         app.add_typer(runs_app, name="runs")
+        app.add_typer(data_app, name="data")
         code = app(args=arguments, prog_name="atdiag", standalone_mode=False) or 0  # Ctrl-C comes back as 130
     except SystemExit as asked:  # SIGTERM
         code = asked.code

@@ -311,7 +311,7 @@ class Data(Spec):
     name: str = "digits"
     """``digits`` and ``larger`` are embedded scenes, made for each data seed; the others are real images."""
     train: Positive
-    """Training images (of scenes, the data seed chooses which)."""
+    """Training images: of scenes, the data seed chooses which; of real images fewer than there are, a hash does."""
     test_per_source: Positive = 4
     """Scenes: test scenes for each held-out source digit (the same for every run)."""
     clutter: int = Field(default=3, ge=0, le=64)
@@ -323,7 +323,8 @@ class Data(Spec):
     test_per_class: Positive | None = None
     """Real images: the same for test images."""
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """Real images in a folder of one's own: sha256 of its list of files and sizes, because its path says nothing."""
+    """Real images in a folder of one's own, or of a set that is kept in several forms: sha256 of the list of files and
+    sizes, because the path, or the name, does not say which images they are."""
 
     @model_validator(mode="after")
     def _canonical(self) -> Self:
@@ -360,7 +361,8 @@ class Recipe(Spec):
     rand_augment: str | None = None
     """timm's RandAugment configuration, such as ``rand-m9-mstd0.5-inc1``."""
     crop: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Random resized crop: the least share of the image's area that a crop keeps (0.08 in DeiT). None: the whole."""
+    """Random resized crop: the least share of the image's area that a crop keeps (0.08 in DeiT). None: the middle, as a
+    test sees it."""
     flip: bool = False
     """Mirror images left to right with chance one half."""
     erase: Share = 0.0
@@ -471,16 +473,23 @@ class RunSpec(Spec):
                 f"(teacher {teacher.classes}, student {student.classes})"
             )
 
+    def _content(self) -> dict[str, Any]:
+        """What is hashed. A folder of one's own is what its fingerprint says, wherever it lies."""
+        document = self.model_dump(mode="json")
+        if self.data.name.startswith("folder:") and self.data.fingerprint:
+            document["data"]["name"] = "folder:"
+        return document
+
     @property
     def id(self) -> str:
         """The run's name: 16 hexadecimal digits of the content hash."""
-        return content_hash(self.model_dump(mode="json"))[:16]
+        return content_hash(self._content())[:16]
 
     @property
     def stream(self) -> str:
         """A hash of what a cohort shares: runs with equal streams see the same batches, in the same precision."""
         recipe = self.recipe.model_dump(mode="json", include=_SHARED)
-        return content_hash({"data": self.data.model_dump(mode="json"), "recipe": recipe, "seed": self.seed.data})[:16]
+        return content_hash({"data": self._content()["data"], "recipe": recipe, "seed": self.seed.data})[:16]
 
 
 def content_hash(

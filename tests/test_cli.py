@@ -30,6 +30,7 @@ def clean(monkeypatch):
     """Nothing of the machine's settings, and the signal handler as it was."""
     for name in ("ATDIAG_PROFILE", "ATDIAG_RUNS", "ATDIAG_DEBUG"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ATDIAG_DATA", "")  # set, so that what --data-dir sets ends with the test
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -111,6 +112,12 @@ def wrong(capsys, *arguments) -> str:
         ("reinit --set recipe.lr=NaN", "recipe.lr=nan: input should be a finite number"),
         ("reinit --set data.train=8", "recipe.batch_size=32 is larger than the training set (data.train=8)"),
         ("reinit --set data.name=imagenet", "unknown data set 'imagenet'"),
+        ("data check cifr10", "unknown data set 'cifr10', did you mean 'cifar10'?"),
+        ("data check", "Missing argument"),
+        ("data chek", "Did you mean 'check'?"),
+        ("data --data-dir {file}", "--data-dir {file} is no folder"),
+        ("data check folder:{file}", "there is no folder {file}"),
+        ("data check cifar10 --data-dir .", "looked for a folder 'cifar10'"),
         ("reinit --seeds 0", "--seeds 0: give a number from 1 to 1000"),
         ("reinit --seeds -3", "--seeds -3"),
         ("reinit --seeds many", "'--seeds'"),
@@ -224,7 +231,7 @@ def test_a_bug_can_be_looked_at(folder, monkeypatch):
 # --- help ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", ["--help", "reinit --help", "runs --help"])
+@pytest.mark.parametrize("arguments", ["--help", "reinit --help", "runs --help", "data --help"])
 def test_help_imports_nothing_heavy(arguments):
     code = f"import sys; from atdiag import cli\ntry: cli.main({arguments.split()})\nfinally: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -236,11 +243,11 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 def test_every_command_has_help(folder):
-    commands = ["reinit", "layers", "rescue", "teachers", "pretrain", "doctor", "runs"]
+    commands = ["reinit", "layers", "rescue", "teachers", "pretrain", "doctor", "runs", "data"]
     code, out = atdiag("--help")
     assert code == 0
     assert re.findall(r"^  (\w+)  ", out.partition("Commands:")[2], re.MULTILINE) == commands
-    for command in [*commands, "runs list", "runs show", "runs remove"]:
+    for command in [*commands, "runs list", "runs show", "runs remove", "data check"]:
         code, out = atdiag(*command.split(), "--help")
         assert code == 0
         assert "Usage: " in out

@@ -220,6 +220,7 @@ class _Crew:
                 "runs": str(store.root.resolve()),
                 "threads": threads,
                 "device": device,
+                "processes": len(jobs),
                 "cohorts": [[spec.model_dump(mode="json") for spec in cohort] for cohort in job.cohorts],
             }
             for job in jobs

@@ -8,7 +8,7 @@ weights, bit for bit on a CPU with the same number of threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from atdiag.data import datasets
-from atdiag.data.loader import Batch, Stream
+from atdiag.data.loader import Batch, Stream, default_workers
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run, RunBusyError, Store
 from atdiag.spec import RunSpec, Teacher
@@ -49,6 +49,7 @@ def train(
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = 30.0,
+    processes: int = 1,
 ) -> dict[str, Status]:
     """Train, evaluate and store the runs of one cohort; finished ones are left alone, interrupted ones go on.
 
@@ -82,7 +83,7 @@ def train(
             else:
                 todo.append((run, spec))
         if todo:
-            _Cohort(todo, load_teacher, device, report, should_stop, checkpoint_seconds, status).work()
+            _Cohort(todo, load_teacher, device, report, should_stop, checkpoint_seconds, status, processes).work()
     return status
 
 
@@ -96,6 +97,7 @@ class _Cohort:
         should_stop: Callable[[], bool],
         checkpoint_seconds: float,
         status: dict[str, Status],
+        processes: int,
     ) -> None:
         self.device, self.report, self.should_stop = device, report, should_stop
         self.checkpoint_seconds, self.status = checkpoint_seconds, status
@@ -119,9 +121,16 @@ class _Cohort:
                 compiled.compile_blocks(network)
         self.total = sum(m.total for m in self.members)
         self.images = 0
+        self.processes = processes
+        self._ahead: Iterator[Batch] | None = None
 
     def work(self) -> None:
         """Train all members from the earliest step that any of them still has to do, and finish each as it ends."""
+        with ExitStack() as ends:
+            ends.callback(self._leave_batches)
+            self._work()
+
+    def _work(self) -> None:
         last_save = time.monotonic()
         interval = self.checkpoint_seconds
         self._tell("starting")
@@ -150,10 +159,10 @@ class _Cohort:
         # A member that is ahead (its checkpoint was written later than another's) waits for the others.
         active = [m for m in self.members if m.step == step]
         if not active:
+            self._leave_batches()
             return
-        assert self.stream is not None
         begin = time.perf_counter()
-        batch = self.stream.batch(step).to(self.device)
+        batch = self._batch(step).to(self.device)
         shown = self._teacher_shows(batch, active)
         shared = (time.perf_counter() - begin) / len(active)
         for member in active:
@@ -169,6 +178,19 @@ class _Cohort:
             self.images += len(batch.labels)
             if member.cause is None and member.step % member.steps_per_epoch == 0:
                 member.end_epoch()
+
+    def _batch(self, step: int) -> Batch:
+        """The batch of a step. Asked for in order, batches are made ahead of time where there are workers to do so."""
+        assert self.stream is not None
+        if self._ahead is None:
+            stream, cuda = self.stream, self.device.type == "cuda"
+            workers = default_workers(stream.images, stream.recipe, self.device, self.processes)
+            self._ahead = stream.batches(step, max(m.total for m in self.members), workers, pin=cuda)
+        return next(self._ahead)
+
+    def _leave_batches(self) -> None:
+        """Let go of the workers, which end with their iterator."""
+        self._ahead = None
 
     def _teacher_shows(self, batch: Batch, active: list[Training]) -> Observation:
         wanted = of_teacher(member.spec.transfer for member in active)

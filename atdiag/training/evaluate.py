@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atdiag.data import datasets
-from atdiag.data.datasets import Images
+from atdiag.data.datasets import Split
 from atdiag.networks.vit import ViT
 from atdiag.runs import Run
 from atdiag.spec import Network, RunSpec, Teacher, Transfer
@@ -109,13 +109,13 @@ def fit(observation: Observation, teacher: ViT, student: Network) -> Observation
     return observation.select(tokens.to(device))
 
 
-def _pixels(images: Images, start: int, stop: int, device: torch.device) -> Tensor:
+def _pixels(images: Split, start: int, stop: int, device: torch.device) -> Tensor:
     """Images [b, C, S, S] in [0, 1]."""
-    return torch.from_numpy(images.pixels[start:stop]).to(device).float().div_(255)
+    return torch.from_numpy(images.batch(start, stop)).to(device).float().div_(255)
 
 
 def predict(
-    subjects: Sequence[Subject], images: Images, device: torch.device, precision: str = "float32"
+    subjects: Sequence[Subject], images: Split, device: torch.device, precision: str = "float32"
 ) -> list[Predictions]:
     """Predictions of several subjects in one pass over the images.
 
@@ -146,7 +146,7 @@ def predict(
     return [_score(torch.cat(out), images) for out in logits]
 
 
-def _score(logits: Tensor, images: Images) -> Predictions:
+def _score(logits: Tensor, images: Split) -> Predictions:
     log_p = logits.log_softmax(-1).numpy()
     return Predictions(
         prediction=log_p.argmax(-1).astype(np.int32),

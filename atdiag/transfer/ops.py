@@ -25,10 +25,13 @@ have a gradient (copy: 1.7 times slower than the explicit formula at 197 tokens,
 bias (1.2 times slower at 197, equal from 400)."""
 
 _BLOCK_CPU = 2**18
-"""Elements of a map that are formed at a time where it is formed block by block: on a CPU what its cache holds,"""
+"""Elements of a map that are formed at a time where it is formed block by block: on a CPU what each thread's
+core holds in its cache,"""
 _BLOCK = 2**24
 """elsewhere what keeps the device busy (64 MiB in float32)."""
 _ALL = slice(None)
+Block: TypeAlias = tuple[slice, slice, slice]
+"""Images, heads, queries of a map."""
 
 
 class QK(NamedTuple):
@@ -55,10 +58,9 @@ class QK(NamedTuple):
         """The maps of some heads (indices [h])."""
         return QK(self.q[:, heads], self.k[:, heads], self.scale, None if self.bias is None else self.bias[heads])
 
-    def part(self, images: slice, rows: slice) -> QK:
-        """Some images' queries ``rows``, with all keys: q [b, H, r, d], k [b, H, N, d], bias [H, r, N]."""
-        bias = None if self.bias is None else self.bias[:, rows]
-        return QK(self.q[images, :, rows], self.k[images], self.scale, bias)
+    def part(self, block: Block) -> QK:
+        """Some images', heads' and queries' map over all keys: q [b, h, r, d], k [b, h, N, d], bias [h, r, N]."""
+        return QK(self.q[block], self.k[block[:2]], self.scale, None if self.bias is None else self.bias[block[1:]])
 
     def widened(self) -> QK:
         """The same map defined in float32 or better, with the scale folded into q, and detached.
@@ -81,10 +83,10 @@ class Averaged(NamedTuple):
         """The maps of some heads (indices [h]); one map for all heads stays what it is."""
         return self if self.p.shape[1] == 1 else Averaged(self.p[:, heads])
 
-    def part(self, images: slice, rows: slice) -> Averaged:
-        """Some images' queries ``rows``."""
-        images, rows = (_ALL if self.p.shape[dim] == 1 else chosen for dim, chosen in ((0, images), (2, rows)))
-        return Averaged(self.p[images, :, rows])
+    def part(self, block: Block) -> Averaged:
+        """Some images', heads' and queries' map: p [b or 1, h or 1, r or 1, N]."""
+        chosen = tuple(_ALL if n == 1 else part for n, part in zip(self.p.shape[:3], block, strict=True))
+        return Averaged(self.p[chosen])
 
     def widened(self) -> Averaged:
         """The same map in float32 or better, detached."""
@@ -117,7 +119,7 @@ def logits(qk: QK, rows: slice = _ALL) -> Tensor:
 def probabilities(map: Map, rows: slice = _ALL) -> Tensor:
     """The map as a tensor [B, H, N, N] (an averaged one: its own shape), or of some queries only."""
     if isinstance(map, Averaged):
-        return map.part(_ALL, rows).p
+        return map.part((_ALL, _ALL, rows)).p
     return logits(map, rows).softmax(-1)
 
 
@@ -128,15 +130,25 @@ def log_probabilities(map: Map) -> Tensor:
     return logits(map).log_softmax(-1)
 
 
-def blocks(like: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(images, rows): a map in blocks, for queries ``like`` [B, H, N, d]. All rows of some images, or some of one's."""
+def blocks(like: Tensor) -> Iterator[Block]:
+    """A map in blocks, for queries ``like`` [B, H, N, d]: some images, or some heads of one, or some queries of a head.
+
+    Long blocks of one head, rather than a few queries of each, keep matrix products efficient.
+    """
     batch, heads, tokens = like.shape[:3]
-    size = _BLOCK_CPU if like.device.type == "cpu" else _BLOCK
-    rows = max(1, min(tokens, size // (heads * tokens)))
-    images = max(1, min(batch, size // (heads * tokens * tokens)))
-    for image in range(0, batch, images):
-        for row in range(0, tokens, rows):
-            yield slice(image, image + images), slice(row, row + rows)
+    # The compiler can't trace the number of threads.
+    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    size = _BLOCK_CPU * threads if like.device.type == "cpu" else _BLOCK
+    steps = size // (heads * tokens * tokens), size // (tokens * tokens), size // tokens
+    for image in _parts(batch, steps[0]):
+        for head in _parts(heads, steps[1]):
+            for rows in _parts(tokens, steps[2]):
+                yield image, head, rows
+
+
+def _parts(length: int, step: int) -> list[slice]:
+    step = max(step, 1)
+    return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
 @torch.no_grad()
@@ -162,12 +174,12 @@ def _mean(map: QK, over: Over) -> Tensor:
     if dim is not None:
         shape[dim] = 1
     out = map.q.new_zeros(shape)
-    for images, rows in blocks(map.q):
-        p = probabilities(map.part(images, rows))
+    for block in blocks(map.q):
+        p = probabilities(map.part(block))
         if dim is None:
-            out[images, :, rows] = p
+            out[block] = p
         else:
-            into = _ALL if dim == 0 else images, _ALL, _ALL if dim == 2 else rows
+            into = tuple(_ALL if i == dim else part for i, part in enumerate(block))
             out[into] += p.sum(dim, keepdim=True)
     return out if dim is None else out / map.q.shape[dim]
 
@@ -216,8 +228,8 @@ class _BiasGradient(torch.autograd.Function):
         common = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
         total = torch.zeros_like(bias, dtype=wide)
         with torch.autocast(q.device.type, enabled=False):
-            for images, rows in blocks(q):
-                pulled = grad[images, :, rows].to(wide) @ v[images].to(wide).transpose(-2, -1)
-                pulled -= common[images, :, rows]
-                total[:, rows] += pulled.mul_(probabilities(map.part(images, rows))).sum(0)
+            for block in blocks(q):
+                pulled = grad[block].to(wide) @ v[block[:2]].to(wide).transpose(-2, -1)
+                pulled -= common[block]
+                total[block[1:]] += pulled.mul_(probabilities(map.part(block))).sum(0)
         return grad, None, None, None, total.to(bias.dtype), None

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from timm.data.mixup import Mixup, rand_bbox
 from torch.nn import functional as F
 
-from atdiag.data.loader import Stream
+from atdiag.data.loader import Batch, Stream
 from atdiag.spec import Data, Recipe
 
+CPU = torch.device("cpu")
 DATA = Data(train=70)
 RECIPE = Recipe(epochs=3, batch_size=16)
 MIXED = RECIPE.model_copy(update={"mixup": 0.8, "cutmix": 1.0, "rand_augment": "rand-m9-mstd0.5-inc1"})
@@ -22,6 +23,7 @@ def same(one, two):
         and torch.equal(one.labels, two.labels)
         and np.array_equal(one.samples, two.samples)
         and one.lam == two.lam
+        and one.box == two.box
         and (one.partner_labels is None) == (two.partner_labels is None)
         and (one.partner_labels is None or torch.equal(one.partner_labels, two.partner_labels))
     )
@@ -67,9 +69,11 @@ def test_a_plain_batch_is_the_images_themselves():
     stream = Stream(DATA, RECIPE, seed=0)
     batch = stream.batch(2)
     assert batch.partner_labels is None
-    assert np.array_equal((batch.images * 255).round().numpy(), stream.images.pixels[batch.samples])
+    assert np.array_equal(batch.images, stream.images.pixels[batch.samples])
     assert np.array_equal(batch.labels, stream.images.labels[batch.samples])
-    assert 0 <= batch.images.min() <= batch.images.max() <= 1
+    there = batch.to(CPU)
+    assert torch.equal(there.images, torch.from_numpy(stream.images.pixels[batch.samples] / np.float32(255)))
+    assert torch.equal(there.to(CPU).images, there.images)
 
 
 def test_a_batch_larger_than_the_training_set_is_refused():
@@ -82,8 +86,8 @@ def test_a_batch_larger_than_the_training_set_is_refused():
 
 def mixed(step, **recipe):
     """A plain batch, and the same one mixed."""
-    plain = Stream(DATA, RECIPE, seed=0).batch(step)
-    return plain, Stream(DATA, RECIPE.model_copy(update=recipe), seed=0).batch(step)
+    plain = Stream(DATA, RECIPE, seed=0).batch(step).to(CPU)
+    return plain, Stream(DATA, RECIPE.model_copy(update=recipe), seed=0).batch(step).to(CPU)
 
 
 def by_timm(plain, batch, box=None, **alphas):
@@ -148,12 +152,15 @@ def test_the_partner_is_the_reversed_batch():
 
 def test_shares_and_boxes_are_distributed_as_timms():
     stream = Stream(DATA, RECIPE.model_copy(update={"mixup": 0.8, "cutmix": 1.0}), seed=0)
-    images = torch.zeros(2, 1, 20, 20)
-    images[1] = 1
+    images = torch.zeros(2, 1, 20, 20, dtype=torch.uint8)
+    images[1] = 255
+    labels = torch.tensor([0, 1])
     kinds, lams = [], {True: [], False: []}
     for step in range(2000):
-        out, lam = stream._mix(images, step)
+        lam, box = stream._mix(step)
+        out = Batch(images, labels, np.arange(2), labels.flip(0), lam, box).to(CPU).images
         is_box = bool(((out == 0) | (out == 1)).all())
+        assert is_box == (box is not None)
         kinds.append(is_box)
         lams[is_box].append(lam)
         if is_box:
@@ -177,16 +184,19 @@ def test_shares_and_boxes_are_distributed_as_timms():
 AUGMENTED = RECIPE.model_copy(update={"rand_augment": "rand-m9-n3-mstd0.5"})
 
 
+def augmented(stream, epoch, sample):
+    return stream._augment(stream.images, epoch, np.array([sample]))[0]
+
+
 def test_rand_augment_depends_on_seed_epoch_and_sample_alone():
     stream = Stream(DATA, AUGMENTED, seed=0)
-    image = stream.images.pixels[3]
-    first = stream._augmented(image, 1, 3)
+    first = augmented(stream, 1, 3)
     random.seed(1), np.random.seed(1)  # noqa: NPY002
-    stream._augmented(image, 7, 9)
-    assert np.array_equal(stream._augmented(image, 1, 3), first)
-    assert np.array_equal(Stream(DATA, AUGMENTED, seed=0)._augmented(image, 1, 3), first)
+    augmented(stream, 7, 9)
+    assert np.array_equal(augmented(stream, 1, 3), first)
+    assert np.array_equal(augmented(Stream(DATA, AUGMENTED, seed=0), 1, 3), first)
 
-    several = [Stream(DATA, AUGMENTED, seed=s)._augmented(image, e, i) for s in (0, 1) for e in (0, 1) for i in (0, 1)]
+    several = [augmented(Stream(DATA, AUGMENTED, seed=s), e, i) for s in (0, 1) for e in (0, 1) for i in (0, 1)]
     assert len({out.tobytes() for out in several}) >= 6
 
 
@@ -194,7 +204,7 @@ def test_rand_augment_changes_images_and_keeps_their_form():
     plain, augmented = Stream(DATA, RECIPE, seed=0).batch(0), Stream(DATA, AUGMENTED, seed=0).batch(0)
     assert np.array_equal(plain.samples, augmented.samples)
     assert augmented.images.shape == plain.images.shape
-    assert 0 <= augmented.images.min() <= augmented.images.max() <= 1
+    assert augmented.images.dtype == torch.uint8
     assert (plain.images != augmented.images).flatten(1).any(dim=1).float().mean() > 0.5
 
 
@@ -205,9 +215,7 @@ def test_an_image_is_augmented_the_same_in_any_batch():
     assert torch.equal(pair, large.batch(0).images)
 
 
-def test_colour_images_are_augmented_too(monkeypatch):
-    stream = Stream(DATA, AUGMENTED, seed=0)
-    colour = np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8)
-    outs = [stream._augmented(colour, 0, i) for i in range(5)]
-    assert all(out.shape == colour.shape and out.dtype == np.uint8 for out in outs)
-    assert len({out.tobytes() for out in outs}) > 1
+def test_the_highest_magnitude_is_no_error():
+    # timm then keeps 0 bits of each channel, which newer versions of Pillow refuse.
+    stream = Stream(DATA, RECIPE.model_copy(update={"rand_augment": "rand-m10-n4-inc1"}), seed=0)
+    assert all(stream.batch(step).images.dtype == torch.uint8 for step in range(4))

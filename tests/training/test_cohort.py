@@ -88,7 +88,7 @@ def plain_timm(spec, steps):
         optimizer, total, lr_min=recipe.min_lr, warmup_t=warmup, warmup_lr_init=recipe.lr / warmup, t_in_epochs=False
     )
     for step in range(steps):
-        batch = stream.batch(step)
+        batch = stream.batch(step).to(CPU)
         keep = member.drop_path(recipe.drop_path, 6, spec.seed.model, step, batch.samples)
         if keep is not None:
             for block, (attention, mlp) in zip(vit.blocks, keep, strict=True):
@@ -184,7 +184,7 @@ def begin(bench, spec):
     stream = Stream(spec.data, spec.recipe, spec.seed.data)
     teacher = students.build(spec.teacher.network, 99).eval().requires_grad_(False) if spec.teacher else None
     training = member.Training(run, spec, teacher, {}, stream.steps_per_epoch, CPU)
-    batch = stream.batch(0)
+    batch = stream.batch(0).to(CPU)
     if teacher is None:
         return training, batch, Observation()
     shown = teacher.observe(batch.images, of_teacher([spec.transfer]))

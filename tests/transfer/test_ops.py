@@ -23,7 +23,7 @@ def sizes(draw, most=4):
     return *small, *(draw(st.integers(1, 9)) for _ in range(3)), draw(st.booleans()), draw(st.integers(0, 999))
 
 
-LONG = (2, 2, 300, 6, 9, True, 0)
+LONG = (2, 2, 600, 6, 9, True, 0)  # more than one block for each head
 
 
 def make(batch, heads, tokens, width, value_width, bias, seed, dtype=torch.float32) -> tuple[QK, Tensor]:

@@ -1,0 +1,138 @@
+"""Data sets that fit are decoded once: a file in the cache folder holds their pixels for all later runs.
+
+A split is cached where all its images have one size and the whole takes at most ``MOST`` bytes. Its name is a hash of
+the list of its files with sizes and times of writing, so a changed image is never served from an old cache. It is
+written beside its place and moved there whole; what a killed process left half-written is never read.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+from filelock import FileLock
+from PIL import Image
+
+from atdiag.data.pictures import BrokenImageError, decode
+from atdiag.data.places import Files
+
+MOST = 4 * 2**30
+"""Bytes of pixels that are cached at most for one split (CIFAR-10: 0.15 GB; Imagenette-128: 0.47 GB)."""
+
+_LOOK = 64
+_CHUNK = 256
+
+
+def folder() -> Path:
+    """The cache folder: ``ATDIAG_CACHE``, or the machine's usual place."""
+    return Path(os.environ.get("ATDIAG_CACHE") or platformdirs.user_cache_dir("atdiag")).expanduser()
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decoded(files: Files) -> Path | None:
+    """The file with the decoded pixels of a split, uint8 [n, H, W, 3] (made now if need be), or None: it does not fit.
+
+    Raises BrokenImageError. A cache folder that can't be written is said in a warning, and images are then decoded as
+    they are needed: slower, with the same result.
+    """
+    size = _one_size(files)
+    if size is None:
+        return None
+    shape = (len(files), size[1], size[0], 3)
+    path = folder() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}.npy"
+    mixed = path.with_suffix(".mixed")  # says that the images turned out to have several sizes
+    if mixed.exists():
+        return None
+    if _sound(path, shape):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if _sound(path, shape):  # another process was faster
+                return path
+            for left in path.parent.glob(f"{path.stem}.*.part"):  # of a process that was killed: the lock is ours
+                left.unlink()
+            if not _write(path, files, shape):
+                mixed.touch()
+                return None
+    except BrokenImageError:
+        raise
+    except OSError as fault:
+        warnings.warn(f"no decoded cache in {path.parent} ({fault}): images are decoded as needed", stacklevel=2)
+        return None
+    return path
+
+
+def _one_size(files: Files) -> tuple[int, int] | None:
+    """The size (width, height) that some images spread over the split have in common, if all of them would fit."""
+    look = np.unique(np.linspace(0, len(files) - 1, _LOOK).astype(int))
+    sizes = set()
+    for index in look:
+        path = files.root / files.files[index]
+        try:
+            with Image.open(path) as picture:
+                sizes.add(picture.size)
+        except Exception:
+            decode(path)  # says what is wrong with it
+            raise
+        if len(sizes) > 1:
+            return None
+    (size,) = sizes
+    return size if 3 * size[0] * size[1] * len(files) <= MOST else None
+
+
+def _sound(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a whole cache of this shape lies there; one that is not is removed."""
+    if not path.exists():
+        return False
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.shape == shape and array.dtype == np.uint8 and array.flags.c_contiguous:
+            return True
+    except (ValueError, OSError, EOFError):
+        pass
+    path.unlink(missing_ok=True)
+    return False
+
+
+def _write(path: Path, files: Files, shape: tuple[int, ...]) -> bool:
+    """Decode all images into a file. False if one has another size. Raises OSError where the disk has no room."""
+    need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
+    if need > free - 2**28:
+        raise OSError(f"{need / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        # Written, not mapped: on a full disk a write is an error, a store to a mapped page kills the process.
+        with part.open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for pixels in _all_pixels(files, shape[1:]):
+                if pixels is None:
+                    return False
+                file.write(pixels)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return True
+
+
+def _all_pixels(files: Files, shape: tuple[int, ...]) -> Iterator[bytes | None]:
+    def one(file: str) -> bytes | None:
+        picture = decode(files.root / file)
+        return picture.tobytes() if (picture.height, picture.width, 3) == shape else None
+
+    with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes without holding the interpreter
+        for start in range(0, len(files), _CHUNK):
+            yield from pool.map(one, files.files[start : start + _CHUNK])

@@ -1,0 +1,174 @@
+"""What is known of each data set of real images before any of it is on this machine. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One data set of real images.
+
+    ``train`` and ``test`` are its numbers of images. A folder with other numbers is not this data set, or not all of
+    it (Imagenette's first edition has 12,894 and 500).
+    """
+
+    title: str
+    classes: int
+    train: int
+    test: int
+    image_size: int
+    """The side of the crop that networks see unless a spec says otherwise, in pixels."""
+    resolution: str
+    """Of the images as they are stored, in pixels."""
+    folders: tuple[str, ...]
+    """Names of the folder that holds it, in the folder of all data sets."""
+    tests: tuple[str, ...]
+    """Names of the folder that holds the test images; training images are in ``train``."""
+    class_folders: str
+    """A regular expression: how the folder of a class is named."""
+    classes_text: str
+    """The same in words."""
+    source: str
+    licence: str
+    crop_share: float = 0.875
+    """Test images: which share of the shorter side the central crop keeps, once it has to be resized at all."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Of the training images' pixels in [0, 1], for a network that brings none of its own."""
+    imagenet: tuple[int, ...] = ()
+    """Where the classes are ImageNet-1k's: their indices there, in the order of the classes here."""
+    in_forms: bool = False
+    """Whether it is kept in several forms (resized, re-compressed), so that its name does not say which pixels: a spec
+    then holds the fingerprint of the files."""
+    annotations: str | None = None
+    """The year in ``train{year}.json``, the annotation files that it comes with in place of folders of classes."""
+
+
+_WNID = r"n\d{8}"
+_IMAGENETTE = {
+    "n01440764": 0,
+    "n02102040": 217,
+    "n02979186": 482,
+    "n03000684": 491,
+    "n03028079": 497,
+    "n03394916": 566,
+    "n03417042": 569,
+    "n03425413": 571,
+    "n03445777": 574,
+    "n03888257": 701,
+}
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_TESTS = ("val", "validation", "test")
+
+
+def _inat(year: int, classes: int, train: int, test: int, folders: tuple[str, ...] = ()) -> Facts:
+    return Facts(
+        title=f"iNaturalist {year}",
+        classes=classes,
+        train=train,
+        test=test,
+        image_size=224,
+        resolution="to 800 px",
+        folders=(f"inat{year}", f"inaturalist{year}", f"iNat{year}", f"inaturalist-{year}", f"train_val{year}"),
+        tests=_TESTS,
+        class_folders=r".+",
+        classes_text=f"a folder for each class, or train{year}.json and val{year}.json beside the images",
+        source="github.com/visipedia/inat_comp",
+        licence="non-commercial",
+        annotations=str(year),
+    )
+
+
+FACTS: dict[str, Facts] = {
+    "imagenet": Facts(
+        title="ImageNet-1k (ILSVRC 2012)",
+        classes=1000,
+        train=1_281_167,
+        test=50_000,
+        image_size=224,
+        resolution="mixed",
+        folders=("imagenet", "imagenet-1k", "imagenet1k", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"),
+        tests=_TESTS,
+        class_folders=_WNID,
+        classes_text="folders named by WordNet id, such as n01440764",
+        source="image-net.org",
+        licence="non-commercial",
+        imagenet=tuple(range(1000)),
+    ),
+    "inat2017": _inat(2017, 5_089, 579_184, 95_986),
+    "inat2018": _inat(2018, 8_142, 437_513, 24_426),
+    "inat2019": _inat(2019, 1_010, 265_213, 3_030),
+    "imagenette": Facts(
+        title="Imagenette, second edition",
+        classes=10,
+        train=9_469,
+        test=3_925,
+        image_size=224,
+        resolution="mixed",
+        folders=("imagenette", "imagenette2", "imagenette2-320", "imagenette2-160", "imagenette-128"),
+        tests=_TESTS,
+        class_folders="|".join(_IMAGENETTE),
+        classes_text="its ten folders named by WordNet id, such as n01440764",
+        source="github.com/fastai/imagenette",
+        licence="Apache-2.0",
+        imagenet=tuple(_IMAGENETTE.values()),
+        in_forms=True,
+    ),
+    "cifar10": Facts(
+        title="CIFAR-10",
+        classes=10,
+        train=50_000,
+        test=10_000,
+        image_size=32,
+        resolution="32 x 32",
+        folders=("cifar10", "cifar-10", "CIFAR-10", "CIFAR-10-images", "cifar10-jpeg"),
+        tests=("test", "val", "validation"),
+        class_folders="|".join(_CIFAR10),
+        classes_text=f"ten folders: {', '.join(_CIFAR10)}",
+        source="cs.toronto.edu/~kriz/cifar.html",
+        licence="none stated",
+        crop_share=1.0,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        in_forms=True,
+    ),
+    "cifar100": Facts(
+        title="CIFAR-100",
+        classes=100,
+        train=50_000,
+        test=10_000,
+        image_size=32,
+        resolution="32 x 32",
+        folders=("cifar100", "cifar-100", "CIFAR-100"),
+        tests=("test", "val", "validation"),
+        class_folders=r"[a-z_]+",
+        classes_text="a hundred folders named by fine label, such as aquarium_fish",
+        source="cs.toronto.edu/~kriz/cifar.html",
+        licence="none stated",
+        crop_share=1.0,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        in_forms=True,
+    ),
+}
+"""Data set -> what is known of it. atdiag downloads none of them: each is found in a folder that is given."""
+
+ANY_FOLDER = "folder:"
+"""``folder:PATH`` is a data set of one's own: ``train`` and ``val`` (or ``test``) with a folder for each class."""
+
+OWN_TESTS = _TESTS
+"""Names of the folder of test images in a data set of one's own."""
+
+
+def crop_share(name: str) -> float:
+    """The share of the shorter side that a test image's central crop keeps."""
+    return FACTS[name].crop_share if name in FACTS else 0.875
+
+
+def is_class(facts: Facts, folder: str) -> bool:
+    """Whether a folder is named as the set's classes are."""
+    return re.fullmatch(facts.class_folders, folder) is not None

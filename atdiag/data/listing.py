@@ -1,0 +1,98 @@
+"""What ``atdiag data`` shows: which data sets there are and where they were found, and what reading one brought."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from atdiag.data import places
+from atdiag.data.facts import ANY_FOLDER, FACTS
+from atdiag.data.manifest import Reading
+from atdiag.data.names import NAMES
+
+_EMBEDDED = "embedded"
+_SCENES = {
+    "digits": "scenes of handwritten digits: which digit",
+    "larger": "scenes of handwritten digits: the larger of two",
+}
+
+
+def rows() -> list[dict[str, Any]]:
+    """A row for each data set: name, title, classes, images, resolution, source, licence, and its folder or None."""
+    scenes = [
+        {
+            "name": name,
+            "title": _SCENES[name],
+            "classes": classes,
+            "train": None,
+            "test": None,
+            "resolution": "20 x 20",
+            "source": "scikit-learn",
+            "licence": "CC BY 4.0",
+            "folder": _EMBEDDED,
+        }
+        for name, classes in NAMES.items()
+    ]
+    real = [
+        {
+            "name": name,
+            "title": facts.title,
+            "classes": facts.classes,
+            "train": facts.train,
+            "test": facts.test,
+            "resolution": facts.resolution,
+            "source": facts.source,
+            "licence": facts.licence,
+            "folder": None if (folder := places.found(name)) is None else str(folder),
+        }
+        for name, facts in FACTS.items()
+    ]
+    return scenes + real
+
+
+def table(listed: list[dict[str, Any]]) -> Table:
+    """The rows as a table."""
+    out = Table(box=box.SIMPLE_HEAD)
+    out.collapse_padding, out.pad_edge = True, False
+    for name in ("name", "classes", "training", "test", "resolution", "licence", "found"):
+        numbers = name in ("classes", "training", "test")
+        out.add_column(name, justify="right" if numbers else "left", no_wrap=True)
+    for row in listed:
+        counts = [f"{row[split]:,}" if row[split] else "" for split in ("train", "test")]
+        found = {None: "no", _EMBEDDED: _EMBEDDED}.get(row["folder"], "yes")
+        out.add_row(row["name"], f"{row['classes']:,}", *counts, row["resolution"], row["licence"], found)
+    out.add_row(f"{ANY_FOLDER}PATH", "", "", "", "", "", "")
+    return out
+
+
+def where(listed: list[dict[str, Any]]) -> list[str]:
+    """Where the real ones were found, in lines."""
+    return [f"{row['name']}: {row['folder']}" for row in listed if row["folder"] not in (None, _EMBEDDED)]
+
+
+def text(reading: Reading) -> list[str]:
+    """What came of reading a data set, in lines."""
+    counts = " + ".join(f"{count:,} {split}" for split, count in reading.counts.items())
+    width, height = reading.mean_size
+    lines = [f"{reading.folder}: {counts} images, {reading.classes:,} classes, mean size {width:.0f} x {height:.0f}"]
+    if reading.broken:
+        lines += [f"broken: {path} ({why})" for path, why in reading.broken]
+        lines.append(f"{len(reading.broken)} broken: no manifest is written")
+    else:
+        lines.append(f"all sound; manifest sha256 {reading.sha256}\n  {reading.manifest}")
+    return lines
+
+
+def document(reading: Reading) -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "folder": str(reading.folder),
+        "images": reading.counts,
+        "classes": reading.classes,
+        "mean_size": list(reading.mean_size),
+        "broken": [{"path": str(path), "why": why} for path, why in reading.broken],
+        "manifest": None if reading.manifest is None else str(reading.manifest),
+        "sha256": reading.sha256,
+    }

@@ -1,0 +1,116 @@
+"""Every image of a data set read once: which are broken, and a manifest with the sha256 of each file.
+
+The manifest lies in the cache folder in the format of ``sha256sum`` (``sha256sum -c`` in the data set's folder reads
+it); its own sha256 is what a run can record. It is found again by the files' names, sizes and times of writing, so it
+is never taken for that of a data set that has changed since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from atdiag.data import cache, datasets
+from atdiag.data.names import known
+from atdiag.data.pictures import BrokenImageError, decode
+from atdiag.data.places import SPLITS, Files, SplitName
+
+_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What came of reading every image of a data set.
+
+    ``broken``: path and reason. ``manifest`` and its ``sha256`` are None where an image is broken. ``mean_size``: width
+    and height in pixels, over the sound images. ``counts``: images of each split.
+    """
+
+    folder: Path
+    counts: dict[str, int]
+    classes: int
+    broken: tuple[tuple[Path, str], ...]
+    mean_size: tuple[float, float]
+    manifest: Path | None
+    sha256: str | None
+
+
+def read(
+    splits: Mapping[SplitName, Files],
+    report: Callable[[int, int], None] = lambda done, total: None,
+    processes: int | None = None,
+) -> Reading:
+    """Read and hash every image of a data set (its splits by ``datasets.check_files``), in parallel processes.
+
+    ``report`` is told how many of how many are read.
+    """
+    root = splits["train"].root
+    files = [file for split in SPLITS for file in splits[split].files]
+    state = _state(splits)
+    lines, broken = [], []
+    width = height = 0
+    pool = ProcessPoolExecutor(processes or cache.cores())
+    try:
+        for done, (file, (sha256, size, why)) in enumerate(
+            zip(files, pool.map(partial(_one, root), files, chunksize=_CHUNK), strict=True), 1
+        ):
+            if why is None:
+                lines.append(f"{sha256}  {file}\n")
+                width, height = width + size[0], height + size[1]
+            else:
+                broken.append((root / file, why))
+            report(done, len(files))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    path, digest = None, None
+    if not broken:
+        text = "".join(lines).encode()
+        path, digest = _path(state), hashlib.sha256(text).hexdigest()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(text)
+        part.replace(path)
+    sound = max(len(lines), 1)
+    return Reading(
+        root,
+        {split: len(splits[split]) for split in SPLITS},
+        len(splits["train"].classes),
+        tuple(broken),
+        (width / sound, height / sound),
+        path,
+        digest,
+    )
+
+
+def recorded(name: str) -> str | None:
+    """sha256 of the manifest of a data set as it lies there now; None if it was not read since it last changed."""
+    path = _path(_state(datasets.check_files(known(name))))
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def _state(splits: Mapping[SplitName, Files]) -> str:
+    parts = [str(splits["train"].root), *(splits[split].fingerprint(with_times=True) for split in SPLITS)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _path(state: str) -> Path:
+    return cache.folder() / "manifests" / f"{state[:32]}.sha256"
+
+
+def _one(root: Path, file: str) -> tuple[str, tuple[int, int], str | None]:
+    """An image's sha256 and size, and why it is broken, if it is."""
+    path = root / file
+    try:
+        content = path.read_bytes()
+    except OSError as fault:
+        return "", (0, 0), fault.strerror or str(fault)
+    sha256 = hashlib.sha256(content).hexdigest()
+    try:
+        return sha256, decode(path, content).size, None
+    except BrokenImageError as fault:
+        return sha256, (0, 0), fault.why

@@ -1,0 +1,368 @@
+"""What attention transfer costs beside plain training: time and memory of one step, by method, loss and length.
+
+    python benchmarks/transfer_cost.py                     # this machine's CPU: ViT-S, 197 to 1,370 tokens
+    python benchmarks/transfer_cost.py --device cuda       # ViT-B/16, batch 128, bf16, compiled
+
+All variants run in one process, in turns, and the medians of their times are compared, so that a slow minute of the
+machine falls on all. ``straight`` is the straightforward formulation, written out below: maps of all layers are built
+as [B, H, N, N] tensors and kept until the loss. Memory is what a step needs above the resident networks: the
+allocator's peak on CUDA; on a CPU the peak resident size of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atdiag.networks import students
+from atdiag.networks.vit import ViT
+from atdiag.spec import Network, Transfer
+from atdiag.training import compiled
+from atdiag.training.provenance import environment
+from atdiag.transfer import method
+from atdiag.transfer.observation import Observation, of_teacher
+
+SIZES = {"ti": (192, 3), "s": (384, 6), "b": (768, 12)}
+GRIDS = {65: 8, 197: 14, 577: 24, 1370: 37}
+LOSSES = ("ce", "mse", "jsd", "l1", "logits_mse")
+TRANSFERS: dict[str, Transfer] = {
+    "plain": Transfer(),
+    "copy": Transfer(method="copy", layers=tuple(range(12))),
+    **{f"distill {loss}": Transfer(method="distill", layers=tuple(range(12)), loss=loss) for loss in LOSSES},
+}
+STRAIGHT = ("straight copy", "straight distill ce")
+TARGETS = {
+    "cpu": {"copy": 1.05, "distill ce": 1.25, "straight time": 1.0, "straight memory": {1370: 2.0}},
+    "cuda": {
+        "copy": 1.00,
+        "distill ce": 1.12,
+        "memory": {197: 1.10, 1370: 1.15},
+        "straight time": 1.5,
+        "straight memory": {197: 3.0, 1370: 10.0},
+    },
+}
+
+
+@dataclass
+class Case:
+    """A network size, a number of tokens and a batch, on a device."""
+
+    size: str
+    tokens: int
+    batch: int
+    depth: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        width, heads = SIZES[self.size]
+        grid = GRIDS[self.tokens]
+        self.network = Network(
+            image_size=16 * grid, patch_size=16, width=width, depth=self.depth, heads=heads, classes=1000
+        )
+        self.teacher = students.build(self.network, 1).to(self.device).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.batch, 3, self.network.image_size, self.network.image_size)
+        self.images = torch.rand(shape, generator=generator).to(self.device)
+        self.labels = torch.randint(1000, (self.batch,), generator=generator).to(self.device)
+
+    def student(self, transfer: Transfer) -> tuple[ViT, torch.optim.Optimizer]:
+        """A student ready to train."""
+        vit = students.build(self.network, 0).to(self.device).train()
+        if transfer.method == "copy":
+            for block in vit.blocks:
+                for parameter in block.attn.unused_parameters().values():
+                    parameter.requires_grad_(False)
+        trained = [p for p in vit.parameters() if p.requires_grad]
+        return vit, torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 on CUDA, float32 on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def transfer(self, name: str) -> Transfer:
+        """The transfer of a variant, on all layers."""
+        found = TRANSFERS[name]
+        return found if found.method == "none" else found.model_copy(update={"layers": tuple(range(self.depth))})
+
+    def variant(self, name: str) -> Callable[[], None]:
+        """One step of a variant, as a function."""
+        if name == "teacher":
+            return self._teacher
+        if name in STRAIGHT:
+            return self._straight(name.endswith("copy"))
+        transfer = self.transfer(name)
+        vit, optimizer = self.student(transfer)
+        if compiled.wanted(self.device):
+            compiled.compile_blocks(vit)
+
+        def step() -> None:
+            shown = self._show(transfer)
+            with self.autocast():
+                logits, extra = method.forward(vit, transfer, self.images, shown)
+            self._update(logits, extra, optimizer)
+
+        return step
+
+    def _show(self, transfer: Transfer) -> Observation:
+        wanted = of_teacher([transfer])
+        if not wanted:
+            return Observation()
+        with torch.no_grad(), self.autocast():
+            shown: Observation = self.teacher.observe(self.images, wanted)
+        return shown
+
+    def _teacher(self) -> None:
+        self._show(self.transfer("copy"))
+
+    def _update(self, logits: Tensor, extra: Tensor | None, optimizer: torch.optim.Optimizer) -> None:
+        loss = F.cross_entropy(logits.float(), self.labels)
+        (loss if extra is None else loss + extra).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _straight(self, copy: bool) -> Callable[[], None]:
+        """Maps of all layers as tensors: the teacher's are built whole, then used, or compared with the student's."""
+        vit, optimizer = self.student(self.transfer("copy" if copy else "plain"))
+
+        def step() -> None:
+            theirs: list[Tensor] = []
+            own: list[Tensor] = []
+            with torch.no_grad(), self.autocast():
+                straightforward(self.teacher, self.images, keep=theirs)
+            with self.autocast():
+                logits = straightforward(vit, self.images, keep=own, given=theirs if copy else None)
+            losses = [-(t * s.clamp_min(1e-12).log()).sum(-1).mean() for t, s in zip(theirs, own, strict=True)]
+            self._update(logits, None if copy else 3.0 * torch.stack(losses).sum(), optimizer)
+
+        return step
+
+
+def straightforward(vit: ViT, images: Tensor, keep: list[Tensor], given: list[Tensor] | None = None) -> Tensor:
+    """A forward pass that builds, uses and keeps every map [B, H, N, N] in float32."""
+    x = vit.embed(images)
+    for i, block in enumerate(vit.blocks):
+        attn, z = block.attn, block.norm1(x)
+        batch, tokens, width = z.shape
+        if given is None:
+            q, k, v = attn._heads(z, "qkv")
+            p = ((attn.scale * q) @ k.transpose(-2, -1)).float().softmax(-1)
+        else:
+            (v,) = attn._heads(z, "v")
+            p = given[i]
+        keep.append(p)
+        x = x + attn.proj((p.to(v.dtype) @ v).transpose(1, 2).reshape(batch, tokens, width))
+        x = x + block.mlp(block.norm2(x))
+    logits: Tensor = vit.forward_head(vit.norm(x))
+    return logits
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def times(case: Case, names: list[str], repeats: int) -> dict[str, float]:
+    """Median seconds of a step of each variant, measured in turns; the first two rounds warm up."""
+    steps = {name: case.variant(name) for name in names}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats + 2):
+        for name, step in steps.items():
+            synchronize(case.device)
+            begin = time.perf_counter()
+            step()
+            synchronize(case.device)
+            if turn > 1:
+                found[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def peak(case: Case, name: str) -> float:
+    """MiB that a step needs above what is resident: networks and, after a first step, the optimiser's state."""
+    step = case.variant(name)
+    if case.device.type == "cuda":
+        step()
+        synchronize(case.device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    step()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (man 5 proc)
+    before = status("VmRSS")
+    step()
+    return status("VmHWM") - before
+
+
+def status(field: str) -> float:
+    """MiB of this process: VmRSS in memory now, VmHWM at the peak. Linux alone tells."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def peak_of(case: Case, name: str) -> float:
+    """:func:`peak`, on a CPU in a process of its own: a resident size never falls again."""
+    if case.device.type == "cuda":
+        return peak(case, name)
+    options = [
+        "--size",
+        case.size,
+        "--tokens",
+        str(case.tokens),
+        "--batch",
+        str(case.batch),
+        "--depth",
+        str(case.depth),
+    ]
+    line = [sys.executable, __file__, *options, "--threads", str(torch.get_num_threads()), "--peak", name]
+    return float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+
+
+def ratios(time_s: dict[str, float], memory: dict[str, float]) -> dict[str, float]:
+    """The ratios that the targets name."""
+    out = {}
+    bound = time_s["plain"] + time_s["teacher"]
+    for name in time_s:
+        if name.startswith(("copy", "distill")):
+            out[f"time, {name} / (plain + teacher)"] = time_s[name] / bound
+    for kind in ("copy", "distill ce"):
+        out[f"time, straight {kind} / {kind}"] = time_s[f"straight {kind}"] / time_s[kind]
+        if memory:
+            out[f"memory, straight {kind} / {kind}"] = memory[f"straight {kind}"] / memory[kind]
+    if memory:
+        out["memory, distill ce / plain"] = memory["distill ce"] / memory["plain"]
+    return out
+
+
+def main() -> None:
+    """Measure, print a table of ratios, and write JSON and a plot where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", choices=SIZES, help="default: s on a CPU, b on CUDA")
+    parser.add_argument("--tokens", type=int, nargs="+", choices=GRIDS, default=[197, 577, 1370])
+    parser.add_argument("--batch", type=int, help="images; default on a CPU: what 800 tokens hold, on CUDA 128 at 197")
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", nargs="?", const=Path("-"), help="write it (-: print it)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="memory against tokens, as a figure")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    device = torch.device(asked.device)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    size = asked.size or ("s" if asked.device == "cpu" else "b")
+
+    def case(tokens: int) -> Case:
+        batch = asked.batch or (max(1, 800 // tokens) if asked.device == "cpu" else max(4, 128 * 197 // tokens))
+        return Case(size, tokens, batch, asked.depth, device)
+
+    if asked.peak:
+        print(peak(case(asked.tokens[0]), asked.peak))
+        return
+    names = ["plain", "teacher", *(name for name in TRANSFERS if name != "plain"), *STRAIGHT]
+    measured: list[dict[str, Any]] = []
+    for tokens in asked.tokens:
+        one = case(tokens)
+        if compiled.wanted(device):
+            compiled.compile_blocks(one.teacher)
+        seconds = times(one, names, asked.repeats)
+        memory = {} if asked.no_memory else {name: peak_of(one, name) for name in names}
+        found = ratios(seconds, memory)
+        measured.append(
+            {"size": size, "tokens": tokens, "batch": one.batch, "depth": one.depth, "seconds": seconds}
+            | {"memory_mib": memory, "ratios": found}
+        )
+        show(measured[-1], asked.device)
+    document = {
+        "benchmark": "transfer_cost",
+        "machine": {**environment(device), "compiled": compiled.wanted(device)},
+        "precision": "bfloat16" if asked.device == "cuda" else "float32",
+        "repeats": asked.repeats,
+        "cases": measured,
+    }
+    if asked.json == Path("-"):
+        print(json.dumps(document))
+    elif asked.json:
+        asked.json.write_text(json.dumps(document, indent=1) + "\n")
+    if asked.plot:
+        plot(document, asked.plot)
+
+
+def show(case: dict[str, Any], device: str) -> None:
+    """One case as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"ViT-{case['size'].upper()}, {case['tokens']} tokens, batch {case['batch']}, {case['depth']} blocks",
+        title_justify="left",
+    )
+    for column in ("step", "ms", "/ (plain + teacher)", "MiB above resident"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    bound = case["seconds"]["plain"] + case["seconds"]["teacher"]
+    for name, seconds in case["seconds"].items():
+        ratio = "" if name in ("plain", "teacher") else f"{seconds / bound:.2f}"
+        memory = f"{case['memory_mib'][name]:.0f}" if case["memory_mib"] else ""
+        table.add_row(name, f"{1000 * seconds:.0f}", ratio, memory)
+    console = Console()
+    console.print(table)
+    targets = TARGETS[device]
+    wanted: list[tuple[str, float, bool]] = []  # ratio, bound, whether it is an upper one
+    for kind in ("copy", "distill ce"):
+        wanted.append((f"time, {kind} / (plain + teacher)", targets[kind], True))
+        wanted.append((f"time, straight {kind} / {kind}", targets["straight time"], False))
+        if case["tokens"] in targets["straight memory"]:
+            wanted.append((f"memory, straight {kind} / {kind}", targets["straight memory"][case["tokens"]], False))
+    if case["tokens"] in targets.get("memory", {}):
+        wanted.append(("memory, distill ce / plain", targets["memory"][case["tokens"]], True))
+    for name, bound, upper in wanted:
+        if (value := case["ratios"].get(name)) is not None:
+            met = value <= bound if upper else value >= bound
+            console.print(
+                f"{'met   ' if met else 'MISSED'} {name}: {value:.2f} (target {'<=' if upper else '>='} {bound:.2f})"
+            )
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    """Memory of a step against tokens."""
+    from figures import style
+
+    figure, axes = style.canvas(2.4)
+    lines = {
+        "plain": (style.GREY, "o-"),
+        "copy": (style.BLUE, "s-"),
+        "distill ce": (style.GREEN, "D-"),
+        "straight copy": (style.ORANGE, "^--"),
+        "straight distill ce": (style.VERMILLION, "v--"),
+    }
+    tokens = [case["tokens"] for case in document["cases"]]
+    for name, (colour, form) in lines.items():
+        need = [case["memory_mib"][name] / case["batch"] for case in document["cases"]]
+        axes.plot(tokens, need, form, color=colour, label=name, markersize=3)
+    axes.set(xlabel="tokens", ylabel="MiB per image above resident", xscale="log", yscale="log")
+    axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

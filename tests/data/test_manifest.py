@@ -1,0 +1,117 @@
+"""``atdiag data check``: every image read, broken ones named, a manifest written."""
+
+import contextlib
+import hashlib
+import io
+import json
+import subprocess
+
+import pytest
+
+from atdiag import cli
+from atdiag.data import cache, datasets, listing, manifest
+from atdiag.data.names import NAMES
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.setenv("ATDIAG_DATA", "")  # set, so that what --data-dir sets ends with the test
+
+
+def atdiag(*arguments):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    return end.value.code or 0, out.getvalue()
+
+
+def read(root, **options):
+    return manifest.read(datasets.check_files(f"folder:{root}"), **options)
+
+
+def test_a_sound_folder_gets_a_manifest(mixed):
+    seen = []
+    reading = read(mixed, report=lambda done, total: seen.append((done, total)), processes=2)
+    assert reading.broken == ()
+    assert reading.counts == {"train": 36, "test": 15}
+    assert seen == [(i, 51) for i in range(1, 52)]
+    lines = reading.manifest.read_text().splitlines()
+    assert len(lines) == 51
+    for line in lines:
+        sha256, file = line.split("  ", 1)
+        assert sha256 == hashlib.sha256((mixed / file).read_bytes()).hexdigest()
+    assert reading.sha256 == hashlib.sha256(reading.manifest.read_bytes()).hexdigest()
+    assert reading.manifest.is_relative_to(cache.folder())
+    sizes = [(40, 30), (31, 57), (32, 32), (90, 20)]
+    taken = [sizes[i % 4] for i in range(51)]
+    assert reading.mean_size == pytest.approx([sum(size[i] for size in taken) / 51 for i in (0, 1)])
+
+
+def test_sha256sum_reads_the_manifest(uniform):
+    reading = read(uniform, processes=1)
+    command = ["sha256sum", "--quiet", "-c", str(reading.manifest)]
+    try:
+        assert subprocess.run(command, cwd=uniform, capture_output=True).returncode == 0
+        (uniform / "val" / "ant" / "ant_0.jpg").write_bytes(b"other")
+        assert subprocess.run(command, cwd=uniform, capture_output=True).returncode == 1
+    except FileNotFoundError:
+        pytest.skip("no sha256sum here")
+
+
+def test_a_manifest_is_that_of_the_files_as_they_are(uniform, draw):
+    name = f"folder:{uniform}"
+    assert manifest.recorded(name) is None
+    first = read(uniform, processes=1)
+    assert manifest.recorded(name) == first.sha256
+    assert read(uniform, processes=1) == first
+    draw(uniform / "train" / "ant" / "ant_0.jpg", (32, 32), 77)
+    assert manifest.recorded(name) is None
+    second = read(uniform, processes=1)
+    assert second.sha256 != first.sha256
+    assert manifest.recorded(name) == second.sha256
+
+
+def test_broken_images_are_listed_by_path_and_exit_with_1(uniform, capfd):
+    code, out = atdiag("data", "check", f"folder:{uniform}", "--json")
+    assert code == 0
+    assert "36 train + 15 test images, 3 classes, mean size 32 x 32" in out
+    assert json.loads(out.splitlines()[-1])["broken"] == []
+
+    cut, text = uniform / "train" / "bee" / "bee_3.jpg", uniform / "val" / "cow" / "cow_1.jpg"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    text.write_text("no image at all")
+    code, out = atdiag("data", "check", f"folder:{uniform}", "--json")
+    assert code == 1
+    document = json.loads(out.splitlines()[-1])
+    assert [row["path"] for row in document["broken"]] == [str(cut), str(text)]
+    assert "truncated" in document["broken"][0]["why"]
+    assert "no image of a known format" in document["broken"][1]["why"]
+    assert document["manifest"] is document["sha256"] is None
+    assert f"broken: {cut} (" in out
+    assert "2 broken: no manifest is written" in out
+    assert "Traceback" not in capfd.readouterr().err
+    assert manifest.recorded(f"folder:{uniform}") is None
+
+
+def test_the_list_shows_all_sets_and_where_they_are(tmp_path, fill):
+    code, out = atdiag("data", "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert set(NAMES) < set(rows)
+    assert rows["digits"]["folder"] == "embedded"
+    assert rows["imagenet"]["folder"] is None
+    fill(tmp_path / "sets" / "imagenette2-160", train=1, test=1)
+    code, out = atdiag("data", "--data-dir", tmp_path / "sets")
+    assert code == 0
+    assert f"imagenette: {tmp_path}/sets/imagenette2-160\n" in out
+    assert all(name in out for name in rows)
+    assert all(len(line) <= 80 for line in out.partition("imagenette: ")[0].splitlines())
+
+
+def test_scenes_have_nothing_to_check():
+    code, out = atdiag("data", "check", "digits")
+    assert (code, len(out.splitlines())) == (0, 1)
+
+
+def test_every_row_of_the_list_is_complete():
+    assert all(row["classes"] > 1 and row["title"] and row["licence"] and row["source"] for row in listing.rows())

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from atdiag.data import datasets
-from atdiag.data.datasets import Images
+from atdiag.data import datasets, digits, names
+from atdiag.data.datasets import Images, Split
+from atdiag.data.pictures import BrokenImageError, View, decode, to_array
 from atdiag.spec import Data, Network
 from atdiag.words import UserError
 
@@ -48,14 +49,28 @@ class Pictures:
     skipped: dict[str, str] = field(default_factory=dict)
     """Name -> why it can't be read, of those met so far."""
 
+    def targets(self, network: Network) -> NDArray[np.int64] | None:
+        """The labels [n] as a network's head counts them, or None where its classes are not the data set's.
+
+        A head of 1,000 classes is taken for ImageNet-1k's, whose classes those of some data sets are a part of.
+        """
+        if self.labels is None or self.data is None:
+            return self.labels
+        rows = names.imagenet_rows(self.data.name)
+        if network.classes == 1000 and rows:
+            return np.array(rows, np.int64)[self.labels]
+        return self.labels if network.classes == names.classes(self.data) else None
+
     def __len__(self) -> int:
         return len(self.names)
 
     def reordered(self, order: NDArray[np.int64]) -> Pictures:
         """The same images in another order; those that are skipped are noted here too."""
-        names = tuple(self.names[i] for i in order)
         labels, clusters = (None if x is None else x[order] for x in (self.labels, self.clusters))
-        return Pictures(names, _Reordered(self.source, order), labels, clusters, self.data, self.skip_bad, self.skipped)
+        called = tuple(self.names[i] for i in order)
+        return Pictures(
+            called, _Reordered(self.source, order), labels, clusters, self.data, self.skip_bad, self.skipped
+        )
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """The images in batches of at most ``size``.
@@ -69,8 +84,8 @@ class Pictures:
                 try:
                     arrays.append(self.source.read(index))
                     kept.append(index)
-                except OSError as fault:
-                    why = f"{self.names[index]} can't be read as an image ({fault})"
+                except BrokenImageError as fault:
+                    why = str(fault)
                     if not self.skip_bad:
                         raise UserError(why, "--skip-bad leaves such images out and counts them") from None
                     self.skipped[self.names[index]] = why
@@ -86,7 +101,7 @@ class Pictures:
 
 class _Source(Protocol):
     def read(self, index: int) -> NDArray[np.uint8]:
-        """An image, uint8 [C, S, S]. Raises OSError where it can't be read."""
+        """An image, uint8 [C, S, S]. Raises BrokenImageError."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +120,12 @@ class _Reordered:
 class _Rows:
     """Some images of a split."""
 
-    split: Images
+    split: Split
     rows: NDArray[np.int64]
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """uint8 [C, S, S]."""
-        pixels: NDArray[np.uint8] = self.split.pixels[self.rows[index]]
+        pixels: NDArray[np.uint8] = self.split.take(self.rows[index : index + 1])[0]
         return pixels
 
 
@@ -123,21 +138,9 @@ class _Files:
     channels: int
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """uint8 [C, S, S]. Raises OSError for a file that is no image."""
-        try:
-            with Image.open(self.paths[index]) as opened:
-                picture = opened.convert("L" if self.channels == 1 else "RGB")
-        except OSError as fault:
-            raise OSError(fault.strerror or "no image of a known format") from None
-        except Exception as fault:  # Pillow's readers raise whatever a broken file leads them to
-            raise OSError(f"{type(fault).__name__}: {fault}") from None
-        width, height = picture.size
-        scale = self.size / min(width, height)
-        width, height = max(round(width * scale), self.size), max(round(height * scale), self.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - self.size) // 2, (height - self.size) // 2
-        array = np.asarray(picture.crop((left, top, left + self.size, top + self.size)))
-        return array[None] if array.ndim == 2 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
+        """uint8 [C, S, S]. Raises BrokenImageError for a file that is no image."""
+        picture = decode(self.paths[index])
+        return to_array(View(self.size, 1.0)(picture if self.channels == 3 else picture.convert("L")))
 
 
 def choose(
@@ -178,14 +181,16 @@ def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = No
 
 def _of_split(data: Data | None, network: Network, count: int | None, rows: list[int] | None) -> Pictures:
     if data is None:
-        raise UserError("nothing says which data set is meant", "give a folder or files to --images")
-    try:
-        datasets.check(data, network)
-    except ValueError as fault:
-        if "classes" not in str(fault):  # another head does not keep anyone from looking at attention
-            raise UserError(
-                str(fault), "choose another data set with --set data.name, or give --images a folder"
-            ) from None
+        raise UserError("nothing says which data set is meant", "name one with --data, or give files to --images")
+    channels, size = (3, network.image_size) if names.is_real(data.name) else (1, digits.CANVAS)
+    if (channels, size) != (network.channels, network.image_size):
+        raise UserError(
+            f"{data.name} has images of {size} x {size} x {channels}, and the network sees "
+            f"{network.image_size} x {network.image_size} x {network.channels}",
+            "choose another data set with --data, or give files to --images",
+        )
+    if names.is_real(data.name):  # which have no size of their own: they are shown as the network sees them
+        data = data.model_copy(update={"image_size": size})
     split = datasets.test_split(data)
     if rows is None:
         count = count or len(split)
@@ -196,8 +201,8 @@ def _of_split(data: Data | None, network: Network, count: int | None, rows: list
         chosen = np.array(rows, np.int64)
         if chosen.max() >= len(split):
             raise UserError(f"--images {chosen.max()}: {data.name} has test images 0 to {len(split) - 1}")
-    names = tuple(f"{data.name} {row}" for row in chosen)
-    return Pictures(names, _Rows(split, chosen), split.labels[chosen], split.clusters[chosen], data)
+    called = tuple(f"{data.name} {row}" for row in chosen)
+    return Pictures(called, _Rows(split, chosen), split.labels[chosen], split.clusters[chosen], data)
 
 
 def _indices(text: str) -> list[int]:

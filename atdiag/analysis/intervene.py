@@ -231,7 +231,7 @@ def _outcome(
 ) -> Outcome:
     back = np.argsort(index)
     where = index[back]
-    images = len(where)
+    images, labels = len(where), pictures.targets(subject.network)
     return Outcome(
         subject=subject.label,
         replaced=one.label,
@@ -240,7 +240,7 @@ def _outcome(
         images=images,
         before=clean[back],
         after=torch.cat(total.predictions).numpy()[back],
-        labels=None if pictures.labels is None else pictures.labels[where],
+        labels=None if labels is None else labels[where],
         clusters=None if pictures.clusters is None else pictures.clusters[where],
         residual=total.residual / images,
         residual_class=total.residual_class / images if subject.network.class_token else None,

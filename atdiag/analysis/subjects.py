@@ -78,6 +78,18 @@ class Subject:
         return method.given(body.transfer, own, self.network, pixels.device) or {}
 
 
+def teacher_of(subject: Subject) -> Subject:
+    """The teacher of a run's student, as it was when it taught. Raises UserError where there is none."""
+    spec = subject.spec
+    if spec is None or spec.teacher is None:
+        raise UserError(f"{subject.label} has no teacher", "name a network with --from")
+    try:
+        found = weights.load(spec.teacher)
+    except (weights.WeightsMissingError, ValueError) as fault:
+        raise UserError(f"the teacher of {subject.label}: {fault}") from None
+    return Subject(spec.teacher.label, evaluate.Subject(found), found.network, spec.data, str(spec.teacher.sha256))
+
+
 class Outside(nn.Module):
     """A ViT of timm as it is, behind the face that ours have: images in [0, 1] in, normalised here, logits out."""
 

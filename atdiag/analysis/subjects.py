@@ -177,9 +177,10 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
         except KeyError as fault:
             near = suggest(reference, [run.id for run in store.list()])
             raise UserError(f"{fault.args[0]}{near}", "'atdiag runs list' lists them") from None
-    known = [*teachers.miniatures(), *teachers.registry(), *([run.id for run in store.list()] if store else [])]
+    ids = [run.id for run in store.list()] if store else []
+    near = suggest(reference, teachers.miniatures()) or suggest(reference, [*teachers.registry(), *ids])
     raise UserError(
-        f"no teacher, run or file is named {reference!r}{suggest(reference, known)}",
+        f"no teacher, run or file is named {reference!r}{near}",
         "'atdiag teachers' and 'atdiag runs list' list what there is",
     )
 

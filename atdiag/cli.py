@@ -27,7 +27,7 @@ class _Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Experiments first."""
-        ours = [name for name in ("reinit", "layers", "rescue") if name in self.commands]
+        ours = [name for name in ("reinit", "layers", "rescue", "teachers") if name in self.commands]
         return ours + [name for name in self.commands if name not in ours]
 
 
@@ -40,6 +40,7 @@ app = typer.Typer(
     help="Can this pre-trained teacher's attention be transferred to my ViT, and if not, what stands in the way?\n\n"
     "Everything runs at profile mini unless told otherwise: miniature teachers, embedded data, a CPU, minutes.",
 )
+teachers_app = typer.Typer()
 runs_app = typer.Typer(no_args_is_help=True, help="List, show and remove runs.")
 data_app = typer.Typer(help="List the data sets and where they are found; check one.")
 DataDir = Annotated[
@@ -47,13 +48,16 @@ DataDir = Annotated[
 ]
 
 
-@app.command()
+@teachers_app.callback(invoke_without_command=True)
 def teachers(
+    context: typer.Context,
     profile: Profile = None,
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
     json_: Json = False,
 ) -> None:
     """List the teachers: weights and their licence, native components, tokens, and whether they are here now."""
+    if context.invoked_subcommand is not None:
+        return
     from atdiag.networks import listing
     from atdiag.study.profile import profile_name
 
@@ -70,6 +74,30 @@ def teachers(
         console.print(
             "The same architecture at this size:", *(f"  {line}" for line in others), sep="\n", highlight=False
         )
+    if name != "mini":
+        console.print(
+            "'atdiag teachers pull NAME' fetches weights; --json shows all that is known. Also: NAME@/path/file,",
+            "timm:MODEL and timm:MODEL@/path/file for any softmax-attention ViT of timm.",
+            sep="\n",
+            highlight=False,
+        )
+
+
+@teachers_app.command("pull")
+def teachers_pull(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Teachers, such as mocov3_s or timm:MODEL.")],
+) -> None:
+    """Fetch published weights ahead of time, and check that they load."""
+    from atdiag.networks import pull
+    from atdiag.networks import teachers as registry
+
+    for name in names:  # all are known before any is fetched
+        registry.source(name)
+    for name in names:
+        got = pull.pull(name)
+        state = "was here" if got.was_here else "fetched"
+        left = f", {got.dropped} keys beside it" if got.dropped else ""
+        typer.echo(f"{name} {state}: {got.path}\n  sha256 {got.sha256}, {got.branch}{left}")
 
 
 @app.command()
@@ -331,6 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         experiments.add_commands(app)
         inspection.add_commands(app)
+        app.add_typer(teachers_app, name="teachers")
         app.add_typer(runs_app, name="runs")
         app.add_typer(data_app, name="data")
         code = app(args=arguments, prog_name="atdiag", standalone_mode=False) or 0  # Ctrl-C comes back as 130

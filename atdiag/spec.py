@@ -43,6 +43,9 @@ ADDED_FIELDS: dict[str, Any] = {
 """Fields added since version 1 -> the value under which nothing changed. A spec that holds that value hashes as if the
 field did not exist, so old runs stay finished. Frozen: rows are only ever added, and never edited."""
 
+PLAIN_NORM_EPS = 1e-6
+"""Epsilon of the LayerNorms of ViT and DeiT, in their authors' code and in timm."""
+
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1), AfterValidator(abs)]
 """From 0 to 1. ``abs`` makes -0.0 the 0.0 that it equals."""
@@ -80,7 +83,8 @@ class Network(Spec):
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     class_token: bool = True
     classes: Positive
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    norm_eps: Annotated[float, Field(gt=0)] = PLAIN_NORM_EPS
+    """Epsilon of every LayerNorm; the plain ViT's without the component `ln_eps`."""
     mean: tuple[float, ...] = (0.5,)
     """Per-channel mean that the network subtracts from pixels in [0, 1] (one value serves all channels)."""
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
@@ -100,6 +104,8 @@ class Network(Spec):
                 self._become(layer_scale_init=None)
             if "registers" not in self.components:
                 self._become(registers=0)
+            if "ln_eps" not in self.components:
+                self._become(norm_eps=PLAIN_NORM_EPS)
         return self
 
     @model_validator(mode="after")
@@ -114,6 +120,15 @@ class Network(Spec):
             raise ValueError("layer_scale_init belongs to the component layer_scale: give both or neither")
         if ("registers" in self.components) != (self.registers > 0):
             raise ValueError("a number of registers belongs to the component registers: give both or neither")
+        if ("ln_eps" in self.components) != (self.norm_eps != PLAIN_NORM_EPS):
+            raise ValueError(
+                f"a norm_eps other than {PLAIN_NORM_EPS} belongs to the component ln_eps: give both or neither"
+            )
+        if "mean_pool" in self.components:
+            if "attention_pool" in self.components:
+                raise ValueError("mean_pool and attention_pool are two ways to pool: choose one")
+            if not self.class_token:
+                raise ValueError("mean_pool is the plain way to pool where there is no class token: leave it out")
         self._become(**{name: v[:1] for name in ("mean", "std") if len(set(v := getattr(self, name))) == 1})
         return self
 
@@ -126,7 +141,7 @@ class Network(Spec):
         if foreign := [name for name in components if name not in self.components]:
             have = ", ".join(self.components) or "none"
             raise ValueError(f"{', '.join(foreign)}: not a native component of this teacher (it has: {have})")
-        same = self.model_dump(exclude={"norm_eps", "differences"})  # the plain ViT's own
+        same = self.model_dump(exclude={"differences"})
         return Network.model_validate({**same, "components": components, "classes": classes or self.classes})
 
     @property
@@ -143,6 +158,18 @@ class Network(Spec):
     def tokens(self) -> int:
         """Length of the token sequence."""
         return self.grid**2 + self.prefix_tokens
+
+    def tokens_shared_with(self, other: Network) -> tuple[int, ...] | None:
+        """Indices of this network's tokens that a network with fewer registers also has; None if all.
+
+        Raises ValueError where the two differ in more than their registers.
+        """
+        if (self.grid, self.class_token) != (other.grid, other.class_token) or self.registers < other.registers:
+            raise ValueError(f"the tokens of two networks do not line up: {self.tokens} and {other.tokens}")
+        if self.registers == other.registers:
+            return None
+        first = int(self.class_token)
+        return (*range(first + other.registers), *range(first + self.registers, self.tokens))
 
 
 class Teacher(Spec):
@@ -428,6 +455,11 @@ class RunSpec(Spec):
     def _check_start(self, student: Network, teacher: Network) -> None:
         if self.init.source == "scratch":
             return
+        if teacher.differences:
+            raise ValueError(
+                f"no student can start from this teacher: what it has of {', '.join(teacher.differences)} "
+                "can't be given to a student (its maps can)"
+            )
         for field in ("width", "mlp_ratio", "depth"):
             if getattr(student, field) != getattr(teacher, field):
                 raise ValueError(

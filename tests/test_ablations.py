@@ -141,7 +141,10 @@ def test_layers_that_the_teacher_has_not(k):
 @pytest.mark.parametrize("transfer", ["copy", "distill"])
 @pytest.mark.parametrize(
     ("teacher", "own"),
-    [("clip_b", ("pre_norm", "quick_gelu")), ("beitv2_b", ("layer_scale", "no_abs_pos", "rel_pos_bias"))],
+    [
+        ("clip_b", ("no_patch_bias", "pre_norm", "quick_gelu")),
+        ("beitv2_b", ("layer_scale", "no_abs_pos", "rel_pos_bias")),
+    ],
 )
 def test_rescue(teacher, own, transfer):
     study = rescue(lab(), teacher, transfer)
@@ -307,7 +310,7 @@ def test_the_verdict_of_a_sweep_owns_up_to_choosing_after_the_fact():
 )
 def test_the_verdict_of_rescue(value, seeds, standard, says):
     study = rescue(lab(), "clip_b", "copy")
-    text = study.verdict(fabricated(study, [standard, 0.0, 0.0, 5.0, -5.0], [value, 0.0, 0.0], seeds=seeds))
+    text = study.verdict(fabricated(study, [standard, 0.0, 0.0, 0.0, 5.0, -5.0], [value, 0.0, 0.0], seeds=seeds))
     assert says in text
     assert text.count("undecided") == (3 if seeds == 1 else 0)
     if seeds > 1:

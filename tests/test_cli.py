@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from atdiag import cli
-from atdiag.networks import teachers, weights
+from atdiag.networks import sources, teachers, weights
 from atdiag.runs import Store
 from atdiag.study import profile, schedule
 from atdiag.study.contrast import Outcomes, estimate
@@ -176,7 +176,7 @@ def test_bad_variables(folder, capsys, monkeypatch, tmp_path):
 
 
 def test_a_miniature_that_is_not_here(folder, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(sources, "SHIPPED", tmp_path / "none")
     text = wrong(capsys, "reinit", "--teacher", "clip_b")
     assert f"the miniature of clip_b is not in {tmp_path / 'none'}" in text
     assert "'atdiag pretrain clip_b --install'" in text
@@ -247,7 +247,7 @@ def test_every_command_has_help(folder):
     code, out = atdiag("--help")
     assert code == 0
     assert re.findall(r"^  (\w+)  ", out.partition("Commands:")[2], re.MULTILINE) == commands
-    for command in [*commands, "runs list", "runs show", "runs remove", "data check"]:
+    for command in [*commands, "teachers pull", "runs list", "runs show", "runs remove", "data check"]:
         code, out = atdiag(*command.split(), "--help")
         assert code == 0
         assert "Usage: " in out
@@ -271,7 +271,11 @@ def test_nothing_at_all_shows_the_help(group, capsys, folder):
 # --- teachers ------------------------------------------------------------------------------------------------------
 
 
-def test_teachers(folder):
+def test_teachers(folder, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("ATDIAG_CACHE", str(folder / "none"))  # whatever this machine has fetched
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "none"))
     code, out = atdiag("teachers", "--json")
     rows = json.loads(out.splitlines()[-1])
     assert code == 0
@@ -280,7 +284,8 @@ def test_teachers(folder):
         assert row.keys() >= {"name", "family", "size", "source", "licence", "components", "tokens", "available"}
         assert row["available"] == (row["name"] in teachers.miniatures() and weights.shipped_path(row["name"]).exists())
     clip = next(row for row in rows if row["name"] == "clip_b")
-    assert (clip["components"], clip["tokens"], clip["available"]) == (["pre_norm", "quick_gelu"], 26, True)
+    assert (clip["tokens"], clip["available"]) == (26, True)
+    assert clip["components"] == ["no_patch_bias", "pre_norm", "quick_gelu"]
     assert clip["top1"] > 70
 
     rows = json.loads(atdiag("teachers", "--json", "--profile", "paper")[1].splitlines()[-1])
@@ -453,8 +458,8 @@ def test_a_dry_run_afterwards_says_finished(home, at_home):
     before = snapshot(at_home)
     printed = atdiag(*LINES["rescue"], *SETS, "--seeds", "3", "--dry-run", "--json")[1]
     states = [run["state"] for run in answer(printed)["runs"]]
-    assert (states.count("finished"), states.count("new")) == (13, 6)
-    assert "19 runs, 6 to do" in printed
+    assert (states.count("finished"), states.count("new")) == (15, 7)
+    assert "22 runs, 7 to do" in printed
     assert snapshot(at_home) == before
 
 

@@ -1,16 +1,33 @@
-"""A student that fits a teacher, and how it starts: from scratch, or from the teacher's weights module by module."""
+"""A student that fits a teacher, and how it starts: from scratch, or from the teacher's weights module by module.
+
+The *standard* student is a ViT as DeiT has it (Touvron et al. 2021, Training data-efficient image transformers), of the
+teacher's width, depth, heads, MLP width, token grid and class token (``components`` states what is followed and what is
+ablated). Its choices, and where they come from:
+
+- blocks: norms before each branch, one bias for every projection, GELU, no LayerScale (Dosovitskiy et al. 2021, section
+  3.1); LayerNorm's epsilon 1e-6 (the authors' code of ViT and DeiT);
+- pooling: the class token, after the last norm (Dosovitskiy et al. 2021, section 3.1). For a teacher without one, the
+  mean of the patch tokens (Beyer et al. 2022, Better plain ViT baselines), normed after pooling as in timm;
+- position embedding: learned, one vector for each patch and the class token, added to the input (Dosovitskiy et al.
+  2021, section 3.1; its appendix D.4 compares others);
+- initialisation: see :func:`initialise`;
+- head: one linear layer on the pooled token, with no hidden layer (as when ViT is fine-tuned, and as DeiT's).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from atdiag import randomness
+from atdiag.networks import components
 from atdiag.networks.vit import ViT
 from atdiag.spec import Init, Network
 
@@ -26,25 +43,48 @@ def build(network: Network, seed: int) -> ViT:
     return vit
 
 
+def parameters(network: Network) -> int:
+    """How many parameters a network has. Builds none of them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ViT(network).parameters())
+
+
+def flops(network: Network) -> int:
+    """Floating-point operations of one forward pass for one image, without allocating anything.
+
+    Matrix products and convolutions only, a multiplication and an addition counted as two (papers that quote "GFLOPs"
+    of ViTs often count one, half of this).
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        vit = ViT(network).requires_grad_(False)
+        vit(torch.empty(1, network.channels, network.image_size, network.image_size))
+    return int(counter.get_total_flops())
+
+
 def initialise(vit: ViT, seed: int) -> None:
     """Draw every parameter afresh, each from a generator of its own name.
 
     So students with different components share all that they have in common. Matrices are Xavier-uniform (q, k and v
     each on its own, the patch embedding as a matrix), as in MAE and MoCo v3 and in the 2024 paper, which at the widths
     of the miniatures also trains well where DeiT's fixed 0.02 does not; biases zero; norms one and zero;
-    tokens and position embeddings normal with 0.02; relative position biases normal with 0.02.
+    tokens and position embeddings normal with 0.02; relative position biases normal with 0.02; what a component gives a
+    constant (LayerScale) that.
     """
+    constants: dict[str, float | None] = {}
+    for component in components.resolve(vit.network.components):
+        constants |= component.initial(vit.network)
     for name, parameter in vit.named_parameters():
-        _draw(name, parameter, vit.network, seed)
+        constant = constants.get(name.rsplit(".", 1)[-1])
+        if constant is None:
+            _draw(name, parameter, vit.network, seed)
+        else:
+            nn.init.constant_(parameter, constant)
 
 
 @torch.no_grad()
 def _draw(name: str, parameter: nn.Parameter, network: Network, seed: int) -> None:
     leaf = name.rsplit(".", 1)[-1]
-    if leaf == "gamma":
-        assert network.layer_scale_init is not None
-        parameter.fill_(network.layer_scale_init)
-    elif leaf in _TOKENS:
+    if leaf in _TOKENS:
         parameter.copy_(_token_values(name, parameter, network, seed))
     elif leaf == "relative_position_bias_table":
         draw = randomness.generator(seed, "init", name)
@@ -80,10 +120,12 @@ class Start:
     """What became of a teacher's weights in a student: parameter names, for the output and the run's record."""
 
     taken: tuple[str, ...]
+    """The student's parameters that come from the teacher."""
     folded: tuple[str, ...]
-    """Exactly absorbed by another parameter (LayerScale into the projection that follows it)."""
+    """The teacher's parameters that live on in a parameter of another name: LayerScale in the projection that follows
+    it, the biases of q and v in that of q, k, v, the norm after a pooled mean in the last norm."""
     dropped: tuple[str, ...]
-    """Without a place in the student, and without an exact equivalent."""
+    """The teacher's parameters without a place in the student, and without an exact equivalent."""
     fresh: tuple[str, ...]
     """The student's parameters that were drawn afresh."""
 
@@ -94,7 +136,12 @@ def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
 
     A module that is re-initialised (``attn``: q, k, v, output projection and position bias of every block; ``mlp``:
     both layers) keeps its fresh values, and the LayerScale of its branch goes with it. Norms, embeddings and tokens
-    are taken. The head is fresh unless ``init.head``.
+    are taken. The head is fresh unless ``init.head``; ``init.head_rows`` chooses the teacher's classes.
+
+    What the teacher lacks and is zero in effect stays so, exactly: the bias of its keys, and of its patch embedding
+    (every bias starts at zero).
+
+    Raises ValueError for shapes that do not fit and for rows that the teacher's head lacks.
     """
     have, own = teacher.state_dict(), student.state_dict()
     drawn = [f".{part}." for module in init.reinit for part in (module, _BRANCHES[module][0])]
@@ -113,12 +160,26 @@ def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
             have[f"{key}.bias"] = have[name] * have[f"{key}.bias"]
             folded.append(name)
 
+    for block in range(teacher.network.depth):
+        q, v, fused = (f"blocks.{block}.attn.{name}" for name in ("q_bias", "v_bias", "qkv.bias"))
+        if q in have and q not in own and not stays_fresh(fused):
+            have[fused] = torch.cat([have[q], torch.zeros_like(have[q]), have[v]])
+            folded += [q, v]
+
+    if "mean_pool" in teacher.network.components and "norm.weight" in own:
+        for kind in ("weight", "bias"):
+            have[f"norm.{kind}"] = have[f"fc_norm.{kind}"]
+            folded.append(f"fc_norm.{kind}")
+
     # The student's position embedding covers class token and patches, a teacher's with registers only patches.
     if "pos_embed" in have and "pos_embed" in own and have["pos_embed"].shape != own["pos_embed"].shape:
         rows = min(have["pos_embed"].shape[1], own["pos_embed"].shape[1])
         position = torch.zeros_like(own["pos_embed"])
         position[:, -rows:] = have["pos_embed"][:, -rows:]
         have["pos_embed"] = position
+
+    if init.head_rows:
+        have |= _head_rows(have, init.head_rows)
 
     taken = [n for n in have if n in own and not stays_fresh(n)]
     for name in taken:
@@ -132,3 +193,11 @@ def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
         dropped=tuple(n for n in teacher.state_dict() if n not in own and n not in folded),
         fresh=tuple(n for n in own if n not in taken),
     )
+
+
+def _head_rows(have: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+    """The head with some of its classes alone, in the given order."""
+    classes = have["head.weight"].shape[0]
+    if outside := [row for row in rows if not 0 <= row < classes]:
+        raise ValueError(f"head_rows {outside}: the teacher's head has {classes} classes")
+    return {name: have[name][list(rows)] for name in ("head.weight", "head.bias")}

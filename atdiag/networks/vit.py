@@ -49,7 +49,11 @@ class ViT(VisionTransformer):  # type: ignore[misc]
 
     def __init__(self, network: Network) -> None:
         parts = components.resolve(network.components)
-        arguments: dict[str, Any] = {"global_pool": "token" if network.class_token else "avg"}
+        arguments: dict[str, Any] = {
+            "class_token": network.class_token,
+            "global_pool": "token" if network.class_token else "avg",
+            "embed_layer": components.patch_embedding(bias=True),
+        }
         for part in parts:
             arguments |= part.arguments(network)
         super().__init__(
@@ -61,7 +65,6 @@ class ViT(VisionTransformer):  # type: ignore[misc]
             depth=network.depth,
             num_heads=network.heads,
             mlp_ratio=network.mlp_ratio,
-            class_token=network.class_token,
             norm_layer=lambda width, **kw: nn.LayerNorm(width, eps=network.norm_eps, **kw),
             block_fn=Block,
             attn_layer=Attention,
@@ -129,10 +132,5 @@ class ViT(VisionTransformer):  # type: ignore[misc]
 
     def shared_tokens(self, other: Network) -> Tensor | None:
         """Indices of this network's tokens that a network with fewer registers also has; None if all."""
-        if self.network.registers == other.registers:
-            return None
-        first = int(self.network.class_token)
-        drop = self.network.registers - other.registers
-        keep = [*range(first + other.registers), *range(first + self.network.registers, self.network.tokens)]
-        assert drop > 0 and len(keep) == other.tokens
-        return torch.tensor(keep)
+        shared = self.network.tokens_shared_with(other)
+        return None if shared is None else torch.tensor(shared)

@@ -1,82 +1,186 @@
-"""Where a teacher's weights come from. Reading a file's header needs no torch, so that planning stays fast."""
+"""A teacher's weights: loaded strictly from wherever they are, whole or not at all.
+
+Shipped miniatures; files that the user names; authors' checkpoints in the cache folder; the hub's own cache. Reading a
+file's header needs no torch, so that planning stays fast.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atdiag.spec import Network, Teacher
+from atdiag.networks import sources, teachers
+from atdiag.networks.sources import (
+    Source,
+    WeightsError,
+    WeightsMissingError,
+    metadata,
+    shipped,
+    shipped_path,
+)
+from atdiag.spec import Teacher
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from atdiag.networks.foreign import Foreign
+    from atdiag.networks.formats import Converted
     from atdiag.networks.vit import ViT
 
-SHIPPED = Path(__file__).parent / "miniatures"
-"""The miniature teachers that come with the package: ``<name>.safetensors``, half precision."""
+__all__ = [
+    "Origin",
+    "WeightsError",
+    "WeightsMissingError",
+    "load",
+    "load_source",
+    "metadata",
+    "origin",
+    "save",
+    "shipped",
+    "shipped_path",
+]
 
 
-class WeightsMissingError(FileNotFoundError):
-    """A teacher's weights are not on this machine; the message says where they would go."""
+@dataclass(frozen=True)
+class Origin:
+    """Where a teacher's weights came from, for the record of a run."""
+
+    file: str
+    sha256: str
+    format: str
+    """Key layout, see ``formats``."""
+    branch: str
+    """Which part of the file was taken: ``state_dict: module.base_encoder.*``."""
+    dropped: tuple[str, ...]
+    """Its keys that are no part of the network (pre-training heads, decoders, mask tokens)."""
 
 
-@cache
-def sha256(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def load(teacher: Teacher) -> ViT | Foreign:
+    """A teacher, frozen and in eval mode, with the weights that its sha256 names.
 
-
-def metadata(path: Path) -> dict[str, Any]:
-    """The JSON values in a safetensors file's header, read without loading a tensor.
-
-    Raises ValueError where the file is not such a file.
+    Raises WeightsMissingError where they are not on this machine, and WeightsError (a UserError and ValueError) where
+    the file is another one, damaged, or does not fit the network.
     """
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 0 < size <= 100_000_000 or size > path.stat().st_size:
-                raise ValueError("no header")
-            header = json.loads(file.read(size))
-        return {key: json.loads(value) for key, value in header["__metadata__"].items()}
-    except (ValueError, KeyError, TypeError) as fault:
-        raise ValueError(f"{path} is not a safetensors file written by atdiag ({fault})") from None
+    if teachers.is_miniature(teacher):
+        return _load_miniature(teacher)
+    path, source = _file(teacher)
+    model, _ = load_source(source, path, teacher.network.image_size)
+    from atdiag.networks import architectures, published
 
-
-def shipped_path(name: str) -> Path:
-    """Where the miniature of a teacher lies, if it ships."""
-    return SHIPPED / f"{name}.safetensors"
-
-
-def shipped(name: str) -> Teacher:
-    """The spec of a miniature teacher that ships with the package."""
-    path = shipped_path(name)
-    if not path.exists():
-        raise WeightsMissingError(
-            f"the miniature of {name} is not in {SHIPPED}: rebuild it with 'atdiag pretrain {name} --install'"
+    found = published.teacher_from(model, *architectures.pixels(source))
+    if found.network != teacher.network:
+        raise WeightsError(
+            f"{teacher.label}: timm builds another network than the one that this run was planned with",
+            "is it another version of timm?",
         )
-    return Teacher(name=name, profile="mini", network=Network(**metadata(path)["network"]), sha256=sha256(path))
+    found.eval().requires_grad_(False)
+    return found
 
 
-def load(teacher: Teacher) -> ViT:
-    """A teacher, frozen and in eval mode.
+def origin(teacher: Teacher) -> Origin:
+    """Where a published teacher's weights come from: reads the file, and which network in it would be taken."""
+    from atdiag.networks import files, formats
 
-    Raises WeightsMissingError, or ValueError if the file is not the one meant.
-    """
+    path, source = _file(teacher)
+    found = formats.convert(files.read(path))
+    _check_format(found, source, path)
+    return Origin(str(path), str(teacher.sha256), found.format, found.branch, found.dropped)
+
+
+def _file(teacher: Teacher) -> tuple[Path, Source]:
+    """The file with a published teacher's weights: the very one that its sha256 names."""
+    source = teachers.source(teacher.name)
+    path = sources.find(source)
+    if path is None:
+        raise WeightsMissingError(f"no weights of {teacher.label} on this machine: {sources.how_to_get(source)}")
+    if teacher.sha256 is None:
+        raise WeightsError(f"{teacher.label} was planned without weights, and {path} is here now", "plan again")
+    _verify(path, teacher.sha256)
+    return path, source
+
+
+def _verify(path: Path, meant: str | None) -> None:
+    if (found := sources.fresh_sha256(path)) != meant:
+        raise WeightsError(
+            f"{path} is not the file this run was made with (sha256 {found[:12]}, not {str(meant)[:12]})"
+        )
+
+
+def _load_miniature(teacher: Teacher) -> ViT:
     from safetensors.torch import load_file
 
     from atdiag.networks.vit import ViT
 
     path = shipped_path(teacher.name)
-    if teacher.profile != "mini" or not path.exists():
+    if not path.exists():
         raise WeightsMissingError(f"no weights of {teacher.label} on this machine")
-    if sha256(path) != teacher.sha256:
-        meant = str(teacher.sha256)[:12]
-        raise ValueError(f"{path} is not the file this run was made with (sha256 {sha256(path)[:12]}, not {meant})")
+    _verify(path, teacher.sha256)
     vit = ViT(teacher.network)
     vit.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     vit.eval().requires_grad_(False)
     return vit
+
+
+# --- published networks --------------------------------------------------------------------------------------------
+
+
+def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module, Converted]:
+    """timm's network of a source with the weights of a file, and what became of the file's keys.
+
+    Raises WeightsError that names the file: its format is not the source's, a key is missing or left over, a shape does
+    not fit, heads are others, or a value is not finite.
+    """
+    from atdiag.networks import architectures, files, formats
+
+    model: Any = architectures.build(source, image_size, meta=True)
+    try:
+        found = formats.convert(files.read(path))
+    except WeightsError as fault:
+        raise fault if str(path) in str(fault) else WeightsError(f"{path}: {fault}") from None
+    _check_format(found, source, path)
+    _check_heads(found, model, path)
+    try:
+        state = formats.fit(found.state, model)
+    except WeightsError as fault:
+        rows = [row.name for row in _published_as(found, model) if row.name != source.name]
+        hint = f"a checkpoint of this kind is {' or '.join(rows)}: type {rows[0]}@{path}" if rows else None
+        raise WeightsError(f"{path} does not fit {source.name}: {fault}", hint) from None
+    persistent = set(model.state_dict())
+    if any(name not in persistent for name, _ in model.named_buffers()):
+        # What timm computes when it builds, and keeps in no file, needs a network that is really there.
+        model = architectures.build(source, image_size, meta=False)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False), found
+
+
+def _check_format(found: Converted, source: Source, path: Path) -> None:
+    if source.formats is not None and found.format not in source.formats:
+        raise WeightsError(
+            f"{path} has the key layout {found.format!r}, and {source.name} is published as "
+            f"{' or '.join(map(repr, source.formats))}"
+        )
+
+
+def _published_as(found: Converted, model: Any) -> list[teachers.Row]:
+    """The registry's rows with a network of this width and depth whose authors publish it in this format."""
+    if found.format == "timm":
+        return []
+    size = model.embed_dim, len(model.blocks)
+    rows = teachers.registry().values()
+    return [row for row in rows if found.format in (row.formats or ()) and (row.width, row.depth) == size]
+
+
+def _check_heads(found: Converted, model: Any, path: Path) -> None:
+    """Shapes do not tell the number of heads; what is known of the checkpoints in this format does."""
+    rows, heads = _published_as(found, model), model.blocks[0].attn.num_heads
+    if rows and heads not in {row.heads for row in rows}:
+        raise WeightsError(
+            f"{path} is a checkpoint in {found.format}'s format, whose network of width {model.embed_dim} has "
+            f"{rows[0].heads} heads, not {heads}",
+            f"use {rows[0].name}@{path}",
+        )
 
 
 def save(vit: ViT, path: Path, facts: dict[str, Any]) -> None:
@@ -85,7 +189,7 @@ def save(vit: ViT, path: Path, facts: dict[str, Any]) -> None:
 
     from atdiag.runs import write_atomically
 
-    state = {name: tensor.detach().half().contiguous() for name, tensor in vit.state_dict().items()}
+    state: dict[str, Tensor] = {name: tensor.detach().half().contiguous() for name, tensor in vit.state_dict().items()}
     header = {"network": vit.network.model_dump(mode="json"), **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_bytes(state, {key: json.dumps(value) for key, value in header.items()}))

@@ -19,6 +19,7 @@ from safetensors.torch import save as to_safetensors
 
 from atdiag.data import datasets
 from atdiag.data.loader import Batch, Stream, default_workers
+from atdiag.networks.foreign import Foreign
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run, RunBusyError, Store
 from atdiag.spec import RunSpec, Teacher
@@ -44,7 +45,7 @@ class Progress:
 def train(
     specs: Sequence[RunSpec],
     store: Store,
-    load_teacher: Callable[[Teacher], ViT],
+    load_teacher: Callable[[Teacher], ViT | Foreign],
     device: torch.device,
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -91,7 +92,7 @@ class _Cohort:
     def __init__(
         self,
         todo: list[tuple[Run, RunSpec]],
-        load_teacher: Callable[[Teacher], ViT],
+        load_teacher: Callable[[Teacher], ViT | Foreign],
         device: torch.device,
         report: Callable[[Progress], None],
         should_stop: Callable[[], bool],
@@ -117,8 +118,9 @@ class _Cohort:
                 self._fail(run, 0, str(fault))
         self.compiled = compiled.wanted(device)
         if self.compiled:
-            for network in (*(m.student for m in self.members), *([self.teacher] if self.teacher else [])):
-                compiled.compile_blocks(network)
+            for network in (*(m.student for m in self.members), self.teacher):
+                if isinstance(network, ViT):  # another's modules are left as they are
+                    compiled.compile_blocks(network)
         self.total = sum(m.total for m in self.members)
         self.images = 0
         self.processes = processes

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atdiag.data import datasets
 from atdiag.data.datasets import Split
+from atdiag.networks.foreign import Foreign
 from atdiag.networks.vit import ViT
 from atdiag.runs import Run
 from atdiag.spec import Network, RunSpec, Teacher, Transfer
@@ -34,12 +35,12 @@ class Subject:
 
     network: ViT
     transfer: Transfer = field(default_factory=Transfer)
-    teacher: ViT | None = None
+    teacher: ViT | Foreign | None = None
     averages: Mapping[int, Averaged] = field(default_factory=dict)
     """The teacher's maps averaged over examples, for a student that copies those."""
 
 
-def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT]) -> Subject:
+def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT | Foreign]) -> Subject:
     """A finished run's student, frozen, together with the teacher that it needs at test time, if it needs one."""
     from safetensors.torch import load_file
 
@@ -54,7 +55,7 @@ def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT]) -> Subject:
     return Subject(network, spec.transfer, teacher, averages(spec, teacher))
 
 
-def averages(spec: RunSpec, teacher: ViT) -> dict[int, Averaged]:
+def averages(spec: RunSpec, teacher: ViT | Foreign) -> dict[int, Averaged]:
     """The teacher's maps averaged over examples, by block, if the run's transfer takes those; else empty.
 
     Over the first ``AVERAGED_IMAGES`` of its training images, as they are (not augmented): one map [H, N, N] for each
@@ -100,7 +101,7 @@ class Predictions:
         return buffer.getvalue()
 
 
-def fit(observation: Observation, teacher: ViT, student: Network) -> Observation:
+def fit(observation: Observation, teacher: ViT | Foreign, student: Network) -> Observation:
     """What a teacher showed, on the student's tokens: registers that it lacks are sliced off before softmax."""
     tokens = teacher.shared_tokens(student)
     if tokens is None:
@@ -122,7 +123,7 @@ def predict(
     Each batch is loaded once, and each distinct teacher runs once for all who need it. Batches have a fixed size, so a
     subject's numbers do not depend on its company. Raises ValueError for a copy-student without its teacher.
     """
-    needed: dict[int, tuple[ViT, list[Transfer]]] = {}
+    needed: dict[int, tuple[ViT | Foreign, list[Transfer]]] = {}
     for subject in subjects:
         subject.network.eval()
         if method.needs_teacher_at_test(subject.transfer):

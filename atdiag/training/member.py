@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 from atdiag import randomness
 from atdiag.data.loader import Batch
 from atdiag.networks import students
+from atdiag.networks.foreign import Foreign
 from atdiag.networks.vit import ViT
 from atdiag.runs import Run
 from atdiag.spec import Recipe, RunSpec
@@ -45,7 +46,7 @@ class Training:
         self,
         run: Run,
         spec: RunSpec,
-        teacher: ViT | None,
+        teacher: ViT | Foreign | None,
         averages: Mapping[int, Averaged],
         steps_per_epoch: int,
         device: torch.device,
@@ -57,7 +58,7 @@ class Training:
         self.student = students.build(spec.network, spec.seed.model)
         self.start: students.Start | None = None
         if spec.init.source == "teacher":
-            assert teacher is not None
+            assert isinstance(teacher, ViT)  # the spec refuses a start from a network that a student can't be
             self.start = students.start_from(self.student, teacher, spec.init)
         self.student.to(device).train()
         if spec.transfer.method == "copy" and spec.transfer.heads is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -52,8 +53,10 @@ class Attention(nn.Module):
     """Multi-head self-attention that can be given the map it uses, and can hand out its own.
 
     The same function as ``timm.layers.Attention`` and, in a state dict, the same keys (``qkv.weight``, ``qkv.bias``,
-    ``proj.*``). In memory q, k and v are separate parameters: under copy the student computes no q, k at all, and what
-    is not computed gets no gradient, no weight decay and no optimiser state, which slices of a fused tensor can't do.
+    ``proj.*``); where a component has taken the bias of k away, those of timm's BEiT (``q_bias``, ``v_bias`` and no
+    ``qkv.bias``). In memory q, k and v are separate parameters: under copy the student computes no q, k at all, and
+    what is not computed gets no gradient, no weight decay and no optimiser state, which slices of a fused tensor can't
+    do.
 
     What is given of some heads alone leaves the others' rows in the same parameters: those of the given heads then
     influence nothing, get zero gradients, and decay like any weight.
@@ -93,11 +96,19 @@ class Attention(nn.Module):
             return parameter.view(self.num_heads, -1, *parameter.shape[1:])[heads].flatten(0, 1)
 
         weight = torch.cat([rows(getattr(self, f"{n}_weight")) for n in names])
-        bias = None if self.q_bias is None else torch.cat([rows(getattr(self, f"{n}_bias")) for n in names])
+        bias = self._projection_bias(names, rows)
         batch, tokens, width = x.shape
         count = self.num_heads if heads is None else len(heads)
         out = F.linear(x, weight, bias).view(batch, tokens, len(names), count, width // self.num_heads)
         return list(out.permute(2, 0, 3, 1, 4).unbind(0))
+
+    def _projection_bias(self, names: str, rows: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The bias of the named projections, zero for one that has none; None if none of them has one."""
+        parts: dict[str, Tensor | None] = {n: getattr(self, f"{n}_bias") for n in names}
+        some = next((part for part in parts.values() if part is not None), None)
+        if some is None:
+            return None
+        return torch.cat([rows(torch.zeros_like(some) if part is None else part) for part in parts.values()])
 
     def _bias(self) -> Tensor | None:
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
@@ -160,7 +171,7 @@ def _fuse(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
     """Separate q, k, v parameters -> timm's fused ``qkv``, in a state dict that is being saved."""
     for kind in ("weight", "bias"):
         keys = [f"{prefix}{n}_{kind}" for n in "qkv"]
-        if keys[0] in state:
+        if all(key in state for key in keys):  # without a bias of k, q's and v's keep their names, as in timm's BEiT
             state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(key) for key in keys])
 
 

@@ -70,7 +70,7 @@ def add_commands(app: typer.Typer) -> None:
         app.command(entry.name)(command)
 
 
-RESERVED = ("teachers", "pretrain", "doctor", "runs", "data")
+RESERVED = ("teachers", "pretrain", "doctor", "runs", "data", "trace", "similarity", "intervene")
 """Names of commands that are no experiments."""
 
 

@@ -157,7 +157,7 @@ def _table(title: str, *columns: str) -> Table:
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold" if i == 0 else "ellipsis")
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
     return table
 
 
@@ -232,7 +232,9 @@ def trace(
 
 def similarity(
     subject: Annotated[str, typer.Argument(metavar="A", help=f"{_SUBJECT[0].upper()}{_SUBJECT[1:]}.")],
-    others: Annotated[list[str], typer.Argument(metavar="B...", help="What it is compared with; several are compared in one pass.")],
+    others: Annotated[
+        list[str], typer.Argument(metavar="B...", help="What it is compared with; several are compared in one pass.")
+    ],
     layers: Layers = None,
     layer_map: LayerMap = None,
     images: Images = None,
@@ -273,8 +275,9 @@ def similarity(
         "heads": [{rows: one.heads[rows].round(6).tolist() for rows in one.heads} for one in found],
     }
     drawn = {"-layers": figures.by_layer(found)}
-    drawn |= {f"-heads{i or ''}": figures.heads(one) for i, one in enumerate(found)}
-    name = stem(a.label, "+".join(one.label for one in bs), a.id, *(one.id for one in bs), str(found[0].layers), *pictures.names)
+    drawn |= {f"-heads{i if len(found) > 1 else ''}": figures.heads(one) for i, one in enumerate(found, 1)}
+    ids = [one.id for one in desk.subjects]
+    name = stem(a.label, "+".join(one.label for one in bs), *ids, str(found[0].layers), *pictures.names)
     files = write(folder, name, frame, document, drawn)
     notes = [f"bits, 0 to 1, mean over queries and {shown_on(pictures)}; CKA of the residual stream, 0 to 1"]
     notes += dict.fromkeys(note for one in found for note in one.notes)
@@ -285,7 +288,8 @@ def _similarity_table(one: Similarity) -> Table:
     """A line for each layer: the four matchings over all queries, the optimal one of class token and patches, CKA."""
     table = _table(f"{one.a} and {one.b}", "layer", "optimal", "best", "same", "averaged", "class", "patches", "CKA")
     columns = [one.matched(how) for how in ("optimal", "best", "same", "averaged")]
-    columns += [one.matched("optimal", rows) if rows in one.heads else columns[0] * float("nan") for rows in ("class", "patch")]
+    none = columns[0] * float("nan")
+    columns += [one.matched("optimal", rows) if rows in one.heads else none for rows in ("class", "patch")]
     columns.append(one.cka["all"])
     for i, (layer_a, layer_b) in enumerate(one.layers):
         name = str(layer_a) if layer_a == layer_b else f"{layer_a}:{layer_b}"
@@ -307,8 +311,8 @@ def intervene(
         list[str] | None,
         typer.Option(
             "--with",
-            help="Put in: teacher (of a run's student), uniform, identity, shuffled (of another image), no-sinks or own. "
-            "Repeatable. [default, without --from: uniform, identity, shuffled, no-sinks]",
+            help="Put in: teacher (of a run's student), uniform, identity, shuffled (of another image), no-sinks or "
+            "own. Repeatable. [default, without --from: uniform, identity, shuffled, no-sinks]",
         ),
     ] = None,
     what: Annotated[str, typer.Option(help="What is replaced: map, q, k or v.")] = "map",
@@ -339,9 +343,9 @@ def intervene(
     tables.writable(folder, "--out")
     desk = Desk([subject, *(from_ or ())], profile, runs, data, device)
     a, *others = desk.subjects
+    words = with_ or ([] if from_ else ["uniform", "identity", "shuffled", "no-sinks"])
     sources: list[Any] = [*others]
-    for word in with_ or ([] if from_ else ["uniform", "identity", "shuffled", "no-sinks"]):
-        sources.append(subjects.teacher_of(a).to(desk.device) if word == "teacher" else word)
+    sources += [subjects.teacher_of(a).to(desk.device) if word == "teacher" else word for word in words]
     blocks = chosen(layers, a.network.depth, "--layers")
     some = chosen(heads, a.network.heads, "--heads")
     pairs = layer_pairs(layer_map)
@@ -363,16 +367,20 @@ def intervene(
     drawn = {"-residual": figures.residual(found)}
     if found[0].change is not None:
         drawn["-accuracy"] = figures.accuracy(found)
-    name = stem(a.label, "+".join(one.replaced for one in found), a.id, str(replacements), *pictures.names)
+    said = dict.fromkeys(one.replaced for one in found)
+    asked = [(one.replaced, one.layers, one.heads) for one in found]
+    name = stem(a.label, "+".join(said), *(one.id for one in desk.subjects), str(asked), *pictures.names)
     files = write(folder, name, frame, document, drawn)
-    notes = [f"{shown_on(pictures)}, the same before and after; 95 % over images; stream: how far the last block's output moves"]
+    notes = [f"{shown_on(pictures)}, the same before and after; 95 % intervals over images (by cluster)"]
+    notes.append("stream: how far the last block's output moves, relative to its norm")
     if found[0].change is None:
         notes.append("no accuracy: of these images no labels are known that its head was made for")
     tell([_outcomes_table(found)], notes, files, document, json_, pictures)
 
 
 def _outcomes_table(found: Sequence[Outcome]) -> Table:
-    table = _table(f"intervene - {found[0].subject}", "put in", "layers", "top-1 %", "points [95 %]", "flips %", "stream")
+    columns = ("put in", "layers", "top-1 %", "points [95 %]", "flips %", "stream")
+    table = _table(f"intervene - {found[0].subject}", *columns)
     top1 = found[0].top1
     if top1:
         table.add_row("nothing (as it is)", "", f"{top1[0]:.1f}", "", "", "")

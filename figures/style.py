@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +14,9 @@ COLUMN = 3.35
 # Okabe and Ito's palette, safe for the common forms of colour blindness.
 INK, GREY = "#222222", "#6E6E6E"
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY = "#CC79A7", "#56B4E9"
+CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, INK)
+"""Colours of lines, in order."""
 
 _SETTINGS = {
     "font.size": 7,
@@ -50,7 +53,21 @@ def canvas(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def describe(figure: Figure, title: str, below: str) -> None:
-    """A title and a line below, over the whole width: beside wide labels the axes are too narrow for them."""
+def panels(rows: int, columns: int, height: float, width: float = COLUMN, **options: Any) -> tuple[Figure, list[Axes]]:
+    """As :func:`canvas`, with several axes, row by row. options: as of matplotlib's ``subplots``."""
+    import seaborn as sns
+
+    figure, first = canvas(height, width)
+    first.remove()
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    every = [axes for row in grid for axes in row]
+    for axes in every:
+        sns.despine(ax=axes, left=True)
+    return figure, every
+
+
+def describe(figure: Figure, title: str, below: str = "") -> None:
+    """A title, and a line below, over the whole width: beside wide labels the axes are too narrow for them."""
     figure.suptitle(title, x=0.01, ha="left")
-    figure.supxlabel(below, x=0.99, ha="right")
+    if below:
+        figure.supxlabel(below, x=0.99, ha="right")

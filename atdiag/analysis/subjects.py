@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from atdiag.networks import teachers, weights
+from atdiag.data import names
+from atdiag.networks import published, teachers, weights
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run
-from atdiag.spec import Data, Network, RunSpec, Transfer
+from atdiag.spec import Data, Network, RunSpec, Teacher, Transfer
 from atdiag.training import evaluate
 from atdiag.transfer import method
 from atdiag.transfer.attention import Given
@@ -83,11 +84,7 @@ def teacher_of(subject: Subject) -> Subject:
     spec = subject.spec
     if spec is None or spec.teacher is None:
         raise UserError(f"{subject.label} has no teacher", "name a network with --from")
-    try:
-        found = weights.load(spec.teacher)
-    except (weights.WeightsMissingError, ValueError) as fault:
-        raise UserError(f"the teacher of {subject.label}: {fault}") from None
-    return Subject(spec.teacher.label, evaluate.Subject(found), found.network, spec.data, str(spec.teacher.sha256))
+    return _loaded(spec.teacher, spec.data)
 
 
 class Outside(nn.Module):
@@ -99,7 +96,7 @@ class Outside(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.network = _describe(model)
+        self.network = published.describe(model)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(self.network, name)).view(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -108,47 +105,6 @@ class Outside(nn.Module):
         """Images [B, channels, S, S] in [0, 1] -> the network's own output."""
         out: Tensor = self.model((images - self.mean) / self.std)
         return out
-
-
-def _describe(model: Any) -> Network:
-    """What must be known of a timm ViT to read it. Raises UserError where it is none."""
-    kind = type(model).__name__
-    blocks = list(getattr(model, "blocks", None) or ())
-    heads = [getattr(getattr(block, "attn", None), "num_heads", None) for block in blocks]
-    patch: Any = getattr(model, "patch_embed", None)
-    if not blocks or None in heads or not hasattr(patch, "patch_size"):
-        raise UserError(f"{kind} can't be looked into", "it is no ViT with softmax attention over all of its tokens")
-    prefix = int(getattr(model, "num_prefix_tokens", 1))
-    token = getattr(model, "cls_token", None) is not None
-    config = model.pretrained_cfg
-    size = patch.img_size[0] if patch.img_size else config["input_size"][-1]
-    return Network(
-        image_size=size,
-        patch_size=patch.patch_size[0],
-        channels=patch.proj.in_channels,
-        width=model.embed_dim,
-        depth=len(blocks),
-        heads=heads[0],
-        class_token=token,
-        registers=prefix - token,
-        components=("registers",) if prefix > token else (),
-        classes=max(int(model.num_classes), 1),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-    )
-
-
-def of(model: nn.Module, label: str, network: Network | None = None) -> Subject:
-    """A network of one's own as a subject: a :class:`ViT`, or a ViT of timm.
-
-    One of timm is run as it is and in eval mode, its fused attention on or off as it was; it gets images in [0, 1] and
-    normalises them by the mean and std of its own configuration. Raises UserError for one without softmax attention
-    over all of its tokens.
-    """
-    if isinstance(model, ViT):
-        return Subject(label, evaluate.Subject(model.eval()), model.network)
-    outside = model if isinstance(model, Outside) else Outside(model)
-    return Subject(label, outside.eval(), network or outside.network)
 
 
 def find(reference: str, profile: str = "mini", data: Data | None = None, store: Store | None = None) -> Subject:
@@ -167,7 +123,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     been meant, for a reference that names nothing.
     """
     name = reference.partition("@")[0]
-    if name in teachers.registry() or name.startswith("timm:"):
+    if name in teachers.registry() or name.startswith(teachers.TIMM):
         return _teacher(reference, profile, data)
     if Path(reference).expanduser().exists() or "/" in reference or Path(reference).suffix:
         return _file(Path(reference).expanduser())
@@ -177,20 +133,46 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
         except KeyError as fault:
             near = suggest(reference, [run.id for run in store.list()])
             raise UserError(f"{fault.args[0]}{near}", "'atdiag runs list' lists them") from None
-    known = [*teachers.miniatures(), *teachers.registry(), *([run.id for run in store.list()] if store else [])]
+    ids = [run.id for run in store.list()] if store else []
+    near = suggest(reference, teachers.miniatures()) or suggest(reference, [*teachers.registry(), *ids])
     raise UserError(
-        f"no teacher, run or file is named {reference!r}{suggest(reference, known)}",
+        f"no teacher, run or file is named {reference!r}{near}",
         "'atdiag teachers' and 'atdiag runs list' list what there is",
     )
 
 
 def _teacher(reference: str, profile: str, data: Data | None) -> Subject:
-    spec = teachers.teacher(reference, profile)
+    spec = teachers.teacher(reference, profile, _image_size(reference, profile, data))
+    return _loaded(spec, data)
+
+
+def _image_size(reference: str, profile: str, data: Data | None) -> int | None:
+    """Of what a teacher will see: the data set's images where they are real, else what it is made for."""
+    name = reference.partition("@")[0]
+    row = teachers.registry().get(name)
+    if row is not None and profile == "mini" and name == reference and teachers.is_published(name):
+        return None  # a miniature, made for scenes
+    if data is not None and names.is_real(data.name):
+        return data.image_size
+    if row is not None and row.image_size is not None:
+        return row.image_size
+    from timm.models import get_pretrained_cfg
+
+    model = name.removeprefix(teachers.TIMM) if row is None else row.model
+    config = get_pretrained_cfg(model, allow_unregistered=True)
+    return None if config is None else int(config.input_size[-1])
+
+
+def _loaded(spec: Teacher, data: Data | None) -> Subject:
+    """A teacher with its weights. Raises UserError that says where they would go, if they are not here."""
+    if spec.sha256 is None:
+        raise UserError(f"the weights of {spec.label} are not on this machine", teachers.how_to_get(spec))
     try:
         found = weights.load(spec)
     except (weights.WeightsMissingError, ValueError) as fault:
         raise UserError(str(fault)) from None
-    return Subject(spec.label, evaluate.Subject(found), found.network, data, str(spec.sha256))
+    body = evaluate.Subject(found) if isinstance(found, ViT) else found
+    return Subject(spec.label, body, found.network, data, spec.sha256)
 
 
 def of_run(run: Run) -> Subject:

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -196,6 +197,11 @@ class Reader:
         """One pass: what was at each layer's site, what its modules put out, and the network's output."""
         root, save = self._root, self._nnsight.save
         names = [name for name in ("attn", "mlp") if name in want.what]
+        for name, layer in product(names, want.layers):
+            if not isinstance(getattr(self._blocks[layer], name, None), nn.Module):
+                raise UserError(
+                    f"layer {layer} of {self.subject.label} has no module of its own whose output is {name}"
+                )
         layers = {layer: (self._envoy(layer), sites.get(layer)) for layer in want.layers}
         call = (pixels, dict(given)) if given else (pixels,)
         try:

@@ -70,7 +70,19 @@ def add_commands(app: typer.Typer) -> None:
         app.command(entry.name)(command)
 
 
-RESERVED = ("teachers", "pretrain", "doctor", "runs", "data", "trace", "similarity", "intervene")
+RESERVED = (
+    "teachers",
+    "pretrain",
+    "doctor",
+    "runs",
+    "data",
+    "trace",
+    "similarity",
+    "intervene",
+    "probe",
+    "attention-stats",
+    "maps",
+)
 """Names of commands that are no experiments."""
 
 

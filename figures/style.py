@@ -39,6 +39,20 @@ _SETTINGS = {
 }
 
 
+def colours(count: int) -> list[str]:
+    """So many colours for lines; more than the palette has are shades of one, in order."""
+    if count <= len(CYCLE):
+        return list(CYCLE[:count])
+    import seaborn as sns
+
+    return [str(colour) for colour in sns.color_palette("crest", count).as_hex()]
+
+
+def markers(count: int) -> list[str]:
+    """So many markers, so that lines can be told apart without colours."""
+    return ["os^vDPXd*h"[i % 10] for i in range(count)]
+
+
 def canvas(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
     """An empty figure in the house style, drawn without a display."""
     import seaborn as sns

@@ -188,7 +188,10 @@ def _loaded(spec: Teacher, data: Data | None) -> Subject:
     except (weights.WeightsMissingError, ValueError) as fault:
         raise UserError(str(fault)) from None
     body = evaluate.Subject(found) if isinstance(found, ViT) else found
-    return Subject(spec.label, body, found.network, data, spec.sha256)
+    # A published network is what it is at any profile, and a path is too long for a table.
+    short = spec.name.partition("@")[0].removeprefix(teachers.TIMM)
+    label = spec.label if teachers.is_miniature(spec) else short
+    return Subject(label, body, found.network, data, spec.sha256)
 
 
 def of_run(run: Run) -> Subject:

@@ -63,6 +63,9 @@ class Pictures:
         same = self.data is None or network.classes == names.classes(self.data)
         return np.arange(network.classes) if same else None
 
+    def __len__(self) -> int:
+        return len(self.names)
+
     def reordered(self, order: NDArray[np.int64]) -> Pictures:
         """The same images in another order; those that are skipped are noted here too."""
         labels, clusters = (None if x is None else x[order] for x in (self.labels, self.clusters))

@@ -383,7 +383,7 @@ def _outcomes_table(found: Sequence[Outcome]) -> Table:
     table = _table(f"intervene - {found[0].subject}", *columns)
     top1 = found[0].top1
     if top1:
-        table.add_row("nothing (as it is)", "", f"{top1[0]:.1f}", "", "", "")
+        table.add_row("(as it is)", "", f"{top1[0]:.1f}", "", "", "")
     for one in found:
         change = "" if one.change is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*one.change)
         accuracy = "" if one.top1 is None else f"{one.top1[1]:.1f}"

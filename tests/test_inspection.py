@@ -178,7 +178,7 @@ def test_a_subject_that_is_not_there(capsys, store, tmp_path):
     (tmp_path / "bad/weights.safetensors").write_bytes(b"no")
     wanted = {
         "clip_c": "did you mean 'clip_b'",
-        copied.id[:4] + "zz": f"did you mean '{copied.id}'",
+        copied.id[:4] + "zz": f"did you mean '{copied.id[:6]}'",
         "ffffffff": "no run in",
         "nowhere/weights.safetensors": "there is no file",
         str(tmp_path): "is not a run's folder",

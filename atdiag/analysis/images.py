@@ -49,17 +49,19 @@ class Pictures:
     skipped: dict[str, str] = field(default_factory=dict)
     """Name -> why it can't be read, of those met so far."""
 
-    def targets(self, network: Network) -> NDArray[np.int64] | None:
-        """The labels [n] as a network's head counts them, or None where its classes are not the data set's.
+    def head_rows(self, network: Network) -> NDArray[np.int64] | None:
+        """The rows of a network's head that are the data set's classes, in the order of its labels.
 
-        A head of 1,000 classes is taken for ImageNet-1k's, whose classes those of some data sets are a part of.
+        A head of 1,000 classes is taken for ImageNet-1k's, of which the classes of some data sets are a part. None
+        where no labels are known, or where the head is for other classes.
         """
-        if self.labels is None or self.data is None:
-            return self.labels
-        rows = names.imagenet_rows(self.data.name)
+        if self.labels is None:
+            return None
+        rows = names.imagenet_rows(self.data.name) if self.data is not None else ()
         if network.classes == 1000 and rows:
-            return np.array(rows, np.int64)[self.labels]
-        return self.labels if network.classes == names.classes(self.data) else None
+            return np.array(rows, np.int64)
+        same = self.data is None or network.classes == names.classes(self.data)
+        return np.arange(network.classes) if same else None
 
     def __len__(self) -> int:
         return len(self.names)

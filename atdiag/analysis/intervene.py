@@ -40,7 +40,7 @@ class Outcome:
     heads: tuple[int, ...] | None
     images: int
     before: NDArray[np.int64]
-    """Predictions [n] as it is."""
+    """Predictions [n] as it is: among the data set's classes, as its labels count them, where those are known."""
     after: NDArray[np.int64]
     """Predictions [n] with the replacement."""
     labels: NDArray[np.int64] | None
@@ -146,7 +146,7 @@ def intervene(
     order = randomness.generator(seed, "intervene").permutation(len(pictures))
     networks = [subject.network, *(one.source.network for one in replacements if isinstance(one.source, Subject))]
     size = _even(len(pictures), batch or tracing.batch_size(*networks))
-    depth = subject.network.depth
+    depth, rows = subject.network.depth, pictures.head_rows(subject.network)
     sums = [_Sums(depth) for _ in replacements]
     clean: list[Tensor] = []
     index: list[NDArray[np.int64]] = []
@@ -165,12 +165,13 @@ def intervene(
             own = reader(one.pixels, wants[id(subject)], before)
             shown = {key: other(one.pixels, wants[key]) for key, other in others.items()}
             assert own.logits is not None
-            clean.append(own.logits.argmax(-1).cpu())
+            clean.append(_predictions(own.logits, rows))
             index.append(order[one.index])
             for change, which, total in zip(replacements, pairs, sums, strict=True):
                 given = {**before, **givens(subject, change, which, own, shown, before)}
                 after = reader(one.pixels, tracing.wanted(subject, ("residual",), logits=True), given)
                 _take_in(total, own, after, subject.network.class_token)
+                total.predictions.append(_predictions(after.logits, rows))
     return [
         _outcome(subject, pictures, change, which, total, torch.cat(clean).numpy(), np.concatenate(index))
         for change, which, total in zip(replacements, pairs, sums, strict=True)
@@ -202,9 +203,15 @@ def _wants(
     }
 
 
+def _predictions(logits: Tensor | None, rows: NDArray[np.int64] | None) -> Tensor:
+    """The likeliest class [B], among those that the images may have."""
+    assert logits is not None
+    among = logits if rows is None else logits[:, torch.from_numpy(rows).to(logits.device)]
+    return among.argmax(-1).cpu()
+
+
 def _take_in(total: _Sums, own: Traced, after: Traced, class_token: bool) -> None:
     assert own.logits is not None and after.logits is not None
-    total.predictions.append(after.logits.argmax(-1).cpu())
     total.logits = max(total.logits, float((after.logits - own.logits).abs().max()))
     for layer, found in after.layers.items():
         x, y = own.layers[layer].tensor("residual"), found.tensor("residual")
@@ -231,7 +238,7 @@ def _outcome(
 ) -> Outcome:
     back = np.argsort(index)
     where = index[back]
-    images, labels = len(where), pictures.targets(subject.network)
+    images, labels = len(where), None if pictures.head_rows(subject.network) is None else pictures.labels
     return Outcome(
         subject=subject.label,
         replaced=one.label,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atdiag.data import names
-from atdiag.networks import published, teachers, weights
+from atdiag.networks import inspection, sources, teachers, weights
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run
 from atdiag.spec import Data, Network, RunSpec, Teacher, Transfer
@@ -95,8 +95,10 @@ class Outside(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        if reason := inspection.why_not(model):
+            raise UserError(f"{type(model).__name__} can't be looked into: {reason}")
         self.model = model
-        self.network = published.describe(model)
+        self.network = inspection.describe(model)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(self.network, name)).view(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -105,6 +107,19 @@ class Outside(nn.Module):
         """Images [B, channels, S, S] in [0, 1] -> the network's own output."""
         out: Tensor = self.model((images - self.mean) / self.std)
         return out
+
+
+def of(model: nn.Module, label: str, network: Network | None = None) -> Subject:
+    """A network of one's own as a subject: a :class:`ViT`, or a ViT of timm.
+
+    One of timm is run as it is and in eval mode, its fused attention on or off as it was; it gets images in [0, 1] and
+    normalises them by the mean and std of its own configuration. Raises UserError for one without softmax attention
+    over all of its tokens.
+    """
+    if isinstance(model, ViT):
+        return Subject(label, evaluate.Subject(model.eval()), model.network)
+    outside = model if isinstance(model, Outside) else Outside(model)
+    return Subject(label, outside.eval(), network or outside.network)
 
 
 def find(reference: str, profile: str = "mini", data: Data | None = None, store: Store | None = None) -> Subject:
@@ -131,9 +146,10 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
         try:
             return of_run(store.find(reference))
         except KeyError as fault:
-            near = suggest(reference, [run.id for run in store.list()])
+            near = suggest(reference, [run.id[: len(reference)] for run in store.list()])
             raise UserError(f"{fault.args[0]}{near}", "'atdiag runs list' lists them") from None
-    ids = [run.id for run in store.list()] if store else []
+    # An id is typed by its first digits.
+    ids = [run.id[: max(len(reference), 4)] for run in store.list()] if store else []
     near = suggest(reference, teachers.miniatures()) or suggest(reference, [*teachers.registry(), *ids])
     raise UserError(
         f"no teacher, run or file is named {reference!r}{near}",
@@ -172,7 +188,10 @@ def _loaded(spec: Teacher, data: Data | None) -> Subject:
     except (weights.WeightsMissingError, ValueError) as fault:
         raise UserError(str(fault)) from None
     body = evaluate.Subject(found) if isinstance(found, ViT) else found
-    return Subject(spec.label, body, found.network, data, spec.sha256)
+    # A published network is what it is at any profile, and a path is too long for a table.
+    short = spec.name.partition("@")[0].removeprefix(teachers.TIMM)
+    label = spec.label if teachers.is_miniature(spec) else short
+    return Subject(label, body, found.network, data, spec.sha256)
 
 
 def of_run(run: Run) -> Subject:
@@ -251,4 +270,4 @@ def _file(path: Path) -> Subject:
     vit = ViT(network)
     vit.load_state_dict(_state(file)[0])
     vit.eval().requires_grad_(False)
-    return Subject(file.stem, evaluate.Subject(vit), network, None, weights.sha256(file))
+    return Subject(file.stem, evaluate.Subject(vit), network, None, sources.sha256(file))

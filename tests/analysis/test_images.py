@@ -100,9 +100,11 @@ def test_what_does_not_fit_the_network(subject, tmp_path):
         images.choose(tmp_path, None, network)
 
 
-def test_labels_are_those_of_the_networks_head(subject):
+def test_the_rows_of_a_head_that_are_the_data_sets_classes(subject):
     some = images.choose(6, DIGITS, subject().network)
-    assert (some.targets(subject().network) == some.labels).all()
-    assert some.targets(subject(classes=7).network) is None
+    assert some.head_rows(subject().network).tolist() == list(range(10))
+    assert some.head_rows(subject(classes=7).network) is None
     real = images.Pictures(some.names, some.source, np.arange(6), None, Data(name="imagenette", train=1, image_size=20))
-    assert real.targets(subject(classes=1000).network).tolist() == [0, 217, 482, 491, 497, 566]
+    rows = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
+    assert real.head_rows(subject(classes=1000).network).tolist() == rows
+    assert images.from_arrays(np.zeros((2, 1, 20, 20), np.uint8)).head_rows(subject().network) is None

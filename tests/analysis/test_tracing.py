@@ -1,6 +1,8 @@
 """nnsight's reading against plain hooks and against our own attention module, for whatever can be read."""
 
 import gc
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -128,7 +130,17 @@ def test_leaves_the_network_as_it_was():
     tracing.trace(subject, some)
     assert torch.equal(before, subject.module(pixels(some)))
     assert {m: set(m.__dict__) for m in model.modules()} == state
-    assert not hasattr(object(), "save")
+
+
+def test_leaves_the_process_as_it_was():
+    code = """
+from atdiag.analysis import images, subjects, tracing
+from atdiag.spec import Data
+subject = subjects.find("deit_s")
+tracing.trace(subject, images.choose(1, Data(name="digits", train=1), subject.network))
+assert not hasattr(object(), "save")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +244,8 @@ def test_memory_is_flat_in_the_number_of_images():
         ("resnet18", {}, "ResNet"),
         ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": (1, 1, 1, 1)}, "Swin"),
         ("mixer_s32_224", {}, "Mixer"),
+        ("cait_xxs24_224", {"img_size": 32, "depth": 2}, "talking heads"),
+        ("xcit_nano_12_p16_224", {}, "across channels"),
     ],
 )
 def test_a_network_without_softmax_attention_is_refused(name, arguments, message):
@@ -239,11 +253,17 @@ def test_a_network_without_softmax_attention_is_refused(name, arguments, message
         subjects.of(timm.create_model(name, **arguments), name)
 
 
-def test_the_wrong_kind_of_block_is_named_with_its_layer():
-    model = timm.create_model("cait_xxs24_224", img_size=32, depth=2)
-    with pytest.raises(UserError, match=r"layer 0 .*TalkingHeadAttn"):
-        subject = subjects.of(model, "cait")
-        tracing.trace(subject, pictures(subject))
+class Mixes(nn.Module):
+    """Attention whose heads are mixed after softmax: no head has a map of its own."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.qkv, self.proj = attn.qkv, attn.proj
+
+    def forward(self, x, **unused):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        p = (q @ k.transpose(-2, -1)).softmax(-1).flip(1)
+        return self.proj((p @ v).transpose(1, 2).flatten(2))
 
 
 class Skips(nn.Module):
@@ -257,10 +277,18 @@ class Skips(nn.Module):
         return x + self.mlp(x)
 
 
+def test_the_wrong_kind_of_block_is_named_with_its_layer():
+    model = build("vit_tiny_patch16_224", depth=3)
+    subject = subjects.of(model, "mixes")
+    model.blocks[1].attn = Mixes(model.blocks[1].attn)
+    with pytest.raises(UserError, match=r"layer 1 of mixes \(Mixes\) has no softmax attention"):
+        tracing.trace(subject, pictures(subject))
+
+
 def test_a_block_that_is_not_run_is_named_with_its_layer():
     model = build("vit_tiny_patch16_224", depth=3)
-    model.blocks[1] = Skips(model.blocks[1])
     subject = subjects.of(model, "skips")
+    model.blocks[1] = Skips(model.blocks[1])
     with pytest.raises(tracing.TracingError, match="layer 1"):
         tracing.trace(subject, pictures(subject))
     assert tracing.trace(subject, pictures(subject), layers=(0, 2)).keys() == {("map", 0), ("map", 2)}

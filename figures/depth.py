@@ -82,7 +82,7 @@ def _ends(axes: Axes, frame: pd.DataFrame, subjects: list[str]) -> None:
 
 
 def _finish(figure: Figure, axes: Axes, frame: pd.DataFrame, note: str, columns: int) -> None:
-    """Ticks, the legend of the lines in some axes, and what the figure was measured on, with a note in a second line."""
+    """Ticks, the legend of the lines in some axes, and a title that says what was measured, with a note below it."""
     layers = sorted(layer for layer in frame.layer.unique() if layer >= 0)
     axes.set_xticks(layers[:: -(-len(layers) // 14)])
     handles, labels = axes.get_legend_handles_labels()

@@ -20,9 +20,9 @@ scenes that no run was trained on (of the training digits): on a run's own scene
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -54,9 +54,9 @@ class Features:
     tokens: Mapping[Tokens, Tensor]
     """``class`` (where there is a class token) and ``patch``: float32 [L, n, C], on the subject's device."""
     early: NDArray[np.int64] | None
-    """The trained head's class after each layer, [L, n]; None where its place is not known."""
-    output: NDArray[np.int64]
-    """The class that the network itself says, [n]."""
+    """The trained head's class after each layer, of the data set's own, [L, n]; None where it was made for others."""
+    output: NDArray[np.int64] | None
+    """The class that the network itself says, likewise, [n]."""
 
     def of(self, tokens: Tokens, layer: int) -> Tensor:
         """The features of one layer (by its place among the layers), [n, C] or, of both, [n, 2C]."""
@@ -138,44 +138,69 @@ class _Rows:
 
 
 def features(
-    subjects: Sequence[Subject], pictures: Pictures, layers: Sequence[int] | None = None, batch: int | None = None
+    subjects: Sequence[Subject],
+    pictures: Pictures,
+    layers: Sequence[int] | None = None,
+    exits: bool = True,
+    batch: int | None = None,
 ) -> tuple[list[Features], NDArray[np.int64]]:
-    """The features of several subjects in one pass over the images, and the places [n] of the images that were read."""
-    wanted = [tracing.wanted(one, ("residual",), layers, logits=True) for one in subjects]
-    parts: list[list[tuple[Tensor | None, Tensor, Tensor | None, Tensor]]] = [[] for _ in subjects]
+    """The features of several subjects in one pass over the images, and the places [n] of the images that were read.
+
+    exits: also what their trained heads say.
+    """
+    heads = [pictures.head_rows(one.network) if exits else None for one in subjects]
+    leave = [None if rows is None else _early_exit(one) for one, rows in zip(subjects, heads, strict=True)]
+    wanted = [
+        tracing.wanted(one, ("residual",), layers, logits=rows is not None)
+        for one, rows in zip(subjects, heads, strict=True)
+    ]
+    parts: list[list[_Part]] = [[] for _ in subjects]
     places: list[NDArray[np.int64]] = []
-    exits = [_early_exit(one) for one in subjects]
     for traced in tracing.stream(list(zip(subjects, wanted, strict=True)), pictures, batch):
         places.append(traced[0].index)
         for i, (subject, one) in enumerate(zip(subjects, traced, strict=True)):
             stream = torch.stack([layer.tensor("residual") for layer in one.layers.values()])  # [L, b, N, C]
-            network, said = subject.network, one.logits
-            assert said is not None
+            network, rows, early = subject.network, heads[i], leave[i]
             token = stream[:, :, 0].clone() if network.class_token else None  # a view would keep the whole stream
-            mean = stream[:, :, network.prefix_tokens :].mean(2)
-            leave = exits[i]
-            early = None if leave is None else leave(stream.flatten(0, 1)).view(len(stream), -1, said.shape[-1])
-            if early is not None and wanted[i].layers[-1] == network.depth - 1:
-                _check_exit(subject, early[-1], said)
-            parts[i].append((token, mean, None if early is None else early.argmax(-1), said.argmax(-1)))
+            part = _Part(token, stream[:, :, network.prefix_tokens :].mean(2))
+            if rows is not None and one.logits is not None:
+                part = part._replace(output=one.logits[:, rows].argmax(-1))
+                if early is not None:
+                    logits = early(stream.flatten(0, 1)).view(len(stream), len(one.logits), -1)
+                    if wanted[i].layers[-1] == network.depth - 1:
+                        _check_exit(subject, logits[-1], one.logits)
+                    part = part._replace(early=logits[..., rows].argmax(-1))
+            parts[i].append(part)
     return [_joined(one) for one in parts], np.concatenate(places)
 
 
-def _joined(parts: list[tuple[Tensor | None, Tensor, Tensor | None, Tensor]]) -> Features:
-    tokens, means, early, said = zip(*parts, strict=True)
-    found: dict[Tokens, Tensor] = {} if tokens[0] is None else {"class": torch.cat(tokens, 1)}
+class _Part(NamedTuple):
+    """The features of one batch b: of class token and mean patch [L, b, C], classes early [L, b] and in the end [b]."""
+
+    token: Tensor | None
+    mean: Tensor
+    early: Tensor | None = None
+    output: Tensor | None = None
+
+
+def _joined(parts: list[_Part]) -> Features:
+    token, mean, early, output = (
+        None if any(one is None for one in of) else torch.cat([one for one in of if one is not None], dim)
+        for of, dim in zip(zip(*parts, strict=True), (1, 1, 1, 0), strict=True)
+    )
+    assert mean is not None
     return Features(
-        found | {"patch": torch.cat(means, 1)},
-        None if early[0] is None else torch.cat(early, 1).cpu().numpy(),
-        torch.cat(said).cpu().numpy(),
+        {"patch": mean} if token is None else {"class": token, "patch": mean},
+        None if early is None else early.cpu().numpy(),
+        None if output is None else output.cpu().numpy(),
     )
 
 
-def _early_exit(subject: Subject) -> Any:
+def _early_exit(subject: Subject) -> Callable[[Tensor], Tensor] | None:
     """From the residual stream [b, N, C] to the trained head's logits; None where the network has no such path."""
     module: Any = subject.module.model if isinstance(subject.module, Outside) else subject.module
     norm, head = getattr(module, "norm", None), getattr(module, "forward_head", None)
-    if not isinstance(norm, nn.Module) or head is None or not subject.network.classes:
+    if not isinstance(norm, nn.Module) or head is None:
         return None
 
     @torch.no_grad()
@@ -218,16 +243,14 @@ def probe(
                 "the classes of these images are not known", "probes need a data set: give --images a number or indices"
             )
     assert train.labels is not None and test.labels is not None
-    shown, kept = features(subjects, train, layers, batch)
-    asked, tested = features(subjects, test, layers, batch)
+    shown, kept = features(subjects, train, layers, exits=False, batch=batch)
+    asked, tested = features(subjects, test, layers, batch=batch)
     labels, truth = train.labels[kept], test.labels[tested]
     clusters = np.arange(len(test)) if test.clusters is None else test.clusters
     groups = np.arange(len(train)) if train.clusters is None else train.clusters
     held_out = classifiers.hold_out(groups[kept])
     out = []
     for subject, one, other in zip(subjects, shown, asked, strict=True):
-        targets = test.targets(subject.network)
-        targets = None if targets is None else targets[tested]
         known = tracing.wanted(subject, (), layers).layers
         correct: dict[tuple[Probe, Tokens | Literal[""]], NDArray[np.bool_]] = {}
         chosen: dict[Tokens, NDArray[np.float64]] = {}
@@ -239,9 +262,9 @@ def probe(
             for j, name in enumerate(FITTED):
                 correct[name, tokens] = np.stack([predicted[j] == truth for predicted, _ in said])
             chosen[tokens] = np.array([penalty for _, penalty in said])
-        if targets is not None and other.early is not None:
-            correct["head", ""] = other.early == targets
-        itself = None if targets is None else other.output == targets
+        if other.early is not None:
+            correct["head", ""] = other.early == truth
+        itself = None if other.output is None else other.output == truth
         out.append(
             Probed(
                 subject.label,

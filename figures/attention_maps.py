@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from atdiag.analysis.maps import Shown
 
-_LABEL, _GAP = 0.55, 0.06
+_LABEL, _GAP = 0.75, 0.06
 
 
 def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Figure:
@@ -27,8 +27,9 @@ def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Fi
     wide = columns > 5
     width = 2 * style.COLUMN + 0.25 if wide else style.COLUMN
     panel = min((width - _LABEL) / columns - _GAP, 1.1)
-    figure, panels = style.panels(len(rows), columns, len(rows) * (panel + 0.17) + 0.6, width)
+    figure, panels = style.panels(len(rows), columns, len(rows) * (panel + 0.13) + 0.55, width)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)  # type: ignore[union-attr, call-arg]
+    alone = len(found) == 1
     same = len({one.layers for one in found}) == 1
     for i, (one, head) in enumerate(rows):
         line = panels[i * columns : (i + 1) * columns]
@@ -36,8 +37,9 @@ def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Fi
             _bare(axes)
         _picture(line[0], one, image)
         _mark(line[0], one, query)
-        name = one.label if len(one.heads) == 1 else f"{one.label}\nhead {one.heads[head]}"
-        line[0].set_ylabel(_wrapped(name), rotation=0, ha="right", va="center", labelpad=3)
+        name = [] if alone else [one.label]
+        name += [f"head {one.heads[head]}"] if len(one.heads) > 1 else []
+        line[0].set_ylabel(_wrapped("\n".join(name)), rotation=0, ha="right", va="center", labelpad=3)
         for j, layer in enumerate(one.layers):
             _overlay(line[1 + j], one, image, query, one.attention[image, j, query, head])
             if i == 0 or not same:
@@ -51,24 +53,31 @@ def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Fi
                 if i == 0 or not same:
                     line[-1].set_title("rollout", pad=2)
     first = found[0]
-    heads = f"head {first.heads[0]}" if first.heads[0] != "mean" else "mean over heads"
-    where = {"cls": "the class token", "centre": "the patch in the centre"}.get(
-        first.queries[query], first.queries[query]
+    words = {"cls": "the class token", "centre": "the patch in the centre"}
+    asked = first.queries[query]
+    title = [f"{first.names[image]}: attention of {words.get(asked, f'the patch at {asked}')}"]
+    if len(first.heads) == 1:
+        title.append("mean over heads" if first.heads[0] == "mean" else f"head {first.heads[0]}")
+    title += [first.label] if alone else []
+    style.describe(
+        figure,
+        _short(", ".join(title), 140 if wide else 68),
+        "each map from 0 (dark) to its largest weight (written below)",
     )
-    title = f"{first.names[image]}: attention of {where}" + (f", {heads}" if len(first.heads) == 1 else "")
-    style.describe(figure, _short(title), "each map from 0 (dark) to its largest weight (written below)")
     return figure
 
 
-def _short(title: str, most: int = 74) -> str:
+def _short(title: str, most: int) -> str:
     """A path is cut at its beginning: its end says which image it is."""
     return title if len(title) <= most else f"...{title[3 - most :]}"
 
 
-def _wrapped(name: str, width: int = 11) -> str:
+def _wrapped(name: str, width: int = 13) -> str:
+    """A name in short lines, broken at spaces and after underscores."""
     import textwrap
 
-    return "\n".join(line for part in name.split("\n") for line in textwrap.wrap(part, width) or [""])
+    parts = [textwrap.wrap(part.replace("_", "_ "), width, break_long_words=False) for part in name.split("\n")]
+    return "\n".join(line.replace("_ ", "_") for lines in parts for line in lines)
 
 
 def _bare(axes: Axes) -> None:
@@ -79,9 +88,9 @@ def _bare(axes: Axes) -> None:
 
 
 def _canvas(one: Shown, image: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The image as [S, S, 3]; of one channel dark on white, as it is printed elsewhere."""
+    """The image as [S, S, 3], as the network sees it."""
     pixels = one.pixels[image]
-    return np.repeat(1 - pixels, 3, 0).transpose(1, 2, 0) if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    return (np.repeat(pixels, 3, 0) if len(pixels) == 1 else pixels).transpose(1, 2, 0)
 
 
 def _picture(axes: Axes, one: Shown, image: int) -> None:
@@ -96,8 +105,8 @@ def _overlay(axes: Axes, one: Shown, image: int, query: int, weights: np.ndarray
     side = one.network.patch_size
     share = np.kron(weights / max(largest, 1e-12), np.ones((side, side)))
     grey = _canvas(one, image).mean(-1)
-    colour = colormaps["inferno"](0.12 + 0.86 * share)[..., :3]
-    axes.imshow(0.3 * grey[..., None] + 0.7 * colour, interpolation="nearest", vmin=0, vmax=1)
+    colour = colormaps["inferno"](0.95 * share)[..., :3]
+    axes.imshow(0.35 * grey[..., None] + 0.65 * colour, interpolation="nearest", vmin=0, vmax=1)
     axes.set_xlabel(
         f"{largest:.3f}" if largest < 0.1 else f"{largest:.2f}", fontsize=5.5, labelpad=1.5, color=style.GREY
     )

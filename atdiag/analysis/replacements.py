@@ -11,9 +11,9 @@ from torch import Tensor
 
 from atdiag.analysis import tracing
 from atdiag.analysis.similarity import pair_layers
+from atdiag.analysis.sites import joined
 from atdiag.analysis.subjects import Subject
-from atdiag.analysis.tracing import Layer, Traced, joined
-from atdiag.networks.vit import ViT
+from atdiag.analysis.tracing import Layer, Traced
 from atdiag.transfer import ops
 from atdiag.transfer.attention import Given, Heads, split_heads
 from atdiag.transfer.ops import QK, Averaged, Map
@@ -100,11 +100,6 @@ def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
     """The pairs (block that is changed, block it takes from) of a replacement. Raises UserError."""
     if one.part not in PARTS:
         raise UserError(f"nothing named {one.part!r} can be replaced{suggest(one.part, PARTS)}", ", ".join(PARTS))
-    if not isinstance(subject.module, ViT):
-        raise UserError(
-            f"{subject.label} has parts that only timm's own network has: nothing can be put into it",
-            "look into it with 'atdiag trace', 'similarity'",
-        )
     tracing.check_heads(subject, one.heads)
     source, network = one.source, subject.network
     if not isinstance(source, Subject):

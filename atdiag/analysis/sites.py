@@ -54,7 +54,11 @@ def seen(site: Site, node: Any, network: Network, images: int, layer: int) -> Se
     arguments, output = node
     if site.kind == "ours":
         given = arguments[0][1] if len(arguments[0]) > 1 else arguments[1].get("given")
-        return _ours(output[1], given)
+        seen = _ours(output[1], given)
+        if isinstance(seen.map, Averaged):  # one for all images, heads or queries: the same numbers for each of them
+            whole = images, network.heads, network.tokens, network.tokens
+            seen = Seen(Averaged(seen.map.p.expand(whole)), seen.v)
+        return seen
     try:
         if site.kind == "explicit":
             seen = Seen(Averaged(output))

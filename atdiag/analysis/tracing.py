@@ -48,7 +48,7 @@ PER_HEAD: frozenset[What] = frozenset({"map", "logits", "q", "k", "v"})
 
 BATCH = 64
 """Images that are traced at a time, unless one layer's maps of so many would be more than ``_MOST`` numbers."""
-_MOST = 2**27
+_MOST = 2**25
 
 
 @dataclass(frozen=True)
@@ -385,14 +385,11 @@ class Mean:
 
     def add(self, traced: Traced) -> None:
         """Take in one batch."""
-        images = len(traced.pixels)
-        self.count += images
+        self.count += len(traced.pixels)
         wide = torch.float32 if traced.pixels.device.type == "mps" else torch.float64
         for layer, found in traced.layers.items():
             for what in self.what:
                 tensor = found.tensor(what, self.heads)
-                if tensor.shape[0] == 1 < images:  # one map for all images
-                    tensor = tensor.expand(images, *tensor.shape[1:])
                 total = tensor.sum(0, dtype=wide)
                 self._sums[what, layer] = self._sums[what, layer] + total if (what, layer) in self._sums else total
 
@@ -424,11 +421,9 @@ def trace(
         return average.result()
     parts: dict[tuple[What, int], list[Tensor]] = {}
     for (traced,) in stream([(subject, want)], pictures, batch):
-        images = len(traced.pixels)
         for layer, found in traced.layers.items():
             for name in names:
-                tensor = found.tensor(name, heads).cpu()
-                parts.setdefault((name, layer), []).append(tensor.expand(images, *tensor.shape[1:]))
+                parts.setdefault((name, layer), []).append(found.tensor(name, heads).cpu())
     return {key: torch.cat(tensors) for key, tensors in parts.items()}
 
 

@@ -42,7 +42,7 @@ def benchmark(
 
     def arm(method: str) -> Arm:
         if method == "finetune":  # the teacher's own architecture: nothing of it is lost
-            return lab.arm(method, lab.student(source, own), source, Init(source="teacher"))
+            return lab.arm(method, lab.student(source, own), source, Init(source="teacher"), recipe="finetune")
         return lab.arm(method, standard, source, transfer=lab.transfer(method, standard, allowed=METHODS))
 
     def verdict(report: Report) -> str:

@@ -26,9 +26,10 @@ class _Commands(TyperGroup):
     """Commands in the order they are told, ablations from entry points first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Experiments first."""
-        ours = [name for name in ("reinit", "layers", "rescue", "teachers") if name in self.commands]
-        return ours + [name for name in self.commands if name not in ours]
+        """Experiments first: the papers' in their order, then others'; then everything else."""
+        ours = [name for name in ("reinit", "layers", "rescue", "benchmark") if name in self.commands]
+        others = [name for name in self.commands if name not in (*ours, *experiments.RESERVED)]
+        return [*ours, *others, *(name for name in experiments.RESERVED if name in self.commands)]
 
 
 app = typer.Typer(

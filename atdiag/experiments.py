@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -17,7 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from atdiag.runs import Store
-    from atdiag.spec import RunSpec
+    from atdiag.spec import Network, RunSpec
     from atdiag.study.ablation import Lab, Report, Study
     from atdiag.study.profile import Settings
 
@@ -26,7 +27,7 @@ Runs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print a last line that a machine can read.")]
 Profile = Annotated[str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]")]
-_Set = Annotated[
+Set = Annotated[
     list[str],
     typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
 ]
@@ -38,15 +39,20 @@ _Out = Annotated[
 ]
 _Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the profile's; mini: cpu]")]
 
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="The folder of all real data sets. [default: $ATDIAG_DATA]")
+]
+
 _COMMON: dict[str, tuple[Any, Any]] = {
     "profile": (Profile, None),
-    "set_": (_Set, []),
+    "set_": (Set, []),
     "seeds": (_Seeds, None),
     "dry_run": (_DryRun, False),
     "json_": (Json, False),
     "out": (_Out, None),
     "runs": (Runs, None),
     "device": (_Device, None),
+    "data_dir": (DataDir, None),
 }
 """The options that every experiment has: annotation and default."""
 
@@ -120,12 +126,17 @@ def _run(
     out: Path | None,
     runs: Path | None,
     device: str | None,
+    data_dir: Path | None,
 ) -> None:
+    from atdiag.networks import teachers
     from atdiag.runs import Store
     from atdiag.study import profile as profiles
     from atdiag.study import schedule, tables
     from atdiag.study.ablation import Lab, report
+    from atdiag.words import UserError
 
+    if data_dir is not None:
+        os.environ[profiles.DATA_VARIABLE] = str(data_dir.expanduser().absolute())
     settings = profiles.resolve(profile, seeds, set_, runs)
     device = schedule.choose_device(device or settings.profile.device)
     study = make(Lab(settings))
@@ -136,7 +147,12 @@ def _run(
     if dry_run:
         _show_plan(study, settings, store, device, json_)
         return
+    if study.teacher.sha256 is None:
+        raise UserError(
+            f"the weights of {study.teacher.label} are not on this machine", teachers.how_to_get(study.teacher)
+        )
     _header(study, settings)
+    _check_ready(study, store)
     _execute(study, settings, store, device)
     finished = report(study, settings, store)
     files = _write(finished, folder)
@@ -173,11 +189,40 @@ def _check_overrides(make: Callable[[Lab], Study], study: Study, settings: Setti
 
 
 def _header(study: Study, settings: Settings) -> None:
+    from atdiag.networks import teachers
+
+    data = settings.profile.data
+    epochs = sorted({spec.recipe.epochs for arm in study.arms for spec in arm.specs})
     typer.echo(f"atdiag {study.ablation}: {study.teacher.label}")
-    if settings.profile.name == "mini":
-        typer.echo("a miniature of its architecture on embedded data; at paper scale (not yet here): --profile paper")
+    typer.echo(
+        f"profile {settings.profile.name}: {data.name}, {data.train:,} training images x "
+        f"{' or '.join(map(str, epochs))} epochs, {_count(len(settings.seeds), 'seed')}"
+    )
+    if teachers.is_miniature(study.teacher):
+        typer.echo(
+            f"this teacher is a miniature of {teachers.row(study.teacher.name).title}'s architecture; "
+            "the published one: --profile small, or paper"
+        )
+    if study.teacher.sha256 is None:
+        typer.echo(f"its weights are not on this machine: {teachers.how_to_get(study.teacher)}")
     if settings.overrides:
         typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(settings.overrides.items())))
+
+
+def _check_ready(study: Study, store: Store) -> None:
+    """Raise UserError, before anything is trained, where real images are not here or not what they should be.
+
+    A study whose runs are all finished needs none.
+    """
+    from atdiag.data import names
+    from atdiag.study import schedule
+
+    todo = schedule.pending(study.specs, store)
+    if sets := {spec.data: spec.network for spec in todo if names.is_real(spec.data.name)}:
+        from atdiag.data import datasets
+
+        for data, network in sets.items():
+            datasets.check(data, network)
 
 
 def _execute(study: Study, settings: Settings, store: Store, device: str) -> None:
@@ -271,7 +316,6 @@ def _show_plan(study: Study, settings: Settings, store: Store, device: str, json
     from rich.table import Table
 
     from atdiag.study import schedule
-    from atdiag.study.ablation import recipe_of
 
     _header(study, settings)
     speed = schedule.measured_speed(store, device)
@@ -287,17 +331,26 @@ def _show_plan(study: Study, settings: Settings, store: Store, device: str, json
     todo = schedule.pending(study.specs, store)
     processes = schedule.processes_for(device, settings.profile.threads)
     wall = schedule.estimate(todo, processes, speed)
-    typer.echo(f"{len(study.specs)} runs, {len(todo)} to do, about {_duration(wall)} in {processes} processes.")
-    resolved = {"data": settings.profile.data.model_dump(mode="json")}
-    recipes = {method: recipe.model_dump(mode="json") for method, recipe in settings.profile.recipe.items()}
-    used = sorted({recipe_of(spec.transfer) for arm in study.arms for spec in arm.specs})
-    if len({json.dumps(recipes[m]) for m in used}) == 1:
-        resolved["recipe"] = recipes[used[0]]
-    else:
-        resolved |= {f"recipe.{method}": recipes[method] for method in used}
+    what = "process" if processes == 1 else "processes"
+    typer.echo(
+        f"{len(study.specs)} runs, {len(todo)} to do, about {_duration(wall)} in {processes} {what} on {device}."
+    )
+    if study.teacher.sha256 is None:
+        typer.echo("The names of runs that need the teacher will be others: its weights' sha256 is part of them.")
+    scenes = {"test_per_source", "clutter"} if settings.profile.data.image_size else set()
+    resolved = {"data": settings.profile.data.model_dump(mode="json", exclude=scenes)}
+    trained = {spec.recipe for arm in study.arms for spec in arm.specs}
+    for recipe in dict.fromkeys(settings.profile.recipe.values()):
+        if recipe in trained:
+            of = [method for method, one in settings.profile.recipe.items() if one == recipe]
+            name = "recipe" if len(trained) == 1 else f"recipe of {', '.join(of)}"
+            resolved[name] = recipe.model_dump(mode="json")
+    networks = {spec.network: arm.name for arm in reversed(study.arms) for spec in arm.specs}
     resolved["student"] = study.arms[0].specs[0].network.model_dump(mode="json")
     for name, document in resolved.items():
-        typer.echo(f"{name}: " + ", ".join(f"{k}={_short(v)}" for k, v in document.items()))
+        typer.echo(f"{name}: " + ", ".join(f"{k}={_short(v)}" for k, v in document.items() if v not in (None, [], ())))
+    for network, name in sorted(networks.items(), key=lambda pair: len(pair[0].components)):
+        typer.echo(f"network of {name}: {_size(network)}")
     if json_:
         plan = [
             {"arm": a.name, "run": s.id, "state": store.run(s).state, "spec": s.model_dump(mode="json")}
@@ -307,11 +360,26 @@ def _show_plan(study: Study, settings: Settings, store: Store, device: str, json
         typer.echo(json.dumps({"ablation": study.ablation, "seconds": round(wall), "runs": plan}))
 
 
+def _size(network: Network) -> str:
+    """``standard, 22.1 M parameters, 4.6 GFLOPs per image``."""
+    from atdiag.networks import students
+
+    parts = ", ".join(network.components) or "standard"
+    parameters, flops = students.parameters(network), students.flops(network)
+    return f"{parts}; {parameters / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOPs per image"
+
+
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:,.0f} days"

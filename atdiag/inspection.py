@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atdiag.experiments import Json, Profile, Runs
+from atdiag.experiments import DataDir, Json, Profile, Runs, Set
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,26 +59,30 @@ class Desk:
         profile: str | None = None,
         runs: Path | None = None,
         data: str | None = None,
+        sets: Sequence[str] = (),
+        data_dir: Path | None = None,
         device: str | None = None,
     ) -> None:
         from atdiag.analysis import subjects
-        from atdiag.data import names
         from atdiag.runs import Store
         from atdiag.study import profile as profiles
         from atdiag.study import schedule
 
-        settings = profiles.resolve(profile, None, (), runs)
+        if data_dir is not None:
+            os.environ[profiles.DATA_VARIABLE] = str(data_dir.expanduser().absolute())
+        overrides = [*([f"data.name={data}"] if data is not None else []), *sets]
+        settings = profiles.resolve(profile, None, overrides, runs)
         self.profile = settings.profile.name
         self.store = Store(settings.runs)
         self.device = schedule.choose_device(device)
         asked = settings.profile.data
-        if data is not None:
-            asked = names.complete(asked.model_copy(update={"name": names.known(data)}))
         self.subjects: list[Subject] = [
             subjects.find(reference, self.profile, asked, self.store).to(self.device) for reference in references
         ]
-        trained = next((one.data for one in self.subjects if one.spec is not None and one.data is not None), None)
-        self.data = asked if data is not None or trained is None else trained
+        # A run's student is looked into with the images that it was trained for, unless others are asked for.
+        trained = next((one.data for one in self.subjects if one.spec is not None), None)
+        own = trained is None or any(item.startswith("data.") for item in overrides)
+        self.data = asked if own else trained
 
     def pictures(self, images: Sequence[str] | None, skip_bad: bool, default: int = 256) -> Pictures:
         """The images that are asked for, as the first subject sees them."""
@@ -180,8 +185,10 @@ def trace(
     heads: Heads = None,
     images: Images = None,
     mean: Annotated[bool, typer.Option("--mean", help="Only the mean over the images.")] = False,
-    data: DataName = None,
     skip_bad: SkipBad = False,
+    data: DataName = None,
+    set_: Set = [],  # noqa: B006 - typer copies it
+    data_dir: DataDir = None,
     profile: Profile = None,
     runs: Runs = None,
     device: Device = None,
@@ -202,7 +209,7 @@ def trace(
     if out.suffix != ".safetensors" or out.is_dir():
         raise UserError(f"-o {out} is no name of a .safetensors file", f"write it as -o {out.stem}.safetensors")
     tables.writable(out.parent, "-o")
-    desk = Desk([subject], profile, runs, data, device)
+    desk = Desk([subject], profile, runs, data, set_, data_dir, device)
     (one,) = desk.subjects
     pictures = desk.pictures(images, skip_bad, default=64)
     found = tracing.trace(
@@ -238,8 +245,10 @@ def similarity(
     layers: Layers = None,
     layer_map: LayerMap = None,
     images: Images = None,
-    data: DataName = None,
     skip_bad: SkipBad = False,
+    data: DataName = None,
+    set_: Set = [],  # noqa: B006 - typer copies it
+    data_dir: DataDir = None,
     profile: Profile = None,
     runs: Runs = None,
     device: Device = None,
@@ -257,7 +266,7 @@ def similarity(
 
     folder = out.expanduser() if out else Path("results") / "similarity"
     tables.writable(folder, "--out")
-    desk = Desk([subject, *others], profile, runs, data, device)
+    desk = Desk([subject, *others], profile, runs, data, set_, data_dir, device)
     a, *bs = desk.subjects
     pairs = layer_pairs(layer_map)
     pictures = desk.pictures(images, skip_bad)
@@ -321,8 +330,10 @@ def intervene(
     layer_map: LayerMap = None,
     each: Annotated[bool, typer.Option("--each", help="One block at a time, not all of them at once.")] = False,
     images: Images = None,
-    data: DataName = None,
     skip_bad: SkipBad = False,
+    data: DataName = None,
+    set_: Set = [],  # noqa: B006 - typer copies it
+    data_dir: DataDir = None,
     profile: Profile = None,
     runs: Runs = None,
     device: Device = None,
@@ -341,7 +352,7 @@ def intervene(
 
     folder = out.expanduser() if out else Path("results") / "intervene"
     tables.writable(folder, "--out")
-    desk = Desk([subject, *(from_ or ())], profile, runs, data, device)
+    desk = Desk([subject, *(from_ or ())], profile, runs, data, set_, data_dir, device)
     a, *others = desk.subjects
     words = with_ or ([] if from_ else ["uniform", "identity", "shuffled", "no-sinks"])
     sources: list[Any] = [*others]

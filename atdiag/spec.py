@@ -185,8 +185,11 @@ class Teacher(Spec):
 
     @property
     def label(self) -> str:
-        """How it is named wherever it is shown: ``clip_b (mini)``, or its plain name at paper scale."""
-        return self.name if self.profile == "paper" else f"{self.name} ({self.profile})"
+        """How it is shown: ``clip_b (mini)``, its plain name at paper scale, ``deit_s (own file)``."""
+        name, at, _ = self.name.partition("@")
+        if at:
+            return f"{name} (own file)"
+        return name if self.profile == "paper" or ":" in name else f"{name} ({self.profile})"
 
 
 BlockModule = Literal["attn", "mlp"]

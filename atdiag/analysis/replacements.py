@@ -11,9 +11,9 @@ from torch import Tensor
 
 from atdiag.analysis import tracing
 from atdiag.analysis.similarity import pair_layers
+from atdiag.analysis.sites import joined
 from atdiag.analysis.subjects import Subject
-from atdiag.analysis.tracing import Layer, Traced, joined
-from atdiag.networks.vit import ViT
+from atdiag.analysis.tracing import Layer, Traced
 from atdiag.transfer import ops
 from atdiag.transfer.attention import Given, Heads, split_heads
 from atdiag.transfer.ops import QK, Averaged, Map
@@ -67,7 +67,7 @@ def without_sinks(p: Tensor) -> Tensor:
     return torch.where(rest > 1e-6, p / rest.clamp_min(1e-6), other)
 
 
-def _changed(kind: str, part: Part, layer: Layer, images: int, tokens: int) -> Map | Tensor:
+def _changed(kind: str, part: Part, layer: Layer, tokens: int) -> Map | Tensor:
     """A network's own map, q, k or v after a change."""
     if part != "map":
         own = layer.tensor(part)
@@ -81,16 +81,10 @@ def _changed(kind: str, part: Part, layer: Layer, images: int, tokens: int) -> M
     if kind == "identity":
         return Averaged(torch.eye(tokens, dtype=like.dtype, device=like.device)[None, None])
     if kind == "shuffled":
-        return _rolled(map, images)
-    p = ops.probabilities(map)
-    return Averaged(without_sinks(p.expand(p.shape[0], p.shape[1], tokens, tokens)))
-
-
-def _rolled(map: Map, images: int) -> Map:
-    """Each image's map for the image after it. One map for all images stays what it is."""
-    if isinstance(map, QK):
-        return map._replace(q=map.q.roll(1, 0), k=map.k.roll(1, 0))
-    return map if map.p.shape[0] < images else Averaged(map.p.roll(1, 0))
+        return (
+            map._replace(q=map.q.roll(1, 0), k=map.k.roll(1, 0)) if isinstance(map, QK) else Averaged(map.p.roll(1, 0))
+        )
+    return Averaged(without_sinks(ops.probabilities(map)))
 
 
 # --- what may be put in --------------------------------------------------------------------------------------------
@@ -100,11 +94,6 @@ def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
     """The pairs (block that is changed, block it takes from) of a replacement. Raises UserError."""
     if one.part not in PARTS:
         raise UserError(f"nothing named {one.part!r} can be replaced{suggest(one.part, PARTS)}", ", ".join(PARTS))
-    if not isinstance(subject.module, ViT):
-        raise UserError(
-            f"{subject.label} has parts that only timm's own network has: nothing can be put into it",
-            "look into it with 'atdiag trace', 'similarity'",
-        )
     tracing.check_heads(subject, one.heads)
     source, network = one.source, subject.network
     if not isinstance(source, Subject):
@@ -187,14 +176,13 @@ def givens(
     own: what was traced of the network as it is; shown: of the other networks, by the identity of their subjects;
     before: what it takes from its teacher anyway.
     """
-    images, tokens = len(own.pixels), subject.network.tokens
     out = {}
     for layer, theirs in pairs:
         value: Map | Tensor
         if isinstance(one.source, Subject):
             value = _fitted(shown[id(one.source)].layers[theirs], one, subject)
         else:
-            value = _changed(one.source, one.part, own.layers[layer], images, tokens)
+            value = _changed(one.source, one.part, own.layers[layer], subject.network.tokens)
         out[layer] = _given(subject, one, layer, value, before)
     return out
 
@@ -214,5 +202,5 @@ def _fitted(layer: Layer, one: Replacement, subject: Subject) -> Map | Tensor:
     if isinstance(layer.used, QK):
         return layer.used.select(torch.tensor(kept, device=layer.used.q.device))
     p = ops.probabilities(layer.used)
-    p = p.expand(*p.shape[:2], theirs.tokens, theirs.tokens)[:, :, kept][..., kept]
+    p = p[:, :, kept][..., kept]
     return Averaged(p / p.sum(-1, keepdim=True))

@@ -156,8 +156,7 @@ def _selected(map: Map, tokens: tuple[int, ...] | None) -> Tensor:
         return ops.probabilities(map)
     if isinstance(map, QK):
         return ops.probabilities(map.select(torch.tensor(tokens, device=map.q.device)))
-    p = map.p[..., list(tokens)]
-    p = p if p.shape[2] == 1 else p[:, :, list(tokens)]  # 1: one row for all queries
+    p = map.p[..., list(tokens)][:, :, list(tokens)]
     return p / p.sum(-1, keepdim=True)
 
 
@@ -287,7 +286,6 @@ class _Pair:
             x, y = one.layers[layer_a], other.layers[layer_b]
             p = _selected(x.used, self.shared.of_a)
             q = _selected(y.used, self.shared.of_b)
-            p, q = _whole(p, images), _whole(q, images)
             self.heads[i] = self.heads[i] + pairwise(p, q)
             means = p.mean(1, keepdim=True), q.mean(1, keepdim=True)
             self.averaged[i] = self.averaged[i] + pairwise(*means)[0, 0]
@@ -324,11 +322,6 @@ class _Pair:
         if rows == "patch" or not self.shared.class_token:
             return parts["patch"].cka()
         return (parts["prefix"] + parts["patch"]).cka()
-
-
-def _whole(p: Tensor, images: int) -> Tensor:
-    """A map of one image, head or query for all of its kind -> one for each: only copies see the difference."""
-    return p.expand(images, -1, p.shape[-1], -1)
 
 
 def _numpy(x: Tensor | float) -> NDArray[np.float64]:

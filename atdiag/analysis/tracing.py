@@ -24,16 +24,18 @@ from itertools import product
 from typing import Any, Literal, Protocol, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atdiag.analysis import sites
 from atdiag.analysis.images import Pictures
+from atdiag.analysis.sites import Site, TracingError
 from atdiag.analysis.subjects import Subject
+from atdiag.networks.vit import ViT
 from atdiag.spec import Network
 from atdiag.transfer import ops
-from atdiag.transfer.attention import Attention, Given, Heads
+from atdiag.transfer.attention import Given
 from atdiag.transfer.observation import Seen
-from atdiag.transfer.ops import QK, Averaged, Map
+from atdiag.transfer.ops import QK, Map
 from atdiag.words import UserError, suggest
 
 What = Literal["map", "logits", "q", "k", "v", "attn", "mlp", "residual"]
@@ -43,15 +45,10 @@ stream that leaves the block [B, N, C]."""
 
 WHAT: tuple[What, ...] = get_args(What)
 PER_HEAD: frozenset[What] = frozenset({"map", "logits", "q", "k", "v"})
-_ATTENTION = PER_HEAD
 
 BATCH = 64
 """Images that are traced at a time, unless one layer's maps of so many would be more than ``_MOST`` numbers."""
-_MOST = 2**27
-
-
-class TracingError(RuntimeError):
-    """What was read is not what it should be: the message names the layer."""
+_MOST = 2**25
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ class Reader:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self._before: dict[nn.Module, dict[str, Any]] = {}
-        self._sites: dict[int, _Site] = {}
+        self._sites: dict[int, Site] = {}
         self._nnsight = _nnsight()
         self._root: Any = None
 
@@ -176,45 +173,65 @@ class Reader:
         or gave a NaN.
         """
         given = self.subject.given(pixels) if given is None else given
-        sites = {layer: self._site(layer) for layer in want.layers} if want.what & _ATTENTION else {}
-        nodes, outputs, logits = self._run(pixels, want, sites, given)
+        read = want.layers if want.what & PER_HEAD else ()
+        put = {} if isinstance(self.subject.module, ViT) else given  # ours takes it as an argument
+        where = {layer: self._site(layer) for layer in sorted({*read, *put})}
+        for layer in put:
+            if where[layer].kind == "explicit":
+                raise UserError(
+                    f"layer {layer} of {self.subject.label} has its fused attention off: nothing can be put in there",
+                    "set its fused_attn to True",
+                )
+        nodes, outputs, logits = self._run(pixels, want, where, {} if put else given, put)
         layers: dict[int, Layer] = {}
         for layer in want.layers:
-            found = outputs.get(layer, {})
-            if layer in sites:
-                if layer not in nodes:
-                    raise TracingError(f"layer {layer}: the forward pass never came to its attention")
-                seen = _seen(sites[layer], nodes[layer], self.subject.network, len(pixels), layer)
-                layers[layer] = Layer(seen.map, seen.v, **found)
-            else:
-                layers[layer] = Layer(**found)
+            seen = self._seen(where[layer], nodes, len(pixels), layer) if layer in read else None
+            layers[layer] = Layer(seen and seen.map, seen and seen.v, **outputs[layer])
         _check_finite(layers, self.subject.label)
         return Traced(layers, pixels, None, None, logits)
 
+    def _seen(self, site: Site, nodes: Mapping[int, Any], images: int, layer: int) -> Seen:
+        if layer not in nodes:
+            raise TracingError(f"layer {layer}: the forward pass never came to its attention")
+        return sites.seen(site, nodes[layer], self.subject.network, images, layer)
+
     def _run(
-        self, pixels: Tensor, want: Wanted, sites: Mapping[int, _Site], given: Mapping[int, Given]
+        self,
+        pixels: Tensor,
+        want: Wanted,
+        where: Mapping[int, Site],
+        given: Mapping[int, Given],
+        put: Mapping[int, Given],
     ) -> tuple[dict[int, Any], dict[int, dict[str, Any]], Tensor | None]:
-        """One pass: what was at each layer's site, what its modules put out, and the network's output."""
+        """One pass: what was at each layer's site, what its modules put out, and the network's output.
+
+        given: as an argument of the network; put: written into the pass where its attention is read.
+        """
         root, save = self._root, self._nnsight.save
         names = [name for name in ("attn", "mlp") if name in want.what]
         for name, layer in product(names, want.layers):
             if not isinstance(getattr(self._blocks[layer], name, None), nn.Module):
-                raise UserError(
-                    f"layer {layer} of {self.subject.label} has no module of its own whose output is {name}"
-                )
-        layers = {layer: (self._envoy(layer), sites.get(layer)) for layer in want.layers}
+                raise UserError(f"layer {layer} of {self.subject.label} has no {name} module, whose output to read")
+        envoys = {layer: self._envoy(layer) for layer in sorted({*want.layers, *where})}
+        network, images = self.subject.network, len(pixels)
         call = (pixels, dict(given)) if given else (pixels,)
         try:
             # Everything is read in the order in which the network computes it: nnsight can't go back.
             with root.trace(*call) as tracer:
                 nodes: dict[int, Any] = save({})
-                outputs: dict[int, dict[str, Any]] = save({layer: {} for layer in layers})
+                outputs: dict[int, dict[str, Any]] = save({layer: {} for layer in want.layers})
                 logits: list[Any] = save([])
-                for layer, (block, site) in layers.items():
-                    if site is not None:
+                for layer, block in envoys.items():
+                    if layer in where:
+                        site = where[layer]
                         node = getattr((block.attn if site.inside else block).source, site.node)
                         arguments = node.inputs if site.kind != "explicit" else None
+                        if layer in put:
+                            own = sites.seen(site, (arguments, None), network, images, layer)
+                            node.output = sites.attended(put[layer], own)
                         nodes[layer] = (arguments, node.output if site.kind != "fused" else None)
+                    if layer not in outputs:
+                        continue
                     for name in names:
                         outputs[layer][name] = getattr(block, name).output
                     if "residual" in want.what:
@@ -242,7 +259,7 @@ class Reader:
             envoy = getattr(envoy, name)
         return envoy[layer]
 
-    def _site(self, layer: int) -> _Site:
+    def _site(self, layer: int) -> Site:
         """Where a block's map is to be read, by the source of its attention. Raises UserError where there is none."""
         block = self._blocks[layer]
         attn = getattr(block, "attn", None)
@@ -250,36 +267,15 @@ class Reader:
         module: nn.Module = attn if isinstance(attn, nn.Module) else block
         envoy = self._envoy(layer)
         names: Sequence[str] = (envoy.attn if inside else envoy).source.names
-        kind: _Kind = "ours" if isinstance(module, Attention) else "fused"
-        if kind == "fused" and not getattr(module, "fused_attn", True):
-            kind = "explicit"
-        found = [name for name in names if re.search(_NODES[kind], name)]
+        kind, found = sites.locate(module, names)
         if len(found) != 1:
             how = "no softmax attention that can be read" if not found else f"attention in {len(found)} places"
             raise UserError(f"layer {layer} of {self.subject.label} ({type(module).__name__}) has {how}")
-        return _Site(inside, found[0], kind)
+        return Site(inside, found[0], kind)
 
-
-_Kind = Literal["ours", "fused", "explicit"]
-
-_NODES: dict[_Kind, str] = {
-    "ours": r"^self_see_\d+$",
-    "fused": r"scaled_dot_product_attention_\d+$",
-    "explicit": r"^attn_softmax_\d+$",
-}
-"""By how a block attends: what nnsight calls the place in the source where its map is to be had."""
 
 _PLANTED = ("forward", "__nnsight__")
 """What nnsight leaves on a module whose source it has read."""
-
-
-@dataclass(frozen=True)
-class _Site:
-    """Where a block's attention is read: a node in the source of its ``attn`` (``inside``), or of the block itself."""
-
-    inside: bool
-    node: str
-    kind: _Kind
 
 
 def _nnsight() -> Any:
@@ -311,81 +307,6 @@ def _translated(fault: Exception) -> str:
         f"layer {found[1]}: {found[2].split('.input')[0] or 'the block'} was not run where it was expected: the "
         "network takes another path through its attention, or leaves the block out"
     )
-
-
-def _seen(site: _Site, node: Any, network: Network, images: int, layer: int) -> Seen:
-    """The map and the values at a site. Raises TracingError for attention that is no map over all tokens."""
-    arguments, output = node
-    if site.kind == "ours":
-        given = arguments[0][1] if len(arguments[0]) > 1 else arguments[1].get("given")
-        return _ours(output[1], given)
-    try:
-        if site.kind == "explicit":
-            seen = Seen(Averaged(output))
-            shape = output.shape
-        else:
-            seen = _of_sdpa(network.heads, *arguments[0], **arguments[1])
-            shape = (*seen.qk.q.shape[:3], seen.qk.k.shape[2])
-    except TracingError as fault:
-        raise TracingError(f"layer {layer}: {fault}") from None
-    expected = (images, network.heads, network.tokens, network.tokens)
-    if tuple(shape) != expected:
-        raise TracingError(f"layer {layer}: its map is {tuple(shape)}, and one over all tokens is {expected}")
-    return seen
-
-
-def _ours(seen: Seen, given: Given | None) -> Seen:
-    """What our module used: where a map was given to some heads alone, both kinds as one map."""
-    if given is None or given.tensor != "map" or given.heads is None:
-        return Seen(*seen)
-    assert not isinstance(given.value, Tensor)
-    return Seen(joined(given.value, seen.map, given.heads), seen.v)
-
-
-def joined(part: Map, rest: Map, heads: Heads) -> Map:
-    """One map of two, each of some of the heads: by q and k where both are, with the narrower ones padded by zeros."""
-    if isinstance(part, QK) and isinstance(rest, QK):
-        both = (part, rest)
-        width = max(map.q.shape[-1] for map in both)
-        q = torch.cat([F.pad(map.q * map.scale, (0, width - map.q.shape[-1])) for map in both], 1)
-        k = torch.cat([F.pad(map.k, (0, width - map.k.shape[-1])) for map in both], 1)
-        bias = None
-        if part.bias is not None or rest.bias is not None:
-            none = [q.new_zeros(map.q.shape[1], q.shape[2], k.shape[2]) for map in both]
-            bias = torch.cat([zero if map.bias is None else map.bias for map, zero in zip(both, none, strict=True)])
-            bias = bias[heads.order]
-        return QK(q[:, heads.order], k[:, heads.order], 1.0, bias)
-    p, other = ops.probabilities(part), ops.probabilities(rest)
-    shape = [max(a, b) for a, b in zip(p.shape, other.shape, strict=True)]
-    sizes = (len(heads.part), len(heads.rest))
-    whole = [x.expand(shape[0], size, *shape[2:]) for x, size in zip((p, other), sizes, strict=True)]
-    return Averaged(torch.cat(whole, 1)[:, heads.order])
-
-
-def _of_sdpa(
-    heads: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Seen:
-    """The map and values of one call of scaled dot-product attention (its arguments, by their names)."""
-    if is_causal or dropout_p:
-        raise TracingError("it attends with a causal mask or dropout")
-    if key.shape[1] and (groups := heads // key.shape[1]) > 1:  # one key serves several heads
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    bias = None
-    if attn_mask is not None:
-        if not attn_mask.is_floating_point() or attn_mask.numel() != attn_mask.shape[-3:].numel():
-            raise TracingError(
-                f"a mask of {attn_mask.dtype}, {tuple(attn_mask.shape)}, is no bias of the heads' logits"
-            )
-        bias = attn_mask.reshape(attn_mask.shape[-3:]).expand(query.shape[1], -1, -1)
-    return Seen(QK(query, key, query.shape[-1] ** -0.5 if scale is None else scale, bias), value)
 
 
 def _check_finite(layers: Mapping[int, Layer], label: str) -> None:
@@ -464,14 +385,11 @@ class Mean:
 
     def add(self, traced: Traced) -> None:
         """Take in one batch."""
-        images = len(traced.pixels)
-        self.count += images
+        self.count += len(traced.pixels)
         wide = torch.float32 if traced.pixels.device.type == "mps" else torch.float64
         for layer, found in traced.layers.items():
             for what in self.what:
                 tensor = found.tensor(what, self.heads)
-                if tensor.shape[0] == 1 < images:  # one map for all images
-                    tensor = tensor.expand(images, *tensor.shape[1:])
                 total = tensor.sum(0, dtype=wide)
                 self._sums[what, layer] = self._sums[what, layer] + total if (what, layer) in self._sums else total
 
@@ -503,11 +421,9 @@ def trace(
         return average.result()
     parts: dict[tuple[What, int], list[Tensor]] = {}
     for (traced,) in stream([(subject, want)], pictures, batch):
-        images = len(traced.pixels)
         for layer, found in traced.layers.items():
             for name in names:
-                tensor = found.tensor(name, heads).cpu()
-                parts.setdefault((name, layer), []).append(tensor.expand(images, *tensor.shape[1:]))
+                parts.setdefault((name, layer), []).append(found.tensor(name, heads).cpu())
     return {key: torch.cat(tensors) for key, tensors in parts.items()}
 
 

@@ -11,6 +11,10 @@ NAMES: dict[str, int] = {"digits": 10, "larger": 9}
 """Embedded scenes -> number of classes."""
 
 
+_HELD_OUT = 600
+"""Held-out source digits, of which test scenes are made."""
+
+
 def known(name: str) -> str:
     """The name itself. Raises UserError, with what may have been meant, for a name that is no data set."""
     if name in NAMES or name in FACTS or (name.startswith(ANY_FOLDER) and name != ANY_FOLDER):
@@ -45,6 +49,15 @@ def image_size(name: str) -> int | None:
 def imagenet_rows(name: str) -> tuple[int, ...]:
     """Where a data set's classes are ImageNet-1k's: their indices there, in order; else empty."""
     return FACTS[name].imagenet if name in FACTS else ()
+
+
+def test_images(data: Data) -> int:
+    """About how many test images a spec means, for an estimate of what measuring a run costs."""
+    if data.name in NAMES:
+        return _HELD_OUT * data.test_per_source
+    if data.test_per_class:
+        return classes(data) * data.test_per_class
+    return FACTS[data.name].test if data.name in FACTS else data.train // 5
 
 
 def complete(data: Data) -> Data:

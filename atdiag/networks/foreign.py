@@ -31,6 +31,9 @@ class Foreign(nn.Module):
     mean: Tensor
     std: Tensor
 
+    origin: Any = None
+    """Where published weights came from, as a dataclass (see ``weights.Origin``)."""
+
     def __init__(self, model: nn.Module, network: Network) -> None:
         super().__init__()
         self.model = model

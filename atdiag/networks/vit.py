@@ -47,6 +47,9 @@ class Block(TimmBlock):  # type: ignore[misc]
 class ViT(VisionTransformer):  # type: ignore[misc]
     """A ViT built from a :class:`~atdiag.spec.Network`. Its parameters are *not* initialised: see ``students``."""
 
+    origin: Any = None
+    """Where published weights came from, as a dataclass (see ``weights.Origin``)."""
+
     def __init__(self, network: Network) -> None:
         parts = components.resolve(network.components)
         arguments: dict[str, Any] = {

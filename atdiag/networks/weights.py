@@ -66,7 +66,7 @@ def load(teacher: Teacher) -> ViT | Foreign:
     if teachers.is_miniature(teacher):
         return _load_miniature(teacher)
     path, source = _file(teacher)
-    model, _ = load_source(source, path, teacher.network.image_size)
+    model, converted = load_source(source, path, teacher.network.image_size)
     from atdiag.networks import architectures, published
 
     found = published.teacher_from(model, *architectures.pixels(source))
@@ -76,6 +76,7 @@ def load(teacher: Teacher) -> ViT | Foreign:
             "is it another version of timm?",
         )
     found.eval().requires_grad_(False)
+    found.origin = Origin(str(path), str(teacher.sha256), converted.format, converted.branch, converted.dropped)
     return found
 
 

@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 
 from pydantic import ValidationError
 
-from atdiag.data.names import NAMES
+from atdiag.data import names
 from atdiag.networks import teachers
 from atdiag.runs import DamagedRunError, Run, Store
 from atdiag.spec import Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, TransferMethod
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 METHODS = ("copy", "distill")
 """The transfers of attention."""
+
+_IMAGENET_CLASSES = 1000
 
 BASELINE = "scratch"
 """Name of the baseline arm: the standard student, trained from scratch with no transfer."""
@@ -118,8 +120,11 @@ class Lab:
     settings: Settings
 
     def teacher(self, name: str) -> Teacher:
-        """A teacher at the profile. Raises UserError if there is none, or its weights are not here."""
-        return teachers.teacher(name, self.settings.profile.name)
+        """A teacher at the profile, on the profile's images. Raises UserError if there is none.
+
+        Where its published weights are not on this machine it is a plan (``sha256`` None), which can't be trained with.
+        """
+        return teachers.teacher(name, self.settings.profile.name, self.settings.profile.data.image_size)
 
     def student(self, teacher: Teacher, components: Iterable[str] = ()) -> Network:
         """The student's architecture: standard, with some of the teacher's native components, or with all."""
@@ -131,7 +136,7 @@ class Lab:
                     f"{teacher.label} has no component {name!r}{suggest(name, have)}",
                     f"it has {', '.join(have) or 'none'}",
                 )
-        return teacher.network.student(components, NAMES[self.settings.profile.data.name])
+        return teacher.network.student(components, names.classes(self.settings.profile.data))
 
     def transfer(
         self, method: str, network: Network, layers: Sequence[int] | None = None, allowed: Sequence[str] = METHODS
@@ -155,8 +160,12 @@ class Lab:
         teacher: Teacher | None = None,
         init: Init | None = None,
         transfer: Transfer | None = None,
+        recipe: str | None = None,
     ) -> Arm:
-        """An arm over the seeds of the settings, optimised by the profile's recipe for its transfer method."""
+        """An arm over the seeds of the settings.
+
+        recipe: which of the profile's recipes it is optimised by; None: that of its transfer method.
+        """
         profile = self.settings.profile
         transfer = transfer or Transfer()
         try:
@@ -169,7 +178,7 @@ class Lab:
                         init=init or Init(),
                         transfer=transfer,
                         data=profile.data,
-                        recipe=profile.recipe[recipe_of(transfer)],
+                        recipe=profile.recipe[recipe or recipe_of(transfer)],
                         seed=seed,
                     )
                     for seed in self.settings.seeds
@@ -183,15 +192,21 @@ class Lab:
         return self.arm(BASELINE, self.student(teacher))
 
     def reference(self, teacher: Teacher) -> Arm | None:
-        """The teacher as it is, with its own head, on the test images; None if its head is for another task."""
-        data = self.settings.profile.data
-        if teacher.network.classes != NAMES[data.name]:
+        """The teacher as it is, with its own head, on the test images; None if its head is for another task.
+
+        Of an ImageNet head, the rows of the data set's classes are taken, where those are ImageNet's.
+        """
+        data, network = self.settings.profile.data, teacher.network
+        rows = names.imagenet_rows(data.name) if network.classes == _IMAGENET_CLASSES else ()
+        own = not names.is_real(data.name) and network.classes == names.classes(data)
+        if network.differences or not (rows or own):
             return None
+        rows = () if len(rows) == network.classes else rows
         spec = RunSpec(
-            network=teacher.network,
+            network=network.model_copy(update={"classes": len(rows) or network.classes}),
             teacher=teacher,
-            init=Init(source="teacher", head=True),
-            data=data.model_copy(update={"train": 1}),  # it is not trained
+            init=Init(source="teacher", head=True, head_rows=rows),
+            data=data.model_copy(update={"train": 1, "per_class": None}),  # it is not trained
             recipe=Recipe(epochs=0, batch_size=1),
             seed=Seed(data=0, model=0),
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from shutil import which
 from statistics import median
 from typing import Any
 
+from atdiag.data import names
 from atdiag.runs import DamagedRunError, Store
 from atdiag.spec import Network, RunSpec
 from atdiag.words import UserError, suggest
@@ -32,10 +34,10 @@ from atdiag.words import UserError, suggest
 _FLOPS_PER_SECOND = 30e9
 """What one CPU thread does on networks of miniature size, until finished runs say better (measured: 20e9 to 33e9 on a
 2025 server core, busy and idle)."""
+_GPU_FLOPS_PER_SECOND = 50e12
+"""A guess for a GPU (not measured), until finished runs say better."""
 
 _STARTUP_SECONDS = 8.0
-_TEST_SOURCES = 600
-"""Held-out source digits, of which test scenes are made."""
 
 
 class FaultError(RuntimeError):
@@ -73,7 +75,7 @@ def seconds(spec: RunSpec, flops_per_second: float = _FLOPS_PER_SECOND, tested: 
     if spec.teacher is not None and spec.transfer.layers:
         teacher = 2 * macs(spec.teacher.network) * (spec.transfer.layers[-1] + 1) / spec.teacher.network.depth
     at_test = student + (teacher if spec.transfer.method == "copy" else 0)
-    test_images = _TEST_SOURCES * spec.data.test_per_source if tested else 0
+    test_images = names.test_images(spec.data) if tested else 0
     return (trained * (3 * student + teacher) + test_images * at_test) / flops_per_second
 
 
@@ -85,7 +87,8 @@ def measured_speed(store: Store, device: str, newest: int = 30) -> float:
             spec, result = run.spec, run.result()
             if result["seconds"] > 1 and result["environment"]["device"].startswith(device):
                 found.append(seconds(spec, 1.0, tested=False) / result["seconds"])
-    return median(found) if len(found) > 2 else _FLOPS_PER_SECOND
+    usual = _FLOPS_PER_SECOND if device == "cpu" else _GPU_FLOPS_PER_SECOND
+    return median(found) if len(found) > 2 else usual
 
 
 def pending(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:
@@ -315,6 +318,7 @@ class _Crew:
             else:
                 # The exception's first line: what it goes on to say is indented, as is the traceback.
                 last = next((line for line in reversed(words) if not line[0].isspace()), f"exit code {code}")
+                last = re.sub(r"^atdiag\.[\w.]+Error: ", "", last)  # our own errors say all in their message
             log = self.store.root / "last-fault.log"
             log.write_text("\n".join([*words, last]) + "\n")
             raise FaultError(

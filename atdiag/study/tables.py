@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,11 @@ def slug(study: Study) -> str:
     options = "-".join(study.options.values()).replace(" ", "") or study.ablation
     digest = hashlib.sha256(" ".join(sorted(spec.id for spec in study.specs)).encode()).hexdigest()[:6]
     return f"{options}-{digest}"
+
+
+def _plain(name: str) -> str:
+    """A teacher's name as part of a file name: ``timm:MODEL@/path/file`` without the path."""
+    return re.sub(r"[^\w.-]+", "-", name.partition("@")[0])
 
 
 def frame(report: Report) -> pd.DataFrame:
@@ -171,7 +177,7 @@ def as_json(report: Report, files: list[Path]) -> dict[str, Any]:
 
 def output_folder(study: Study, profile: str, out: Path | None) -> Path:
     """The folder for a study's tables and figures, made and writable. Raises UserError where it can't be."""
-    folder = out or Path("results") / f"{study.ablation}-{study.teacher.name}-{profile}"
+    folder = out or Path("results") / f"{study.ablation}-{_plain(study.teacher.name)}-{profile}"
     writable(folder, "--out")
     return folder
 

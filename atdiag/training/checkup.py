@@ -11,8 +11,9 @@ import torch
 from atdiag.data import datasets
 from atdiag.networks import teachers, weights
 from atdiag.spec import Data
+from atdiag.training import compiled
 from atdiag.training.provenance import best_device, device_name, versions
-from atdiag.transfer import divergences, ops
+from atdiag.transfer import divergences, ops, sdpa
 from atdiag.transfer.ops import QK
 
 _TOLERANCE = 1e-4
@@ -38,6 +39,8 @@ def examine(runs: Path) -> list[Finding]:
         _miniatures(),
         *(_attention(device, tokens) for tokens in (26, 197)),
         _cross_entropy(device),
+        _kernels(device),
+        Finding("compiled blocks", _compiling(device)),
     ]
 
 
@@ -85,3 +88,20 @@ def _cross_entropy(device: torch.device) -> Finding:
     explicit, fused = (divergences.cross_entropy(teacher, student, fused=path).item() for path in (False, True))
     difference = abs(explicit - fused)
     return Finding("fused and explicit distillation loss", f"difference {difference:.1e}", ok=difference < _TOLERANCE)
+
+
+def _kernels(device: torch.device) -> Finding:
+    """Which kernels of scaled dot-product attention run here, without and with a teacher's position bias."""
+    qk, _, v = _random(device, 197)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = (x.to(dtype).requires_grad_() for x in (qk.q, qk.k, v))
+    bias = torch.zeros(3, 197, 197, device=device, dtype=dtype)
+    found = [sdpa.kernel(sdpa.attention(q, k, v, qk.scale, mask)) for mask in (None, bias)]
+    plain, biased = (name or "none that spares memory" for name in found)
+    text = f"{plain}; with a position bias {biased} ({str(dtype).removeprefix('torch.')})"
+    return Finding("kernel of fused attention", text, ok=None not in found or device.type == "mps")
+
+
+def _compiling(device: torch.device) -> str:
+    state = "yes" if compiled.wanted(device) else "no"
+    return f"{state} on {device.type} ({compiled.VARIABLE}=1 or 0 chooses)"

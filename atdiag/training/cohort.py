@@ -244,6 +244,7 @@ class _Cohort:
                 "images_per_second": round(trained / member.seconds, 1) if member.seconds else None,
                 "start": asdict(member.start) if member.start else None,
                 "teacher": spec.teacher.label if spec.teacher else None,
+                "weights": asdict(origin) if (origin := getattr(member.teacher, "origin", None)) else None,
                 "environment": {**environment(self.device), "compiled": self.compiled},
             }
         )

@@ -3,6 +3,7 @@
 import nnsight
 import numpy as np
 import pytest
+import timm
 import torch
 
 from atdiag.analysis import intervene, subjects, tracing
@@ -124,6 +125,39 @@ def test_without_sinks():
     p = torch.tensor([[[[0.7, 0.1, 0.2], [0.6, 0.4, 0.0], [1.0, 0.0, 0.0]]]])
     expected = torch.tensor([[[[0, 1 / 3, 2 / 3], [0, 1, 0], [0, 0.5, 0.5]]]])
     torch.testing.assert_close(without_sinks(p), expected)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "vit_small_patch16_dinov3"])
+def test_into_timms_own_networks_it_is_written_where_they_attend(name, pictures):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=32, depth=3, embed_dim=24, num_heads=2, num_classes=5).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    one = subjects.of(model, name)
+    some = pictures(one, 6)
+    own = [Replacement("own", part, heads=heads) for part in PARTS for heads in (None, (1,))]
+    for outcome in run(one, some, *own):
+        assert outcome.logits <= 1e-5 and outcome.residual.max() <= 1e-5, outcome.replaced
+    (found,) = run(one, some, Replacement("uniform", layers=(1,), heads=(0,)))
+
+    # With fused attention off, timm hands its map to the module attn_drop, and takes back what a hook makes of it.
+    def flat(module, inputs, output):
+        output[:, 0] = 1 / output.shape[-1]
+        return output
+
+    images = next(some.batches(6)).pixels
+    with torch.no_grad():
+        before = one.module(images)
+        model.blocks[1].attn.fused_attn = False
+        handle = model.blocks[1].attn.attn_drop.register_forward_hook(flat)
+        after = one.module(images)
+        handle.remove()
+    assert found.logits > 1e-4
+    assert found.logits == pytest.approx(float((after - before).abs().max()), rel=1e-3)
+    assert (found.after == after.argmax(-1).numpy()).all()
+    with pytest.raises(UserError, match="fused attention"):
+        run(one, some, Replacement("uniform"))
 
 
 def copying(subject, **form):

@@ -13,6 +13,8 @@ from scipy.spatial.distance import jensenshannon
 
 from atdiag.analysis import similarity, subjects, tracing
 from atdiag.analysis.similarity import MATCHINGS, Covariance, Similarity
+from atdiag.training import evaluate
+from atdiag.transfer.method import Transfer
 from atdiag.words import UserError
 
 
@@ -190,6 +192,21 @@ def test_registers_and_a_lacking_class_token_are_sliced_off_before_softmax(subje
     q = b["logits", 1][:, :, kept][..., kept].softmax(-1)
     expected = oracle(a["map", 1].numpy(), q.numpy()).mean(-1) / 4
     np.testing.assert_allclose(with_registers.heads["all"][1], expected, atol=3e-6)
+
+
+def test_a_student_that_copies_an_averaged_map_has_one_for_every_head(subject, pictures):
+    student, teacher = subject(0), subject(7, components=("registers",), registers=2)
+    for average in ("heads", "queries", "layers"):
+        transfer = Transfer(method="copy", layers=(0, 2), average=average)
+        body = evaluate.Subject(student.module, transfer, teacher.module)
+        copying = subjects.Subject("copy", body, student.network)
+        some = pictures(student)
+        (found,) = similarity.similarity(copying, subject(1, components=("registers",), registers=1), some)
+        a, b = tracing.trace(copying, some), tracing.trace(subject(1, components=("registers",), registers=1), some)
+        q = b["map", 2][..., [0, *range(2, 27)]][:, :, [0, *range(2, 27)]]
+        expected = oracle(a["map", 2].numpy(), (q / q.sum(-1, keepdim=True)).numpy()).mean(-1) / 4
+        np.testing.assert_allclose(found.heads["all"][2], expected, atol=3e-6)
+        assert a["map", 2].shape == (4, 3, 26, 26)
 
 
 # What can't be compared

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from atdiag.networks import components, inspection, published, students
+from atdiag.networks import components, inspection, published, students, teachers
 from atdiag.networks.foreign import Foreign
 from atdiag.networks.vit import ViT
 from atdiag.spec import Network, Transfer
@@ -19,27 +19,12 @@ from atdiag.transfer import method, ops
 from atdiag.transfer.observation import Observation, Wanted, of_teacher
 from atdiag.words import UserError
 
-# The architecture of every family in the registry that our own modules rebuild -> what inspection finds.
-PLAIN: tuple[str, ...] = ()
-DINO_V2 = ("layer_scale",)
-BEIT = ("layer_scale", "mean_pool", "no_abs_pos", "no_k_bias", "rel_pos_bias")
-CLIP = ("ln_eps", "no_patch_bias", "pre_norm", "quick_gelu")
+# Every row of the registry that our own modules rebuild -> timm's name, arguments, and what inspection must find.
 FAMILIES: dict[str, tuple[str, dict, tuple[str, ...]]] = {
-    "deit_s": ("deit_small_patch16_224.fb_in1k", {}, PLAIN),
-    "deit_b": ("deit_base_patch16_224.fb_in1k", {}, PLAIN),
-    "augreg_s": ("vit_small_patch16_224.augreg_in21k", {"num_classes": 7}, PLAIN),
-    "dino_s": ("vit_small_patch16_224.dino", {}, PLAIN),
-    "mae_b": ("vit_base_patch16_224.mae", {}, PLAIN),
-    "mocov3_s": ("vit_small_patch16_224", {"num_heads": 12}, PLAIN),
-    "ibot_s": ("vit_small_patch16_224", {"num_classes": 0}, PLAIN),
-    "siglip2_b": ("vit_base_patch16_siglip_224.v2_webli", {}, ("attention_pool",)),
-    "dinov2_s": ("vit_small_patch14_dinov2.lvd142m", {}, DINO_V2),
-    "dinov2_reg_s": ("vit_small_patch14_reg4_dinov2.lvd142m", {}, ("layer_scale", "registers")),
-    "clip_b": ("vit_base_patch16_clip_quickgelu_224.openai", {}, CLIP),
-    "beitv2_b": ("beitv2_base_patch16_224.in1k_ft_in22k", {"num_classes": 9}, BEIT),
-    "beit_b": ("beit_base_patch16_224.in22k_ft_in22k", {"num_classes": 9}, BEIT),
-    "deit3_s": ("deit3_small_patch16_224.fb_in1k", {}, DINO_V2),
+    row.name: (row.model, dict(row.arguments), row.components or ()) for row in teachers.registry().values()
 }
+PLAIN: tuple[str, ...] = ()
+BEIT = ("layer_scale", "mean_pool", "no_abs_pos", "no_k_bias", "rel_pos_bias")
 SMALL = {"embed_dim": 96, "num_heads": 3, "num_classes": 5}
 OTHERS: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "eva giant": ("eva_giant_patch14_224", {"embed_dim": 176, "num_heads": 2}, ("mean_pool", "no_k_bias")),
@@ -352,9 +337,7 @@ def test_maps_are_those_of_timms_own_formula(name):
     assert list(alone) == [0] and torch.equal(alone[0].q, maps[0].q)
 
 
-@pytest.mark.parametrize(
-    "name", ["deit_s", "beitv2_b", "dinov2_reg_s", "siglip2_b", "clip_b", "eva02", "dinov3", "distilled deit"]
-)
+@pytest.mark.parametrize("name", [*FAMILIES, "eva02", "dinov3", "distilled deit"])
 def test_maps_are_what_nnsight_traces(name):
     nnsight = pytest.importorskip("nnsight")
     of, taught = copy.deepcopy(model(name)), teacher(name)

@@ -1,6 +1,7 @@
 """Where a setting comes from, and what is said of a wrong one."""
 
 import json
+import os
 import string
 from pathlib import Path
 
@@ -194,8 +195,6 @@ def test_numbers_of_seeds(count, tmp_path):
     [
         ("mnii", "unknown profile 'mnii', did you mean 'mini'? (known: mini, small, paper)"),
         ("", "unknown profile ''"),
-        ("paper", "ImageNet-1k and the published weights) needs data and weights that this version can't load: use"),
-        ("small", "use '--profile mini'"),
     ],
 )
 def test_profiles(name, says, tmp_path):
@@ -216,7 +215,10 @@ def test_profiles(name, says, tmp_path):
         ("[recipe]\nlr = 1\n[recipe]\nlr = 2", "can't be read ("),
         ("[recipe]\nlr = 1\nlr = 2", "can't be read ("),
         pytest.param(f"seeds = {'9' * 5000}", "can't be read (Exceeds the limit", id="5000 digits"),
-        ("profil = 'mini'", "unknown key 'profil', did you mean 'profile'? (known: profile, seeds, runs, [data], "),
+        (
+            "profil = 'mini'",
+            "unknown key 'profil', did you mean 'profile'? (known: profile, seeds, runs, data_dir, [data], ",
+        ),
         ("[recipes]\nlr = 1", "unknown key 'recipes', did you mean 'recipe'?"),
         ("epochs = 3", "unknown key 'epochs'"),
         ("profile = 3", "profile = 3 has the wrong type: write it as 'profile = \"mini\"'"),
@@ -279,3 +281,37 @@ def test_whatever_is_typed_is_understood_or_refused(sets):
     else:
         assert found.profile.model_dump_json()
         assert all(recipe.epochs * found.profile.data.train > 0 for recipe in found.profile.recipe.values())
+
+
+# Real images
+
+
+def test_the_larger_profiles_are_of_real_images():
+    """Planning needs neither the images nor the weights."""
+    small, paper = (resolve(profile=name, environment={}).profile for name in ("small", "paper"))
+    assert (small.data.name, small.data.train, small.data.image_size) == ("imagenette", 9469, 128)
+    assert (paper.data.name, paper.data.train, paper.data.image_size) == ("imagenet", 1_281_167, 224)
+    assert {recipe.precision for recipe in (*small.recipe.values(), *paper.recipe.values())} == {"bfloat16"}
+
+
+def test_another_data_set_brings_its_own_facts():
+    def data(*sets, profile="mini"):
+        return resolve(profile=profile, sets=sets, environment={}).profile.data
+
+    cifar = data("data.name=cifar10")
+    assert (cifar.train, cifar.image_size, cifar.clutter) == (50_000, 32, Data(train=1).clutter)
+    assert data("data.name=cifar10", profile="small").image_size == 128
+    assert data("data.name=cifar10", "data.per_class=7", "data.image_size=64").train == 70
+    assert data("data.name=cifar10", "data.train=300").train == 300
+    assert data("data.name=digits", profile="small") == PROFILES["mini"].data
+    assert data("data.name=larger").clutter == PROFILES["mini"].data.clutter
+    assert "data.train=50001: there are 50000" in refused("data.name=cifar10", "data.train=50001")
+    assert "data.image_size is of real images" in refused("data.image_size=20")
+
+
+def test_the_folder_of_all_data_sets_can_stand_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATDIAG_DATA", "x")  # so that it is put back
+    monkeypatch.delenv("ATDIAG_DATA")
+    (tmp_path / "atdiag.toml").write_text('data_dir = "/some/folder"')
+    resolve(folder=tmp_path)
+    assert os.environ["ATDIAG_DATA"] == "/some/folder"

@@ -140,8 +140,9 @@ def hold_out(clusters: NDArray[np.int64], share: float = HELD_OUT) -> NDArray[np
     before = np.cumsum(sizes[order]) - sizes[order]
     chosen = np.zeros(len(sizes), np.bool_)
     chosen[order[before < share * len(clusters)]] = True
+    chosen[order[-1]] = False  # something is left to fit to, even where clusters are large
     out: NDArray[np.bool_] = chosen[index]
-    if not out.any() or out.all():
+    if not out.any():
         raise UserError(f"{len(clusters)} training images are too few to hold some of them out", "give more")
     return out
 

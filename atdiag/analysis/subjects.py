@@ -69,10 +69,15 @@ class Subject:
 
     @torch.no_grad()
     def given(self, pixels: Tensor) -> dict[int, Given]:
-        """What its blocks take from its teacher for images [B, channels, S, S] in [0, 1]; empty unless it copies."""
+        """What its blocks take from its teacher for images [B, channels, S, S] in [0, 1]; empty unless it copies.
+
+        Raises ValueError for a copy-student without its teacher.
+        """
         body = self.body
-        if not isinstance(body, evaluate.Subject) or body.teacher is None:
+        if not isinstance(body, evaluate.Subject) or not method.needs_teacher_at_test(body.transfer):
             return {}
+        if body.teacher is None:
+            raise ValueError(f"{self.label} copies blocks {body.transfer.layers}: it needs its teacher, and has none")
         shown = body.teacher.observe(pixels, of_teacher([body.transfer]))
         own = evaluate.fit(shown, body.teacher, self.network)
         own = Observation(own.seen, own.features, own.logits, body.averages)

@@ -85,14 +85,17 @@ class Desk:
         self.data = asked if own else trained
 
     def pictures(self, images: Sequence[str] | None, skip_bad: bool, default: int = 256) -> Pictures:
-        """The images that are asked for, as the first subject sees them."""
+        """The images that are asked for, as the first subject sees them; else ``default`` of the data set's."""
+        import numpy as np
+
         from atdiag.analysis.images import choose
 
         network = self.subjects[0].network
         if images:
             return choose(list(images), self.data, network, skip_bad)
-        everything = len(choose(0, self.data, network))
-        return choose(min(default, everything), self.data, network, skip_bad)
+        every = choose(0, self.data, network)
+        count = min(default, len(every))
+        return every.reordered(np.arange(count, dtype=np.int64) * len(every) // count)
 
 
 def chosen(text: str | None, count: int, option: str) -> tuple[int, ...] | None:

@@ -22,7 +22,7 @@ def residual(found: Sequence[Outcome]) -> Figure:
             places, values = [one.layers[0] for one in outcomes], [float(one.residual[-1]) for one in outcomes]
         else:
             places, values = [*range(len(outcomes[0].residual))], outcomes[0].residual.tolist()
-        axes.plot(places, values, "o-", color=colour, ms=3, label=name)
+        axes.plot(places, values, "o-", color=colour, ms=3, label=style.short(name, 40))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("change of the stream")
     axes.grid(visible=False, axis="x")
@@ -47,7 +47,7 @@ def accuracy(found: Sequence[Outcome]) -> Figure:
         axes.plot([low, high], [y, y], color=style.BLUE, solid_capstyle="butt")
         axes.plot(value, y, "o", ms=4.5, color=style.BLUE)
     axes.axvline(0, color=style.INK, lw=0.8, zorder=1)
-    axes.set_yticks(range(len(found)), [one.replaced for one in found])
+    axes.set_yticks(range(len(found)), [style.short(one.replaced, 40) for one in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.margins(x=0.08)
     axes.locator_params(axis="x", nbins=5)
@@ -62,7 +62,7 @@ def _by_layer(found: Sequence[Outcome], groups: dict[str, list[Outcome]]) -> Fig
         offset = 0.08 * (i - (len(groups) - 1) / 2)
         layers = [one.layers[0] + offset for one in outcomes]
         values = [one.change for one in outcomes if one.change is not None]
-        axes.plot(layers, [value for value, _, _ in values], "o-", color=colour, ms=3, label=name)
+        axes.plot(layers, [value for value, _, _ in values], "o-", color=colour, ms=3, label=style.short(name, 40))
         axes.vlines(layers, [low for _, low, _ in values], [high for _, _, high in values], color=colour, lw=0.8)
     axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
     layers = sorted({one.layers[0] for one in found})

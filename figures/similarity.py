@@ -31,12 +31,12 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
         _line(below, one, one.cka["all"], "all tokens", style.BLUE, "o-")
         if "class" in one.cka:
             _line(below, one, one.cka["class"], "class token", style.VERMILLION, "^-")
-        title = f"{one.a} and {one.b}"
+        title = _pair(one)
     else:
         for one, colour in zip(found, _colours(len(found)), strict=True):
-            _line(above, one, one.matched("optimal"), one.b, colour, "o-")
-            _line(below, one, one.cka["all"], one.b, colour, "o-")
-        title = f"{found[0].a} and {len(found)} others"
+            _line(above, one, one.matched("optimal"), style.short(one.b, 40), colour, "o-")
+            _line(below, one, one.cka["all"], style.short(one.b, 40), colour, "o-")
+        title = f"{style.short(found[0].a)} and {len(found)} others"
     above.set_ylabel("JSD of maps, bits")
     below.set_ylabel("CKA of streams")
     for axes in (above, below):
@@ -46,9 +46,15 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
     below.set_xticks(layers[:: -(-len(layers) // 14)])
     handles, labels = above.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=2 if len(found) == 1 else 1, frameon=False)
-    below.set_xlabel(f"layer of {found[0].a}")
+    below.set_xlabel(f"layer of {style.short(found[0].a)}")
     style.describe(figure, f"{title}, {found[0].images} images")
     return figure
+
+
+def _pair(one: Similarity) -> str:
+    """The names of both, in two lines where one is too short for them."""
+    a, b = style.short(one.a), style.short(one.b)
+    return f"{a}{' ' if len(a) + len(b) < 42 else chr(10)}and {b}"
 
 
 def _colours(count: int) -> list[str]:
@@ -71,7 +77,9 @@ def heads(one: Similarity, rows: Rows = "all") -> Figure:
     columns = min(4, count)
     lines = -(-count // columns)
     panel = (style.COLUMN - 0.75) / columns
-    figure, panels = style.panels(lines, columns, height=lines * (panel * down / across + 0.2) + 0.75)
+    figure, panels = style.panels(
+        lines, columns, height=max(lines * (max(panel * down / across, 0.4) + 0.2), 1.3) + 0.6
+    )
     top = max(float(matrices.max()), 1e-6)
     image = None
     for i, axes in enumerate(panels):
@@ -92,6 +100,6 @@ def heads(one: Similarity, rows: Rows = "all") -> Figure:
     bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, aspect=30)
     bar.set_label("JSD, bits", fontsize=7)
     bar.outline.set_visible(False)
-    figure.supylabel(f"head of {one.a}")
-    style.describe(figure, f"{one.a} and {one.b}, {one.images} images", f"head of {one.b}; dots: matched one to one")
+    below = f"down: heads of {style.short(one.a)}\nacross: of {style.short(one.b)}; dots: matched one to one"
+    style.describe(figure, f"{_pair(one)}, {one.images} images", below)
     return figure

@@ -85,3 +85,13 @@ def describe(figure: Figure, title: str, below: str = "") -> None:
     figure.suptitle(title, x=0.01, ha="left")
     if below:
         figure.supxlabel(below, x=0.99, ha="right")
+
+
+def short(name: str, most: int = 26) -> str:
+    """A name with its middle left out, where it is longer than there is room for.
+
+    >>> short("clip_b (mini)"), short("vit_so400m_patch14_reg4_siglip_gap_896", 20)
+    ('clip_b (mini)', 'vit_so400m...gap_896')
+    """
+    left = (most - 2) // 2
+    return name if len(name) <= most else f"{name[: left + 1]}...{name[-(most - left - 4) :]}"

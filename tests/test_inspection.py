@@ -220,6 +220,15 @@ def test_networks_of_different_depth_ask_for_a_layer_map(capsys, tmp_path):
     assert "11:3" in out
 
 
+def test_a_network_that_is_not_finite_is_a_fault_that_names_the_layer(capsys, tmp_path):
+    vit = students.build(NETWORK, 0)
+    with torch.no_grad():
+        vit.blocks[4].attn.q_weight[0, 0] = float("nan")
+    subjects.weights.save(vit, tmp_path / "nan.safetensors", {})
+    said = wrong(capsys, "similarity", "deit_s", tmp_path / "nan.safetensors")
+    assert "layer 4 of nan: its" in said and "is not finite" in said
+
+
 def test_small_words():
     assert inspection.layer_pairs("0:0, 5:11") == {0: 0, 5: 11}
     assert inspection._ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"

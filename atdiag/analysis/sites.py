@@ -16,10 +16,11 @@ from atdiag.transfer import ops
 from atdiag.transfer.attention import Attention, Given, Heads
 from atdiag.transfer.observation import Seen
 from atdiag.transfer.ops import QK, Averaged, Map
+from atdiag.words import UserError
 
 
-class TracingError(RuntimeError):
-    """What was read is not what it should be: the message names the layer."""
+class TracingError(UserError):
+    """What was read of a network is not what it should be: the message names the layer."""
 
 
 Kind = Literal["ours", "fused", "explicit"]

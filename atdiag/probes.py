@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atdiag.experiments import Json, Profile, Runs
+from atdiag.experiments import DataDir, Json, Profile, Runs, Set
 from atdiag.inspection import (
     _SUBJECT,
     DataName,
@@ -125,6 +125,8 @@ def probe(
     ] = None,
     neighbours: Annotated[int, typer.Option(help="How many nearest neighbours vote.")] = 20,
     data: DataName = None,
+    set_: Set = [],  # noqa: B006 - typer copies it
+    data_dir: DataDir = None,
     skip_bad: SkipBad = False,
     profile: Profile = None,
     runs: Runs = None,
@@ -139,25 +141,30 @@ def probe(
     """
     from atdiag.analysis import classifiers, probing
     from atdiag.study import depth, tables
+    from atdiag.words import UserError
     from figures import depth as figures
 
     folder = out.expanduser() if out else Path("results") / "probe"
     tables.writable(folder, "--out")
     arms = _arms(subjects)
-    desk = Desk([reference for arm in arms for reference in arm.references], profile, runs, data, device)
+    desk = Desk(
+        [reference for arm in arms for reference in arm.references], profile, runs, data, set_, data_dir, device
+    )
     names = _named(arms, desk.subjects)
     asked = _layers(layers, desk.subjects)
     pictures = desk.pictures(images or ["0"], skip_bad)
-    fitted = probing.training_pictures(
-        desk.data, desk.subjects[0].network, min(desk.data.train, 20_000) if train is None else train, skip_bad
-    )
+    data_set = pictures.data
+    if data_set is None:
+        raise UserError("the classes of these images are not known", "give --images a number or indices")
+    count = min(data_set.train, 20_000) if train is None else train
+    fitted = probing.training_pictures(data_set, desk.subjects[0].network, count, skip_bad)
     found = iter(probing.probe(desk.subjects, fitted, pictures, asked, neighbours))
     groups = {name: [next(found) for _ in range(count)] for name, count in names}
     frame = depth.frame(groups)
     document = {
         "command": "probe",
         "profile": desk.profile,
-        "data": desk.data.model_dump(mode="json"),
+        "data": data_set.model_dump(mode="json"),
         "subjects": [
             {"subject": name, "runs": [{"label": one.label, "id": one.id} for one in group]}
             for name, group in groups.items()
@@ -169,10 +176,10 @@ def probe(
     }
     drawn = {"": figures.depth(frame), "-all": figures.grid(frame)}
     ids = [one.id for group in groups.values() for one in group]
-    described = [str(asked), str(len(fitted)), str(neighbours), desk.data.model_dump_json(), *pictures.names]
-    files = write(folder, stem("+".join(groups), desk.data.name, *ids, *described), frame, document, drawn)
+    described = [str(asked), str(len(fitted)), str(neighbours), data_set.model_dump_json(), *pictures.names]
+    files = write(folder, stem("+".join(groups), data_set.name, *ids, *described), frame, document, drawn)
     notes = [
-        f"fitted to {document['train']} training images of {desk.data.name}, regularisation chosen on "
+        f"fitted to {document['train']} training images of {data_set.name}, regularisation chosen on "
         f"{100 * classifiers.HELD_OUT:.0f} % of them; measured on {shown_on(pictures)}",
         f"nearest neighbours: {neighbours}, cosine, majority; 95 % intervals over test images, and seeds where there "
         "are several",
@@ -242,6 +249,8 @@ def attention_stats(
     ] = None,
     rank_images: Annotated[int, typer.Option(help="Images for the effective rank, which is slow.")] = 64,
     data: DataName = None,
+    set_: Set = [],  # noqa: B006 - typer copies it
+    data_dir: DataDir = None,
     skip_bad: SkipBad = False,
     profile: Profile = None,
     runs: Runs = None,
@@ -265,7 +274,7 @@ def attention_stats(
         raise UserError("--rank-images and --threshold are positive numbers")
     folder = out.expanduser() if out else Path("results") / "attention-stats"
     tables.writable(folder, "--out")
-    desk = Desk(subjects, profile, runs, data, device)
+    desk = Desk(subjects, profile, runs, data, set_, data_dir, device)
     asked = _layers(layers, desk.subjects)
     pictures = desk.pictures(images, skip_bad)
     found = work.attention_stats(desk.subjects, pictures, asked, threshold, rank_images)
@@ -335,6 +344,8 @@ def maps(
     head: Annotated[str, typer.Option(help="mean, all, or a head's number.")] = "mean",
     no_rollout: Annotated[bool, typer.Option("--no-rollout", help="Leave the attention rollout out.")] = False,
     data: DataName = None,
+    set_: Set = [],  # noqa: B006 - typer copies it
+    data_dir: DataDir = None,
     skip_bad: SkipBad = False,
     profile: Profile = None,
     runs: Runs = None,
@@ -358,7 +369,7 @@ def maps(
         raise UserError(f"--head {head!r}", "give mean, all, or a number")
     folder = out.expanduser() if out else Path("results") / "maps"
     tables.writable(folder, "--out")
-    desk = Desk(subjects, profile, runs, data, device)
+    desk = Desk(subjects, profile, runs, data, set_, data_dir, device)
     asked = _layers(layers, desk.subjects)
     which: Any = int(head) if head.isdecimal() else head
     wanted = [f"{text}," if text.isdecimal() else text for text in images or ["0"]]  # an index, not a number of them

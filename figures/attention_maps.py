@@ -37,7 +37,7 @@ def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Fi
             _bare(axes)
         _picture(line[0], one, image)
         _mark(line[0], one, query)
-        name = [] if alone else [one.label]
+        name = [] if alone else [style.short(one.label, 30)]
         name += [f"head {one.heads[head]}"] if len(one.heads) > 1 else []
         line[0].set_ylabel(_wrapped("\n".join(name)), rotation=0, ha="right", va="center", labelpad=3)
         for j, layer in enumerate(one.layers):
@@ -58,7 +58,7 @@ def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Fi
     title = [f"{first.names[image]}: attention of {words.get(asked, f'the patch at {asked}')}"]
     if len(first.heads) == 1:
         title.append("mean over heads" if first.heads[0] == "mean" else f"head {first.heads[0]}")
-    title += [first.label] if alone else []
+    title += [style.short(first.label)] if alone else []
     style.describe(
         figure,
         _short(", ".join(title), 140 if wide else 68),

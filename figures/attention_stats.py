@@ -48,7 +48,16 @@ def attention_stats(found: Sequence[Stats]) -> Figure:
                 beside = 0.14 * (place - (len(found) - 1) / 2)  # so that dots of two subjects don't hide each other
                 layers = np.repeat(np.array(one.layers) + beside, value.shape[1])
                 axes.plot(layers, value.ravel(), ".", color=colour, ms=2.5, alpha=0.45, mew=0)
-            axes.plot(one.layers, mean, color=colour, marker=marker, ms=3, mec="white", mew=0.3, label=one.label)
+            axes.plot(
+                one.layers,
+                mean,
+                color=colour,
+                marker=marker,
+                ms=3,
+                mec="white",
+                mew=0.3,
+                label=style.short(one.label, 40),
+            )
         axes.set_title(_NAMES[name], pad=3)
         axes.set_ylim(bottom=0)
         axes.grid(visible=False, axis="x")
@@ -61,7 +70,7 @@ def attention_stats(found: Sequence[Stats]) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False)
     told = f"{found[0].images} images (effective rank: {found[0].rank_images}); lines: mean over heads, dots: heads"
-    style.describe(figure, told, "")
+    style.describe(figure, told)
     return figure
 
 

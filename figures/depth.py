@@ -37,7 +37,13 @@ def depth(frame: pd.DataFrame) -> Figure:
     for axes in panels[:rows]:
         axes.set_ylabel("top-1, %")
     panels[rows - 1].set_xlabel("layer")
-    _finish(figure, panels[0], frame, f"{', '.join(without)}: mean patch alone" if without else "", columns=1)
+    _finish(
+        figure,
+        panels[0],
+        frame,
+        f"{', '.join(map(style.short, without))}: mean patch alone" if without else "",
+        columns=1,
+    )
     return figure
 
 
@@ -70,7 +76,9 @@ def _lines(axes: Axes, frame: pd.DataFrame, subjects: list[str]) -> None:
         if not len(one):
             continue
         axes.fill_between(one.layer, one.ci_low, one.ci_high, color=colour, alpha=0.15, lw=0)
-        axes.plot(one.layer, one.top1, color=colour, marker=marker, ms=3, label=name, mec="white", mew=0.3)
+        axes.plot(
+            one.layer, one.top1, color=colour, marker=marker, ms=3, label=style.short(name, 40), mec="white", mew=0.3
+        )
     axes.grid(visible=False, axis="x")
 
 
@@ -92,4 +100,4 @@ def _finish(figure: Figure, axes: Axes, frame: pd.DataFrame, note: str, columns:
         covers += " (one seed: images)"
     first = frame.iloc[0]
     title = f"{first.images} test images, {first.train} to fit; 95 % intervals over {covers}"
-    style.describe(figure, "\n".join(filter(None, (title, note))), "")
+    style.describe(figure, "\n".join(filter(None, (title, note))))

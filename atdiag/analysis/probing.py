@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from atdiag.analysis import classifiers, tracing
 from atdiag.analysis.images import Pictures
+from atdiag.analysis.sites import TracingError
 from atdiag.analysis.subjects import Outside, Subject
 from atdiag.data import datasets, names
 from atdiag.data.datasets import Split
@@ -214,7 +215,7 @@ def _early_exit(subject: Subject) -> Callable[[Tensor], Tensor] | None:
 def _check_exit(subject: Subject, early: Tensor, said: Tensor) -> None:
     """The last layer's early exit is the network's own output, or else it is no early exit."""
     if early.shape != said.shape or not torch.allclose(early, said, rtol=1e-3, atol=1e-3):
-        raise tracing.TracingError(
+        raise TracingError(
             f"{subject.label}: its head on the last block's output does not give its own output, so it can't be put "
             "on the other blocks"
         )

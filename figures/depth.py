@@ -24,7 +24,7 @@ def depth(frame: pd.DataFrame) -> Figure:
     exits = frame[frame.probe == "head"]
     rows = 2 if len(exits) else 1
     subjects = list(frame.subject.unique())
-    figure, panels = style.panels(rows, 1, 0.75 + 1.35 * rows + 0.12 * len(subjects), sharex=True)
+    figure, panels = style.panels(rows, 1, 0.9 + 1.35 * rows + 0.12 * len(subjects), sharex=True)
     linear = frame[frame.probe == "linear"]
     best = linear[(linear.tokens == "both") | ~linear.subject.isin(linear[linear.tokens == "both"].subject)]
     without = [name for name in subjects if name not in set(linear[linear.tokens == "both"].subject)]
@@ -54,7 +54,7 @@ def grid(frame: pd.DataFrame) -> Figure:
     width = style.COLUMN if len(kinds) == 1 else 2 * style.COLUMN + 0.25
     lines = math.ceil(len(subjects) / 3)
     figure, panels = style.panels(
-        len(_PROBES), len(kinds), 0.6 + 1.35 * len(_PROBES) + 0.12 * lines, width, sharex=True, sharey=True
+        len(_PROBES), len(kinds), 0.75 + 1.35 * len(_PROBES) + 0.12 * lines, width, sharex=True, sharey=True
     )
     for i, (probe, name) in enumerate(_PROBES.items()):
         for j, tokens in enumerate(kinds):
@@ -95,9 +95,10 @@ def _finish(figure: Figure, axes: Axes, frame: pd.DataFrame, note: str, columns:
     axes.set_xticks(layers[:: -(-len(layers) // 14)])
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False)
-    covers = "seeds and images" if (frame.interval_covers == "seeds and images").any() else "images"
-    if frame.interval_covers.nunique() > 1:
-        covers += " (one seed: images)"
+    seeds = int(frame.seeds.max())
     first = frame.iloc[0]
-    title = f"{first.images} test images, {first.train} to fit; 95 % intervals over {covers}"
-    style.describe(figure, "\n".join(filter(None, (title, note))))
+    title = f"{first.images} test images, {first.train} to fit" + (f", {seeds} seeds" if seeds > 1 else "")
+    covers = "seeds and images" if seeds > 1 else "images"
+    if frame.seeds.nunique() > 1:
+        covers += " (of one seed: over images)"
+    style.describe(figure, "\n".join(filter(None, (title, f"95 % intervals over {covers}", note))))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from atdiag import experiments
+from atdiag import experiments, inspection, probes
 from atdiag.experiments import Json, Profile, Runs, say
 
 if TYPE_CHECKING:
@@ -359,6 +359,8 @@ def main(arguments: list[str] | None = None) -> None:
     code: Any
     try:
         experiments.add_commands(app)
+        inspection.add_commands(app)
+        probes.add_commands(app)
         app.add_typer(teachers_app, name="teachers")
         app.add_typer(runs_app, name="runs")
         app.add_typer(data_app, name="data")

@@ -27,7 +27,7 @@ Runs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print a last line that a machine can read.")]
 Profile = Annotated[str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]")]
-_Set = Annotated[
+Set = Annotated[
     list[str],
     typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
 ]
@@ -45,7 +45,7 @@ DataDir = Annotated[
 
 _COMMON: dict[str, tuple[Any, Any]] = {
     "profile": (Profile, None),
-    "set_": (_Set, []),
+    "set_": (Set, []),
     "seeds": (_Seeds, None),
     "dry_run": (_DryRun, False),
     "json_": (Json, False),
@@ -76,7 +76,19 @@ def add_commands(app: typer.Typer) -> None:
         app.command(entry.name)(command)
 
 
-RESERVED = ("teachers", "pretrain", "doctor", "runs", "data")
+RESERVED = (
+    "teachers",
+    "pretrain",
+    "doctor",
+    "runs",
+    "data",
+    "trace",
+    "similarity",
+    "intervene",
+    "probe",
+    "attention-stats",
+    "maps",
+)
 """Names of commands that are no experiments."""
 
 

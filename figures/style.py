@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +14,9 @@ COLUMN = 3.35
 # Okabe and Ito's palette, safe for the common forms of colour blindness.
 INK, GREY = "#222222", "#6E6E6E"
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY = "#CC79A7", "#56B4E9"
+CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, INK)
+"""Colours of lines, in order."""
 
 _SETTINGS = {
     "font.size": 7,
@@ -36,6 +39,20 @@ _SETTINGS = {
 }
 
 
+def colours(count: int) -> list[str]:
+    """So many colours for lines; more than the palette has are shades of one, in order."""
+    if count <= len(CYCLE):
+        return list(CYCLE[:count])
+    import seaborn as sns
+
+    return [str(colour) for colour in sns.color_palette("crest", count).as_hex()]
+
+
+def markers(count: int) -> list[str]:
+    """So many markers, so that lines can be told apart without colours."""
+    return ["os^vDPXd*h"[i % 10] for i in range(count)]
+
+
 def canvas(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
     """An empty figure in the house style, drawn without a display."""
     import seaborn as sns
@@ -50,7 +67,31 @@ def canvas(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def describe(figure: Figure, title: str, below: str) -> None:
-    """A title and a line below, over the whole width: beside wide labels the axes are too narrow for them."""
+def panels(rows: int, columns: int, height: float, width: float = COLUMN, **options: Any) -> tuple[Figure, list[Axes]]:
+    """As :func:`canvas`, with several axes, row by row. options: as of matplotlib's ``subplots``."""
+    import seaborn as sns
+
+    figure, first = canvas(height, width)
+    first.remove()
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    every = [axes for row in grid for axes in row]
+    for axes in every:
+        sns.despine(ax=axes, left=True)
+    return figure, every
+
+
+def describe(figure: Figure, title: str, below: str = "") -> None:
+    """A title, and a line below, over the whole width: beside wide labels the axes are too narrow for them."""
     figure.suptitle(title, x=0.01, ha="left")
-    figure.supxlabel(below, x=0.99, ha="right")
+    if below:
+        figure.supxlabel(below, x=0.99, ha="right")
+
+
+def short(name: str, most: int = 26) -> str:
+    """A name with its middle left out, where it is longer than there is room for.
+
+    >>> short("clip_b (mini)"), short("vit_so400m_patch14_reg4_siglip_gap_896", 20)
+    ('clip_b (mini)', 'vit_so400m...gap_896')
+    """
+    left = (most - 2) // 2
+    return name if len(name) <= most else f"{name[: left + 1]}...{name[-(most - left - 4) :]}"

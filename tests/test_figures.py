@@ -3,13 +3,16 @@
 import itertools
 import warnings
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from atdiag.analysis.intervene import Outcome
+from atdiag.analysis.similarity import Similarity
 from atdiag.spec import Network, Teacher
 from atdiag.study.ablation import BASELINE, Contrast, Report, Row, Study
 from atdiag.study.contrast import Estimate
-from figures import style
+from figures import interventions, similarity, style
 from figures.contrasts import contrasts
 from figures.layer_curve import layer_curve
 from figures.scenes import scenes
@@ -50,6 +53,7 @@ def texts(figure):
     """All texts that are drawn, with their extents in pixels."""
     renderer = figure.canvas.get_renderer()
     found = [*figure.texts, *(t for t in (figure._suptitle, figure._supxlabel) if t is not None)]
+    found += [text for legend in figure.legends for text in legend.get_texts()]
     for axes in figure.axes:
         found += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
         for axis in (axes.xaxis, axes.yaxis):
@@ -78,8 +82,9 @@ def check(figure, path, width=style.COLUMN):
     for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
         if one not in (figure._suptitle, figure._supxlabel) or other not in (figure._suptitle, figure._supxlabel):
             assert not a.padded(-0.5).overlaps(b.padded(-0.5)), f"{one.get_text()!r} lies on {other.get_text()!r}"
-    columns = len({round(axes.get_position().x0, 2) for axes in figure.axes})
-    for axes in figure.axes:
+    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>" and axes.get_visible()]
+    columns = len({round(axes.get_position().x0, 2) for axes in panels})
+    for axes in panels:
         assert axes.get_window_extent().width > figure.bbox.width / 4 / columns, "there is no room to see anything"
     return {text.get_text() for text in boxes}
 
@@ -202,3 +207,70 @@ def test_colours_can_be_told_apart_by_the_colour_blind():
     for colour in (style.INK, style.GREY):  # text on white: WCAG's contrast for small print
         luminance = linear(colour) @ [0.2126, 0.7152, 0.0722]
         assert 1.05 / (luminance + 0.05) > 4.5
+
+
+def compared(layers=12, heads=3, others=3, name="deit_s (mini)", other="dinov2_reg_s (mini)", token=True, seed=0):
+    """A comparison of two networks with drawn numbers."""
+    draw = np.random.default_rng(seed)
+    groups = ("all", "class", "patch") if token else ("all", "patch")
+    curve = {rows: draw.random(layers) for rows in groups}
+    matrices = {rows: draw.random((layers, heads, others)) for rows in groups}
+    pairs = tuple((i, i if heads == others else 2 * i) for i in range(layers))
+    return Similarity(name, other, pairs, 256, matrices, curve, curve)
+
+
+LONG = "vit_so400m_patch14_reg4_siglip_gap_896"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [compared()],
+        [compared(layers=24, heads=16, others=16)],
+        [compared(layers=1, heads=1, others=1, token=False)],
+        [compared(layers=3, heads=2, others=6, name=LONG, other=LONG)],
+        [compared(other=f"1a2b3c distill at step {i}", seed=i) for i in range(9)],
+    ],
+    ids=["usual", "large", "one", "long", "many"],
+)
+def test_similarity(found, tmp_path):
+    drawn = check(similarity.by_layer(found), tmp_path)
+    assert f"layer of {style.short(found[0].a)}" in drawn
+    assert len(found) == 1 or {one.b for one in found} <= drawn
+    figure = similarity.heads(found[0])
+    drawn = check(figure, tmp_path)
+    assert any(style.short(found[0].b) in text for text in drawn)
+    # The dots are the optimal matching: as many as heads can be paired.
+    for axes, (mine, theirs) in zip(figure.axes, found[0].assignments(), strict=False):
+        (dots,) = axes.collections
+        assert dots.get_offsets().tolist() == [[t, m] for m, t in zip(mine, theirs, strict=True)]
+
+
+def outcome(name, layers, depth=12, labels=True, seed=0):
+    """A network with something replaced, with drawn numbers."""
+    draw = np.random.default_rng(seed)
+    before, after, truth = (draw.integers(0, 3, 64) for _ in range(3))
+    stream = draw.random(depth)
+    return Outcome(
+        subject="deit_s (mini)", replaced=name, layers=layers, heads=None, images=64, before=before, after=after,
+        labels=truth if labels else None, clusters=None, residual=stream, residual_class=stream, logits=1.0,
+    )  # fmt: skip
+
+
+KINDS = ("uniform map", "identity map", "shuffled map", "map of dinov2_reg_s (mini)")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [outcome(name, tuple(range(12)), seed=i) for i, name in enumerate(KINDS)],
+        [outcome("uniform map", (3,))],
+        [outcome(name, (i,), seed=i + 100 * j) for j, name in enumerate(KINDS) for i in range(12)],
+        [outcome(f"q of {LONG}", (i,), 40, seed=i) for i in range(40)],
+    ],
+    ids=["usual", "one", "each", "deep"],
+)
+def test_interventions(found, tmp_path):
+    names = {style.short(one.replaced, 40) for one in found}
+    assert names <= check(interventions.residual(found), tmp_path)
+    assert names <= check(interventions.accuracy(found), tmp_path)

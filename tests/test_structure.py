@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
     {"atdiag.training", "atdiag.analysis"},
     {"atdiag.study"},
     {"ablations", "figures"},
-    {"atdiag.cli", "atdiag.experiments"},
+    {"atdiag.cli", "atdiag.experiments", "atdiag.inspection", "atdiag.probes"},
 ]
 GROUND = ["atdiag.words", "atdiag.spec", "atdiag.randomness", "atdiag.runs"]
 """The ground floor has an order of its own: runs knows spec and nothing above, spec knows nothing."""
@@ -37,6 +37,8 @@ LIGHT = (
     "atdiag/__init__.py",
     "atdiag/cli.py",
     "atdiag/experiments.py",
+    "atdiag/inspection.py",
+    "atdiag/probes.py",
     "atdiag/spec.py",
     "atdiag/runs.py",
     "atdiag/words.py",

@@ -48,7 +48,7 @@ def forward(
     teacher: what :func:`observation.of_teacher` asks for, on the student's tokens. keep: drop-path factors.
     """
     wanted = observation.of_student(transfer) | Wanted(logits=True)
-    own = student.observe(images, wanted, _given(transfer, teacher, student.network, images.device), keep)
+    own = student.observe(images, wanted, given(transfer, teacher, student.network, images.device), keep)
     assert own.logits is not None
     if transfer.weight is None:  # copy and none
         return Passed(own.logits, None)
@@ -59,7 +59,7 @@ def forward(
 def forward_test(student: Learner, transfer: Transfer, images: Tensor, teacher: Observation) -> Tensor:
     """A student's logits [B, classes] at test time: one that copies needs its teacher, any other does not."""
     logits = student.observe(
-        images, Wanted(logits=True), _given(transfer, teacher, student.network, images.device)
+        images, Wanted(logits=True), given(transfer, teacher, student.network, images.device)
     ).logits
     assert logits is not None
     return logits
@@ -82,8 +82,11 @@ def excess(transfer: Transfer, teacher: Observation, ce: Tensor) -> Tensor:
     return ce / transfer.weight / (len(maps) if transfer.reduce == "sum" else 1) - floor
 
 
-def _given(transfer: Transfer, teacher: Observation, student: Network, device: torch.device) -> dict[int, Given] | None:
-    """What a copying student's blocks are given."""
+def given(transfer: Transfer, teacher: Observation, student: Network, device: torch.device) -> dict[int, Given] | None:
+    """What a copying student's blocks are given; None for any other student.
+
+    teacher: what :func:`observation.of_teacher` asks for, on the student's tokens.
+    """
     if transfer.method != "copy":
         return None
     heads = None if transfer.heads is None else split_heads(transfer.heads, student.heads, device)

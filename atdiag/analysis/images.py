@@ -1,0 +1,232 @@
+"""The images that a network is looked into with: some of a data set, files, or a folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from atdiag.data import datasets, digits, names
+from atdiag.data.datasets import Images, Split
+from atdiag.data.pictures import BrokenImageError, View, decode, to_array
+from atdiag.spec import Data, Network
+from atdiag.words import UserError
+
+SUFFIXES = frozenset(Image.registered_extensions())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images. pixels: [b, C, S, S] in [0, 1]; index: their places [b] among all; labels: [b], or None."""
+
+    pixels: Tensor
+    index: NDArray[np.int64]
+    labels: NDArray[np.int64] | None
+
+
+@dataclass
+class Pictures:
+    """Images in an order, read batch by batch. Those that can't be read are an error, or ``skipped`` with ``skip_bad``.
+
+    names: what each is called (a path, or ``digits 17``); labels and clusters: int64 [n], or None where not known.
+    """
+
+    names: tuple[str, ...]
+    source: _Source
+    labels: NDArray[np.int64] | None = None
+    clusters: NDArray[np.int64] | None = None
+    data: Data | None = None
+    """The data set that they are of."""
+    skip_bad: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Name -> why it can't be read, of those met so far."""
+
+    def head_rows(self, network: Network) -> NDArray[np.int64] | None:
+        """The rows of a network's head that are the data set's classes, in the order of its labels.
+
+        A head of 1,000 classes is taken for ImageNet-1k's, of which the classes of some data sets are a part. None
+        where no labels are known, or where the head is for other classes.
+        """
+        if self.labels is None:
+            return None
+        rows = names.imagenet_rows(self.data.name) if self.data is not None else ()
+        if network.classes == 1000 and rows:
+            return np.array(rows, np.int64)
+        same = self.data is None or network.classes == names.classes(self.data)
+        return np.arange(network.classes) if same else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def reordered(self, order: NDArray[np.int64]) -> Pictures:
+        """The same images in another order; those that are skipped are noted here too."""
+        labels, clusters = (None if x is None else x[order] for x in (self.labels, self.clusters))
+        called = tuple(self.names[i] for i in order)
+        return Pictures(
+            called, _Reordered(self.source, order), labels, clusters, self.data, self.skip_bad, self.skipped
+        )
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """The images in batches of at most ``size``.
+
+        Raises UserError that names an image which can't be read, unless ``skip_bad``; and where none can be.
+        """
+        seen = 0
+        for start in range(0, len(self), size):
+            arrays, kept = [], []
+            for index in range(start, min(start + size, len(self))):
+                try:
+                    arrays.append(self.source.read(index))
+                    kept.append(index)
+                except BrokenImageError as fault:
+                    why = str(fault)
+                    if not self.skip_bad:
+                        raise UserError(why, "--skip-bad leaves such images out and counts them") from None
+                    self.skipped[self.names[index]] = why
+            if not kept:
+                continue
+            seen += len(kept)
+            places = np.array(kept, np.int64)
+            pixels = torch.from_numpy(np.stack(arrays)).to(device).float().div_(255)
+            yield Batch(pixels, places, None if self.labels is None else self.labels[places])
+        if not seen:
+            raise UserError(f"none of the {len(self)} images can be read")
+
+
+class _Source(Protocol):
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """An image, uint8 [C, S, S]. Raises BrokenImageError."""
+
+
+@dataclass(frozen=True)
+class _Reordered:
+    """Another's images in another order."""
+
+    source: _Source
+    order: NDArray[np.int64]
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """uint8 [C, S, S]."""
+        return self.source.read(int(self.order[index]))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some images of a split."""
+
+    split: Split
+    rows: NDArray[np.int64]
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """uint8 [C, S, S]."""
+        pixels: NDArray[np.uint8] = self.split.take(self.rows[index : index + 1])[0]
+        return pixels
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files: the shorter side resized to the network's image size (bicubic), the middle cut out."""
+
+    paths: tuple[Path, ...]
+    size: int
+    channels: int
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """uint8 [C, S, S]. Raises BrokenImageError for a file that is no image."""
+        picture = decode(self.paths[index])
+        return to_array(View(self.size, 1.0)(picture if self.channels == 3 else picture.convert("L")))
+
+
+def choose(
+    wanted: int | str | Path | Sequence[str | Path], data: Data | None, network: Network, skip_bad: bool = False
+) -> Pictures:
+    """The images that are meant, for a network's channels and image size.
+
+    ====================  =============================================================================================
+    ``64``                so many test images of the data set, spread evenly over it (files of a set are often in the
+                          order of their classes); 0: all of them
+    ``3,17,40-43``        these test images, by their indices (a single one: ``17,``)
+    files, a folder       the files; the images in a folder and in its folders, by name. No labels are known of them
+    ====================  =============================================================================================
+
+    Raises UserError for what is none of these, or is not there.
+    """
+    parts = [wanted] if isinstance(wanted, int | str | Path) else list(wanted)
+    if not parts:
+        raise UserError("no images are named", "give a number, a folder, files or indices")
+    text = str(parts[0]).strip()
+    if len(parts) == 1 and re.fullmatch(r"\d+", text):
+        return _of_split(data, network, int(text), None)
+    if len(parts) == 1 and re.fullmatch(r"[\d\s,-]+", text):
+        return _of_split(data, network, None, _indices(text))
+    paths: list[Path] = []
+    for part in parts:
+        paths += _paths(Path(str(part)).expanduser())
+    source = _Files(tuple(paths), network.image_size, network.channels)
+    return Pictures(tuple(map(str, paths)), source, skip_bad=skip_bad)
+
+
+def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> Pictures:
+    """Images uint8 [n, C, S, S] that are there already."""
+    known = np.zeros(len(pixels), np.int64) if labels is None else np.asarray(labels, np.int64)
+    rows = _Rows(Images(pixels, known, np.arange(len(pixels))), np.arange(len(pixels)))
+    return Pictures(tuple(f"image {i}" for i in range(len(pixels))), rows, None if labels is None else known)
+
+
+def _of_split(data: Data | None, network: Network, count: int | None, rows: list[int] | None) -> Pictures:
+    if data is None:
+        raise UserError("nothing says which data set is meant", "name one with --data, or give files to --images")
+    channels, size = (3, network.image_size) if names.is_real(data.name) else (1, digits.CANVAS)
+    if (channels, size) != (network.channels, network.image_size):
+        raise UserError(
+            f"{data.name} has images of {size} x {size} x {channels}, and the network sees "
+            f"{network.image_size} x {network.image_size} x {network.channels}",
+            "choose another data set with --data, or give files to --images",
+        )
+    if names.is_real(data.name):  # which have no size of their own: they are shown as the network sees them
+        data = data.model_copy(update={"image_size": size})
+    split = datasets.test_split(data)
+    if rows is None:
+        count = count or len(split)
+        if count > len(split):
+            raise UserError(f"--images {count}: {data.name} has {len(split)} test images", "give at most so many")
+        chosen = np.arange(count, dtype=np.int64) * len(split) // count
+    else:
+        chosen = np.array(rows, np.int64)
+        if chosen.max() >= len(split):
+            raise UserError(f"--images {chosen.max()}: {data.name} has test images 0 to {len(split) - 1}")
+    called = tuple(f"{data.name} {row}" for row in chosen)
+    return Pictures(called, _Rows(split, chosen), split.labels[chosen], split.clusters[chosen], data)
+
+
+def _indices(text: str) -> list[int]:
+    out: list[int] = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not found or int(found[2] or found[1]) < int(found[1]):
+            raise UserError(f"--images {text!r} is no list of indices", "write it as 3,17,40-43")
+        out += range(int(found[1]), int(found[2] or found[1]) + 1)
+    if not out:
+        raise UserError(f"--images {text!r} names no image", "write it as 3,17,40-43")
+    return out
+
+
+def _paths(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not found:
+            raise UserError(f"there are no images in the folder {path}")
+        return found
+    if not path.exists():
+        raise UserError(
+            f"--images {path}: there is no such file or folder", "give a number, a folder, files, or indices as 3,17"
+        )
+    return [path]

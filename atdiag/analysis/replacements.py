@@ -1,0 +1,206 @@
+"""What can be put into a network's attention in place of its own: another network's, or its own after a change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from atdiag.analysis import tracing
+from atdiag.analysis.similarity import pair_layers
+from atdiag.analysis.sites import joined
+from atdiag.analysis.subjects import Subject
+from atdiag.analysis.tracing import Layer, Traced
+from atdiag.transfer import ops
+from atdiag.transfer.attention import Given, Heads, split_heads
+from atdiag.transfer.ops import QK, Averaged, Map
+from atdiag.words import UserError, suggest
+
+Part = Literal["map", "q", "k", "v"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+Change = Literal["own", "uniform", "identity", "shuffled", "no-sinks"]
+"""What is put in, beside another network's: ``own``, the network's own, which changes nothing; ``uniform``, every query
+attends to all tokens alike; ``identity``, to itself alone; ``shuffled``, the network's own of another image;
+``no-sinks``, its own without the token that gets most of the attention (the largest column mean of the map, for each
+head and image), renormalised."""
+
+CHANGES: tuple[Change, ...] = get_args(Change)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What is put into which blocks and heads of a network."""
+
+    source: Change | Subject
+    part: Part = "map"
+    layers: tuple[int, ...] | None = None
+    """Blocks of the network that is changed; None: all."""
+    heads: tuple[int, ...] | None = None
+    """None: all."""
+    layer_map: Mapping[int, int] | None = None
+    """Its block -> the other network's, where they are not the same ones."""
+
+    @property
+    def label(self) -> str:
+        """``q of clip_b (mini)``, ``shuffled map``."""
+        source = self.source
+        return f"{self.part} of {source.label}" if isinstance(source, Subject) else f"{source} {self.part}"
+
+
+# --- what is put in ------------------------------------------------------------------------------------------------
+
+
+def without_sinks(p: Tensor) -> Tensor:
+    """Maps [B, H, N, N] without the key that has the largest column mean, per image and head; rows sum to one again.
+
+    A row that has nothing else attends to all other tokens alike.
+    """
+    p = p.clone()
+    sink = p.mean(-2).argmax(-1)[..., None, None].expand(*p.shape[:-1], 1)
+    p.scatter_(-1, sink, 0.0)
+    rest = p.sum(-1, keepdim=True)
+    other = torch.full_like(p, 1 / (p.shape[-1] - 1)).scatter_(-1, sink, 0.0)
+    return torch.where(rest > 1e-6, p / rest.clamp_min(1e-6), other)
+
+
+def _changed(kind: str, part: Part, layer: Layer, tokens: int) -> Map | Tensor:
+    """A network's own map, q, k or v after a change."""
+    if part != "map":
+        own = layer.tensor(part)
+        return own if kind == "own" else own.roll(1, 0)
+    map = layer.used
+    if kind == "own":
+        return map
+    like = map.q if isinstance(map, QK) else map.p
+    if kind == "uniform":
+        return Averaged(like.new_full((1, 1, 1, tokens), 1 / tokens))
+    if kind == "identity":
+        return Averaged(torch.eye(tokens, dtype=like.dtype, device=like.device)[None, None])
+    if kind == "shuffled":
+        return (
+            map._replace(q=map.q.roll(1, 0), k=map.k.roll(1, 0)) if isinstance(map, QK) else Averaged(map.p.roll(1, 0))
+        )
+    return Averaged(without_sinks(ops.probabilities(map)))
+
+
+# --- what may be put in --------------------------------------------------------------------------------------------
+
+
+def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
+    """The pairs (block that is changed, block it takes from) of a replacement. Raises UserError."""
+    if one.part not in PARTS:
+        raise UserError(f"nothing named {one.part!r} can be replaced{suggest(one.part, PARTS)}", ", ".join(PARTS))
+    tracing.check_heads(subject, one.heads)
+    source, network = one.source, subject.network
+    if not isinstance(source, Subject):
+        if source not in CHANGES:
+            raise UserError(f"unknown change {source!r}{suggest(source, CHANGES)}", f"known: {', '.join(CHANGES)}")
+        if one.part != "map" and source not in ("own", "shuffled"):
+            raise UserError(f"{source} is a kind of map, not of {one.part}", "leave --what out")
+        layers = tracing.wanted(subject, (), one.layers).layers
+        pairs = tuple((layer, layer) for layer in layers)
+    else:
+        pairs = pair_layers(subject, source, one.layers, one.layer_map)
+        theirs = source.network
+        for name, mine, other in (
+            ("heads", network.heads, theirs.heads),
+            ("patches", network.grid**2, theirs.grid**2),
+            ("class tokens", int(network.class_token), int(theirs.class_token)),
+        ):
+            if mine != other:
+                raise UserError(f"{source.label} has {other} {name}, {subject.label} {mine}: its {one.part} don't fit")
+        if theirs.registers not in (network.registers, 0) and network.registers:
+            raise UserError(f"{source.label} has {theirs.registers} registers, {subject.label} {network.registers}")
+        if theirs.registers < network.registers:
+            raise UserError(f"{source.label} lacks the {network.registers} registers of {subject.label}")
+        width = theirs.width // theirs.heads
+        if one.part != "map" and width != network.width // network.heads:
+            raise UserError(
+                f"{source.label}'s heads are {width} wide, {subject.label}'s {network.width // network.heads}: "
+                f"only its map can be put in",
+                "--what map",
+            )
+    _check_copied(subject, one, [layer for layer, _ in pairs])
+    return pairs
+
+
+def _check_copied(subject: Subject, one: Replacement, layers: Sequence[int]) -> None:
+    """A student that copies has some of its attention replaced already."""
+    transfer = subject.transfer
+    copied = sorted(set(layers) & set(transfer.layers)) if transfer.method == "copy" else []
+    if not copied:
+        return
+    if transfer.tensor == "map" and one.part == "map" and (transfer.heads is None or one.heads is None):
+        return
+    if transfer.tensor == one.part and one.heads is None:
+        return
+    raise UserError(
+        f"{subject.label} copies the {transfer.tensor} of its teacher in layers {', '.join(map(str, copied))}: "
+        f"its {one.part} can't be replaced there",
+        "choose other --layers, or replace what it copies, of all heads",
+    )
+
+
+def _given(subject: Subject, one: Replacement, layer: int, value: Map | Tensor, before: Mapping[int, Given]) -> Given:
+    """What a block is given under a replacement, on top of what it takes from its teacher anyway."""
+    if one.heads is None or len(one.heads) == subject.network.heads:
+        return Given(one.part, value)
+    heads = split_heads(one.heads, subject.network.heads, subject.device)
+    copied = before.get(layer)
+    if copied is None:
+        return Given(one.part, _of_heads(value, heads), heads)
+    assert not isinstance(value, Tensor) and not isinstance(copied.value, Tensor)
+    part, rest = _of_heads(value, heads), copied.value.select_heads(heads.rest)
+    assert not isinstance(part, Tensor)
+    return Given("map", joined(part, rest, heads))
+
+
+def _of_heads(value: Map | Tensor, heads: Heads) -> Map | Tensor:
+    return value[:, heads.part] if isinstance(value, Tensor) else value.select_heads(heads.part)
+
+
+def givens(
+    subject: Subject,
+    one: Replacement,
+    pairs: tuple[tuple[int, int], ...],
+    own: Traced,
+    shown: Mapping[int, Traced],
+    before: Mapping[int, Given],
+) -> dict[int, Given]:
+    """What the blocks of a network are given under a replacement, for a batch.
+
+    own: what was traced of the network as it is; shown: of the other networks, by the identity of their subjects;
+    before: what it takes from its teacher anyway.
+    """
+    out = {}
+    for layer, theirs in pairs:
+        value: Map | Tensor
+        if isinstance(one.source, Subject):
+            value = _fitted(shown[id(one.source)].layers[theirs], one, subject)
+        else:
+            value = _changed(one.source, one.part, own.layers[layer], subject.network.tokens)
+        out[layer] = _given(subject, one, layer, value, before)
+    return out
+
+
+def _fitted(layer: Layer, one: Replacement, subject: Subject) -> Map | Tensor:
+    """Another network's map, q, k or v on this one's tokens: registers that it lacks are sliced off before softmax."""
+    assert isinstance(one.source, Subject)
+    theirs = one.source.network
+    kept = None
+    if theirs.registers > subject.network.registers:
+        kept = [*range(int(theirs.class_token)), *range(theirs.prefix_tokens, theirs.tokens)]
+    if one.part != "map":
+        tensor = layer.tensor(one.part)
+        return tensor if kept is None else tensor[:, :, kept]
+    if kept is None:
+        return layer.used
+    if isinstance(layer.used, QK):
+        return layer.used.select(torch.tensor(kept, device=layer.used.q.device))
+    p = ops.probabilities(layer.used)
+    p = p[:, :, kept][..., kept]
+    return Averaged(p / p.sum(-1, keepdim=True))

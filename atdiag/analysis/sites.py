@@ -1,0 +1,147 @@
+"""Where a block's attention can be read in the source of its forward, and what to make of what is found there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atdiag.spec import Network
+from atdiag.transfer import ops
+from atdiag.transfer.attention import Attention, Given, Heads
+from atdiag.transfer.observation import Seen
+from atdiag.transfer.ops import QK, Averaged, Map
+from atdiag.words import UserError
+
+
+class TracingError(UserError):
+    """What was read of a network is not what it should be: the message names the layer."""
+
+
+Kind = Literal["ours", "fused", "explicit"]
+
+_NODES: dict[Kind, str] = {
+    "ours": r"^self_see_\d+$",
+    "fused": r"scaled_dot_product_attention_\d+$",
+    "explicit": r"^attn_softmax_\d+$",
+}
+"""By how a block attends: what nnsight calls the place in the source where its map is to be had."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a block's attention is read: a node in the source of its ``attn`` (``inside``), or of the block itself."""
+
+    inside: bool
+    node: str
+    kind: Kind
+
+
+def locate(module: nn.Module, names: Sequence[str]) -> tuple[Kind, list[str]]:
+    """How a module attends, and the places in its source (nnsight's names) where that can be: one, if all is well."""
+    kind: Kind = "ours" if isinstance(module, Attention) else "fused"
+    if kind == "fused" and not getattr(module, "fused_attn", True):
+        kind = "explicit"
+    return kind, [name for name in names if re.search(_NODES[kind], name)]
+
+
+def seen(site: Site, node: Any, network: Network, images: int, layer: int) -> Seen:
+    """The map and the values at a site. Raises TracingError for attention that is no map over all tokens."""
+    arguments, output = node
+    if site.kind == "ours":
+        given = arguments[0][1] if len(arguments[0]) > 1 else arguments[1].get("given")
+        seen = _ours(output[1], given)
+        if isinstance(seen.map, Averaged):  # one for all images, heads or queries: the same numbers for each of them
+            whole = images, network.heads, network.tokens, network.tokens
+            seen = Seen(Averaged(seen.map.p.expand(whole)), seen.v)
+        return seen
+    try:
+        if site.kind == "explicit":
+            seen = Seen(Averaged(output))
+            shape = output.shape
+        else:
+            seen = _of_sdpa(network.heads, *arguments[0], **arguments[1])
+            shape = (*seen.qk.q.shape[:3], seen.qk.k.shape[2])
+    except TracingError as fault:
+        raise TracingError(f"layer {layer}: {fault}") from None
+    expected = (images, network.heads, network.tokens, network.tokens)
+    if tuple(shape) != expected:
+        raise TracingError(f"layer {layer}: its map is {tuple(shape)}, and one over all tokens is {expected}")
+    return seen
+
+
+def _ours(seen: Seen, given: Given | None) -> Seen:
+    """What our module used: where a map was given to some heads alone, both kinds as one map."""
+    if given is None or given.tensor != "map" or given.heads is None:
+        return Seen(*seen)
+    assert not isinstance(given.value, Tensor)
+    return Seen(joined(given.value, seen.map, given.heads), seen.v)
+
+
+def joined(part: Map, rest: Map, heads: Heads) -> Map:
+    """One map of two, each of some of the heads: by q and k where both are, with the narrower ones padded by zeros."""
+    if isinstance(part, QK) and isinstance(rest, QK):
+        both = (part, rest)
+        width = max(map.q.shape[-1] for map in both)
+        q = torch.cat([F.pad(map.q * map.scale, (0, width - map.q.shape[-1])) for map in both], 1)
+        k = torch.cat([F.pad(map.k, (0, width - map.k.shape[-1])) for map in both], 1)
+        bias = None
+        if part.bias is not None or rest.bias is not None:
+            none = [q.new_zeros(map.q.shape[1], q.shape[2], k.shape[2]) for map in both]
+            bias = torch.cat([zero if map.bias is None else map.bias for map, zero in zip(both, none, strict=True)])
+            bias = bias[heads.order]
+        return QK(q[:, heads.order], k[:, heads.order], 1.0, bias)
+    p, other = ops.probabilities(part), ops.probabilities(rest)
+    shape = [max(a, b) for a, b in zip(p.shape, other.shape, strict=True)]
+    sizes = (len(heads.part), len(heads.rest))
+    whole = [x.expand(shape[0], size, *shape[2:]) for x, size in zip((p, other), sizes, strict=True)]
+    return Averaged(torch.cat(whole, 1)[:, heads.order])
+
+
+def _of_sdpa(
+    heads: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Seen:
+    """The map and values of one call of scaled dot-product attention (its arguments, by their names)."""
+    if is_causal or dropout_p:
+        raise TracingError("it attends with a causal mask or dropout")
+    if key.shape[1] and (groups := heads // key.shape[1]) > 1:  # one key serves several heads
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    bias = None
+    if attn_mask is not None:
+        if not attn_mask.is_floating_point() or attn_mask.numel() != attn_mask.shape[-3:].numel():
+            raise TracingError(
+                f"a mask of {attn_mask.dtype}, {tuple(attn_mask.shape)}, is no bias of the heads' logits"
+            )
+        bias = attn_mask.reshape(attn_mask.shape[-3:]).expand(query.shape[1], -1, -1)
+    return Seen(QK(query, key, query.shape[-1] ** -0.5 if scale is None else scale, bias), value)
+
+
+def attended(given: Given, seen: Seen) -> Tensor:
+    """What attention puts out [B, H, N, d] where it is given something in place of its own."""
+    qk, v = seen.qk, seen.v
+    assert v is not None
+    if given.tensor == "map":
+        assert not isinstance(given.value, Tensor)
+        if given.heads is None:
+            return ops.attend(given.value, v)
+        return ops.attend(joined(given.value, qk.select_heads(given.heads.rest), given.heads), v)
+    assert isinstance(given.value, Tensor)
+    tensors = {"q": qk.q, "k": qk.k, "v": v}
+    taken, own = given.value.to(v.dtype), tensors[given.tensor]
+    if given.heads is not None:
+        taken = torch.cat([taken, own[:, given.heads.rest]], 1)[:, given.heads.order]
+    tensors[given.tensor] = taken
+    return ops.attend(QK(tensors["q"], tensors["k"], qk.scale, qk.bias), tensors["v"])

@@ -1,0 +1,278 @@
+"""What can be looked into (teachers, runs, checkpoints, any ViT of one's own), and the one place that finds it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from atdiag.data import names
+from atdiag.networks import inspection, sources, teachers, weights
+from atdiag.networks.vit import ViT
+from atdiag.runs import DamagedRunError, Run
+from atdiag.spec import Data, Network, RunSpec, Teacher, Transfer
+from atdiag.training import evaluate
+from atdiag.transfer import method
+from atdiag.transfer.attention import Given
+from atdiag.transfer.observation import Observation, of_teacher
+from atdiag.words import UserError, suggest
+
+if TYPE_CHECKING:
+    from atdiag.runs import Store
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A frozen network with a name; one that copies, together with the teacher that it needs at test time."""
+
+    label: str
+    """How it is named in tables and figures, such as ``clip_b (mini)`` or ``1a2b3c copy``."""
+    body: evaluate.Subject | nn.Module
+    """The network with its teacher, or a network that is not ours."""
+    network: Network
+    data: Data | None = None
+    """The data set that it was trained on, where that is known."""
+    id: str = ""
+    """A run's id, or a weight file's sha256: what a table needs to name the same subject again."""
+    spec: RunSpec | None = None
+    """Of a run's student, what the run is."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network that runs: images [B, channels, S, S] in [0, 1] -> logits [B, classes]."""
+        return self.body.network if isinstance(self.body, evaluate.Subject) else self.body
+
+    @property
+    def transfer(self) -> Transfer:
+        """What passes to it from its teacher."""
+        return self.body.transfer if isinstance(self.body, evaluate.Subject) else Transfer()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.module.parameters()).device
+
+    def to(self, device: torch.device | str) -> Subject:
+        """Move it, and its teacher if it has one; returns itself."""
+        self.module.to(device)
+        if isinstance(self.body, evaluate.Subject):
+            if self.body.teacher is not None:
+                self.body.teacher.to(device)
+            self.body.averages = {
+                layer: averaged._replace(p=averaged.p.to(device)) for layer, averaged in self.body.averages.items()
+            }
+        return self
+
+    @torch.no_grad()
+    def given(self, pixels: Tensor) -> dict[int, Given]:
+        """What its blocks take from its teacher for images [B, channels, S, S] in [0, 1]; empty unless it copies.
+
+        Raises ValueError for a copy-student without its teacher.
+        """
+        body = self.body
+        if not isinstance(body, evaluate.Subject) or not method.needs_teacher_at_test(body.transfer):
+            return {}
+        if body.teacher is None:
+            raise ValueError(f"{self.label} copies blocks {body.transfer.layers}: it needs its teacher, and has none")
+        shown = body.teacher.observe(pixels, of_teacher([body.transfer]))
+        own = evaluate.fit(shown, body.teacher, self.network)
+        own = Observation(own.seen, own.features, own.logits, body.averages)
+        return method.given(body.transfer, own, self.network, pixels.device) or {}
+
+
+def teacher_of(subject: Subject) -> Subject:
+    """The teacher of a run's student, as it was when it taught. Raises UserError where there is none."""
+    spec = subject.spec
+    if spec is None or spec.teacher is None:
+        raise UserError(f"{subject.label} has no teacher", "name a network with --from")
+    return _loaded(spec.teacher, spec.data)
+
+
+class Outside(nn.Module):
+    """A ViT of timm as it is, behind the face that ours have: images in [0, 1] in, normalised here, logits out."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        if reason := inspection.why_not(model):
+            raise UserError(f"{type(model).__name__} can't be looked into: {reason}")
+        self.model = model
+        self.network = inspection.describe(model)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.network, name)).view(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, channels, S, S] in [0, 1] -> the network's own output."""
+        out: Tensor = self.model((images - self.mean) / self.std)
+        return out
+
+
+def of(model: nn.Module, label: str, network: Network | None = None) -> Subject:
+    """A network of one's own as a subject: a :class:`ViT`, or a ViT of timm.
+
+    One of timm is run as it is and in eval mode, its fused attention on or off as it was; it gets images in [0, 1] and
+    normalises them by the mean and std of its own configuration. Raises UserError for one without softmax attention
+    over all of its tokens.
+    """
+    if isinstance(model, ViT):
+        return Subject(label, evaluate.Subject(model.eval()), model.network)
+    outside = model if isinstance(model, Outside) else Outside(model)
+    return Subject(label, outside.eval(), network or outside.network)
+
+
+def find(reference: str, profile: str = "mini", data: Data | None = None, store: Store | None = None) -> Subject:
+    """The subject of a reference, frozen, on the CPU.
+
+    ===========================  ======================================================================================
+    ``clip_b``                   a teacher of the registry, at the profile
+    ``timm:MODEL[@/path/file]``  any softmax-attention ViT of timm
+    ``1a2b3c``                   a run by its id or the first digits of it (at least 4): its trained weights, or its
+                                 checkpoint while it is not finished
+    ``/path/to/file``            a run's folder, its checkpoint (a copy beside ``spec.json`` too) or its weights; a file
+                                 written by ``atdiag pretrain``
+    ===========================  ======================================================================================
+
+    data: the images that it will see, where the reference itself does not say. Raises UserError, with what may have
+    been meant, for a reference that names nothing.
+    """
+    name = reference.partition("@")[0]
+    if name in teachers.registry() or name.startswith(teachers.TIMM):
+        return _teacher(reference, profile, data)
+    if Path(reference).expanduser().exists() or "/" in reference or Path(reference).suffix:
+        return _file(Path(reference).expanduser())
+    if store is not None and re.fullmatch("[0-9a-f]{4,16}", reference):
+        try:
+            return of_run(store.find(reference))
+        except KeyError as fault:
+            near = suggest(reference, [run.id[: len(reference)] for run in store.list()])
+            raise UserError(f"{fault.args[0]}{near}", "'atdiag runs list' lists them") from None
+    # An id is typed by its first digits.
+    ids = [run.id[: max(len(reference), 4)] for run in store.list()] if store else []
+    near = suggest(reference, teachers.miniatures()) or suggest(reference, [*teachers.registry(), *ids])
+    raise UserError(
+        f"no teacher, run or file is named {reference!r}{near}",
+        "'atdiag teachers' and 'atdiag runs list' list what there is",
+    )
+
+
+def _teacher(reference: str, profile: str, data: Data | None) -> Subject:
+    spec = teachers.teacher(reference, profile, _image_size(reference, profile, data))
+    return _loaded(spec, data)
+
+
+def _image_size(reference: str, profile: str, data: Data | None) -> int | None:
+    """Of what a teacher will see: the data set's images where they are real, else what it is made for."""
+    name = reference.partition("@")[0]
+    row = teachers.registry().get(name)
+    if row is not None and profile == "mini" and name == reference and teachers.is_published(name):
+        return None  # a miniature, made for scenes
+    if data is not None and names.is_real(data.name):
+        return data.image_size
+    if row is not None and row.image_size is not None:
+        return row.image_size
+    from timm.models import get_pretrained_cfg
+
+    model = name.removeprefix(teachers.TIMM) if row is None else row.model
+    config = get_pretrained_cfg(model, allow_unregistered=True)
+    return None if config is None else int(config.input_size[-1])
+
+
+def _loaded(spec: Teacher, data: Data | None) -> Subject:
+    """A teacher with its weights. Raises UserError that says where they would go, if they are not here."""
+    if spec.sha256 is None:
+        raise UserError(f"the weights of {spec.label} are not on this machine", teachers.how_to_get(spec))
+    try:
+        found = weights.load(spec)
+    except (weights.WeightsMissingError, ValueError) as fault:
+        raise UserError(str(fault)) from None
+    body = evaluate.Subject(found) if isinstance(found, ViT) else found
+    # A published network is what it is at any profile, and a path is too long for a table.
+    short = spec.name.partition("@")[0].removeprefix(teachers.TIMM)
+    label = spec.label if teachers.is_miniature(spec) else short
+    return Subject(label, body, found.network, data, spec.sha256)
+
+
+def of_run(run: Run) -> Subject:
+    """A run's student: with the trained weights, or with its checkpoint's while it is not finished."""
+    file = run.weights if run.finished else run.checkpoint
+    if not file.exists():
+        raise UserError(f"run {run.id} is {run.state}: it has neither trained weights nor a checkpoint", "train it")
+    return _student(run.spec, file)
+
+
+def _student(spec: RunSpec, file: Path) -> Subject:
+    """The student of a spec with the weights of a file, together with its teacher if it copies."""
+    state, step = _state(file)
+    network = ViT(spec.network)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as fault:
+        raise UserError(f"{file} does not fit the network of run {spec.id} ({str(fault).splitlines()[-1]})") from None
+    network.eval().requires_grad_(False)
+    label = f"{spec.id[:6]} {_kind(spec)}" + ("" if step is None else f" at step {step}")
+    body = evaluate.Subject(network, spec.transfer)
+    if method.needs_teacher_at_test(spec.transfer):
+        assert spec.teacher is not None
+        try:
+            body.teacher = weights.load(spec.teacher)
+        except (weights.WeightsMissingError, ValueError) as fault:
+            raise UserError(f"run {spec.id} copies from its teacher: {fault}") from None
+        body.averages = evaluate.averages(spec, body.teacher)
+    return Subject(label, body, spec.network, spec.data, spec.id, spec)
+
+
+def _kind(spec: RunSpec) -> str:
+    if spec.transfer.method != "none":
+        return spec.transfer.method
+    return "scratch" if spec.init.source == "scratch" else "reinit" if spec.init.reinit else "fine-tuned"
+
+
+def _state(file: Path) -> tuple[dict[str, Tensor], int | None]:
+    """A state dict and, of a checkpoint, the step. Raises UserError for a file that is neither."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if file.suffix == ".safetensors":
+        try:
+            return {name: tensor.float() for name, tensor in load_file(file).items()}, None
+        except (SafetensorError, OSError) as fault:
+            raise UserError(f"{file} can't be read ({fault})") from None
+    try:  # weights_only: nothing in the file is executed
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        return content["student"], int(content["step"])
+    except Exception as fault:  # a damaged archive raises whatever it happens to hit
+        raise UserError(f"{file} is no checkpoint of a run ({type(fault).__name__})") from None
+
+
+def _file(path: Path) -> Subject:
+    """A run's folder, a file beside its ``spec.json``, or a miniature's file."""
+    if not path.exists():
+        raise UserError(f"there is no file {path}")
+    folder, file = (path, None) if path.is_dir() else (path.parent, path)
+    if (folder / "spec.json").exists():
+        try:
+            spec = RunSpec.model_validate_json((folder / "spec.json").read_bytes())
+        except ValueError as fault:
+            raise UserError(str(DamagedRunError(folder / "spec.json", fault))) from None
+        trained = folder / "weights.safetensors"
+        return _student(spec, file or (trained if trained.exists() else folder / "checkpoint"))
+    if file is None:
+        raise UserError(f"{path} is not a run's folder: there is no spec.json in it")
+    try:
+        network = Network.model_validate(weights.metadata(file)["network"])
+    except (ValueError, KeyError):
+        raise UserError(
+            f"nothing says which network {path} belongs to (a run's spec.json would lie beside it)",
+            f"for weights of a timm model type timm:MODEL@{path}",
+        ) from None
+    vit = ViT(network)
+    vit.load_state_dict(_state(file)[0])
+    vit.eval().requires_grad_(False)
+    return Subject(file.stem, evaluate.Subject(vit), network, None, sources.sha256(file))

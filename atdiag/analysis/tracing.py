@@ -1,0 +1,435 @@
+"""Reading what a network computes while it runs: nnsight looks into the network as it is, whatever it is.
+
+    >>> from atdiag.analysis import images, subjects, tracing
+    >>> from atdiag.spec import Data
+    >>> teacher = subjects.find("deit_s")
+    >>> pictures = images.choose(4, Data(name="digits", train=1, clutter=6), teacher.network)
+    >>> found = tracing.trace(teacher, pictures, what=("map", "residual"), layers=(0, 11))
+    >>> found["map", 11].shape, found["residual", 0].shape
+    (torch.Size([4, 2, 26, 26]), torch.Size([4, 26, 32]))
+
+Nothing is switched in the network. Where its attention is fused, queries and keys are read as they enter the kernel,
+and a layer's map is computed from them when it is asked for. Shapes: B images, H heads, N tokens, d head width, C
+width.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from atdiag.analysis import sites
+from atdiag.analysis.images import Pictures
+from atdiag.analysis.sites import Site, TracingError
+from atdiag.analysis.subjects import Subject
+from atdiag.networks.vit import ViT
+from atdiag.spec import Network
+from atdiag.transfer import ops
+from atdiag.transfer.attention import Given
+from atdiag.transfer.observation import Seen
+from atdiag.transfer.ops import QK, Map
+from atdiag.words import UserError, suggest
+
+What = Literal["map", "logits", "q", "k", "v", "attn", "mlp", "residual"]
+"""``map`` [B, H, N, N], its ``logits`` before softmax [B, H, N, N]; ``q``, ``k``, ``v`` [B, H, N, d] as they enter the
+product; ``attn`` and ``mlp``, what the block's two modules put out, before LayerScale [B, N, C]; ``residual``, the
+stream that leaves the block [B, N, C]."""
+
+WHAT: tuple[What, ...] = get_args(What)
+PER_HEAD: frozenset[What] = frozenset({"map", "logits", "q", "k", "v"})
+
+BATCH = 64
+"""Images that are traced at a time, unless one layer's maps of so many would be more than ``_MOST`` numbers."""
+_MOST = 2**25
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What was read of one block; None where it was not asked for."""
+
+    map: Map | None = None
+    v: Tensor | None = None
+    attn: Tensor | None = None
+    mlp: Tensor | None = None
+    residual: Tensor | None = None
+
+    @property
+    def used(self) -> Map:
+        """The map that the block used: by q and k where there are such, else as a tensor."""
+        if self.map is None:
+            raise TracingError("no map was asked for")
+        return self.map
+
+    def tensor(self, what: What, heads: Sequence[int] | None = None) -> Tensor:
+        """One of the things by name, shapes as in :data:`What`, of some heads. In float32 or better.
+
+        Raises TracingError where there is no such thing: q, k and logits of a map that was given as a tensor.
+        """
+        out = self._whole(what)
+        return out[:, list(heads)] if heads is not None and what in PER_HEAD else out
+
+    def _whole(self, what: What) -> Tensor:
+        if what == "map":
+            return ops.probabilities(self.used)
+        if what in ("logits", "q", "k"):
+            if not isinstance(self.map, QK):
+                raise TracingError(
+                    f"there is no {what} to be read: the map was given as a tensor, or the network's fused attention "
+                    "is off, where only the map itself is in reach"
+                )
+            if what == "logits":
+                return ops.logits(self.map)
+            return self.map.q if what == "q" else self.map.k
+        found = getattr(self, what)
+        if not isinstance(found, Tensor):
+            raise TracingError(f"{what} was not read")
+        return found
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What was read for one batch."""
+
+    layers: Mapping[int, Layer]
+    pixels: Tensor
+    """[B, channels, S, S] in [0, 1]."""
+    index: Any
+    """int64 [B]: the images' places among all that are traced."""
+    labels: Any = None
+    logits: Tensor | None = None
+    """The network's output [B, classes], where asked for."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a tracing pass."""
+
+    what: frozenset[What]
+    layers: tuple[int, ...]
+    logits: bool = False
+    """Also the network's output."""
+
+
+def wanted(
+    subject: Subject, what: Iterable[str] = ("map",), layers: Sequence[int] | None = None, logits: bool = False
+) -> Wanted:
+    """What is asked for, checked. layers: blocks counted from 0 at the input; None: all. Raises UserError."""
+    names = frozenset(what)
+    for name in sorted(names - set(WHAT)):
+        raise UserError(f"nothing named {name!r} can be traced{suggest(name, WHAT)}", f"known: {', '.join(WHAT)}")
+    depth = subject.network.depth
+    chosen = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
+    for layer in chosen:
+        if not 0 <= layer < depth:
+            raise UserError(f"layer {layer} is out of range: {subject.label} has {depth} blocks, 0 to {depth - 1}")
+    return Wanted(names, chosen, logits)  # type: ignore[arg-type]
+
+
+# --- the reader ----------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """Looks into one subject; a context manager, which leaves the network as it found it::
+
+    with Reader(subject) as reader:
+        traced = reader(pixels, wanted)
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self._before: dict[nn.Module, dict[str, Any]] = {}
+        self._sites: dict[int, Site] = {}
+        self._nnsight = _nnsight()
+        self._root: Any = None
+
+    def __enter__(self) -> Reader:
+        module = self.subject.module
+        # nnsight puts a forward of its own on every module whose source it reads, and leaves it there.
+        self._before = {m: {k: m.__dict__[k] for k in _PLANTED if k in m.__dict__} for m in module.modules()}
+        self._root = self._nnsight.NNsight(module)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module, had in self._before.items():
+            for name in _PLANTED:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(had)
+        self._before, self._sites, self._root = {}, {}, None
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, want: Wanted, given: Mapping[int, Given] | None = None) -> Traced:
+        """Trace images [B, channels, S, S] in [0, 1] on the subject's device.
+
+        given: what blocks use instead of their own; by default what the subject takes from its teacher. Raises
+        UserError for a block without softmax attention, TracingError that names the layer for a block that was not run
+        or gave a NaN.
+        """
+        given = self.subject.given(pixels) if given is None else given
+        read = want.layers if want.what & PER_HEAD else ()
+        put = {} if isinstance(self.subject.module, ViT) else given  # ours takes it as an argument
+        where = {layer: self._site(layer) for layer in sorted({*read, *put})}
+        for layer in put:
+            if where[layer].kind == "explicit":
+                raise UserError(
+                    f"layer {layer} of {self.subject.label} has its fused attention off: nothing can be put in there",
+                    "set its fused_attn to True",
+                )
+        nodes, outputs, logits = self._run(pixels, want, where, {} if put else given, put)
+        layers: dict[int, Layer] = {}
+        for layer in want.layers:
+            seen = self._seen(where[layer], nodes, len(pixels), layer) if layer in read else None
+            layers[layer] = Layer(seen and seen.map, seen and seen.v, **outputs[layer])
+        _check_finite(layers, self.subject.label)
+        return Traced(layers, pixels, None, None, logits)
+
+    def _seen(self, site: Site, nodes: Mapping[int, Any], images: int, layer: int) -> Seen:
+        if layer not in nodes:
+            raise TracingError(f"layer {layer}: the forward pass never came to its attention")
+        return sites.seen(site, nodes[layer], self.subject.network, images, layer)
+
+    def _run(
+        self,
+        pixels: Tensor,
+        want: Wanted,
+        where: Mapping[int, Site],
+        given: Mapping[int, Given],
+        put: Mapping[int, Given],
+    ) -> tuple[dict[int, Any], dict[int, dict[str, Any]], Tensor | None]:
+        """One pass: what was at each layer's site, what its modules put out, and the network's output.
+
+        given: as an argument of the network; put: written into the pass where its attention is read.
+        """
+        root, save = self._root, self._nnsight.save
+        names = [name for name in ("attn", "mlp") if name in want.what]
+        for name, layer in product(names, want.layers):
+            if not isinstance(getattr(self._blocks[layer], name, None), nn.Module):
+                raise UserError(f"layer {layer} of {self.subject.label} has no {name} module, whose output to read")
+        envoys = {layer: self._envoy(layer) for layer in sorted({*want.layers, *where})}
+        network, images = self.subject.network, len(pixels)
+        call = (pixels, dict(given)) if given else (pixels,)
+        try:
+            # Everything is read in the order in which the network computes it: nnsight can't go back.
+            with root.trace(*call) as tracer:
+                nodes: dict[int, Any] = save({})
+                outputs: dict[int, dict[str, Any]] = save({layer: {} for layer in want.layers})
+                logits: list[Any] = save([])
+                for layer, block in envoys.items():
+                    if layer in where:
+                        site = where[layer]
+                        node = getattr((block.attn if site.inside else block).source, site.node)
+                        arguments = node.inputs if site.kind != "explicit" else None
+                        if layer in put:
+                            own = sites.seen(site, (arguments, None), network, images, layer)
+                            node.output = sites.attended(put[layer], own)
+                        nodes[layer] = (arguments, node.output if site.kind != "fused" else None)
+                    if layer not in outputs:
+                        continue
+                    for name in names:
+                        outputs[layer][name] = getattr(block, name).output
+                    if "residual" in want.what:
+                        outputs[layer]["residual"] = block.output
+                if want.logits:
+                    logits.append(root.output)
+                else:
+                    tracer.stop()
+        except _out_of_order() as fault:
+            raise TracingError(_translated(fault)) from None
+        return nodes, outputs, logits[0] if logits else None
+
+    @property
+    def _blocks(self) -> list[nn.Module]:
+        return list(self.subject.module.get_submodule(self._path).children())
+
+    @property
+    def _path(self) -> str:
+        """Where the blocks are: of a network that is not ours, one step further inside."""
+        return "blocks" if hasattr(self.subject.module, "blocks") else "model.blocks"
+
+    def _envoy(self, layer: int) -> Any:
+        envoy = self._root
+        for name in self._path.split("."):
+            envoy = getattr(envoy, name)
+        return envoy[layer]
+
+    def _site(self, layer: int) -> Site:
+        """Where a block's map is to be read, by the source of its attention. Raises UserError where there is none."""
+        block = self._blocks[layer]
+        attn = getattr(block, "attn", None)
+        inside = isinstance(attn, nn.Module)
+        module: nn.Module = attn if isinstance(attn, nn.Module) else block
+        envoy = self._envoy(layer)
+        names: Sequence[str] = (envoy.attn if inside else envoy).source.names
+        kind, found = sites.locate(module, names)
+        if len(found) != 1:
+            how = "no softmax attention that can be read" if not found else f"attention in {len(found)} places"
+            raise UserError(f"layer {layer} of {self.subject.label} ({type(module).__name__}) has {how}")
+        return Site(inside, found[0], kind)
+
+
+_PLANTED = ("forward", "__nnsight__")
+"""What nnsight leaves on a module whose source it has read."""
+
+
+def _nnsight() -> Any:
+    """The module nnsight, without the ``save`` that it hangs on every object of the process when it is imported."""
+    fresh = "nnsight" not in sys.modules
+    import nnsight
+
+    if fresh:
+        from nnsight import _c
+
+        if _c.unmount is not None:
+            _c.unmount("save")
+    return nnsight
+
+
+def _out_of_order() -> type[Exception]:
+    from nnsight.intervention.interleaver import OutOfOrderError
+
+    kind: type[Exception] = OutOfOrderError
+    return kind
+
+
+def _translated(fault: Exception) -> str:
+    """What nnsight says of a place that was not reached when it was waited for, in our words."""
+    found = re.search(r"blocks\.(\d+)\.?([\w.]*)", str(fault))
+    if not found:
+        return str(fault)
+    return (
+        f"layer {found[1]}: {found[2].split('.input')[0] or 'the block'} was not run where it was expected: the "
+        "network takes another path through its attention, or leaves the block out"
+    )
+
+
+def _check_finite(layers: Mapping[int, Layer], label: str) -> None:
+    """Raise TracingError that names the first layer with a NaN (an infinity becomes one in what follows)."""
+    flags: list[Tensor] = []
+    where: list[tuple[int, str]] = []
+    for layer, one in layers.items():
+        parts: dict[str, Tensor | None] = {name: getattr(one, name) for name in ("v", "attn", "mlp", "residual")}
+        if isinstance(one.map, QK):
+            parts |= {"q": one.map.q, "k": one.map.k}
+        elif one.map is not None:
+            parts["map"] = one.map.p
+        for name, tensor in parts.items():
+            if tensor is not None:
+                flags.append(tensor.isfinite().all())
+                where.append((layer, name))
+    if flags and not (fine := torch.stack(flags)).all():  # one look at the device for all layers
+        layer, name = next(place for place, good in zip(where, fine.tolist(), strict=True) if not good)
+        raise TracingError(f"layer {layer} of {label}: its {name} is not finite")
+
+
+# --- streams -------------------------------------------------------------------------------------------------------
+
+
+def batch_size(*networks: Network) -> int:
+    """How many images are traced at a time: no layer's maps are more than ``_MOST`` numbers."""
+    largest = max(network.heads * network.tokens**2 for network in networks)
+    return max(1, min(BATCH, _MOST // largest))
+
+
+def stream(
+    traces: Sequence[tuple[Subject, Wanted]], pictures: Pictures, batch: int | None = None
+) -> Iterator[tuple[Traced, ...]]:
+    """Trace several subjects side by side, on the same images: one :class:`Traced` for each, batch by batch.
+
+    Nothing is kept from one batch to the next. All subjects are on one device and take images of one kind.
+    """
+    networks = [subject.network for subject, _ in traces]
+    kinds = {(network.image_size, network.channels) for network in networks}
+    if len(kinds) > 1:
+        told = " and ".join(f"{size} x {size} x {channels}" for size, channels in sorted(kinds))
+        raise UserError(f"the subjects see different images ({told})", "compare networks of one image size")
+    device = traces[0][0].device
+    with ExitStack() as stack:
+        readers = [stack.enter_context(Reader(subject)) for subject, _ in traces]
+        for one in pictures.batches(batch or batch_size(*networks), device):
+            yield tuple(
+                replace(reader(one.pixels, want), index=one.index, labels=one.labels)
+                for reader, (_, want) in zip(readers, traces, strict=True)
+            )
+
+
+class Reduction(Protocol):
+    """What is made of a stream without keeping it."""
+
+    def add(self, traced: Traced) -> None:
+        """Take in one batch."""
+
+
+def reduce(
+    subject: Subject, pictures: Pictures, want: Wanted, reductions: Sequence[Reduction], batch: int | None = None
+) -> None:
+    """Trace a subject once, and let every reduction take in every batch."""
+    for (traced,) in stream([(subject, want)], pictures, batch):
+        for reduction in reductions:
+            reduction.add(traced)
+
+
+class Mean:
+    """The mean over images of each thing and layer, summed in float64 (float32 where the device has none)."""
+
+    def __init__(self, what: Iterable[What], heads: Sequence[int] | None = None) -> None:
+        self.what, self.heads = tuple(what), heads
+        self.count = 0
+        self._sums: dict[tuple[What, int], Tensor] = {}
+
+    def add(self, traced: Traced) -> None:
+        """Take in one batch."""
+        self.count += len(traced.pixels)
+        wide = torch.float32 if traced.pixels.device.type == "mps" else torch.float64
+        for layer, found in traced.layers.items():
+            for what in self.what:
+                tensor = found.tensor(what, self.heads)
+                total = tensor.sum(0, dtype=wide)
+                self._sums[what, layer] = self._sums[what, layer] + total if (what, layer) in self._sums else total
+
+    def result(self) -> dict[tuple[What, int], Tensor]:
+        """(what, layer) -> its mean, on the CPU, shapes as in :data:`What` without B."""
+        return {key: (total / self.count).cpu() for key, total in self._sums.items()}
+
+
+def trace(
+    subject: Subject,
+    pictures: Pictures,
+    what: Iterable[str] = ("map",),
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    mean: bool = False,
+    batch: int | None = None,
+) -> dict[tuple[What, int], Tensor]:
+    """(what, layer) -> a tensor on the CPU, for all images (shapes as in :data:`What`) or their mean (without B).
+
+    With ``mean`` memory does not grow with the number of images. heads: of map, logits, q, k, v; None: all. Raises
+    UserError for what can't be asked for, TracingError for what can't be read.
+    """
+    want = wanted(subject, what, layers)
+    check_heads(subject, heads)
+    names: list[What] = [name for name in WHAT if name in want.what]
+    if mean:
+        average = Mean(names, heads)
+        reduce(subject, pictures, want, [average], batch)
+        return average.result()
+    parts: dict[tuple[What, int], list[Tensor]] = {}
+    for (traced,) in stream([(subject, want)], pictures, batch):
+        for layer, found in traced.layers.items():
+            for name in names:
+                parts.setdefault((name, layer), []).append(found.tensor(name, heads).cpu())
+    return {key: torch.cat(tensors) for key, tensors in parts.items()}
+
+
+def check_heads(subject: Subject, heads: Sequence[int] | None) -> None:
+    """Raise UserError for a head that a subject lacks."""
+    count = subject.network.heads
+    for head in heads or ():
+        if not 0 <= head < count:
+            raise UserError(f"head {head} is out of range: {subject.label} has {count} heads, 0 to {count - 1}")

@@ -1,0 +1,125 @@
+"""Where networks look: one image, one query; subjects (and heads) down, layers across, the rollout at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from figures import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from atdiag.analysis.maps import Shown
+
+_LABEL, _GAP = 0.75, 0.06
+
+
+def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Figure:
+    """Attention over the image, each map from 0 to its own largest weight, which is written below it."""
+    rows = [(one, head) for one in found for head in range(len(one.heads))]
+    across = max(len(one.layers) for one in found)
+    roll = any(one.rollout is not None for one in found)
+    columns = 1 + across + roll
+    wide = columns > 5
+    width = 2 * style.COLUMN + 0.25 if wide else style.COLUMN
+    panel = min((width - _LABEL) / columns - _GAP, 1.1)
+    figure, panels = style.panels(len(rows), columns, len(rows) * (panel + 0.13) + 0.55, width)
+    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)  # type: ignore[union-attr, call-arg]
+    alone = len(found) == 1
+    same = len({one.layers for one in found}) == 1
+    for i, (one, head) in enumerate(rows):
+        line = panels[i * columns : (i + 1) * columns]
+        for axes in line:
+            _bare(axes)
+        _picture(line[0], one, image)
+        _mark(line[0], one, query)
+        name = [] if alone else [style.short(one.label, 30)]
+        name += [f"head {one.heads[head]}"] if len(one.heads) > 1 else []
+        line[0].set_ylabel(_wrapped("\n".join(name)), rotation=0, ha="right", va="center", labelpad=3)
+        for j, layer in enumerate(one.layers):
+            _overlay(line[1 + j], one, image, query, one.attention[image, j, query, head])
+            if i == 0 or not same:
+                line[1 + j].set_title(f"layer {layer}", pad=2)
+        for axes in line[1 + len(one.layers) : 1 + across]:
+            axes.set_visible(False)
+        if roll:
+            line[-1].set_visible(one.rollout is not None and head == 0)
+            if one.rollout is not None and head == 0:
+                _overlay(line[-1], one, image, query, one.rollout[image, query])
+                if i == 0 or not same:
+                    line[-1].set_title("rollout", pad=2)
+    first = found[0]
+    words = {"cls": "the class token", "centre": "the patch in the centre"}
+    asked = first.queries[query]
+    title = [f"{first.names[image]}: attention of {words.get(asked, f'the patch at {asked}')}"]
+    if len(first.heads) == 1:
+        title.append("mean over heads" if first.heads[0] == "mean" else f"head {first.heads[0]}")
+    title += [style.short(first.label)] if alone else []
+    style.describe(
+        figure,
+        _short(", ".join(title), 140 if wide else 68),
+        "each map from 0 (dark) to its largest weight (written below)",
+    )
+    return figure
+
+
+def _short(title: str, most: int) -> str:
+    """A path is cut at its beginning: its end says which image it is."""
+    return title if len(title) <= most else f"...{title[3 - most :]}"
+
+
+def _wrapped(name: str, width: int = 13) -> str:
+    """A name in short lines, broken at spaces and after underscores."""
+    import textwrap
+
+    parts = [textwrap.wrap(part.replace("_", "_ "), width, break_long_words=False) for part in name.split("\n")]
+    return "\n".join(line.replace("_ ", "_") for lines in parts for line in lines)
+
+
+def _bare(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _canvas(one: Shown, image: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The image as [S, S, 3], as the network sees it."""
+    pixels = one.pixels[image]
+    return (np.repeat(pixels, 3, 0) if len(pixels) == 1 else pixels).transpose(1, 2, 0)
+
+
+def _picture(axes: Axes, one: Shown, image: int) -> None:
+    axes.imshow(_canvas(one, image), interpolation="nearest", vmin=0, vmax=1)
+
+
+def _overlay(axes: Axes, one: Shown, image: int, query: int, weights: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+    """The image in grey under its map in colour: what is attended to is bright."""
+    from matplotlib import colormaps
+
+    largest = float(weights.max())
+    side = one.network.patch_size
+    share = np.kron(weights / max(largest, 1e-12), np.ones((side, side)))
+    grey = _canvas(one, image).mean(-1)
+    colour = colormaps["inferno"](0.95 * share)[..., :3]
+    axes.imshow(0.35 * grey[..., None] + 0.65 * colour, interpolation="nearest", vmin=0, vmax=1)
+    axes.set_xlabel(
+        f"{largest:.3f}" if largest < 0.1 else f"{largest:.2f}", fontsize=5.5, labelpad=1.5, color=style.GREY
+    )
+    _mark(axes, one, query)
+
+
+def _mark(axes: Axes, one: Shown, query: int) -> None:
+    """A square around the query's patch."""
+    from matplotlib.patches import Rectangle
+
+    if (point := one.point(query)) is None:
+        return
+    side = one.network.patch_size
+    corner = point[0] - side / 2, point[1] - side / 2
+    for colour, width in (("white", 1.4), (style.INK, 0.6)):
+        axes.add_patch(Rectangle(corner, side, side, fill=False, ec=colour, lw=width, clip_on=False))

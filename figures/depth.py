@@ -1,0 +1,104 @@
+"""What each layer knows: accuracy of the probes over depth, all subjects in one plot."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from figures import style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PROBES = {"linear": "linear probe", "knn": "nearest neighbours", "centroid": "nearest class mean"}
+_TOKENS = {"class": "class token", "patch": "mean patch", "both": "class token and mean patch"}
+
+
+def depth(frame: pd.DataFrame) -> Figure:
+    """The linear probe on all that there is (class token and mean patch) above, the early exit below.
+
+    frame: as of ``atdiag.study.depth.frame``. Bands are the intervals; a bar at the right end: the network itself.
+    """
+    exits = frame[frame.probe == "head"]
+    rows = 2 if len(exits) else 1
+    subjects = list(frame.subject.unique())
+    figure, panels = style.panels(rows, 1, 0.9 + 1.35 * rows + 0.12 * len(subjects), sharex=True)
+    linear = frame[frame.probe == "linear"]
+    best = linear[(linear.tokens == "both") | ~linear.subject.isin(linear[linear.tokens == "both"].subject)]
+    without = [name for name in subjects if name not in set(linear[linear.tokens == "both"].subject)]
+    _lines(panels[0], best, subjects)
+    panels[0].set_title("linear probe on class token and mean patch", loc="left", pad=3)
+    if rows == 2:
+        _lines(panels[1], exits, subjects)
+        panels[1].set_title("early exit: the trained head after each layer", loc="left", pad=3)
+        _ends(panels[1], frame[frame.probe == "itself"], subjects)
+    for axes in panels[:rows]:
+        axes.set_ylabel("top-1, %")
+    panels[rows - 1].set_xlabel("layer")
+    _finish(
+        figure,
+        panels[0],
+        frame,
+        f"{', '.join(map(style.short, without))}: mean patch alone" if without else "",
+        columns=1,
+    )
+    return figure
+
+
+def grid(frame: pd.DataFrame) -> Figure:
+    """Every probe (down) on every kind of features (across)."""
+    kinds = [tokens for tokens in _TOKENS if (frame.tokens == tokens).any()]
+    subjects = list(frame.subject.unique())
+    width = style.COLUMN if len(kinds) == 1 else 2 * style.COLUMN + 0.25
+    lines = math.ceil(len(subjects) / 3)
+    figure, panels = style.panels(
+        len(_PROBES), len(kinds), 0.75 + 1.35 * len(_PROBES) + 0.12 * lines, width, sharex=True, sharey=True
+    )
+    for i, (probe, name) in enumerate(_PROBES.items()):
+        for j, tokens in enumerate(kinds):
+            axes = panels[i * len(kinds) + j]
+            _lines(axes, frame[(frame.probe == probe) & (frame.tokens == tokens)], subjects)
+            if i == 0:
+                axes.set_title(_TOKENS[tokens], pad=3)
+            if j == 0:
+                axes.set_ylabel(f"{name}, %")
+    for axes in panels[-len(kinds) :]:
+        axes.set_xlabel("layer")
+    _finish(figure, panels[kinds.index("patch")], frame, "", columns=3)
+    return figure
+
+
+def _lines(axes: Axes, frame: pd.DataFrame, subjects: list[str]) -> None:
+    for name, colour, marker in zip(subjects, style.colours(len(subjects)), style.markers(len(subjects)), strict=True):
+        one = frame[frame.subject == name].sort_values("layer")
+        if not len(one):
+            continue
+        axes.fill_between(one.layer, one.ci_low, one.ci_high, color=colour, alpha=0.15, lw=0)
+        axes.plot(
+            one.layer, one.top1, color=colour, marker=marker, ms=3, label=style.short(name, 40), mec="white", mew=0.3
+        )
+    axes.grid(visible=False, axis="x")
+
+
+def _ends(axes: Axes, frame: pd.DataFrame, subjects: list[str]) -> None:
+    """Short bars at the right: what each network itself says, beside the axes so that they hide no line."""
+    for name, colour in zip(subjects, style.colours(len(subjects)), strict=True):
+        for level in frame[frame.subject == name].top1:
+            axes.plot([1.005, 1.035], [level, level], transform=axes.get_yaxis_transform(), color=colour, clip_on=False)
+
+
+def _finish(figure: Figure, axes: Axes, frame: pd.DataFrame, note: str, columns: int) -> None:
+    """Ticks, the legend of the lines in some axes, and a title that says what was measured, with a note below it."""
+    layers = sorted(layer for layer in frame.layer.unique() if layer >= 0)
+    axes.set_xticks(layers[:: -(-len(layers) // 14)])
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False)
+    seeds = int(frame.seeds.max())
+    first = frame.iloc[0]
+    title = f"{first.images} test images, {first.train} to fit" + (f", {seeds} seeds" if seeds > 1 else "")
+    covers = "seeds and images" if seeds > 1 else "images"
+    if frame.seeds.nunique() > 1:
+        covers += " (of one seed: over images)"
+    style.describe(figure, "\n".join(filter(None, (title, f"95 % intervals over {covers}", note))))

@@ -1,0 +1,100 @@
+"""What a network still knows with some of its attention replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from figures import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from atdiag.analysis.intervene import Outcome
+
+
+def residual(found: Sequence[Outcome]) -> Figure:
+    """How far the residual stream moves: block by block; at the last one, where one layer at a time was replaced."""
+    groups = _by_name(found)
+    figure, axes = style.canvas(height=2.0 + 0.13 * len(groups))
+    for (name, outcomes), colour in zip(groups.items(), _colours(len(groups)), strict=True):
+        if _one_at_a_time(found):
+            places, values = [one.layers[0] for one in outcomes], [float(one.residual[-1]) for one in outcomes]
+        else:
+            places, values = [*range(len(outcomes[0].residual))], outcomes[0].residual.tolist()
+        axes.plot(places, values, "o-", color=colour, ms=3, label=style.short(name, 40))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("change of the stream")
+    axes.grid(visible=False, axis="x")
+    depth = len(found[0].residual)
+    axes.set_xticks(range(0, depth, -(-depth // 14)))
+    one_layer = "the one layer that was replaced (stream after the last)"
+    axes.set_xlabel(one_layer if _one_at_a_time(found) else "block whose output is compared")
+    figure.legend(loc="outside lower left", ncols=1, frameon=False)
+    style.describe(figure, _title(found))
+    return figure
+
+
+def accuracy(found: Sequence[Outcome]) -> Figure:
+    """Change of accuracy with its interval: by replacement, or by layer where one layer at a time was replaced."""
+    groups = _by_name(found)
+    if _one_at_a_time(found):
+        return _by_layer(found, groups)
+    figure, axes = style.canvas(height=0.7 + 0.2 * len(found))
+    for y, one in enumerate(found):
+        assert one.change is not None
+        value, low, high = one.change
+        axes.plot([low, high], [y, y], color=style.BLUE, solid_capstyle="butt")
+        axes.plot(value, y, "o", ms=4.5, color=style.BLUE)
+    axes.axvline(0, color=style.INK, lw=0.8, zorder=1)
+    axes.set_yticks(range(len(found)), [style.short(one.replaced, 40) for one in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=5)
+    axes.grid(visible=False, axis="y")
+    style.describe(figure, _title(found), _below(found))
+    return figure
+
+
+def _by_layer(found: Sequence[Outcome], groups: dict[str, list[Outcome]]) -> Figure:
+    figure, axes = style.canvas(height=2.0 + 0.12 * len(groups))
+    for i, ((name, outcomes), colour) in enumerate(zip(groups.items(), _colours(len(groups)), strict=True)):
+        offset = 0.08 * (i - (len(groups) - 1) / 2)
+        layers = [one.layers[0] + offset for one in outcomes]
+        values = [one.change for one in outcomes if one.change is not None]
+        axes.plot(layers, [value for value, _, _ in values], "o-", color=colour, ms=3, label=style.short(name, 40))
+        axes.vlines(layers, [low for _, low, _ in values], [high for _, _, high in values], color=colour, lw=0.8)
+    axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
+    layers = sorted({one.layers[0] for one in found})
+    axes.set_xticks(layers[:: -(-len(layers) // 14)])
+    axes.set_ylabel("change of top-1, points")
+    axes.grid(visible=False, axis="x")
+    figure.legend(loc="outside lower left", ncols=1, frameon=False)
+    axes.set_xlabel("the one layer that was replaced")
+    style.describe(figure, _title(found))
+    return figure
+
+
+def _one_at_a_time(found: Sequence[Outcome]) -> bool:
+    return all(len(one.layers) == 1 for one in found) and len(found) > len(_by_name(found))
+
+
+def _by_name(found: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    out: dict[str, list[Outcome]] = {}
+    for one in found:
+        out.setdefault(one.replaced, []).append(one)
+    return out
+
+
+def _colours(count: int) -> list[str]:
+    return [style.CYCLE[i % len(style.CYCLE)] for i in range(count)]
+
+
+def _title(found: Sequence[Outcome]) -> str:
+    return f"{found[0].subject}, {found[0].images} images"
+
+
+def _below(found: Sequence[Outcome]) -> str:
+    top1 = found[0].top1
+    assert top1 is not None
+    return f"change of top-1, points ({top1[0]:.1f} % as it is; 95 % over images)"

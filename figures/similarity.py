@@ -1,0 +1,105 @@
+"""How alike two networks' attention is: divergence and CKA by layer, and head by head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from figures import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from atdiag.analysis.similarity import Rows, Similarity
+
+
+def by_layer(found: Sequence[Similarity]) -> Figure:
+    """Divergence by layer above, CKA below. Of one comparison every matching; of several the optimal one of each."""
+    lines = 2 if len(found) == 1 else len(found)
+    figure, (above, below) = style.panels(2, 1, height=2.7 + 0.13 * lines, sharex=True)
+    if len(found) == 1:
+        one = found[0]
+        _line(above, one, one.matched("optimal"), "all queries, heads one to one", style.BLUE, "o-")
+        _line(above, one, one.matched("averaged"), "heads averaged", style.SKY, "s--")
+        if "class" in one.heads:
+            _line(above, one, one.matched("optimal", "class"), "class token", style.VERMILLION, "^-")
+            _line(above, one, one.matched("optimal", "patch"), "patches", style.GREEN, "v:")
+        _line(below, one, one.cka["all"], "all tokens", style.BLUE, "o-")
+        if "class" in one.cka:
+            _line(below, one, one.cka["class"], "class token", style.VERMILLION, "^-")
+        title = _pair(one)
+    else:
+        for one, colour in zip(found, _colours(len(found)), strict=True):
+            _line(above, one, one.matched("optimal"), style.short(one.b, 40), colour, "o-")
+            _line(below, one, one.cka["all"], style.short(one.b, 40), colour, "o-")
+        title = f"{style.short(found[0].a)} and {len(found)} others"
+    above.set_ylabel("JSD of maps, bits")
+    below.set_ylabel("CKA of streams")
+    for axes in (above, below):
+        axes.set_ylim(0, max(1.0 if axes is below else 0.0, axes.get_ylim()[1] * 1.05))
+        axes.grid(visible=False, axis="x")
+    layers = [layer for layer, _ in found[0].layers]
+    below.set_xticks(layers[:: -(-len(layers) // 14)])
+    handles, labels = above.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=2 if len(found) == 1 else 1, frameon=False)
+    below.set_xlabel(f"layer of {style.short(found[0].a)}")
+    style.describe(figure, f"{title}, {found[0].images} images")
+    return figure
+
+
+def _pair(one: Similarity) -> str:
+    """The names of both, in two lines where one is too short for them."""
+    a, b = style.short(one.a), style.short(one.b)
+    return f"{a}{' ' if len(a) + len(b) < 42 else chr(10)}and {b}"
+
+
+def _colours(count: int) -> list[str]:
+    """So many colours; more than the palette has are shades of one, from early to late."""
+    if count <= len(style.CYCLE):
+        return list(style.CYCLE[:count])
+    import seaborn as sns
+
+    return [str(colour) for colour in sns.color_palette("crest", count).as_hex()]
+
+
+def _line(axes: Axes, one: Similarity, values: NDArray[np.float64], label: str, colour: str, form: str) -> None:
+    axes.plot([layer for layer, _ in one.layers], values, form, color=colour, label=label, ms=3)
+
+
+def heads(one: Similarity, rows: Rows = "all") -> Figure:
+    """Every head of A (down) with every head of B (across), a panel for each layer; dots: matched one to one."""
+    matrices = one.heads[rows]
+    count, down, across = matrices.shape
+    columns = min(4, count)
+    lines = -(-count // columns)
+    panel = (style.COLUMN - 0.75) / columns
+    figure, panels = style.panels(
+        lines, columns, height=max(lines * (max(panel * down / across, 0.4) + 0.2), 1.3) + 0.6
+    )
+    top = max(float(matrices.max()), 1e-6)
+    image = None
+    for i, axes in enumerate(panels):
+        axes.set_visible(i < count)
+        if i >= count:
+            continue
+        image = axes.imshow(matrices[i], vmin=0, vmax=top, cmap="viridis_r", aspect="auto")
+        mine, theirs = one.assignments(rows)[i]
+        size = 60 * panel / max(down, across)
+        axes.scatter(theirs, mine, s=(size / 3.5) ** 2, color="white", edgecolors=style.INK, linewidths=0.5)
+        layer_a, layer_b = one.layers[i]
+        axes.set_title(f"layer {layer_a}" if layer_a == layer_b else f"layer {layer_a} : {layer_b}", pad=2)
+        axes.grid(visible=False)
+        axes.set_xticks(np.arange(0, across, max(1, across // 4)))
+        axes.set_yticks(np.arange(0, down, max(1, down // 4)))
+        axes.tick_params(length=0, labelbottom=i + columns >= count, labelleft=i % columns == 0)
+    assert image is not None
+    bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, aspect=30)
+    bar.set_label("JSD, bits", fontsize=7)
+    bar.outline.set_visible(False)
+    below = f"down: heads of {style.short(one.a)}\nacross: of {style.short(one.b)}; dots: matched one to one"
+    style.describe(figure, f"{_pair(one)}, {one.images} images", below)
+    return figure

@@ -1,0 +1,83 @@
+"""A real pre-trained ViT on real images, where the test data is here."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from atdiag.analysis import images, intervene, similarity, subjects, tracing
+from atdiag.analysis.replacements import Replacement
+from atdiag.data import names
+from atdiag.spec import Data
+
+REAL = Path(os.environ.get("ATDIAG_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+FILE = REAL / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+ARCHIVE = REAL / "imagenette-128.zip"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four test images of every class of Imagenette."""
+    if not (FILE.exists() and ARCHIVE.exists()):
+        pytest.skip(f"no {FILE.name} and {ARCHIVE.name} in {REAL} (ATDIAG_TEST_DATA)")
+    root = tmp_path_factory.mktemp("real")
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        by_class = {}
+        for name in sorted(archive.namelist()):
+            parts = name.split("/")
+            if len(parts) == 4 and parts[3] and parts[1] in ("train", "val"):
+                by_class.setdefault(tuple(parts[1:3]), []).append(name)
+        archive.extractall(root, [name for found in by_class.values() for name in found[:4]])
+    return root / "imagenette-128"
+
+
+@pytest.fixture(scope="module")
+def real(folder):
+    data = names.complete(Data(name=f"folder:{folder}", train=1, image_size=224))
+    subject = subjects.find(f"timm:vit_tiny_patch16_224@{FILE}", data=data)
+    return subject, images.choose(0, data, subject.network)
+
+
+def test_its_maps_are_what_hooks_on_timms_explicit_path_see(real):
+    subject, some = real
+    two = some.reordered(np.array([3, 17]))
+    found = tracing.trace(subject, two)
+    from atdiag.networks import sources, teachers, weights
+
+    source = teachers.source(f"timm:vit_tiny_patch16_224@{FILE}")
+    model, _ = weights.load_source(source, sources.find(source), 224)
+    for i, block in enumerate(model.blocks):
+        block.attn.fused_attn = False
+
+        def keep(_, inputs, output, i=i):
+            torch.testing.assert_close(found["map", i], output, atol=1e-5, rtol=1e-3)
+
+        block.attn.attn_drop.register_forward_hook(keep)
+    (pixels,) = (one.pixels for one in two.batches(2))
+    with torch.no_grad():
+        model((pixels - 0.5) / 0.5)
+    assert len(found) == 12
+
+
+def test_what_it_knows_hangs_on_its_maps(real):
+    subject, some = real
+    rows = np.array(names.imagenet_rows("imagenette"))
+    classes = set(some.labels)
+    assert len(some) == 40 and len(classes) == 10
+    known = images.Pictures(
+        some.names, some.source, some.labels, some.clusters, Data(name="imagenette", train=1, image_size=224)
+    )
+    assert (known.head_rows(subject.network) == rows).all()
+    own, uniform = intervene.intervene(subject, [Replacement("own"), Replacement("uniform")], known)
+    assert own.top1[0] == own.top1[1] > 80 and own.logits < 1e-4
+    assert uniform.top1[1] < 40 and uniform.residual[-1] > 0.1
+
+
+def test_itself_is_itself(real):
+    subject, some = real
+    (found,) = similarity.similarity(subject, subject, some.reordered(np.arange(4)), layers=(0, 11))
+    assert (found.matched("optimal") == 0).all()
+    np.testing.assert_allclose(found.cka["all"], 1, atol=1e-9)

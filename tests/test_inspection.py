@@ -1,0 +1,236 @@
+"""The commands that look inside: what is typed, right and wrong, and what lies in the files."""
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from atdiag import cli, inspection
+from atdiag.analysis import images, similarity, subjects, tracing
+from atdiag.networks import students
+from atdiag.runs import Store
+from atdiag.spec import Data, Network, Recipe, RunSpec, Seed, Transfer
+from atdiag.training import checkpoint, cohort
+from atdiag.words import UserError
+
+DATA = Data(name="digits", train=32, test_per_source=1, clutter=6)
+NETWORK = Network(image_size=20, patch_size=4, channels=1, width=32, depth=12, heads=2, classes=10)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    for name in ("ATDIAG_PROFILE", "ATDIAG_RUNS", "ATDIAG_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Two tiny runs of deit_s: one that copied, one that distilled; and one that was stopped."""
+    store = Store(tmp_path_factory.mktemp("inside") / "runs")
+    teacher = subjects.teachers.teacher("deit_s", "mini")
+    recipe = Recipe(epochs=1, batch_size=16)
+    common = {"network": teacher.network.student(), "teacher": teacher, "data": DATA, "recipe": recipe}
+    transfers = [Transfer(method=method, layers=tuple(range(12))) for method in ("copy", "distill")]
+    specs = [RunSpec(**common, seed=Seed(data=0, model=0), transfer=transfer) for transfer in transfers]
+    load = subjects.weights.load
+    assert set(cohort.train(specs, store, load, torch.device("cpu")).values()) == {"finished"}
+    stopped = specs[0].model_copy(update={"transfer": Transfer(), "teacher": None})
+    ended = cohort.train([stopped], store, load, torch.device("cpu"), should_stop=lambda: True)
+    assert ended == {stopped.id: "interrupted"}
+    return store, *(store.run(spec) for spec in specs), store.run(stopped)
+
+
+def atdiag(*arguments) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    assert not end.value.code
+    return out.getvalue()
+
+
+def wrong(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2, err
+    assert not out and err.count("\n") == 1 and err.startswith("atdiag: ")
+    return err
+
+
+def last_line(out) -> dict:
+    return json.loads(out.splitlines()[-1])
+
+
+def narrow(out) -> bool:
+    return all(len(line) <= 80 for line in out.splitlines() if not line.startswith(("  results", "{")))
+
+
+# The commands
+
+
+def test_trace_writes_what_the_function_gives(tmp_path):
+    what = ("--what", "map,residual", "--layers", "0,11", "--images", 3)
+    out = atdiag("trace", "dinov2_reg_s", *what, "-o", "a/t.safetensors", "--json")
+    tensors = load_file("a/t.safetensors")
+    subject = subjects.find("dinov2_reg_s")
+    some = images.choose(3, Data(name="digits", train=1, clutter=6), subject.network)
+    for (what, layer), expected in tracing.trace(subject, some, ("map", "residual"), (0, 11)).items():
+        assert torch.equal(tensors[f"{what}.{layer}"], expected)
+    assert last_line(out)["tensors"] == ["map.0", "residual.0", "map.11", "residual.11"] and narrow(out)
+    atdiag("trace", "dinov2_reg_s", "--heads", "1", "--mean", "--images", 3, "-o", "m.safetensors")
+    torch.testing.assert_close(load_file("m.safetensors")["map.11"], tensors["map.11"][:, 1:].double().mean(0))
+
+
+def test_similarity_writes_table_document_and_figures(store):
+    _, copied, distilled, stopped = store
+    runs = ("--runs", store[0].root)
+    out = atdiag("similarity", "deit_s", copied.id, distilled.id[:6], stopped.id, "--images", 8, "--json", *runs)
+    document = last_line(out)
+    assert narrow(out) and [one["id"] for one in document["subjects"][1:]] == [copied.id, distilled.id, stopped.id]
+    assert "at step" in document["subjects"][3]["label"]
+    assert sum(path.endswith(".png") for path in document["files"]) == 4
+    frame = pd.read_csv(next(path for path in document["files"] if path.endswith(".csv")))
+    every = frame[(frame.rows == "all") & (frame.b == f"{copied.id[:6]} copy")]
+    assert len(every) == 12 and (every.jsd_same == 0).all()  # the map that it uses is its teacher's
+    assert (frame[frame.b == f"{distilled.id[:6]} distill"].jsd_same > 0.01).any()
+    starts = {".png": b"\x89PNG", ".pdf": b"%PDF"}
+    for path in map(Path, document["files"]):
+        assert path.read_bytes().startswith(starts.get(path.suffix, b""))
+    (found,) = similarity.similarity(
+        subjects.find("deit_s"), subjects.find(distilled.id, store=store[0]), images.choose("8", DATA, NETWORK)
+    )
+    mine = frame[frame.b == found.b].reset_index(drop=True)
+    pd.testing.assert_frame_equal(mine, found.frame(), rtol=1e-6)
+
+
+def test_intervene_puts_in_a_teacher_and_others(store):
+    root, copied, distilled, _ = store
+    runs = ("--runs", root.root)
+    put_in = ("--with", "teacher", "--with", "own", "--from", copied.id)
+    out = atdiag("intervene", distilled.id, *put_in, "--images", 12, "--json", *runs)
+    rows = pd.DataFrame(last_line(out)["rows"])
+    assert narrow(out) and len(rows) == 36
+    same = rows[rows.replaced == "own map"]
+    assert (same.residual_change < 1e-5).all() and (same.change == 0).all()
+    by = {name: group.residual_change.tolist() for name, group in rows.groupby("replaced")}
+    # The copy's map is its teacher's.
+    np.testing.assert_allclose(by[f"map of {copied.id[:6]} copy"], by["map of deit_s (mini)"], rtol=1e-4)
+    assert all(x > 1e-3 for x in by["map of deit_s (mini)"])
+    out = atdiag("intervene", "deit_s", "--with", "uniform", "--each", "--layers", "top:2", "--images", 6, "--json")
+    assert [row["layers"] for row in last_line(out)["rows"][::12]] == ["10", "11"] and narrow(out)
+
+
+def test_of_a_folder_of_images_no_accuracy_is_told(tmp_path):
+    for i in range(3):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "4.png").write_text("broken")
+    out = atdiag("intervene", "deit_s", "--with", "uniform", "--images", tmp_path, "--skip-bad", "--json")
+    assert last_line(out)["rows"][0]["top1_after"] is None and last_line(out)["images"] == 3
+    assert "1 of 4 images can't be read and are left out" in " ".join(out.split())
+
+
+# What is found
+
+
+def test_a_subject_is_found_by_whatever_names_it(store, tmp_path):
+    root, copied, distilled, stopped = store
+    some = images.choose(2, DATA, NETWORK)
+    (pixels,) = (one.pixels for one in some.batches(2))
+
+    def logits(reference):
+        subject = subjects.find(str(reference), store=root)
+        given = subject.given(pixels)
+        return subject.module(pixels, given) if given else subject.module(pixels)
+
+    for run in (copied, distilled):
+        expected = logits(run.id)
+        shutil.copytree(run.path, tmp_path / run.id[:3])
+        for reference in (run.id[:5], run.path, run.weights, tmp_path / run.id[:3]):
+            assert torch.equal(logits(reference), expected)
+    assert torch.equal(logits(stopped.id), logits(stopped.checkpoint))
+    kept = checkpoint.load(stopped)
+    fresh = subjects.ViT(stopped.spec.network)
+    fresh.load_state_dict(kept.student)
+    assert torch.equal(logits(stopped.id), fresh.eval()(pixels))
+    vit = students.build(NETWORK, 3).eval()
+    subjects.weights.save(vit, tmp_path / "mine.safetensors", {})
+    torch.testing.assert_close(logits(tmp_path / "mine.safetensors"), vit(pixels), atol=1e-2, rtol=1e-2)
+
+
+def test_a_subject_that_is_not_there(capsys, store, tmp_path):
+    root, copied, *_ = store
+    runs = ("--runs", root.root)
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    shutil.copytree(copied.path, tmp_path / "bad")
+    (tmp_path / "bad/weights.safetensors").write_bytes(b"no")
+    wanted = {
+        "clip_c": "did you mean 'clip_b'",
+        copied.id[:4] + "zz": f"did you mean '{copied.id[:6]}'",
+        "ffffffff": "no run in",
+        "nowhere/weights.safetensors": "there is no file",
+        str(tmp_path): "is not a run's folder",
+        str(tmp_path / "x.safetensors"): "type timm:MODEL@",
+        str(tmp_path / "bad"): "can't be read",
+    }
+    for reference, message in wanted.items():
+        assert message in wrong(capsys, "similarity", "deit_s", reference, *runs), reference
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("similarity", "deit_s", "dinov2_s", "--layers", "12"), "12"),
+        (("similarity", "deit_s", "dinov2_s", "--layer-map", "0-0"), "write it as 0:0,5:11"),
+        (("similarity", "deit_s", "dinov2_s", "--images", "nowhere"), "no such file or folder"),
+        (("similarity", "deit_s", "dinov2_s", "--data", "digit"), "did you mean 'digits'"),
+        (("trace", "deit_s", "--what", "maps", "-o", "x.safetensors"), "did you mean 'map'"),
+        (("trace", "deit_s", "-o", "x.npz"), "x.safetensors"),
+        (("trace", "deit_s", "--heads", "5", "-o", "x.safetensors"), "5"),
+        (("intervene", "deit_s", "--with", "unifrom"), "did you mean 'uniform'"),
+        (("intervene", "deit_s", "--with", "teacher"), "has no teacher"),
+        (("intervene", "deit_s", "--from", "deit_b"), "3 heads"),
+        (("intervene", "deit_s", "--what", "mpa"), "did you mean 'map'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_writes_nothing(capsys, tmp_path, arguments, message):
+    assert message in wrong(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_networks_of_different_depth_ask_for_a_layer_map(capsys, tmp_path):
+    shallow = NETWORK.model_copy(update={"depth": 4})
+    subjects.weights.save(students.build(shallow, 0), tmp_path / "shallow.safetensors", {})
+    said = wrong(capsys, "similarity", "deit_s", tmp_path / "shallow.safetensors")
+    assert "has 12 blocks, shallow 4" in said and "--layer-map 0:0,11:3" in said
+    out = atdiag("similarity", "deit_s", tmp_path / "shallow.safetensors", "--layer-map", "0:0,11:3", "--images", 4)
+    assert "11:3" in out
+
+
+def test_a_network_that_is_not_finite_is_a_fault_that_names_the_layer(capsys, tmp_path):
+    vit = students.build(NETWORK, 0)
+    with torch.no_grad():
+        vit.blocks[4].attn.q_weight[0, 0] = float("nan")
+    subjects.weights.save(vit, tmp_path / "nan.safetensors", {})
+    said = wrong(capsys, "similarity", "deit_s", tmp_path / "nan.safetensors")
+    assert "layer 4 of nan: its" in said and "is not finite" in said
+
+
+def test_small_words():
+    assert inspection.layer_pairs("0:0, 5:11") == {0: 0, 5: 11}
+    assert inspection._ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
+    with pytest.raises(UserError):
+        inspection.layer_pairs("0:0,0:1")

@@ -24,7 +24,12 @@ def rescue(
 ) -> Study:
     """Add the teacher's native components to the student, all and each alone, and transfer."""
     source = lab.teacher(teacher)
-    own = source.network.components
+    own, beyond = source.network.components, source.network.differences
+    if beyond:
+        raise UserError(
+            f"{source.label} has {', '.join(beyond)}, which no student can be given yet: there is no native student",
+            "choose another teacher; reinit apart, the other experiments take this one",
+        )
     if not own:
         raise UserError(
             f"{source.label} has no native component, so there is nothing to add", "choose another, such as clip_b"

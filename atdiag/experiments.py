@@ -133,10 +133,12 @@ def _run(
     from atdiag.study import profile as profiles
     from atdiag.study import schedule, tables
     from atdiag.study.ablation import Lab, report
+    from atdiag.training import compiled
     from atdiag.words import UserError
 
     if data_dir is not None:
         os.environ[profiles.DATA_VARIABLE] = str(data_dir.expanduser().absolute())
+    compiled.choice()
     settings = profiles.resolve(profile, seeds, set_, runs)
     device = schedule.choose_device(device or settings.profile.device)
     study = make(Lab(settings))
@@ -144,15 +146,16 @@ def _run(
     store = Store(settings.runs)
     folder = tables.output_folder(study, settings.profile.name, out.expanduser() if out else None)
     tables.writable(settings.runs, "--runs")
+    _check_weights(study, store)
     if dry_run:
         _show_plan(study, settings, store, device, json_)
         return
+    _check_data(study, store)
     if study.teacher.sha256 is None:
         raise UserError(
             f"the weights of {study.teacher.label} are not on this machine", teachers.how_to_get(study.teacher)
         )
     _header(study, settings)
-    _check_ready(study, store)
     _execute(study, settings, store, device)
     finished = report(study, settings, store)
     files = _write(finished, folder)
@@ -178,14 +181,29 @@ def _check_overrides(make: Callable[[Lab], Study], study: Study, settings: Setti
     ids = {spec.id for spec in study.specs}
     for name in names:
         plain = profiles.without(settings, name)
-        if plain is None or plain == settings.profile:  # it can't be left out, or says what is so anyway
-            continue
+        if plain is None or plain == settings.profile or _is_so(name, study, settings):
+            continue  # it can't be left out, or says what is so anyway
         try:
             others = make(Lab(replace(settings, profile=plain)))
         except UserError:
             continue
         if ids == {spec.id for spec in others.specs}:
             raise UserError(f"{name} has no effect here: it changes none of this experiment's runs", "leave it out")
+
+
+def _is_so(name: str, study: Study, settings: Settings) -> bool:
+    """Whether a setting under ``transfer.`` names what some transfer of the study is in any case."""
+    section, _, field = name.partition(".")
+    if section != "transfer":
+        return False
+    for spec in (spec for arm in study.arms for spec in arm.specs if spec.transfer.method != "none"):
+        own = spec.transfer
+        asked = settings.profile.transfer.transfer(own.method, spec.network.depth, spec.network.heads)
+        if getattr(own, field) is not None and getattr(asked, field) == getattr(own, field):
+            return True
+        if field == "heads" and own.heads is None is asked.heads and own.takes_attention:
+            return True
+    return False
 
 
 def _header(study: Study, settings: Settings) -> None:
@@ -209,7 +227,21 @@ def _header(study: Study, settings: Settings) -> None:
         typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(settings.overrides.items())))
 
 
-def _check_ready(study: Study, store: Store) -> None:
+def _check_weights(study: Study, store: Store) -> None:
+    """Raise UserError where the file of a published teacher is here and is not what it should be.
+
+    Loads it as a training process would, which takes seconds; a study whose runs are all finished does not need it.
+    """
+    from atdiag.networks import teachers, weights
+    from atdiag.study import schedule
+
+    if study.teacher.sha256 is None or teachers.is_miniature(study.teacher):
+        return
+    if any(spec.teacher for spec in schedule.pending(study.specs, store)):
+        weights.load(study.teacher)
+
+
+def _check_data(study: Study, store: Store) -> None:
     """Raise UserError, before anything is trained, where real images are not here or not what they should be.
 
     A study whose runs are all finished needs none.
@@ -311,6 +343,16 @@ def _draw(report: Report, *paths: Path) -> None:
         figure.savefig(path)
 
 
+def _missing_data(settings: Settings) -> str | None:
+    """What the real run would say of the data, in a plan; None where they are here."""
+    from atdiag.data import names, places
+
+    name = settings.profile.data.name
+    return (
+        f"{name} is not on this machine (see 'atdiag data')" if names.is_real(name) and not places.found(name) else None
+    )
+
+
 def _show_plan(study: Study, settings: Settings, store: Store, device: str, json_: bool) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -335,10 +377,14 @@ def _show_plan(study: Study, settings: Settings, store: Store, device: str, json
     typer.echo(
         f"{len(study.specs)} runs, {len(todo)} to do, about {_duration(wall)} in {processes} {what} on {device}."
     )
+    for note in study.notes:
+        typer.echo(f"- {note}")
     if study.teacher.sha256 is None:
         typer.echo("The names of runs that need the teacher will be others: its weights' sha256 is part of them.")
     scenes = {"test_per_source", "clutter"} if settings.profile.data.image_size else set()
     resolved = {"data": settings.profile.data.model_dump(mode="json", exclude=scenes)}
+    form = settings.profile.transfer.model_dump(mode="json", exclude_defaults=True)
+    resolved["transfer"] = form or {"layers": "all", "heads": "all", "tensor": "map"}
     trained = {spec.recipe for arm in study.arms for spec in arm.specs}
     for recipe in dict.fromkeys(settings.profile.recipe.values()):
         if recipe in trained:

@@ -247,7 +247,8 @@ class Transfer(Spec):
     heads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_sorted_set)] | None = None
     """Which heads; None: all."""
     average: Literal["examples", "queries", "heads", "layers"] | None = None
-    """What the teacher's map is averaged over before it passes: what is lost shows what mattered."""
+    """What the teacher's map is averaged over before it passes (of layers and heads: the chosen ones): what is lost
+    shows what mattered."""
     loss: Literal["ce", "kl", "mse", "jsd", "l1", "logits_mse"] | None = None
     """How two maps are compared (distill). ``kl`` becomes ``ce``: their gradients are the same, so they are one arm.
     Of q, k, v and features it is always ``mse``."""
@@ -260,6 +261,8 @@ class Transfer(Spec):
 
     @model_validator(mode="after")
     def _canonical(self) -> Self:
+        if self.method not in ("none", "logits") and "layers" not in self.model_fields_set:
+            raise ValueError(f"{self.method} needs layers: say which of the student's blocks, () for none")
         nothing = self.method == "none" or self.weight == 0 or self.heads == ()
         if nothing or (self.method != "logits" and not self.layers):
             blank = type(self).model_fields
@@ -288,6 +291,11 @@ class Transfer(Spec):
             self._choose_loss()
         if self.average is not None and self.tensor != "map":
             raise ValueError(f"only maps are averaged before transfer, not {self.tensor}")
+        # The mean of one is itself.
+        if (self.average == "layers" and len(self.layers) == 1) or (
+            self.average == "heads" and len(self.heads or ()) == 1
+        ):
+            self._become(average=None)
         if self.reduce == "mean" and len(self.layers) == 1:
             self._become(reduce="sum")
         return self

@@ -103,8 +103,8 @@ def wrong(capsys, *arguments) -> str:
         ("rescue --teacher deit3_b", "use 'dinov2_b'"),
         ("rescue --teacher beit_b", "use 'beitv2_b'"),
         ("reinit --profile min", "unknown profile 'min', did you mean 'mini'? (known: mini, small, paper)"),
-        ("reinit --profile paper", "the weights of clip_b are not on this machine: 'atdiag teachers pull clip_b'"),
-        ("rescue --profile small --teacher beitv2_b", "the weights of beitv2_b (small) are not on this machine"),
+        ("reinit --profile paper", "where the data set imagenet lies is not said: give --data-dir FOLDER"),
+        ("rescue --profile small --teacher timm:vit_small_patch16_dinov3", "there is no native student"),
         ("reinit --set recipe.epcohs=4", "'recipe.epcohs' is no setting, did you mean 'recipe.epochs'?"),
         ("reinit --set recipe.epochs=four", "recipe.epochs='four': input should be a valid integer"),
         ("reinit --set recipe.epochs", "is not NAME=VALUE"),
@@ -245,9 +245,10 @@ def test_help_imports_nothing_heavy(arguments):
 
 def test_every_command_has_help(folder):
     commands = ["reinit", "layers", "rescue", "benchmark", "teachers", "pretrain", "doctor", "runs", "data"]
+    commands += ["trace", "similarity", "intervene", "probe", "attention-stats", "maps"]
     code, out = atdiag("--help")
     assert code == 0
-    assert re.findall(r"^  (\w+)  ", out.partition("Commands:")[2], re.MULTILINE) == commands
+    assert re.findall(r"^  ([\w-]+)  ", out.partition("Commands:")[2], re.MULTILINE) == commands
     for command in [*commands, "teachers pull", "runs list", "runs show", "runs remove", "data check"]:
         code, out = atdiag(*command.split(), "--help")
         assert code == 0

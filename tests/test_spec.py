@@ -152,7 +152,7 @@ def test_the_stream_is_what_a_cohort_shares(shared, change):
 @pytest.mark.parametrize(
     "transfer",
     [
-        Transfer(method="copy"),
+        Transfer(method="copy", layers=()),
         Transfer(method="distill", layers=()),
         Transfer(method="distill", layers=(1, 2), weight=0),
         Transfer(method="distill", layers=(1, 2), weight=-0.0),
@@ -294,6 +294,8 @@ def test_json_round_trip(made):
         (lambda: Transfer(method="logits", layers=(1,)), "logits has no layers"),
         (lambda: Transfer(method="features", layers=(1,), tensor="q"), "features are the residual stream"),
         (lambda: Data(train=10, per_class=2), "need an image_size"),
+        (lambda: Transfer(method="copy"), "copy needs layers"),
+        (lambda: distill(tensor="q", loss="ce"), "distill needs layers"),
         (lambda: run(teacher=TEACHER, transfer=distill(layers=(1,), teacher_layers=(12,))), "layer 12 is out of range"),
         (lambda: run(teacher=TEACHER, transfer=distill(layers=(1,), heads=(9,))), "head 9 is out of range"),
         (lambda: run(**grown(width=64), transfer=distill(layers=(1,), tensor="k")), "networks of one width"),
@@ -314,6 +316,9 @@ def test_equal_transfers_have_equal_specs():
     assert distill(layers=(1,), loss="kl") == distill(layers=(1,)) == distill(layers=(1,), reduce="mean")
     assert distill(layers=(2, 1), teacher_layers=(2, 1)) == distill(layers=(1, 2))
     assert distill(layers=(2, 1), teacher_layers=(5, 3)).teacher_layers == (3, 5)
+    assert distill(layers=(1,), average="layers") == distill(layers=(1,))
+    assert distill(layers=(1, 2), average="heads", heads=(0,)) == distill(layers=(1, 2), heads=(0,))
+    assert distill(layers=(1, 2), average="layers").average == "layers"
     assert distill(layers=(1,), heads=()) == Transfer() == distill(layers=(), loss="l1", average="heads")
     every = run(teacher=TEACHER, transfer=distill(layers=(1,), heads=tuple(range(PLAIN.heads))))
     assert every == run(teacher=TEACHER, transfer=distill(layers=(1,)))

@@ -49,21 +49,33 @@ def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
     try:
         with torch.device("meta" if meta else "cpu"):
             model: nn.Module = timm.create_model(source.model, img_size=image_size, **source.arguments)
-    except TypeError:
-        raise UserError(f"{source.name} is not a ViT: timm's constructor of it takes no image size") from None
+    except TypeError:  # its constructor takes no image size: what is it?
+        raise UserError(f"{source.name} can't be a teacher: {_why_not(source)}") from None
     except (AssertionError, ValueError) as fault:
         raise UserError(f"{source.name} can't be built for images of {image_size} px ({fault})") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None:
         raise UserError(f"{source.name} is not a ViT (timm's {type(model).__name__} has no patch embedding)")
-    side = max(patch)
+    side = patch if isinstance(patch, int) else max(patch)
     if image_size % side:
         low = image_size // side * side
         raise UserError(
             f"{source.name} has patches of {side} px, and {image_size} px is no multiple of that",
-            f"use {f'{low} or ' if low else ''}{low + side}",
+            f"add --set data.image_size={low or low + side}{f', or {low + side}' if low else ''}",
         )
     return model
+
+
+def _why_not(source: Source) -> str:
+    """Why a network that can't be built for an image size can't be a teacher."""
+    import timm
+    import torch
+
+    from atdiag.networks import inspection
+
+    with torch.device("meta"):
+        model = timm.create_model(source.model, **source.arguments)
+    return inspection.why_not(model) or "timm's constructor of it takes no image size"
 
 
 def pixels(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:

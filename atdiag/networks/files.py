@@ -53,9 +53,11 @@ def _check_safetensors(path: Path, size: int) -> None:
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            whole = 8 + length + max(ends)
+            whole = 8 + length + max(ends, default=0)
         except (ValueError, KeyError, TypeError, IndexError) as fault:
             raise WeightsError(f"{path} is damaged: its header can't be read ({fault})") from None
+    if not ends:
+        raise WeightsError(f"{path} holds no tensors")
     if whole != size:
         raise WeightsError(f"{path} is {_short(whole, size)}: its header asks for {whole} bytes, the file has {size}")
 

@@ -69,6 +69,11 @@ class Study:
     curve: Mapping[str, int] = field(default_factory=dict)
     """Arm -> its place on the horizontal axis, for a figure that draws one."""
 
+    def __post_init__(self) -> None:
+        if differences := self.teacher.network.differences:
+            said = f"{self.teacher.label} also has {', '.join(differences)}, which no student here is given."
+            object.__setattr__(self, "notes", (*self.notes, said))
+
     @property
     def specs(self) -> list[RunSpec]:
         """All runs, each once, in the order of arms."""

@@ -21,8 +21,8 @@ class Form(Spec):
     reduce: Literal["sum", "mean"] = "sum"
     tensor: Literal["map", "q", "k", "v"] = "map"
     average: Literal["examples", "queries", "heads", "layers"] | None = None
-    layers: str | int | None = None
-    heads: str | int | None = None
+    layers: str | int | tuple[int, ...] | None = None
+    heads: str | int | tuple[int, ...] | None = None
     temperature: float | None = None
 
     def transfer(
@@ -49,7 +49,7 @@ class Form(Spec):
         return Transfer(method=method, **attention, weight=self.weight, loss=self.loss, reduce=self.reduce)
 
 
-def indices(text: str | int | None, count: int, name: str) -> tuple[int, ...]:
+def indices(text: str | int | tuple[int, ...] | None, count: int, name: str) -> tuple[int, ...]:
     """``3,5,7-9``, ``top:6``, ``bottom:6`` (also ``last:6``, ``first:6``) or None (all) -> indices below ``count``.
 
     Raises UserError that says what was wrong with it.
@@ -59,8 +59,9 @@ def indices(text: str | int | None, count: int, name: str) -> tuple[int, ...]:
     """
     if text is None:
         return tuple(range(count))
-    text = str(text)
-    hint = "write it as '3,5,7-9', 'top:6' or 'bottom:6'"
+    text = ",".join(map(str, text)) if isinstance(text, tuple) else str(text)
+    ends = ("first:2", "last:2") if name.endswith("heads") else ("top:6", "bottom:6")
+    hint = f"write it as '3,5,7-9', '{ends[0]}' or '{ends[1]}'"
     if end := re.fullmatch(r"\s*([a-z]+)\s*:\s*(\d+)\s*", text):
         word, number = end[1], int(end[2])
         if word not in _ENDS:

@@ -123,9 +123,10 @@ def notes(report: Report) -> list[str]:
         for names in dict.fromkeys(report.dropped.values())
     ]
     data = report.study.arms[0].specs[0].data
+    grouped = " (by source digit)" if data.image_size is None else ""
     out.append(
         f"Profile {report.profile}, data {data.name}. Intervals: 95 %, over "
-        + ("seeds and test images (by source digit)." if report.rows[0].seeds > 1 else "test images only: one seed.")
+        + (f"seeds and test images{grouped}." if report.rows[0].seeds > 1 else "test images only: one seed.")
     )
     if report.overrides:
         out.append(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import torch
-
-from atdiag.networks.vit import ViT
 from atdiag.words import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from atdiag.networks.vit import ViT
 
 VARIABLE = "ATDIAG_COMPILE"
 
@@ -17,15 +19,21 @@ _LIMIT = 64
 """Compiled forms of a block in one process: one for each mix of components and of what is given, seen and dropped."""
 
 
+def choice() -> str:
+    """What the user says of compiling: "1", "0" or nothing. Raises UserError for anything else."""
+    said = os.environ.get(VARIABLE, "")
+    if said not in ("", "0", "1"):
+        raise UserError(f"{VARIABLE}={said}", "give 1 to compile the networks, 0 not to")
+    return said
+
+
 def wanted(device: torch.device) -> bool:
     """Whether networks are compiled: on CUDA, unless ``ATDIAG_COMPILE`` (0 or 1) says otherwise.
 
     On a CPU the compiler takes longer than a miniature's whole training.
     """
-    choice = os.environ.get(VARIABLE, "")
-    if choice not in ("", "0", "1"):
-        raise UserError(f"{VARIABLE}={choice}", "give 1 to compile the networks, 0 not to")
-    return device.type == "cuda" if choice == "" else choice == "1"
+    said = choice()
+    return device.type == "cuda" if said == "" else said == "1"
 
 
 def compile_blocks(network: ViT, backend: str = "inductor") -> None:
@@ -34,6 +42,8 @@ def compile_blocks(network: ViT, backend: str = "inductor") -> None:
     ``fullgraph``: a break in a block's graph is an error and no silent loss of speed. So is one recompilation too many,
     where torch would fall back to running uncompiled without a word.
     """
+    import torch
+
     torch._dynamo.config.recompile_limit = _LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in network.blocks:
@@ -43,4 +53,6 @@ def compile_blocks(network: ViT, backend: str = "inductor") -> None:
 
 def eagerly() -> AbstractContextManager[None]:
     """Run compiled networks uncompiled: for test images, whose last batch has a shape of its own."""
+    import torch
+
     return cast(AbstractContextManager[None], torch.compiler.set_stance("force_eager"))

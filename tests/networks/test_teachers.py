@@ -145,13 +145,22 @@ def test_a_teacher_without_a_miniature_names_the_nearest(name, use):
         ("dinov3_s", 224, "unknown teacher 'dinov3_s', did you mean 'dinov2_s'?"),
         ("timm:vit_tiny_patch16_225", 224, "timm has no model 'vit_tiny_patch16_225', did you mean 'vit_tiny_patch1"),
         ("timm:vit_small_patch16_224.dinno", 224, "did you mean 'vit_small_patch16_224.dino'?"),
-        ("timm:resnet18", 224, "timm:resnet18 is not a ViT"),
+        ("timm:resnet18", 224, "timm:resnet18 can't be a teacher: no self-attention is to be found in it"),
         ("timm:swin_tiny_patch4_window7_224", 224, "its attention stays within windows"),
         ("timm:vit_tiny_patch16_224", None, "sees real images, and here are none: add --set data.name=imagenette"),
         ("deit_s@/nowhere/x.pth", 224, "/nowhere/x.pth: there is no such file"),
         ("deit_s@", 224, "'deit_s@' names no file: type deit_s@/path/to/file"),
-        ("dinov2_s", 128, "has patches of 14 px, and 128 px is no multiple of that: use 126 or 140"),
-        ("timm:vit_tiny_patch16_224", 9, "has patches of 16 px, and 9 px is no multiple of that: use 16"),
+        (
+            "dinov2_s",
+            128,
+            "128 px is no multiple of that: add --set data.image_size=126, or 140",
+        ),
+        ("timm:xcit_nano_12_p16_224", 224, "can't be a teacher"),
+        (
+            "timm:vit_tiny_patch16_224",
+            9,
+            "9 px is no multiple of that: add --set data.image_size=16",
+        ),
     ],
 )
 @pytest.mark.parametrize("profile", ["small", "mini"])

@@ -76,7 +76,12 @@ def test_the_folder_of_runs_may_start_at_home(monkeypatch):
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_method_s_own_field_wins_whatever_the_order(order):
     recipe = asked(*["recipe.copy.lr=0.5", "recipe.lr=0.25"][::order]).profile.recipe
-    assert {method: recipe[method].lr for method in METHODS} == {"none": 0.25, "copy": 0.5, "distill": 0.25}
+    assert {method: recipe[method].lr for method in METHODS} == {
+        "none": 0.25,
+        "copy": 0.5,
+        "distill": 0.25,
+        "finetune": 0.25,
+    }
 
 
 @pytest.mark.parametrize("tables", ["[recipe]\nlr = 0.25\n[recipe.copy]\nlr = 0.5", "[recipe.copy]\nlr = 0.5"])
@@ -99,7 +104,8 @@ def test_every_field_can_be_set(tmp_path):
     assert recipe.rand_augment == "rand-m9-mstd0.5-inc1"
     assert found.profile.transfer.weight == 2
     for name, value in PROFILES["mini"].recipe["copy"].model_dump(mode="json").items():
-        assert asked(f"recipe.{name}={json.dumps(value)}").profile == PROFILES["mini"]
+        found = asked(f"recipe.{name}={json.dumps(value)}", "recipe.finetune.lr=5e-4")
+        assert found.profile == PROFILES["mini"]
 
 
 def test_overrides_leave_the_profile_as_it_is():
@@ -305,7 +311,7 @@ def test_another_data_set_brings_its_own_facts():
     assert data("data.name=cifar10", "data.train=300").train == 300
     assert data("data.name=digits", profile="small") == PROFILES["mini"].data
     assert data("data.name=larger").clutter == PROFILES["mini"].data.clutter
-    assert "data.train=50001: there are 50000" in refused("data.name=cifar10", "data.train=50001")
+    assert "has 50000 training images" in refused("data.name=cifar10", "data.train=50001")
     assert "data.image_size is of real images" in refused("data.image_size=20")
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from atdiag import cli
 from atdiag.analysis import subjects
+from atdiag.networks import students
 from atdiag.runs import Store
 from atdiag.spec import Data, Recipe, RunSpec, Seed, Transfer
 from atdiag.training import cohort
@@ -138,6 +139,16 @@ def test_maps_of_subjects_of_many_kinds(report):
     assert sum(name.endswith("png") for name in document["files"]) == 4
 
 
+def test_a_run_is_also_shown_as_it_was_before_its_first_step(report):
+    _, store, specs = report
+    spec = specs["copy"][1]
+    start = subjects.find(f"start:{spec.id[:6]}", store=store)
+    fresh = students.build(spec.network, 1).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in start.module.state_dict().items())
+    assert start.label == f"{spec.id[:6]} at its start" and start.transfer.method == "none"
+    atdiag("maps", f"start:{spec.id}", spec.id, "deit_s", "--runs", store.root, "--device", "cpu")
+
+
 def test_maps_of_files_by_head(tmp_path):
     draw = np.random.default_rng(0)
     for name in "ab":
@@ -159,6 +170,7 @@ def test_what_is_wrong_is_one_line(capsys, tmp_path):
     for fault, arguments in {
         "did you mean 'clip_b'": ("probe", "clip_n"),
         "deit_x": ("maps", "deit_s", "deit_x"),
+        "no run": ("maps", "start:12ab34"),
         "12 is out of range": ("probe", "deit_s", "--layers", "12"),
         "head 2 is out of range": ("maps", "deit_s", "--head", "2"),
         "did you mean 'centre'": ("maps", "deit_s", "--query", "center"),

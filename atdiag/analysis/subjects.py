@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atdiag.data import names
-from atdiag.networks import inspection, sources, teachers, weights
+from atdiag.networks import inspection, sources, students, teachers, weights
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run
 from atdiag.spec import Data, Network, RunSpec, Teacher, Transfer
@@ -23,6 +23,9 @@ from atdiag.words import UserError, suggest
 
 if TYPE_CHECKING:
     from atdiag.runs import Store
+
+
+_START = "start:"
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     ``timm:MODEL[@/path/file]``  any softmax-attention ViT of timm
     ``1a2b3c``                   a run by its id or the first digits of it (at least 4): its trained weights, or its
                                  checkpoint while it is not finished
+    ``start:1a2b3c``             the same run's student before its first step, without what its teacher gives
     ``/path/to/file``            a run's folder, its checkpoint (a copy beside ``spec.json`` too) or its weights; a file
                                  written by ``atdiag pretrain``
     ===========================  ======================================================================================
@@ -147,11 +151,13 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
         return _teacher(reference, profile, data)
     if Path(reference).expanduser().exists() or "/" in reference or Path(reference).suffix:
         return _file(Path(reference).expanduser())
-    if store is not None and re.fullmatch("[0-9a-f]{4,16}", reference):
+    begin, run_id = reference.startswith(_START), reference.removeprefix(_START)
+    if store is not None and re.fullmatch("[0-9a-f]{4,16}", run_id):
         try:
-            return of_run(store.find(reference))
+            found = store.find(run_id)
+            return of_start(found) if begin else of_run(found)
         except KeyError as fault:
-            near = suggest(reference, [run.id[: len(reference)] for run in store.list()])
+            near = suggest(run_id, [run.id[: len(run_id)] for run in store.list()])
             raise UserError(f"{fault.args[0]}{near}", "'atdiag runs list' lists them") from None
     # An id is typed by its first digits.
     ids = [run.id[: max(len(reference), 4)] for run in store.list()] if store else []
@@ -205,6 +211,22 @@ def of_run(run: Run) -> Subject:
     if not file.exists():
         raise UserError(f"run {run.id} is {run.state}: it has neither trained weights nor a checkpoint", "train it")
     return _student(run.spec, file)
+
+
+def of_start(run: Run) -> Subject:
+    """A run's student as it was before its first step, with its own attention whatever it takes later."""
+    spec = run.spec
+    network = students.build(spec.network, spec.seed.model)
+    if spec.init.source == "teacher":
+        assert spec.teacher is not None
+        try:
+            source = weights.load(spec.teacher)
+        except (weights.WeightsMissingError, ValueError) as fault:
+            raise UserError(f"run {spec.id} starts from its teacher: {fault}") from None
+        assert isinstance(source, ViT)
+        students.start_from(network, source, spec.init)
+    network.eval().requires_grad_(False)
+    return Subject(f"{spec.id[:6]} at its start", evaluate.Subject(network), spec.network, spec.data, spec.id, spec)
 
 
 def _student(spec: RunSpec, file: Path) -> Subject:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from atdiag.analysis.similarity import Similarity
     from atdiag.analysis.subjects import Subject
 
-_SUBJECT = "a teacher (clip_b), a run's id, a file or folder of a run, or timm:MODEL[@FILE]"
+_SUBJECT = "a teacher (clip_b), a run's id (start:ID: before its first step), a file of a run, or timm:MODEL[@FILE]"
 
 Images = Annotated[
     list[str] | None,

@@ -565,6 +565,10 @@ def test_every_line_of_the_readme_runs(line, folder):
         name = words[words.index("--teacher") + 1] if "--teacher" in words else "dinov2_s"
         if "paper" not in words and not weights.shipped_path(name).exists():
             pytest.skip(f"the miniature of {name} is not here")
+    elif words[0] in ("similarity", "intervene", "attention-stats", "maps"):
+        words += ["--out", str(folder.parent / "elsewhere")]
+        if "--images" not in words:
+            words += ["--images", "4"]
     code, out = atdiag(*words)
     complete = all(weights.shipped_path(name).exists() for name in teachers.miniatures())
     assert code == 0 or (words == ["doctor"] and not complete)

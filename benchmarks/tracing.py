@@ -84,6 +84,13 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        return next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), "")
+    return platform.processor()
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,9 +109,7 @@ def main() -> None:
         document: dict[str, Any] = {
             "model": options.model,
             "batch": options.batch,
-            "device": torch.cuda.get_device_name()
-            if options.device == "cuda"
-            else f"{platform.machine()} CPU, 1 thread",
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else f"{_processor()}, 1 thread",
             "torch": torch.__version__,
             "seconds": found,
             "traced_over_explicit": found[TRACED] / found[EXPLICIT],

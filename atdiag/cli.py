@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from atdiag import experiments, inspection, probes
+from atdiag import experiments, folders, inspection, probes
 from atdiag.experiments import Json, Profile, Runs, say
 
 if TYPE_CHECKING:
@@ -326,11 +326,7 @@ def data_check(
 def _look_in(data_dir: Path | None) -> None:
     """Let this process and those that it starts find data sets there."""
     if data_dir is not None:
-        from atdiag.words import UserError
-
-        if not data_dir.expanduser().is_dir():
-            raise UserError(f"--data-dir {data_dir} is no folder")
-        os.environ["ATDIAG_DATA"] = str(data_dir.expanduser().absolute())
+        folders.look_in(data_dir)
 
 
 # --- entry ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from atdiag import folders
 
 if TYPE_CHECKING:
     from atdiag.runs import Store
@@ -137,7 +138,7 @@ def _run(
     from atdiag.words import UserError
 
     if data_dir is not None:
-        os.environ[profiles.DATA_VARIABLE] = str(data_dir.expanduser().absolute())
+        folders.look_in(data_dir)
     compiled.choice()
     settings = profiles.resolve(profile, seeds, set_, runs)
     device = schedule.choose_device(device or settings.profile.device)

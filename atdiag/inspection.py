@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atdiag import folders
 from atdiag.experiments import DataDir, Json, Profile, Runs, Set
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Desk:
         from atdiag.study import schedule
 
         if data_dir is not None:
-            os.environ[profiles.DATA_VARIABLE] = str(data_dir.expanduser().absolute())
+            folders.look_in(data_dir)
         overrides = [*([f"data.name={data}"] if data is not None else []), *sets]
         settings = profiles.resolve(profile, None, overrides, runs)
         self.profile = settings.profile.name

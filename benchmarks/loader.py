@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from atdiag import folders
 from atdiag.data import cache, loader, names, places
 from atdiag.data.loader import Batch, Stream
 from atdiag.data.pictures import ImageFolder
@@ -189,7 +189,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.data_dir:
-        os.environ["ATDIAG_DATA"] = str(options.data_dir.absolute())
+        folders.look_in(options.data_dir)
     with tempfile.TemporaryDirectory() as folder:
         name = options.data
         if names.is_real(name) and places.found(name) is None:

@@ -117,6 +117,8 @@ def wrong(capsys, *arguments) -> str:
         ("data check", "Missing argument"),
         ("data chek", "Did you mean 'check'?"),
         ("data --data-dir {file}", "--data-dir {file} is no folder"),
+        ("reinit --data-dir {file}", "--data-dir {file} is no folder"),
+        ("maps deit_s --data-dir {file}", "--data-dir {file} is no folder"),
         ("data check folder:{file}", "there is no folder {file}"),
         ("data check cifar10 --data-dir .", "looked for a folder 'cifar10'"),
         ("reinit --seeds 0", "--seeds 0: give a number from 1 to 1000"),

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS: list[set[str]] = [
-    {"atdiag.spec", "atdiag.words", "atdiag.randomness", "atdiag.runs"},
+    {"atdiag.spec", "atdiag.words", "atdiag.folders", "atdiag.randomness", "atdiag.runs"},
     {"atdiag.transfer", "atdiag.data"},
     {"atdiag.networks"},
     {"atdiag.training", "atdiag.analysis"},
@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"ablations", "figures"},
     {"atdiag.cli", "atdiag.experiments", "atdiag.inspection", "atdiag.probes"},
 ]
-GROUND = ["atdiag.words", "atdiag.spec", "atdiag.randomness", "atdiag.runs"]
+GROUND = ["atdiag.words", "atdiag.folders", "atdiag.spec", "atdiag.randomness", "atdiag.runs"]
 """The ground floor has an order of its own: runs knows spec and nothing above, spec knows nothing."""
 
 HEAVY = {
@@ -37,6 +37,7 @@ LIGHT = (
     "atdiag/__init__.py",
     "atdiag/cli.py",
     "atdiag/experiments.py",
+    "atdiag/folders.py",
     "atdiag/inspection.py",
     "atdiag/probes.py",
     "atdiag/spec.py",

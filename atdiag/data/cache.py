@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 from filelock import FileLock
 from PIL import Image
 
+from atdiag import folders
 from atdiag.data.pictures import BrokenImageError, decode
 from atdiag.data.places import Files
 
@@ -27,11 +27,6 @@ MOST = 4 * 2**30
 
 _LOOK = 64
 _CHUNK = 256
-
-
-def folder() -> Path:
-    """The cache folder: ``ATDIAG_CACHE``, or the machine's usual place."""
-    return Path(os.environ.get("ATDIAG_CACHE") or platformdirs.user_cache_dir("atdiag")).expanduser()
 
 
 def cores() -> int:
@@ -49,7 +44,7 @@ def decoded(files: Files) -> Path | None:
     if size is None:
         return None
     shape = (len(files), size[1], size[0], 3)
-    path = folder() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}.npy"
+    path = folders.cache() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}.npy"
     mixed = path.with_suffix(".mixed")  # says that the images turned out to have several sizes
     if mixed.exists():
         return None

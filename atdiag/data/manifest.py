@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from atdiag import folders
 from atdiag.data import cache, datasets
 from atdiag.data.names import known
 from atdiag.data.pictures import BrokenImageError, decode
@@ -99,7 +100,7 @@ def _state(splits: Mapping[SplitName, Files]) -> str:
 
 
 def _path(state: str) -> Path:
-    return cache.folder() / "manifests" / f"{state[:32]}.sha256"
+    return folders.cache() / "manifests" / f"{state[:32]}.sha256"
 
 
 def _one(root: Path, file: str) -> tuple[str, tuple[int, int], str | None]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from atdiag import folders
 from atdiag.data.facts import ANY_FOLDER, FACTS, OWN_TESTS, Facts, is_class
 from atdiag.words import UserError
 
@@ -99,11 +100,11 @@ def find(name: str) -> Path:
             raise UserError(f"{name}: there is no folder {folder.absolute()}")
         return folder.absolute()
     wanted = FACTS[name].folders
-    given = os.environ.get("ATDIAG_DATA")
+    given = os.environ.get(folders.DATA)
     if not given:
         raise UserError(
             f"where the data set {name} lies is not said",
-            f"give --data-dir FOLDER or set ATDIAG_DATA to the folder that holds {_either(wanted)}",
+            f"give --data-dir FOLDER or set {folders.DATA} to the folder that holds {_either(wanted)}",
         )
     root = Path(given).expanduser().absolute()
     if root.name in wanted and not any((root / alias).is_dir() for alias in wanted):
@@ -114,7 +115,7 @@ def find(name: str) -> Path:
     seen = "which is no folder" if not root.is_dir() else f"which holds {_list(_names(root))}"
     raise UserError(
         f"no data set {name} in {root}, {seen}",
-        f"looked for a folder {_either(wanted)}; --data-dir or ATDIAG_DATA says where data sets lie",
+        f"looked for a folder {_either(wanted)}; --data-dir or {folders.DATA} says where data sets lie",
     )
 
 

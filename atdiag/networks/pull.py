@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from atdiag import folders
 from atdiag.networks import sources, teachers
 from atdiag.networks.sources import Source, WeightsError
 from atdiag.words import UserError
@@ -43,7 +44,7 @@ def pull(reference: str) -> Pulled:
     try:
         branch, dropped = _checked(source, path)
     except WeightsError:
-        if found is None and path.is_relative_to(sources.cache_folder()):
+        if found is None and path.is_relative_to(folders.cache()):
             path.unlink()
         raise
     return Pulled(source.name, path, sources.sha256(path), branch, dropped, was_here=found is not None)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from atdiag import folders
 from atdiag.runs import write_atomically
 from atdiag.spec import Network, Teacher
 from atdiag.words import UserError
@@ -61,14 +61,6 @@ class Source:
 # --- the cache folder ----------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where checkpoints that are not on the hub are kept: ``$ATDIAG_CACHE``, else the platform's cache folder."""
-    from platformdirs import user_cache_path
-
-    own = os.environ.get("ATDIAG_CACHE")
-    return Path(own).expanduser() if own else user_cache_path("atdiag")
-
-
 def cached_name(source: Source) -> str:
     """What a source's file is called in the cache folder, less its suffix: ``mocov3_s``."""
     return source.name.removeprefix("timm:").replace("/", "_")
@@ -76,7 +68,7 @@ def cached_name(source: Source) -> str:
 
 def place(source: Source, suffix: str = ".pth") -> Path:
     """Where in the cache folder a source's checkpoint is put, by ``atdiag teachers pull`` or by hand."""
-    return cache_folder() / f"{cached_name(source)}{suffix}"
+    return folders.cache() / f"{cached_name(source)}{suffix}"
 
 
 def find(source: Source) -> Path | None:
@@ -123,7 +115,7 @@ def sha256(path: Path) -> str:
     if about.st_size < _WORTH_REMEMBERING:
         return fresh_sha256(path)
     resolved = str(path.resolve())
-    note = cache_folder() / "sha256" / f"{hashlib.sha256(resolved.encode()).hexdigest()[:32]}.json"
+    note = folders.cache() / "sha256" / f"{hashlib.sha256(resolved.encode()).hexdigest()[:32]}.json"
     known = {"path": resolved, "size": about.st_size, "mtime_ns": about.st_mtime_ns}
     try:
         noted = json.loads(note.read_text())

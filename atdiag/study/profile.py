@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from atdiag import folders
 from atdiag.data import names
 from atdiag.spec import Data, Recipe, Seed, Spec
 from atdiag.study.forms import Form
@@ -121,7 +122,7 @@ def resolve(
     file = _read_file(path)
     name = _name(profile, environment, path, file)
     if "data_dir" in file:
-        os.environ.setdefault(DATA_VARIABLE, str(Path(file["data_dir"]).expanduser().absolute()))
+        folders.usually_look_in(Path(file["data_dir"]))
     overrides = _overrides(path, file.get("set", {}), sets)
     resolved = _apply(PROFILES[name], overrides)
     count = seeds if seeds is not None else file.get("seeds", resolved.seeds)
@@ -166,9 +167,6 @@ def _name(profile: str | None, environment: Mapping[str, str], path: Path, file:
         raise UserError(f"{origin}: unknown profile {name!r}{suggest(name, known)} (known: {', '.join(known)})")
     return str(name)
 
-
-DATA_VARIABLE = "ATDIAG_DATA"
-"""Names the folder of all data sets, here and for the processes that train."""
 
 _FILE_KEYS = {
     "profile": (str, 'profile = "mini"'),

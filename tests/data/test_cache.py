@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from atdiag import folders
 from atdiag.data import cache, datasets, pictures, places
 from atdiag.data.loader import Stream
 from atdiag.spec import Recipe
@@ -25,7 +26,7 @@ def plain(files):
 def test_a_cache_holds_what_decoding_gives(uniform):
     files = train(uniform)
     path = cache.decoded(files)
-    assert path.is_relative_to(cache.folder())
+    assert path.is_relative_to(folders.cache())
     assert np.array_equal(np.load(path), plain(files))
     assert not list(path.parent.glob("*.part"))
 
@@ -84,7 +85,7 @@ def test_images_of_several_sizes_are_not_cached(mixed, uniform, draw, spec):
     files = train(uniform)
     assert cache._one_size(files) == (8, 8)
     assert cache.decoded(files) is None
-    assert not list(cache.folder().rglob("*.npy")) + list(cache.folder().rglob("*.part"))
+    assert not list(folders.cache().rglob("*.npy")) + list(folders.cache().rglob("*.part"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "_write", lambda *_: pytest.fail("tried again"))
         assert cache.decoded(files) is None
@@ -132,7 +133,7 @@ def test_a_half_written_cache_is_never_used(uniform):
         patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)  # a killed process tidies nothing
         with pytest.raises(KilledError):
             cache.decoded(files)
-    (half,) = cache.folder().rglob("*.part")
+    (half,) = folders.cache().rglob("*.part")
     assert half.stat().st_size > 0
     assert np.array_equal(np.load(cache.decoded(files)), plain(files))
     assert not half.exists()

@@ -13,7 +13,8 @@ import typer
 from typer.core import TyperGroup
 
 from atdiag import experiments, folders, inspection, probes
-from atdiag.experiments import Json, Profile, Runs, say
+from atdiag.experiments import say
+from atdiag.options import DataDir, Json, Profile, Runs
 
 if TYPE_CHECKING:
     from atdiag.runs import Run, Store
@@ -44,9 +45,6 @@ app = typer.Typer(
 teachers_app = typer.Typer()
 runs_app = typer.Typer(no_args_is_help=True, help="List, show and remove runs.")
 data_app = typer.Typer(help="List the data sets and where they are found; check one.")
-DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="The folder that holds the data sets. [default: $ATDIAG_DATA]")
-]
 
 
 @teachers_app.callback(invoke_without_command=True)
@@ -275,7 +273,8 @@ def runs_remove(
 @data_app.callback(invoke_without_command=True)
 def data_list(context: typer.Context, data_dir: DataDir = None, json_: Json = False) -> None:
     """List the data sets: classes, images, licence, and where each is found."""
-    _look_in(data_dir)
+    if data_dir is not None:
+        folders.look_in(data_dir)
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console
@@ -301,7 +300,8 @@ def data_check(
 
     Exit code 1 if an image is broken. The manifest, with the sha256 of each file, lies in the cache folder.
     """
-    _look_in(data_dir)
+    if data_dir is not None:
+        folders.look_in(data_dir)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -321,12 +321,6 @@ def data_check(
         typer.echo(json.dumps(listing.document(reading)))
     if reading.broken:
         raise typer.Exit(EXIT_FAULT)
-
-
-def _look_in(data_dir: Path | None) -> None:
-    """Let this process and those that it starts find data sets there."""
-    if data_dir is not None:
-        folders.look_in(data_dir)
 
 
 # --- entry ---------------------------------------------------------------------------------------------------------

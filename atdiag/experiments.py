@@ -5,7 +5,6 @@ Part of the command line: imports nothing heavy before a command is called.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atdiag import folders
+from atdiag.options import DataDir, Json, Profile, Runs, Set, joined
 
 if TYPE_CHECKING:
     from atdiag.runs import Store
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from atdiag.study.ablation import Lab, Report, Study
     from atdiag.study.profile import Settings
 
-Runs = Annotated[
-    Path | None, typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print a last line that a machine can read.")]
-Profile = Annotated[str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]")]
-Set = Annotated[
-    list[str],
-    typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
-]
 _Seeds = Annotated[int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be run, what is finished, and the cost.")]
 _Out = Annotated[
@@ -39,10 +30,6 @@ _Out = Annotated[
     typer.Option(help="Folder for table and figure. [default: ./results/<ablation>-<teacher>-<profile>]"),
 ]
 _Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the profile's; mini: cpu]")]
-
-DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="The folder of all real data sets. [default: $ATDIAG_DATA]")
-]
 
 _COMMON: dict[str, tuple[Any, Any]] = {
     "profile": (Profile, None),
@@ -69,7 +56,7 @@ def add_commands(app: typer.Typer) -> None:
             say(f"the experiment {entry.name!r} of {entry.value} is left out: that name is taken")
             continue
         try:
-            command = _command(entry.load())
+            command = joined(entry.load(), _COMMON, _run)
         except Exception as fault:  # another package's fault must not take this one's commands away
             say(f"the experiment {entry.name!r} of {entry.value} can't be loaded ({type(fault).__name__}: {fault})")
             continue
@@ -96,25 +83,6 @@ RESERVED = (
 def say(text: str) -> None:
     """Tell the user something in one line, on standard error."""
     typer.echo(f"atdiag: {' '.join(text.splitlines())}", err=True)
-
-
-def _command(ablation: Callable[..., Study]) -> Callable[..., None]:
-    signature = inspect.signature(ablation, eval_str=True)
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
-    common = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (annotation, default) in _COMMON.items()
-    ]
-
-    def command(**options: Any) -> None:
-        chosen = {p.name: options.pop(p.name) for p in own}
-        _run(lambda lab: ablation(lab, **chosen), **options)
-
-    command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in (*own, *common)}
-    command.__doc__ = ablation.__doc__
-    command.__name__ = ablation.__name__
-    return command
 
 
 def _run(

@@ -13,23 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atdiag.experiments import DataDir, Json, Profile, Runs, Set
-from atdiag.inspection import (
-    _SUBJECT,
-    DataName,
-    Desk,
-    Device,
-    Images,
-    Layers,
-    Out,
-    SkipBad,
-    _table,
-    chosen,
-    shown_on,
-    stem,
-    tell,
-    write,
-)
+from atdiag.desk import SUBJECT, Desk, Given, Images, Layers, add, chosen, shown_on, stem, table, write
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +25,7 @@ if TYPE_CHECKING:
 
 Subjects = Annotated[
     list[str],
-    typer.Argument(metavar="SUBJECT...", help=f"What to look into: {_SUBJECT}; several are shown side by side."),
+    typer.Argument(metavar="SUBJECT...", help=f"What to look into: {SUBJECT}; several are shown side by side."),
 ]
 
 
@@ -109,11 +93,12 @@ def _layers(text: str | None, subjects: Sequence[Subject]) -> tuple[int, ...] | 
 
 
 def probe(
+    given: Given,
     subjects: Annotated[
         list[str],
         typer.Argument(
             metavar="SUBJECT...",
-            help=f"What to look into: {_SUBJECT}, or an experiment's .json under results: all of its arms.",
+            help=f"What to look into: {SUBJECT}, or an experiment's .json under results: all of its arms.",
         ),
     ],
     layers: Layers = None,
@@ -124,15 +109,6 @@ def probe(
         list[str] | None, typer.Option("--images", help="A number of test images, or indices. [default: all]")
     ] = None,
     neighbours: Annotated[int, typer.Option(help="How many nearest neighbours vote.")] = 20,
-    data: DataName = None,
-    set_: Set = [],  # noqa: B006 - typer copies it
-    data_dir: DataDir = None,
-    skip_bad: SkipBad = False,
-    profile: Profile = None,
-    runs: Runs = None,
-    device: Device = None,
-    out: Out = None,
-    json_: Json = False,
 ) -> None:
     """What each layer knows: accuracy of probes on every layer's tokens, and of the trained head put on it.
 
@@ -140,24 +116,21 @@ def probe(
     and nearest class means, on class token, mean patch token, and both.
     """
     from atdiag.analysis import classifiers, probing
-    from atdiag.study import depth, tables
+    from atdiag.study import depth
     from atdiag.words import UserError
     from figures import depth as figures
 
-    folder = out.expanduser() if out else Path("results") / "probe"
-    tables.writable(folder, "--out")
+    folder = given.folder("probe")
     arms = _arms(subjects)
-    desk = Desk(
-        [reference for arm in arms for reference in arm.references], profile, runs, data, set_, data_dir, device
-    )
+    desk = Desk([reference for arm in arms for reference in arm.references], given)
     names = _named(arms, desk.subjects)
     asked = _layers(layers, desk.subjects)
-    pictures = desk.pictures(images or ["0"], skip_bad)
+    pictures = desk.pictures(images or ["0"])
     data_set = pictures.data
     if data_set is None:
         raise UserError("the classes of these images are not known", "give --images a number or indices")
     count = min(data_set.train, 20_000) if train is None else train
-    fitted = probing.training_pictures(data_set, desk.subjects[0].network, count, skip_bad)
+    fitted = probing.training_pictures(data_set, desk.subjects[0].network, count, given.skip_bad)
     found = iter(probing.probe(desk.subjects, fitted, pictures, asked, neighbours))
     groups = {name: [next(found) for _ in range(count)] for name, count in names}
     frame = depth.frame(groups)
@@ -186,7 +159,7 @@ def probe(
     ]
     skipped = len(fitted.skipped)
     notes += [f"{skipped} of {len(fitted)} training images can't be read and are left out"] if skipped else []
-    tell(_probe_tables(frame), notes, files, document, json_, pictures)
+    desk.tell(_probe_tables(frame), notes, files, document, pictures)
 
 
 def _probe_tables(frame: pd.DataFrame) -> list[Table]:
@@ -209,7 +182,7 @@ def _probe_tables(frame: pd.DataFrame) -> list[Table]:
     out = []
     if len(names) <= 2:
         for name in names:
-            full = _table(
+            full = table(
                 f"probe - {name}", "layer", "linear: class", "patch", "both", "k-NN", "class mean", "early exit [95 %]"
             )
             for layer in layers:
@@ -221,7 +194,7 @@ def _probe_tables(frame: pd.DataFrame) -> list[Table]:
             out.append(full)
         return out
     for kind, title in (("linear", "linear probe [95 %]"), ("head", "early exit [95 %]")):
-        side = _table(f"probe - {title}", "subject", *(f"layer {layer}" for layer in _some(layers)))
+        side = table(f"probe - {title}", "subject", *(f"layer {layer}" for layer in _some(layers)))
         for name in names:
             tokens = most[name] if kind == "linear" else ""
             side.add_row(name, *(cell(name, kind, tokens, layer, True) for layer in _some(layers)))
@@ -240,6 +213,7 @@ def _some(layers: Sequence[int]) -> list[int]:
 
 
 def attention_stats(
+    given: Given,
     subjects: Subjects,
     layers: Layers = None,
     images: Images = None,
@@ -248,15 +222,6 @@ def attention_stats(
         typer.Option(help="The norm above which a token is high-norm. [default: 4 times the image's median]"),
     ] = None,
     rank_images: Annotated[int, typer.Option(help="Images for the effective rank, which is slow.")] = 64,
-    data: DataName = None,
-    set_: Set = [],  # noqa: B006 - typer copies it
-    data_dir: DataDir = None,
-    skip_bad: SkipBad = False,
-    profile: Profile = None,
-    runs: Runs = None,
-    device: Device = None,
-    out: Out = None,
-    json_: Json = False,
 ) -> None:
     """What attention looks like in numbers, by layer and head; several subjects side by side.
 
@@ -266,17 +231,15 @@ def attention_stats(
     import pandas as pd
 
     from atdiag.analysis import attention_stats as work
-    from atdiag.study import tables
     from atdiag.words import UserError
     from figures import attention_stats as figures
 
     if rank_images < 1 or (threshold is not None and not threshold > 0):
         raise UserError("--rank-images and --threshold are positive numbers")
-    folder = out.expanduser() if out else Path("results") / "attention-stats"
-    tables.writable(folder, "--out")
-    desk = Desk(subjects, profile, runs, data, set_, data_dir, device)
+    folder = given.folder("attention-stats")
+    desk = Desk(subjects, given)
     asked = _layers(layers, desk.subjects)
-    pictures = desk.pictures(images, skip_bad)
+    pictures = desk.pictures(images)
     found = work.attention_stats(desk.subjects, pictures, asked, threshold, rank_images)
     frame = pd.concat([one.frame() for one in found], ignore_index=True)
     document = {
@@ -297,7 +260,7 @@ def attention_stats(
         f"{shown_on(pictures)} (effective rank: {found[0].rank_images}); means over heads, each head in the CSV",
         f"entropy and divergence of heads in bits, distance in pixels; high-norm: share of tokens whose norm is {high}",
     ]
-    tell([_stats_table(one) for one in found], notes, files, document, json_, pictures)
+    desk.tell([_stats_table(one) for one in found], notes, files, document, pictures)
 
 
 _SHORT = {
@@ -319,7 +282,7 @@ def _stats_table(one: Stats) -> Table:
 
     columns = {name: values.mean(1) for name, values in one.heads.items()} | dict(one.layers_only)
     columns = {name: values for name, values in columns.items() if not np.isnan(values).all()}
-    out = _table(f"attention-stats - {one.label}", "layer", *(_SHORT[name] for name in columns))
+    out = table(f"attention-stats - {one.label}", "layer", *(_SHORT[name] for name in columns))
     for i, layer in enumerate(one.layers):
         out.add_row(str(layer), *(f"{values[i]:.3g}" for values in columns.values()))
     return out
@@ -329,6 +292,7 @@ def _stats_table(one: Stats) -> Table:
 
 
 def maps(
+    given: Given,
     subjects: Subjects,
     images: Annotated[
         list[str] | None,
@@ -343,15 +307,6 @@ def maps(
     ] = None,
     head: Annotated[str, typer.Option(help="mean, all, or a head's number.")] = "mean",
     no_rollout: Annotated[bool, typer.Option("--no-rollout", help="Leave the attention rollout out.")] = False,
-    data: DataName = None,
-    set_: Set = [],  # noqa: B006 - typer copies it
-    data_dir: DataDir = None,
-    skip_bad: SkipBad = False,
-    profile: Profile = None,
-    runs: Runs = None,
-    device: Device = None,
-    out: Out = None,
-    json_: Json = False,
 ) -> None:
     """Pictures of where networks look: subjects down, layers across, for each image and query a figure.
 
@@ -361,15 +316,13 @@ def maps(
 
     from atdiag.analysis import images as choosing
     from atdiag.analysis import maps as work
-    from atdiag.study import tables
     from atdiag.words import UserError
     from figures import attention_maps as figures
 
     if head not in ("mean", "all") and not head.isdecimal():
         raise UserError(f"--head {head!r}", "give mean, all, or a number")
-    folder = out.expanduser() if out else Path("results") / "maps"
-    tables.writable(folder, "--out")
-    desk = Desk(subjects, profile, runs, data, set_, data_dir, device)
+    folder = given.folder("maps")
+    desk = Desk(subjects, given)
     asked = _layers(layers, desk.subjects)
     which: Any = int(head) if head.isdecimal() else head
     wanted = [f"{text}," if text.isdecimal() else text for text in images or ["0"]]  # an index, not a number of them
@@ -377,7 +330,7 @@ def maps(
     found: list[Shown] = []
     for one in desk.subjects:
         # Each sees the images at its own size: networks of different token grids can be laid side by side.
-        pictures = choosing.choose(wanted, desk.data, one.network, skip_bad)
+        pictures = choosing.choose(wanted, desk.data, one.network, given.skip_bad)
         if len(pictures) > _MOST_IMAGES:
             raise UserError(f"{len(pictures)} images are {len(pictures)} figures", f"give at most {_MOST_IMAGES}")
         found.append(work.maps(one, pictures, asked, queries, which, not no_rollout))
@@ -399,14 +352,14 @@ def maps(
     labels = "+".join(shown.label for shown in found)
     described = [*(one.id for one in desk.subjects), str(asked), head, str(no_rollout), *queries, *found[0].names]
     files = write(folder, stem(labels, queries[0], *described), frame, document, drawn)
-    summary = _table("maps", "subject", "layers", "largest weight", "not on patches")
+    summary = table("maps", "subject", "layers", "largest weight", "not on patches")
     for shown in found:
         largest = shown.attention.max((-2, -1)).mean((0, 2, 3))
         elsewhere = shown.elsewhere.mean((0, 2, 3))
         spread = [" ".join(f"{value:.2f}" for value in values) for values in (largest, elsewhere)]
         summary.add_row(shown.label, " ".join(map(str, shown.layers)), *spread)
     notes = ["each map from 0 to its own largest weight; by layer, means over images, queries and heads"]
-    tell([summary], notes, files, document, json_, pictures)
+    desk.tell([summary], notes, files, document, pictures)
 
 
 _MOST_IMAGES = 100
@@ -414,5 +367,6 @@ _MOST_IMAGES = 100
 
 def add_commands(app: typer.Typer) -> None:
     """The commands of this module."""
-    for name, command in (("probe", probe), ("attention-stats", attention_stats), ("maps", maps)):
-        app.command(name)(command)
+    add(app, "probe", probe)
+    add(app, "attention-stats", attention_stats)
+    add(app, "maps", maps)

@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
     {"atdiag.training", "atdiag.analysis"},
     {"atdiag.study"},
     {"ablations", "figures"},
-    {"atdiag.cli", "atdiag.experiments", "atdiag.inspection", "atdiag.probes"},
+    {"atdiag.cli", "atdiag.options", "atdiag.desk", "atdiag.experiments", "atdiag.inspection", "atdiag.probes"},
 ]
 GROUND = ["atdiag.words", "atdiag.folders", "atdiag.spec", "atdiag.randomness", "atdiag.runs"]
 """The ground floor has an order of its own: runs knows spec and nothing above, spec knows nothing."""
@@ -36,9 +36,11 @@ HEAVY = {
 LIGHT = (
     "atdiag/__init__.py",
     "atdiag/cli.py",
+    "atdiag/desk.py",
     "atdiag/experiments.py",
     "atdiag/folders.py",
     "atdiag/inspection.py",
+    "atdiag/options.py",
     "atdiag/probes.py",
     "atdiag/spec.py",
     "atdiag/runs.py",

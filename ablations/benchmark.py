@@ -11,53 +11,15 @@ from typing import Annotated
 
 import typer
 
-from atdiag.spec import Init
-from atdiag.study.ablation import BASELINE, Arm, Lab, Report, Study, choose, judge
-from atdiag.words import UserError
-
-METHODS = ("copy", "distill", "finetune", "logits", "features")
-_SAID = {
-    "copy": "copying its attention",
-    "distill": "distilling its attention",
-    "finetune": "starting from all its weights",
-    "logits": "distilling its logits",
-    "features": "distilling its residual stream",
-}
+from ablations import claims, gains
+from atdiag.study.ablation import Lab, Study, listed
 
 
 def benchmark(
     lab: Lab,
-    teacher: Annotated[str, typer.Option(help="The teacher, such as deit_b.")] = "deit_b",
-    methods: Annotated[str, typer.Option(help=f"Some of {', '.join(METHODS)}.")] = "copy,distill,finetune",
+    teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
+    methods: Annotated[str, typer.Option(help=f"Some of {', '.join(gains.METHODS)}.")] = "copy,distill,finetune",
 ) -> Study:
-    """Copy, distill and fine-tune beside scratch: what does this teacher give a student?"""
-    wanted = tuple(dict.fromkeys(part.strip() for part in methods.split(",") if part.strip()))
-    for method in wanted:
-        choose(method, METHODS, "--methods")
-    if not wanted:
-        raise UserError("--methods names none", f"write it as '{','.join(METHODS[:3])}'")
-    source = lab.teacher(teacher)
-    standard = lab.student(source)
-    own = source.network.components
-
-    def arm(method: str) -> Arm:
-        if method == "finetune":  # the teacher's own architecture: nothing of it is lost
-            return lab.arm(method, lab.student(source, own), source, Init(source="teacher"), recipe="finetune")
-        return lab.arm(method, standard, source, transfer=lab.transfer(method, standard, allowed=METHODS))
-
-    def verdict(report: Report) -> str:
-        said = [f"{_SAID[name]} {judge(report.row(name).contrast_or_raise(), 'helps', 'hurts')}" for name in wanted]
-        return f"{source.label}: {'; '.join(said)}."
-
-    return Study(
-        ablation="benchmark",
-        teacher=source,
-        options={"methods": ",".join(wanted)},
-        arms=(lab.baseline(source), *map(arm, wanted)),
-        contrasts=(),
-        verdict=verdict,
-        reference=lab.reference(source),
-        notes=(
-            f"{BASELINE} and all but finetune train the standard student; finetune is the teacher itself, trained on.",
-        ),
-    )
+    """Copy, distill and fine-tune beside scratch: what does each teacher give a student?"""
+    wanted = listed(methods, "--methods", ",".join(gains.METHODS[:3]))
+    return gains.study(lab, "benchmark", teacher, wanted, claims=claims.of("benchmark"))

@@ -9,73 +9,70 @@ from typing import Annotated
 
 import typer
 
+from ablations import claims
 from atdiag.spec import Network
-from atdiag.study.ablation import BASELINE, Arm, Contrast, Lab, Report, Study, choose, judge
+from atdiag.study.ablation import BASELINE, Arm, Contrast, Lab, Report, Study, choose, judge, listed
 from atdiag.words import UserError
+
+ENDS = {"top": ("top",), "bottom": ("bottom",), "both": ("top", "bottom")}
 
 
 def layers(
     lab: Lab,
-    from_: Annotated[str, typer.Option("--from", help="Which end the blocks are counted from: top or bottom.")] = "top",
-    k: Annotated[int | None, typer.Option("--k", help="How many blocks. [default: 6]")] = None,
-    teacher: Annotated[str, typer.Option(help="The teacher, such as dinov2_s.")] = "dinov2_s",
+    from_: Annotated[str, typer.Option("--from", help="Which end they are counted from: top, bottom or both.")] = "top",
+    k: Annotated[str | None, typer.Option("--k", help="How many blocks, such as 6 or 3,6,9. [default: 6]")] = None,
+    teacher: Annotated[str, typer.Option(help="Teachers, such as dinov2_s.")] = "dinov2_s",
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
     sweep: Annotated[bool, typer.Option("--sweep", help="Every k from 0 to the depth, as a curve.")] = False,
 ) -> Study:
     """Transfer the attention of the top (or bottom) k blocks only, beside none and all."""
-    choose(from_, ("top", "bottom"), "--from")
+    ends = ENDS[choose(from_, tuple(ENDS), "--from")]
     source = lab.teacher(teacher)
     student = lab.student(source)
     depth = student.depth
     if sweep and k is not None:
         raise UserError(f"--k {k} with --sweep, which takes every k", "leave one of them out")
-    k = 6 if k is None else k
-    if not 0 <= k <= depth:
-        raise UserError(f"--k {k}: {source.label} has {depth} blocks", f"give a number from 0 to {depth}")
-    counts = range(depth + 1) if sweep else sorted({0, k, depth})
+    asked = (
+        range(depth + 1)
+        if sweep
+        else sorted({_number(part, source.label, depth) for part in _parts("6" if k is None else str(k))})
+    )
+    parts = [(end, count) for count in asked if 0 < count < depth for end in ends]
 
-    def arm(count: int) -> Arm:
-        if count == 0:
-            return lab.baseline(source)
-        which = lab.transfer(transfer, student, blocks(student, from_, count))
-        return lab.arm(_name(from_, count, depth), student, source, transfer=which)
+    def arm(end: str, count: int) -> Arm:
+        which = lab.transfer(transfer, student, blocks(student, end, count))
+        return lab.arm(_name(end, count, depth), student, source, transfer=which)
 
-    arms = tuple(arm(count) for count in counts)
-    part, whole = _name(from_, k, depth), _name(from_, depth, depth)
+    whole = arm(ends[0], depth)
+    arms = (lab.baseline(source), *(arm(end, count) for end, count in parts), whole)
 
     def verdict(report: Report) -> str:
+        every = f"{transfer.capitalize()} of all {depth} blocks of {source.label} "
+        every += judge(report.row(whole.name).contrast_or_raise(), "helps", "hurts")
         if sweep:
             best = max(report.rows, key=lambda row: row.top1)
-            sentence = judge(report.row(whole).contrast_or_raise(), "helps", "hurts")
-            return (
-                f"{transfer.capitalize()} of all {depth} blocks of {source.label} {sentence}; along the curve "
-                f"{best.arm} is highest ({best.top1:.1f} %), chosen after the fact."
-            )
-        if k == 0:
-            return "k = 0 transfers nothing: this is the baseline."
-        said = judge(report.row(part).contrast_or_raise(), "helps", "hurts")
-        if k == depth or report.rows[0].seeds == 1:
-            which = f"all {depth}" if k == depth else f"the {from_} {k} of {depth}"
-            return f"{transfer.capitalize()} of {which} blocks of {source.label} {said}."
-        rest = judge(
-            report.contrasts[f"{part} minus {whole}"],
-            "is better than all",
-            "is worse than all",
-            "can't be told apart from all",
-        )
-        return f"{transfer.capitalize()} of the {from_} {k} of {depth} blocks of {source.label} {said}, and {rest}."
+            return f"{every}; along the curve {best.arm} is highest ({best.top1:.1f} %), chosen after the fact."
+        if not parts:
+            return "k = 0 transfers nothing: this is the baseline." if list(asked) == [0] else f"{every}."
+        (end, count), *others = parts
+        said = [f"{transfer.capitalize()} of the {end} {count} of {depth} blocks of {source.label} "]
+        said += [f"of the {end} {count} " for end, count in others]
+        of_parts = [f"{words}{_part(report, *part, depth)}" for words, part in zip(said, parts, strict=True)]
+        return f"{'; '.join(of_parts)}."
 
-    contrasts = [Contrast(f"{part} minus {whole}", {part: 1, whole: -1})] if not sweep and 0 < k < depth else []
+    single = len(asked) == 1
     return Study(
         ablation="layers",
         teacher=source,
-        options={"from": from_, "transfer": transfer} | ({"sweep": "all k"} if sweep else {"k": str(k)}),
+        options={"from": from_, "transfer": transfer, "k": "all" if sweep else ",".join(map(str, asked))},
         arms=arms,
-        contrasts=tuple(contrasts),
+        contrasts=() if sweep else _contrasts(ends, [count for count in asked if 0 < count < depth], whole.name),
         verdict=verdict,
-        figure="layer_curve" if sweep else "contrasts",
+        figure="contrasts" if single and len(ends) == 1 else "layer_curve",
+        together="layer_curves",
+        claims=claims.of("layers"),
         reference=lab.reference(source),
-        curve={arm.name: count for arm, count in zip(arms, counts, strict=True)} if sweep else {},
+        curve={} if single else {BASELINE: 0, **{_name(*part, depth): part[1] for part in parts}, whole.name: depth},
     )
 
 
@@ -84,5 +81,36 @@ def blocks(network: Network, end: str, count: int) -> tuple[int, ...]:
     return tuple(range(network.depth - count, network.depth) if end == "top" else range(count))
 
 
+def _contrasts(ends: tuple[str, ...], counts: list[int], whole: str) -> tuple[Contrast, ...]:
+    """Each part minus the whole; with both ends, the top minus as many of the bottom."""
+    if len(ends) == 2:
+        pairs = [(f"top {count}", f"bottom {count}") for count in counts]
+    else:
+        pairs = [(f"{ends[0]} {count}", whole) for count in counts]
+    return tuple(Contrast(f"{one} minus {other}", {one: 1, other: -1}) for one, other in pairs)
+
+
+def _part(report: Report, end: str, count: int, depth: int) -> str:
+    """What a part does, and whether it can be told from all blocks."""
+    name = _name(end, count, depth)
+    said = judge(report.row(name).contrast_or_raise(), "helps", "hurts")
+    against = report.contrasts.get(f"{name} minus {_name(end, depth, depth)}")
+    if against is None or against.seeds == 1:
+        return said
+    return f"{said}, and " + judge(against, "is better than all", "is worse than all", "can't be told apart from all")
+
+
 def _name(end: str, count: int, depth: int) -> str:
     return BASELINE if count == 0 else "all blocks" if count == depth else f"{end} {count}"
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return listed(text, "--k", "3,6,9")
+
+
+def _number(text: str, label: str, depth: int) -> int:
+    if not text.lstrip("-").isdecimal():
+        raise UserError(f"--k {text!r} is no number of blocks", f"give numbers from 0 to {depth}, such as 6 or 3,6,9")
+    if not 0 <= int(text) <= depth:
+        raise UserError(f"--k {text}: {label} has {depth} blocks", f"give a number from 0 to {depth}")
+    return int(text)

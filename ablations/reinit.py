@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from ablations import claims
 from atdiag.spec import BlockModule, Init
 from atdiag.study.ablation import Contrast, Lab, Report, Study, choose, judge
 
@@ -21,7 +22,7 @@ MODULES: dict[str, tuple[BlockModule, ...]] = {"attn": ("attn",), "mlp": ("mlp",
 def reinit(
     lab: Lab,
     module: Annotated[str, typer.Option(help="What is re-initialised in every block: attn, mlp or all.")] = "attn",
-    teacher: Annotated[str, typer.Option(help="The teacher, such as clip_b.")] = "clip_b",
+    teacher: Annotated[str, typer.Option(help="Teachers, such as clip_b; all: every one.")] = "clip_b",
     transfer: Annotated[str, typer.Option(help="The transfer of the third arm: copy or distill.")] = "copy",
 ) -> Study:
     """Start from the teacher's weights with attention or MLP re-initialised, with and without transfer."""
@@ -50,6 +51,8 @@ def reinit(
         ),
         contrasts=(Contrast(f"{transfer}, given the start", {with_transfer: 1, without: -1}),),
         verdict=verdict,
+        label=f"{source.label}, {module}",
+        claims=claims.of("reinit"),
         reference=lab.reference(source),
         notes=_notes(source.network.components),
     )

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ablations import claims
 from atdiag.study.ablation import BASELINE, Contrast, Lab, Report, Study, effect, judge
 from atdiag.words import UserError
 
@@ -19,10 +20,10 @@ OF_INTEREST = "rescue: (native + transfer - native) - (standard + transfer - scr
 
 def rescue(
     lab: Lab,
-    teacher: Annotated[str, typer.Option(help="The teacher, such as clip_b.")] = "clip_b",
+    teacher: Annotated[str, typer.Option(help="Teachers, such as clip_b; all: every one.")] = "clip_b",
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
 ) -> Study:
-    """Add the teacher's native components to the student, all and each alone, and transfer."""
+    """Add the teacher's native components to the student (all, each alone, all but one), and transfer."""
     source = lab.teacher(teacher)
     own, beyond = source.network.components, source.network.differences
     if beyond:
@@ -37,8 +38,10 @@ def rescue(
     standard, native = lab.student(source), lab.student(source, own)
     passed = lab.transfer(transfer, standard)
     plain, full, control = f"standard + {transfer}", f"native + {transfer}", "native, scratch"
-    # With a single component, "each alone" is the native student itself.
-    singles = {f"{name} + {transfer}": lab.student(source, [name]) for name in own} if len(own) > 1 else {}
+    # With a single component, "each alone" is the native student itself; with two, all but one is the other alone.
+    some = {f"{name} + {transfer}": lab.student(source, [name]) for name in own} if len(own) > 1 else {}
+    if len(own) > 2:
+        some |= {f"all but {name} + {transfer}": lab.student(source, set(own) - {name}) for name in own}
 
     def verdict(report: Report) -> str:
         return (
@@ -56,7 +59,7 @@ def rescue(
         arms=(
             lab.baseline(source),
             lab.arm(plain, standard, source, transfer=passed),
-            *(lab.arm(name, network, source, transfer=passed) for name, network in singles.items()),
+            *(lab.arm(name, network, source, transfer=passed) for name, network in some.items()),
             lab.arm(full, native, source, transfer=passed),
             lab.arm(control, native),
         ),
@@ -66,6 +69,8 @@ def rescue(
             Contrast("native minus standard, both with transfer", {full: 1, plain: -1}),
         ),
         verdict=verdict,
+        together="rescue",
+        claims=claims.of("rescue"),
         reference=lab.reference(source),
         notes=(f"Native components of {source.label}: {', '.join(own)}; in the student all start at random.",),
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from atdiag import experiments, folders, inspection, probes
+from atdiag import conduct, experiments, folders, inspection, probes
 from atdiag.experiments import say
 from atdiag.options import DataDir, Json, Profile, Runs
 
@@ -23,12 +23,19 @@ if TYPE_CHECKING:
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 
+OURS = (
+    *("reinit", "layers", "rescue", "benchmark", "sizes", "epochs", "datasets", "ood", "losses", "match", "recipes"),
+    *("reproduce", "figures"),
+)
+"""The papers' experiments, in the order in which they are told."""
+
+
 class _Commands(TyperGroup):
     """Commands in the order they are told, ablations from entry points first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Experiments first: the papers' in their order, then others'; then everything else."""
-        ours = [name for name in ("reinit", "layers", "rescue", "benchmark") if name in self.commands]
+        ours = [name for name in OURS if name in self.commands]
         others = [name for name in self.commands if name not in (*ours, *experiments.RESERVED)]
         return [*ours, *others, *(name for name in experiments.RESERVED if name in self.commands)]
 
@@ -109,7 +116,7 @@ def pretrain(
     """Pre-train a miniature teacher again and compare its accuracy with the shipped one's."""
     from atdiag.networks import weights
     from atdiag.runs import Store
-    from atdiag.study import pretraining, tables
+    from atdiag.study import pretraining
     from atdiag.study import profile as profiles
     from atdiag.words import UserError
 
@@ -117,12 +124,12 @@ def pretrain(
     path = weights.shipped_path(name) if install else out.expanduser() if out else Path(f"{name}.safetensors")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder", f"name a file in it, such as {path / name}.safetensors")
-    tables.writable(path.parent, "--out")
+    folders.writable(path.parent, "--out")
     settings = profiles.resolve("mini", None, (), runs)
-    tables.writable(settings.runs, "--runs")
+    folders.writable(settings.runs, "--runs")
     store = Store(settings.runs)
     typer.echo(f"atdiag pretrain: {name} (mini), {spec.data.train} scenes x {spec.recipe.epochs} epochs, run {spec.id}")
-    experiments.train([spec], store, "cpu", 1)
+    conduct.train([spec], store, "cpu", 1)
     old = weights.metadata(weights.shipped_path(name))["top1"] if weights.shipped_path(name).exists() else None
     pretraining.export(store.run(spec), path)
     shipped = "none" if old is None else f"{old:.1f} %"

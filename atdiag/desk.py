@@ -75,10 +75,9 @@ class Given:
 
     def folder(self, command: str) -> Path:
         """Where tables and figures go. Raises UserError where nothing can be written."""
-        from atdiag.study import tables
 
         out = self.out.expanduser() if self.out else Path("results") / command
-        tables.writable(out, "--out")
+        folders.writable(out, "--out")
         return out
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atdiag import folders
 from atdiag.desk import (
     SUBJECT,
     Desk,
@@ -63,13 +64,12 @@ def trace(
 
     from atdiag.analysis import tracing
     from atdiag.runs import write_atomically
-    from atdiag.study import tables
     from atdiag.words import UserError
 
     out = out.expanduser()
     if out.suffix != ".safetensors" or out.is_dir():
         raise UserError(f"-o {out} is no name of a .safetensors file", f"write it as -o {out.stem}.safetensors")
-    tables.writable(out.parent, "-o")
+    folders.writable(out.parent, "-o")
     desk = Desk([subject], given)
     (one,) = desk.subjects
     pictures = desk.pictures(images, default=64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,7 @@ def joined(function: Callable[..., Any], common: Common, call: Callable[..., Non
 
     def command(**options: Any) -> None:
         chosen = {p.name: options.pop(p.name) for p in own}
-        call(lambda first: function(first, **chosen), **options)
+        call(partial(function, **chosen), **options)
 
     command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}

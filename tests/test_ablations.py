@@ -19,9 +19,9 @@ from atdiag import cli, experiments
 from atdiag.networks import teachers, weights
 from atdiag.runs import DamagedRunError, Store
 from atdiag.study.ablation import BASELINE, Contrast, Lab, Report, Row, Study, judge
-from atdiag.study.ablation import report as read
 from atdiag.study.contrast import Estimate
 from atdiag.study.profile import resolve
+from atdiag.study.reading import report as read
 from atdiag.words import UserError
 
 HERE = [name for name in teachers.miniatures() if weights.shipped_path(name).exists()]
@@ -151,11 +151,12 @@ def test_rescue(teacher, own, transfer):
     specs = arms(study)
     plain, full, control = f"standard + {transfer}", f"native + {transfer}", "native, scratch"
     singles = {f"{name} + {transfer}": (name,) for name in own}
-    assert list(specs) == [BASELINE, plain, *singles, full, control]
+    others = {f"all but {name} + {transfer}": tuple(other for other in own if other != name) for name in own}
+    assert list(specs) == [BASELINE, plain, *singles, *others, full, control]
     have = {name: spec.network.components for name, spec in specs.items()}
-    assert have == {BASELINE: (), plain: (), **singles, full: own, control: own}
+    assert have == {BASELINE: (), plain: (), **singles, **others, full: own, control: own}
     assert all(spec.init.source == "scratch" for spec in specs.values())
-    for name in (plain, *singles, full):
+    for name in (plain, *singles, *others, full):
         assert specs[name].teacher.name == teacher
         assert (specs[name].transfer.method, specs[name].transfer.layers) == (transfer, tuple(range(12)))
     assert specs[control].teacher is None
@@ -179,7 +180,8 @@ def test_every_miniature_that_is_here_can_be_studied(teacher):
     made = [reinit(lab(), "attn", teacher, "copy"), layers(lab(), "top", 6, teacher, "copy", False)]
     if own:
         made.append(rescue(lab(), teacher, "copy"))
-        assert len(arms(made[-1])) == 4 + (len(own) if len(own) > 1 else 0)
+        # one component alone is the native student, and of two, all but one is the other alone
+        assert len(arms(made[-1])) == 4 + (len(own) if len(own) > 1 else 0) + (len(own) if len(own) > 2 else 0)
     for study in made:
         assert study.teacher.label == f"{teacher} (mini)"
         assert study.arms[0] == lab().baseline(study.teacher)
@@ -310,7 +312,7 @@ def test_the_verdict_of_a_sweep_owns_up_to_choosing_after_the_fact():
 )
 def test_the_verdict_of_rescue(value, seeds, standard, says):
     study = rescue(lab(), "clip_b", "copy")
-    text = study.verdict(fabricated(study, [standard, 0.0, 0.0, 0.0, 5.0, -5.0], [value, 0.0, 0.0], seeds=seeds))
+    text = study.verdict(fabricated(study, [standard, *[0.0] * 6, 5.0, -5.0], [value, 0.0, 0.0], seeds=seeds))
     assert says in text
     assert text.count("undecided") == (3 if seeds == 1 else 0)
     if seeds > 1:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ablations.benchmark import METHODS, benchmark
+from ablations.benchmark import benchmark
+from ablations.gains import METHODS
 from atdiag.networks import teachers
 from atdiag.spec import Init
 from atdiag.study.ablation import BASELINE, Lab

@@ -79,12 +79,12 @@ def wrong(capsys, *arguments) -> str:
         ("reinit --module atn", "--module 'atn', did you mean 'attn'? (choose from: attn, mlp, all)"),
         ("reinit --module layer_scale", "--module 'layer_scale'"),
         ("reinit --transfer copi", "--transfer 'copi', did you mean 'copy'? (choose from: copy, distill)"),
-        ("layers --from topp --teacher clip_b", "--from 'topp', did you mean 'top'? (choose from: top, bottom)"),
+        ("layers --from topp --teacher clip_b", "--from 'topp', did you mean 'top'? (choose from: top, bottom, both)"),
         ("layers --transfer none --teacher clip_b", "--transfer 'none'"),
         ("layers --k 13 --teacher clip_b", "--k 13: clip_b (mini) has 12 blocks: give a number from 0 to 12"),
         ("layers --k -1 --teacher clip_b", "--k -1: clip_b (mini) has 12 blocks: give a number from 0 to 12"),
-        ("layers --k six --teacher clip_b", "'--k'"),
-        ("layers --k 1.5 --teacher clip_b", "'--k'"),
+        ("layers --k six --teacher clip_b", "--k 'six' is no number of blocks"),
+        ("layers --k 1.5 --teacher clip_b", "--k '1.5' is no number of blocks"),
         ("layers --k 13 --sweep --teacher clip_b", "--k 13"),
         ("layers --k 3 --sweep --teacher clip_b", "leave one of them out"),
         ("reinit --set recipe.distill.lr=1e-5", "recipe.distill.lr has no effect here"),
@@ -246,7 +246,8 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 def test_every_command_has_help(folder):
-    commands = ["reinit", "layers", "rescue", "benchmark", "teachers", "pretrain", "doctor", "runs", "data"]
+    commands = ["reinit", "layers", "rescue", "benchmark", "sizes", "epochs", "datasets", "losses"]
+    commands += ["teachers", "pretrain", "doctor", "runs", "data"]
     commands += ["trace", "similarity", "intervene", "probe", "attention-stats", "maps"]
     code, out = atdiag("--help")
     assert code == 0
@@ -356,7 +357,13 @@ def at_home(home, monkeypatch):
 
 
 def answer(printed: str) -> dict:
-    return json.loads(printed.splitlines()[-1])
+    """What a machine reads of an experiment, with what is said of its only study beside it."""
+    return alone(json.loads(printed.splitlines()[-1]))
+
+
+def alone(document: dict) -> dict:
+    (study,) = document["studies"]
+    return study | document
 
 
 def snapshot(folder: Path) -> dict[Path, int]:
@@ -382,7 +389,8 @@ def test_what_an_experiment_prints(home, at_home, name):
             assert arm["ci_low"] <= arm["contrast"] <= arm["ci_high"]
         assert arm["arm"] in printed
         assert f"{arm['top1']:.1f}" in printed
-    assert [Path(file).suffix for file in found["files"]] == [".csv", ".md", ".json", ".png", ".pdf"]
+    suffixes = [".csv", ".md", ".tex", ".json", ".txt", ".png", ".pdf"]
+    assert [Path(file).suffix for file in found["files"]] == suffixes
     for file in found["files"]:
         assert Path(file).stat().st_size > 100
         assert Path(file).parent == Path("results") / f"{name}-clip_b-mini"
@@ -391,8 +399,8 @@ def test_what_an_experiment_prints(home, at_home, name):
     assert "Verdict " + " ".join(found["verdict"].split()) in flat
     assert "clip_b (mini) itself" in printed
     assert "overrides: data.test_per_source=1, data.train=64" in printed
-    saved = json.loads(Path(found["files"][2]).read_text())
-    assert saved == found
+    saved = json.loads(Path(found["files"][3]).read_text())
+    assert alone(saved) == found
     markdown = Path(found["files"][1]).read_text()
     assert found["verdict"] in markdown
     assert all(run in markdown for arm in found["arms"] for run in arm["runs"])
@@ -461,9 +469,9 @@ def test_the_second_time_nothing_is_trained(home, at_home, name, monkeypatch):
 def test_a_dry_run_afterwards_says_finished(home, at_home):
     before = snapshot(at_home)
     printed = atdiag(*LINES["rescue"], *SETS, "--seeds", "3", "--dry-run", "--json")[1]
-    states = [run["state"] for run in answer(printed)["runs"]]
-    assert (states.count("finished"), states.count("new")) == (15, 7)
-    assert "22 runs, 7 to do" in printed
+    states = [run["state"] for run in json.loads(printed.splitlines()[-1])["runs"]]
+    assert (states.count("finished"), states.count("new")) == (21, 10)
+    assert "31 runs, 10 to do" in printed
     assert snapshot(at_home) == before
 
 

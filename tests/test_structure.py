@@ -16,7 +16,16 @@ FLOORS: list[set[str]] = [
     {"atdiag.training", "atdiag.analysis"},
     {"atdiag.study"},
     {"ablations", "figures"},
-    {"atdiag.cli", "atdiag.options", "atdiag.desk", "atdiag.experiments", "atdiag.inspection", "atdiag.probes"},
+    {
+        "atdiag.cli",
+        "atdiag.options",
+        "atdiag.desk",
+        "atdiag.conduct",
+        "atdiag.planning",
+        "atdiag.experiments",
+        "atdiag.inspection",
+        "atdiag.probes",
+    },
 ]
 GROUND = ["atdiag.words", "atdiag.folders", "atdiag.spec", "atdiag.randomness", "atdiag.runs"]
 """The ground floor has an order of its own: runs knows spec and nothing above, spec knows nothing."""
@@ -37,7 +46,9 @@ LIGHT = (
     "atdiag/__init__.py",
     "atdiag/cli.py",
     "atdiag/desk.py",
+    "atdiag/conduct.py",
     "atdiag/experiments.py",
+    "atdiag/planning.py",
     "atdiag/folders.py",
     "atdiag/inspection.py",
     "atdiag/options.py",
@@ -58,6 +69,9 @@ LIGHT = (
     "atdiag/networks/weights.py",
     "atdiag/study/__init__.py",
     "atdiag/study/ablation.py",
+    "atdiag/study/claims.py",
+    "atdiag/study/outputs.py",
+    "atdiag/study/reading.py",
     "atdiag/study/forms.py",
     "atdiag/study/profile.py",
     "atdiag/study/schedule.py",

@@ -224,6 +224,12 @@ def row(name: str) -> Row:
     return registry()[name]
 
 
+def family(reference: str) -> str | None:
+    """The family of a teacher's reference; None of one that the registry does not know (``timm:MODEL``)."""
+    found = registry().get(reference.partition("@")[0])
+    return None if found is None else found.family
+
+
 # --- miniatures ----------------------------------------------------------------------------------------------------
 
 

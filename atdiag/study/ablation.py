@@ -1,29 +1,29 @@
-"""The protocol that every experiment follows: options -> arms -> contrasts -> verdict.
+"""The protocol that every experiment follows: options -> arms -> contrasts -> claims, verdict.
 
 An ablation is a function from a :class:`Lab` and its own options to a :class:`Study`: which arms there are, which of
-their contrasts answer the question, and how the answer is put in a sentence. It trains nothing; ``schedule`` does that,
-and :func:`report` reads what came out of the run directories.
+their contrasts answer the question, and how the answer is put in a sentence. Studies that differ in one thing (teacher,
+size, length, data set) are read together as a :class:`Series`. Nothing here trains; ``schedule`` does that, and
+``reading`` reads what came out of the run directories.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
-from zipfile import BadZipFile
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from pydantic import ValidationError
 
 from atdiag.data import names
 from atdiag.networks import teachers
-from atdiag.runs import DamagedRunError, Run, Store
 from atdiag.spec import Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, TransferMethod
-from atdiag.study.profile import Settings, describe
+from atdiag.study.profile import Settings, changed, describe
 from atdiag.words import UserError, suggest
 
 if TYPE_CHECKING:
-    from atdiag.study.contrast import Estimate, Outcomes
+    from atdiag.runs import Run
+    from atdiag.study.claims import Claim, Judged
+    from atdiag.study.contrast import Estimate
 
 METHODS = ("copy", "distill")
 """The transfers of attention."""
@@ -50,6 +50,23 @@ class Contrast:
     weights: Mapping[str, float]
 
 
+class Measurement(Protocol):
+    """What is taken of finished runs beside their own test predictions: once, and kept in their directories."""
+
+    @property
+    def name(self) -> str:
+        """What is taken, in a few words, such as "test on gaussian_noise"."""
+
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
+        """Those of which it has not been taken."""
+
+    def take(self, runs: Sequence[Run], device: str, tick: Callable[[int, int], None]) -> None:
+        """Take it, and write it into the runs' directories. ``tick`` is told how much is done of how much."""
+
+    def numbers(self, run: Run) -> Mapping[str, float]:
+        """What a table shows of it, by column, in the mean over an arm's runs; empty for nothing."""
+
+
 @dataclass(frozen=True)
 class Study:
     """A planned experiment. The first arm is the baseline; every other arm is contrasted with it anyway."""
@@ -62,6 +79,16 @@ class Study:
     """What is asked beyond arm minus baseline; the first is the contrast of interest."""
     verdict: Callable[[Report], str]
     figure: str = "contrasts"
+    """Of this study alone: an entry point of ``atdiag.figures``, from a :class:`Report`."""
+    together: str = "gains"
+    """Of several such studies: an entry point, from a :class:`Reading`."""
+    label: str = ""
+    """What tells it from the others of a series; the teacher's, if nothing is given."""
+    test_set: str | None = None
+    """The images that it is measured on, where they are not the test images of its own data set."""
+    measures: tuple[Measurement, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    """What a paper says of this experiment."""
     reference: Arm | None = None
     """The teacher as it is, for its own accuracy."""
     notes: tuple[str, ...] = ()
@@ -70,6 +97,7 @@ class Study:
     """Arm -> its place on the horizontal axis, for a figure that draws one."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "label", self.label or self.teacher.label)
         if differences := self.teacher.network.differences:
             said = f"{self.teacher.label} also has {', '.join(differences)}, which no student here is given."
             object.__setattr__(self, "notes", (*self.notes, said))
@@ -82,6 +110,44 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Series:
+    """Studies that are read together. Each has its own baseline; between them one thing differs."""
+
+    ablation: str
+    studies: tuple[Study, ...]
+    varies: str = "teacher"
+    """What differs between them."""
+    figure: str = ""
+    """Of all of them, from a :class:`Reading`; none: what the studies themselves name."""
+    verdict: Callable[[Sequence[Report]], str] | None = None
+    """What they say together; None: what each says, one after another."""
+    findings: Callable[[Sequence[Report]], Sequence[Judged]] | None = None
+    """Verdicts on claims that are about something else than one contrast of each study."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def specs(self) -> list[RunSpec]:
+        """All runs of all studies, each once."""
+        return list({spec.id: spec for study in self.studies for spec in study.specs}.values())
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """What papers say of these studies, each once."""
+        return tuple(dict.fromkeys(claim for study in self.studies for claim in study.claims))
+
+    @staticmethod
+    def join(parts: Sequence[Study | Series]) -> Series:
+        """Studies and series of one ablation as one series. Raises ValueError where there are none."""
+        many = [part for part in parts if isinstance(part, Series)]
+        studies = tuple(s for part in parts for s in ([part] if isinstance(part, Study) else part.studies))
+        if many:
+            return replace(many[0], studies=studies)
+        if not studies:
+            raise ValueError("a series needs a study at least")
+        return Series(studies[0].ablation, studies, figure=studies[0].together if len(studies) > 1 else "")
+
+
+@dataclass(frozen=True)
 class Row:
     """An arm as measured. ``contrast`` is arm minus baseline (None for the baseline and the reference)."""
 
@@ -90,6 +156,8 @@ class Row:
     seeds: int
     runs: tuple[str, ...]
     contrast: Estimate | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What else was measured, in the mean over its runs, by column."""
 
     def contrast_or_raise(self) -> Estimate:
         """The contrast with the baseline; ValueError for the baseline itself."""
@@ -119,10 +187,36 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A finished series: the reports of its studies, what became of the papers' claims, and what follows."""
+
+    series: Series
+    reports: tuple[Report, ...]
+    judged: tuple[Judged, ...]
+    verdict: str
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The runs that all its numbers stand on."""
+        rows = [row for report in self.reports for row in (*report.rows, report.reference) if row]
+        return tuple(dict.fromkeys(run for row in rows for run in row.runs))
+
+
+@dataclass(frozen=True)
 class Lab:
     """What an ablation makes its arms with: the settings, and the field's constructions by name."""
 
     settings: Settings
+
+    def under(self, name: str, value: Any) -> Lab:
+        """The lab with another setting, such as ``recipe.epochs``. Raises UserError where it contradicts the others."""
+        return Lab(changed(self.settings, name, value))
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers that there are at the profile: miniatures at mini, else the published ones."""
+        mini = self.settings.profile.name == "mini"
+        return teachers.miniatures() if mini else tuple(filter(teachers.is_published, teachers.registry()))
 
     def teacher(self, name: str) -> Teacher:
         """A teacher at the profile, on the profile's images. Raises UserError if there is none.
@@ -218,6 +312,14 @@ class Lab:
         return Arm("teacher", (spec,))
 
 
+def listed(text: str, option: str, example: str) -> tuple[str, ...]:
+    """``a, b`` -> its parts, each once. Raises UserError where there are none."""
+    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise UserError(f"{option} names none", f"write it as '{example}'")
+    return parts
+
+
 def recipe_of(transfer: Transfer) -> str:
     """Whose recipe a transfer is optimised by: the comparison losses by distillation's."""
     return transfer.method if transfer.method in ("copy", "none") else "distill"
@@ -228,72 +330,6 @@ def choose(value: str, allowed: Sequence[str], option: str) -> str:
     if value not in allowed:
         raise UserError(f"{option} {value!r}{suggest(value, allowed)} (choose from: {', '.join(allowed)})")
     return value
-
-
-def outcomes(arm: Arm, store: Store) -> Outcomes:
-    """What an arm's finished runs said of each test image, by seed."""
-    import numpy as np
-
-    from atdiag.study.contrast import Outcomes
-
-    correct: dict[tuple[int, int], Any] = {}
-    clusters = np.empty(0, np.int32)
-    for spec in arm.specs:
-        path = store.run(spec).predictions
-        try:
-            with np.load(path, allow_pickle=False) as saved:
-                right = saved["prediction"] == saved["label"]
-                clusters = saved["cluster"]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as fault:
-            raise DamagedRunError(path, type(fault).__name__) from None
-        if abs(100 * right.mean() - store.run(spec).result()["top1"]) > 1e-6:
-            raise DamagedRunError(path, "it does not agree with result.json")
-        correct[spec.seed.data, spec.seed.model] = right
-    return Outcomes(correct, clusters)
-
-
-def report(study: Study, settings: Settings, store: Store) -> Report:
-    """Read a study's finished runs and draw its conclusion. Every number comes from run directories.
-
-    Raises ValueError where runs of different semantics would be compared.
-    """
-    from atdiag.study.contrast import estimate
-
-    if len(versions := {spec.semantics for spec in study.specs}) > 1:
-        raise ValueError(f"runs of different semantics can't be compared: {sorted(versions)}")
-    measured = {arm.name: outcomes(arm, store) for arm in study.arms}
-    baseline = study.arms[0].name
-    rows = []
-    for arm in study.arms:
-        versus = None if arm.name == baseline else estimate(measured, {arm.name: 1, baseline: -1})
-        rows.append(_row(arm, store, versus))
-    asked = {c.name: estimate(measured, c.weights) for c in study.contrasts}
-    reference = _row(study.reference, store) if study.reference else None
-    dropped = {arm.name: names for arm in study.arms if (names := _dropped(store.run(arm.specs[0]).result()))}
-    unsaid = Report(study, settings.profile.name, tuple(rows), asked, reference, settings.overrides, dropped)
-    return replace(unsaid, verdict=" ".join(filter(None, (study.verdict(unsaid), _handicap(unsaid)))))
-
-
-def _dropped(result: Mapping[str, Any]) -> tuple[str, ...]:
-    """``blocks.3.attn.x`` and its likes as one ``blocks.*.attn.x``."""
-    names = (result["start"] or {}).get("dropped", ())
-    return tuple(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names))
-
-
-def _row(arm: Arm, store: Store, contrast: Estimate | None = None) -> Row:
-    runs = [Run(store.root / spec.id) for spec in arm.specs]
-    top1 = sum(run.result()["top1"] for run in runs) / len(runs)
-    return Row(arm.name, top1, len(runs), tuple(run.id for run in runs), contrast)
-
-
-def _handicap(report: Report) -> str:
-    """A teacher weaker than the baseline makes any transfer look like a failure: say so."""
-    if report.reference is None or report.reference.top1 >= report.rows[0].top1:
-        return ""
-    return (
-        f"The teacher itself ({report.reference.top1:.1f} %) is below the baseline ({report.rows[0].top1:.1f} %): "
-        "a failure here may be the teacher's weakness and says nothing about its architecture."
-    )
 
 
 def effect(estimate: Estimate) -> str:
@@ -309,5 +345,7 @@ def judge(estimate: Estimate, better: str, worse: str, same: str = "can't be tol
     if estimate.seeds < 2:
         return f"{be} undecided with one seed ({effect(estimate)}, images only)"
     phrase = same if not estimate.clear else better if estimate.value > 0 else worse
+    if estimate.within is not None:
+        return f"makes no difference of {estimate.within:g} points ({effect(estimate)}, {estimate.seeds} seeds)"
     few = ", too few to tell much" if estimate.seeds == 2 and not estimate.clear else ""
     return f"{phrase} ({effect(estimate)}, {estimate.seeds} seeds{few})"

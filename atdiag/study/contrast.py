@@ -84,11 +84,18 @@ class Estimate:
     """Of clusters; with one seed, of clusters and the residual together."""
     var_residual: float | None
     """Of one cluster with one seed, beyond both. None with one seed."""
+    adjusted: float | None = None
+    """``p`` corrected for the number of contrasts that it was read with (:func:`holm`); None: it was read alone."""
+    within: float | None = None
+    """The margin, in points, within which it was found to be equivalent to 0; None: it was not, or nobody asked."""
 
     @property
     def clear(self) -> bool:
-        """Whether the sign is settled: the interval covers seeds and images, and excludes zero."""
-        return self.covers == "seeds and images" and (self.low > 0 or self.high < 0)
+        """Whether the sign is settled: the interval covers seeds and images and excludes zero, and so does the
+        corrected test where the contrast was read among others."""
+        apart = self.low > 0 or self.high < 0
+        corrected = self.adjusted is None or self.adjusted < 1 - self.level
+        return self.covers == "seeds and images" and apart and corrected
 
     def interval(self, level: float) -> tuple[float, float]:
         """The interval at another level. Raises ValueError unless 0 < level < 1."""

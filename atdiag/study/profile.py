@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,8 @@ class Settings:
     runs: Path
     overrides: dict[str, Any] = field(default_factory=dict)
     """The user's overrides by dotted name, as they were applied."""
+    varied: dict[str, Any] = field(default_factory=dict)
+    """What an experiment set on top of them, likewise."""
 
 
 def resolve(
@@ -136,11 +138,21 @@ def resolve(
     return Settings(resolved, pairs, root, overrides)
 
 
+def changed(settings: Settings, name: str, value: Any) -> Settings:
+    """The settings with another value of one, by dotted name: an experiment varies it, whatever the user set.
+
+    Raises UserError where it contradicts the others.
+    """
+    varied = settings.varied | {name: value}
+    others = {key: given for key, given in settings.overrides.items() if _general(key) != name}
+    return replace(settings, profile=_apply(PROFILES[settings.profile.name], others | varied), varied=varied)
+
+
 def without(settings: Settings, name: str) -> Profile | None:
     """The profile as it would be without one of the user's overrides; None if the others then contradict each other."""
     others = {key: value for key, value in settings.overrides.items() if key != name}
     try:
-        return _apply(PROFILES[settings.profile.name], others)
+        return _apply(PROFILES[settings.profile.name], others | settings.varied)
     except UserError:
         return None
 

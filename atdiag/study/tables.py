@@ -1,199 +1,286 @@
-"""A report as a table: on the terminal, as CSV, Markdown and JSON."""
+"""A reading as a table: on the terminal, as a data frame, Markdown and LaTeX."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from atdiag.study.ablation import Report, Row, Study
-from atdiag.words import UserError
+from atdiag.study.ablation import Reading, Report, Row, Series
+from atdiag.study.claims import Judged
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-
-def title(report: Report) -> str:
-    """``reinit - clip_b (mini) - module attn, transfer copy``."""
-    options = ", ".join(f"{name} {value}" for name, value in report.study.options.items())
-    return " - ".join(filter(None, (report.study.ablation, report.study.teacher.label, options)))
+    from atdiag.study.contrast import Estimate
 
 
-def slug(study: Study) -> str:
-    """A file name for a study: its options, and a few digits that any change of a run's spec changes."""
-    options = "-".join(study.options.values()).replace(" ", "") or study.ablation
-    digest = hashlib.sha256(" ".join(sorted(spec.id for spec in study.specs)).encode()).hexdigest()[:6]
-    return f"{options}-{digest}"
+def title(series: Series) -> str:
+    """``reinit - clip_b (mini) - module attn, transfer copy``; of several teachers their number."""
+    first = series.studies[0]
+    shared = {
+        name: value
+        for name, value in first.options.items()
+        if all(study.options.get(name) == value for study in series.studies)
+    }
+    options = ", ".join(f"{name} {value}" for name, value in shared.items())
+    return " - ".join(filter(None, (series.ablation, subject(series), options)))
 
 
-def _plain(name: str) -> str:
-    """A teacher's name as part of a file name: ``timm:MODEL@/path/file`` without the path."""
-    return re.sub(r"[^\w.-]+", "-", name.partition("@")[0])
+def subject(series: Series) -> str:
+    """Whom a series is about: its teacher, or how many."""
+    labels = list(dict.fromkeys(study.teacher.label for study in series.studies))
+    return labels[0] if len(labels) == 1 else f"{len(labels)} teachers"
 
 
-def frame(report: Report) -> pd.DataFrame:
-    """One line for each arm, the reference, and each further contrast: what a table or a figure shows, in full."""
+def frame(reading: Reading) -> pd.DataFrame:
+    """One line for each arm, reference and further contrast of each study: what a table or a figure shows, in full.
+
+    ablation, profile, study (its label), teacher, test_set, kind (arm, reference, contrast), name, top1 (%), contrast
+    (points), ci_low and ci_high (95 %), interval_covers, p, p_holm (corrected for all contrasts here), seeds, what else
+    was measured, runs (ids, separated by spaces), overrides.
+    """
     import pandas as pd
 
     lines: list[dict[str, Any]] = []
-    for row in [*report.rows, *([report.reference] if report.reference else [])]:
-        kind = "reference" if row is report.reference else "arm"
-        lines.append({"kind": kind, "name": row.arm, "top1": row.top1, **_numbers(row.contrast), "seeds": row.seeds})
-        lines[-1]["runs"] = " ".join(row.runs)
-    for name, estimate in report.contrasts.items():
-        lines.append({"kind": "contrast", "name": name, "top1": None, **_numbers(estimate), "seeds": estimate.seeds})
-        arms = next(c.weights for c in report.study.contrasts if c.name == name)
-        lines[-1]["runs"] = " ".join(run for arm in arms for run in report.row(arm).runs)
+    for report in reading.reports:
+        study = report.study
+        data = study.test_set or study.arms[0].specs[0].data.name
+        common = {"study": study.label, "teacher": study.teacher.label, "test_set": data}
+        for row in rows(report):
+            kind = "reference" if row is report.reference else "arm"
+            measured = {"top1": row.top1, **_numbers(row.contrast), "seeds": row.seeds, **row.numbers}
+            lines.append(common | {"kind": kind, "name": row.arm} | measured | {"runs": " ".join(row.runs)})
+        for name, estimate in report.contrasts.items():
+            arms = next(c.weights for c in study.contrasts if c.name == name)
+            runs = " ".join(run for arm in arms for run in report.row(arm).runs)
+            measured = {"top1": None, **_numbers(estimate), "seeds": estimate.seeds}
+            lines.append(common | {"kind": "contrast", "name": name} | measured | {"runs": runs})
     table = pd.DataFrame(lines)
-    table.insert(0, "teacher", report.study.teacher.label)
-    table["overrides"] = " ".join(f"{name}={value}" for name, value in sorted(report.overrides.items()))
-    table.insert(0, "profile", report.profile)
-    table.insert(0, "ablation", report.study.ablation)
+    table["runs"] = table.pop("runs")  # the longest, after what else was measured
+    first = reading.reports[0]
+    table["overrides"] = " ".join(f"{name}={value}" for name, value in sorted(first.overrides.items()))
+    table.insert(0, "profile", first.profile)
+    table.insert(0, "ablation", reading.series.ablation)
     return table
 
 
-def _numbers(estimate: Any) -> dict[str, Any]:
+def _numbers(estimate: Estimate | None) -> dict[str, Any]:
     if estimate is None:
-        return {"contrast": None, "ci_low": None, "ci_high": None, "interval_covers": None}
+        return dict.fromkeys(("contrast", "ci_low", "ci_high", "interval_covers", "p", "p_holm"))
     return {
         "contrast": estimate.value,
         "ci_low": estimate.low,
         "ci_high": estimate.high,
         "interval_covers": estimate.covers,
+        "p": estimate.p,
+        "p_holm": estimate.adjusted,
     }
 
 
-def _interval(estimate: Any) -> str:
-    return f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
-
-
-def _cells(row: Row) -> tuple[str, str, str, str]:
-    return row.arm, f"{row.top1:.1f}", "" if row.contrast is None else _interval(row.contrast), str(row.seeds)
-
-
-def terminal(report: Report) -> Table:
-    """The table that a terminal shows."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title(report), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("arm", overflow="fold", min_width=12)
-    table.add_column("top-1 %", justify="right", no_wrap=True)
-    table.add_column("points vs scratch [95 %]", justify="right", no_wrap=True)
-    table.add_column("seeds", justify="right", no_wrap=True)
-    for row in report.rows:
-        table.add_row(*_cells(row))
-    if report.reference:
-        table.add_section()
-        name = f"{report.study.teacher.label} itself"
-        table.add_row(name, f"{report.reference.top1:.1f}", "its own head", "", style="dim")
-    if report.contrasts:
-        table.add_section()
-        for name, estimate in report.contrasts.items():
-            table.add_row(name, "", _interval(estimate), str(estimate.seeds))
-    return table
-
-
-def markdown(report: Report) -> str:
-    """The same table in Markdown, with the verdict, the notes and the runs it stands on."""
-    lines = [
-        f"### {title(report)}",
-        "",
-        "| arm | top-1 % | points vs scratch [95 %] | seeds |",
-        "|---|---:|---:|---:|",
-        *(f"| {' | '.join(_cells(row))} |" for row in report.rows),
-    ]
-    if report.reference:
-        lines.append(f"| *{report.study.teacher.label} itself* | {report.reference.top1:.1f} | *its own head* | |")
-    lines += [f"| {name} | | {_interval(e)} | {e.seeds} |" for name, e in report.contrasts.items()]
-    lines += ["", report.verdict, ""]
-    lines += [f"- {note}" for note in notes(report)]
-    lines += ["", "Runs:", *(f"- {row.arm}: {', '.join(row.runs)}" for row in _all_rows(report)), ""]
-    return "\n".join(lines)
-
-
-def notes(report: Report) -> list[str]:
-    """What a reader must know beside the numbers."""
-    out = list(report.study.notes)
-    out += [
-        f"The teacher's weights without a place in the student, dropped: {', '.join(names)}."
-        for names in dict.fromkeys(report.dropped.values())
-    ]
-    data = report.study.arms[0].specs[0].data
-    grouped = " (by source digit)" if data.image_size is None else ""
-    out.append(
-        f"Profile {report.profile}, data {data.name}. Intervals: 95 %, over "
-        + (f"seeds and test images{grouped}." if report.rows[0].seeds > 1 else "test images only: one seed.")
-    )
-    if report.overrides:
-        out.append(
-            "Overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(report.overrides.items())) + "."
-        )
-    if (
-        report.reference is None
-        and report.study.teacher.network.classes != report.study.arms[0].specs[0].network.classes
-    ):
-        out.append(f"The teacher's own accuracy is not shown: its head is for another task than {data.name}.")
-    return out
-
-
-def _all_rows(report: Report) -> list[Row]:
+def rows(report: Report) -> list[Row]:
+    """The arms, and the teacher as it is."""
     return [*report.rows, *([report.reference] if report.reference else [])]
 
 
-def as_json(report: Report, files: list[Path]) -> dict[str, Any]:
-    """The machine-readable line of an experiment."""
-    return {
-        "ablation": report.study.ablation,
-        "profile": report.profile,
-        "teacher": report.study.teacher.label,
-        "options": dict(report.study.options),
-        "overrides": dict(report.overrides),
-        "arms": [
-            {
-                "arm": row.arm,
-                "top1": row.top1,
-                "contrast": None if row.contrast is None else row.contrast.value,
-                "ci_low": None if row.contrast is None else row.contrast.low,
-                "ci_high": None if row.contrast is None else row.contrast.high,
-                "seeds": row.seeds,
-                "runs": list(row.runs),
-            }
-            for row in report.rows
-        ],
-        "reference": None
+def interval(estimate: Estimate) -> str:
+    """``+3.1 [+1.2, +5.0]``."""
+    return f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
+
+
+def probability(estimate: Estimate) -> str:
+    """The corrected p-value; nothing for a contrast from one seed."""
+    p = estimate.adjusted
+    return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
+
+
+def _cells(name: str, row: Row | None, estimate: Estimate | None, extra: Sequence[str]) -> list[str]:
+    """name, top-1, contrast, p, what else was measured, seeds."""
+    seeds = row.seeds if row else estimate.seeds if estimate else 0
+    measured = [f"{row.numbers[column]:.3g}" if row and column in row.numbers else "" for column in extra]
+    versus = ["", ""] if estimate is None else [interval(estimate), probability(estimate)]
+    return [name, "" if row is None else f"{row.top1:.1f}", *versus, *measured, str(seeds)]
+
+
+def _extra(reading: Reading) -> list[str]:
+    return list(dict.fromkeys(name for report in reading.reports for row in report.rows for name in row.numbers))
+
+
+def _head(reading: Reading) -> list[str]:
+    baselines = {report.rows[0].arm for report in reading.reports}
+    return ["arm", "top-1 %", f"points vs {baselines.pop()} [95 %]", "p, Holm", *_extra(reading), "seeds"]
+
+
+def _lines(reading: Reading, report: Report) -> list[list[str]]:
+    extra = _extra(reading)
+    lines = [_cells(row.arm, row, row.contrast, extra) for row in report.rows]
+    if report.reference:
+        cells = _cells(f"{report.study.teacher.label} itself", report.reference, None, extra)
+        lines.append([*cells[:2], "its own head", *cells[3:-1], ""])
+    return lines + [_cells(name, None, estimate, extra) for name, estimate in report.contrasts.items()]
+
+
+def terminal(reading: Reading) -> Table:
+    """The table that a terminal shows: a section for each study."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title(reading.series), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.collapse_padding, table.pad_edge = True, False
+    for i, name in enumerate(_head(reading)):
+        if i == 0:
+            table.add_column(name, overflow="fold", min_width=12)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    several = len(reading.reports) > 1
+    for report in reading.reports:
+        if several:
+            table.add_row(f"[bold]{report.study.label}[/bold]")
+        count = len(report.rows)
+        for i, cells in enumerate(_lines(reading, report)):
+            itself = report.reference is not None and i == count
+            indented = [f"  {cells[0]}" if several else cells[0], *cells[1:]]
+            if not several and i == count:
+                table.add_section()
+            table.add_row(*indented, style="dim" if itself else None)
+            if not several and itself:
+                table.add_section()
+        table.add_section()
+    return table
+
+
+def markdown(reading: Reading) -> str:
+    """The same table in Markdown, with claims, verdict, notes, and the runs that it stands on."""
+    head = _head(reading)
+    lines = [f"### {title(reading.series)}", "", _bar(head), _bar(["---", *["---:"] * (len(head) - 1)])]
+    for report in reading.reports:
+        if len(reading.reports) > 1:
+            lines.append(_bar([f"**{report.study.label}**", *[""] * (len(head) - 1)]))
+        lines += [_bar(cells) for cells in _lines(reading, report)]
+    if reading.judged:
+        lines += ["", *claims_markdown(reading.judged)]
+    lines += ["", reading.verdict, "", *(f"- {note}" for note in notes(reading)), "", "Runs:"]
+    for report in reading.reports:
+        where = f"{report.study.label}, " if len(reading.reports) > 1 else ""
+        lines += [f"- {where}{row.arm}: {', '.join(row.runs)}" for row in rows(report)]
+    return "\n".join([*lines, ""])
+
+
+def _bar(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def latex(reading: Reading) -> str:
+    """The same table for a paper, with booktabs' rules; its caption is the figure's."""
+    head = _head(reading)
+    body: list[list[str]] = []
+    for report in reading.reports:
+        if len(reading.reports) > 1:
+            body.append([report.study.label, *[""] * (len(head) - 1)])
+        body += _lines(reading, report)
+    return booktabs(head, body)
+
+
+def booktabs(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A LaTeX ``tabular`` with the rules of the package booktabs; texts are escaped."""
+    import pandas as pd
+
+    table = pd.DataFrame([list(line) for line in body], columns=list(head))
+    styled = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
+    return styled.to_latex(hrules=True, column_format="l" + "r" * (len(head) - 1))
+
+
+CLAIMS = ("claim", "paper", "ours, points", "verdict")
+
+
+def claim_cells(judged: Judged) -> tuple[str, str, str, str]:
+    """A claim in a table: what, the paper's number, ours with the span of its intervals, and the verdict."""
+    span = "" if judged.low is None else f" [{judged.low:+.1f}, {judged.high:+.1f}]"
+    verdict = judged.verdict + (f" ({judged.note})" if judged.note else "")
+    return judged.claim.name, judged.claim.paper, f"{judged.ours}{span}", verdict
+
+
+def claims_markdown(judged: Sequence[Judged]) -> list[str]:
+    """The claims as lines of a Markdown table."""
+    return [_bar(CLAIMS), _bar(["---"] * len(CLAIMS)), *(_bar(claim_cells(one)) for one in judged)]
+
+
+def claims_table(judged: Sequence[Judged], name: str = "the papers' claims, here") -> Table:
+    """The claims on a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.collapse_padding, table.pad_edge = True, False
+    for column in CLAIMS:
+        table.add_column(column, overflow="fold", ratio=1)
+    for one in judged:
+        table.add_row(*claim_cells(one))
+    return table
+
+
+def notes(reading: Reading) -> list[str]:
+    """What a reader must know beside the numbers."""
+    reports, first = reading.reports, reading.reports[0]
+    out = [*reading.series.notes, *(note for report in reports for note in report.study.notes)]
+    out += [
+        f"The teacher's weights without a place in the student, dropped: {', '.join(names)}."
+        for report in reports
+        for names in report.dropped.values()
+    ]
+    data = {study.arms[0].specs[0].data.name: study.arms[0].specs[0].data for study in reading.series.studies}
+    grouped = " (by source digit)" if any(one.image_size is None for one in data.values()) else ""
+    out.append(
+        f"Profile {first.profile}, data {', '.join(data)}. Intervals: 95 %, over "
+        + (f"seeds and test images{grouped}" if first.rows[0].seeds > 1 else "test images only: one seed")
+        + _corrected(reading)
+    )
+    if first.overrides:
+        given = ", ".join(f"{name}={value}" for name, value in sorted(first.overrides.items()))
+        out.append(f"Overrides: {given}.")
+    out += [
+        f"{report.study.teacher.label}'s own accuracy is not shown: its head is for another task than {data.name}."
+        for report in reports
+        for data in [report.study.arms[0].specs[0].data]
         if report.reference is None
-        else {"top1": report.reference.top1, "runs": list(report.reference.runs)},
-        "contrasts": [
-            {"contrast": name, "value": e.value, "ci_low": e.low, "ci_high": e.high, "p": e.p, "seeds": e.seeds}
-            for name, e in report.contrasts.items()
-        ],
-        "verdict": report.verdict,
-        "files": [str(path) for path in files],
-    }
+        and report.study.teacher.network.classes != report.study.arms[0].specs[0].network.classes
+    ]
+    return list(dict.fromkeys([*out, *_power(reading)]))
 
 
-def output_folder(study: Study, profile: str, out: Path | None) -> Path:
-    """The folder for a study's tables and figures, made and writable. Raises UserError where it can't be."""
-    folder = out or Path("results") / f"{study.ablation}-{_plain(study.teacher.name)}-{profile}"
-    writable(folder, "--out")
-    return folder
+def _corrected(reading: Reading) -> str:
+    count = len(_distinct(reading))
+    return f"; p is corrected for {count} contrasts (Holm)." if count > 1 else "."
 
 
-def writable(folder: Path, option: str) -> None:
-    """Make sure that a folder can be made and written, without making it. Raises UserError otherwise."""
-    existing = folder
-    try:
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        if not existing.is_dir():
-            raise UserError(f"{option} {folder}: {existing} is not a folder", f"choose another with {option}")
-        with tempfile.TemporaryFile(dir=existing):  # asking the system is no use: root may write anywhere, it says
-            pass
-    except OSError as fault:
-        raise UserError(
-            f"{option} {folder} can't be written ({fault.strerror})", f"choose another folder with {option}"
-        ) from None
+def _distinct(reading: Reading) -> dict[tuple[float, float, float], Estimate]:
+    """All contrasts by value and interval: those that studies share count once."""
+    every = [e for r in reading.reports for e in (*(row.contrast for row in r.rows), *r.contrasts.values()) if e]
+    return {(e.value, e.low, e.p): e for e in every if e.seeds > 1}
+
+
+def _power(reading: Reading) -> list[str]:
+    """How many seeds would settle what is undecided, were the effects as estimated."""
+    from atdiag.study.contrast import seeds_needed
+
+    open_ = [
+        (" ".join(filter(None, (report.study.label if len(reading.reports) > 1 else "", name))), estimate)
+        for report in reading.reports
+        for name, estimate in _all(report)
+        if estimate.seeds > 1 and not estimate.clear and estimate.within is None
+    ]
+    said = []
+    for name, estimate in open_:
+        # Those that are settled no longer count among Holm's hypotheses.
+        strict = replace(estimate, level=1 - (1 - estimate.level) / len(open_))
+        needed = seeds_needed(strict)
+        said.append(f"{name}: {'more than 1,000' if needed is None else f'about {needed}'}")
+    if not said:
+        return []
+    return [f"Seeds that would settle what is undecided, were it as estimated (80 % power): {'; '.join(said)}."]
+
+
+def _all(report: Report) -> list[tuple[str, Estimate]]:
+    arms = [(row.arm, row.contrast) for row in report.rows if row.contrast is not None]
+    return [*arms, *report.contrasts.items()]

@@ -1,0 +1,46 @@
+"""Transfer on other data than the usual: is a failure the data set's?
+
+Qin et al. 2026 transfer on iNaturalist 2017, 2018 and 2019: DeiT-S gains 15.2 points and DINO-S 19.4, DINOv2-S loses
+1.2 and DINOv2-S with registers 2.2.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ablations import claims, gains
+from atdiag.study.ablation import Lab, Series, listed
+
+USUAL = {
+    "mini": "digits,larger",
+    "small": "imagenette,cifar10",
+    "paper": "imagenet,inat2017,inat2018,inat2019",
+}
+
+
+def datasets(
+    lab: Lab,
+    teacher: Annotated[str, typer.Option(help="Teachers, such as deit_s,dinov2_s.")] = "dinov2_s",
+    data: Annotated[
+        str | None, typer.Option("--data", help="Data sets, such as digits,larger. [default: those of the profile]")
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy",
+) -> Series:
+    """Transfer on several data sets, each beside its own baseline: does the outcome persist?"""
+    wanted = listed(data or USUAL[lab.settings.profile.name], "--data", "digits,larger")
+    passed = listed(methods, "--methods", "copy,distill")
+    studies = tuple(
+        gains.study(
+            lab.under("data.name", name),
+            "datasets",
+            teacher,
+            passed,
+            where=name,
+            options={"data": name},
+            claims=claims.of("datasets"),
+        )
+        for name in wanted
+    )
+    return Series("datasets", studies, varies="data set", figure="gains")

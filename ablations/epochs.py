@@ -1,0 +1,53 @@
+"""Train for longer: does a failure go away, does a gain?
+
+Qin et al. 2026 train up to 100 epochs: DeiT-S and DINO-S stay above scratch, DINOv2-S below. Each length is a training
+of its own with its own schedule and its own baseline, not a checkpoint on the way of the longest.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ablations import claims, gains
+from atdiag.study.ablation import Lab, Series, listed
+from atdiag.words import UserError
+
+
+def epochs(
+    lab: Lab,
+    teacher: Annotated[str, typer.Option(help="Teachers, such as deit_s,dinov2_s.")] = "dinov2_s",
+    epochs: Annotated[
+        str | None,
+        typer.Option("--epochs", help="Lengths, such as 2,4,8. [default: half, once and twice the profile's]"),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy",
+) -> Series:
+    """Transfer at several training lengths, each beside its own baseline: does the outcome persist?"""
+    usual = lab.settings.profile.recipe["none"].epochs
+    lengths = (usual // 2 or 1, usual, 2 * usual) if epochs is None else tuple(map(_number, _parts(epochs)))
+    passed = listed(methods, "--methods", "copy,distill")
+    studies = tuple(
+        gains.study(
+            lab.under("recipe.epochs", length),
+            "epochs",
+            teacher,
+            passed,
+            where=f"{length} epochs",
+            options={"epochs": str(length)},
+            claims=claims.of("epochs"),
+        )
+        for length in sorted(set(lengths))
+    )
+    return Series("epochs", studies, varies="epochs", figure="epochs")
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return listed(text, "--epochs", "2,4,8")
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise UserError(f"--epochs {text!r} is no number of epochs", "write it as '2,4,8'")
+    return int(text)

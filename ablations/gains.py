@@ -1,0 +1,56 @@
+"""What a teacher gives a student by each method, beside scratch: the study that several ablations vary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from atdiag.spec import Init
+from atdiag.study.ablation import BASELINE, Arm, Lab, Report, Study, choose, judge
+
+METHODS = ("copy", "distill", "finetune", "logits", "features")
+_SAID = {
+    "copy": "copying its attention",
+    "distill": "distilling its attention",
+    "finetune": "starting from all its weights",
+    "logits": "distilling its logits",
+    "features": "distilling its residual stream",
+}
+
+
+def study(lab: Lab, ablation: str, teacher: str, methods: Sequence[str], where: str = "", **more: Any) -> Study:
+    """The standard student from scratch, and with each of the methods.
+
+    where: what tells the study from others of the same teacher, such as "8 epochs". more: further fields of a Study.
+    Raises UserError for an unknown method or teacher.
+    """
+    for method in methods:
+        choose(method, METHODS, "--methods")
+    source = lab.teacher(teacher)
+    standard = lab.student(source)
+    own = source.network.components
+
+    def arm(method: str) -> Arm:
+        if method == "finetune":  # the teacher's own architecture: nothing of it is lost
+            return lab.arm(method, lab.student(source, own), source, Init(source="teacher"), recipe="finetune")
+        return lab.arm(method, standard, source, transfer=lab.transfer(method, standard, allowed=METHODS))
+
+    label = ", ".join(filter(None, (source.label, where)))
+
+    def verdict(report: Report) -> str:
+        said = [f"{_SAID[name]} {judge(report.row(name).contrast_or_raise(), 'helps', 'hurts')}" for name in methods]
+        return f"{label}: {'; '.join(said)}."
+
+    notes = [f"{BASELINE} and all but finetune train the standard student; finetune is the teacher itself, trained on."]
+    return Study(
+        ablation=ablation,
+        teacher=source,
+        options={"methods": ",".join(methods), **more.pop("options", {})},
+        arms=(lab.baseline(source), *map(arm, methods)),
+        contrasts=(),  # beyond each arm minus the baseline
+        verdict=verdict,
+        label=label,
+        reference=lab.reference(source),
+        notes=tuple(notes) if "finetune" in methods else (),
+        **more,
+    )

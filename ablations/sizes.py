@@ -1,0 +1,44 @@
+"""The same family at every size: is a failure the family's or the size's?
+
+Qin et al. 2026: the split is consistent within families, from S to L.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ablations import claims, gains
+from atdiag.networks import teachers
+from atdiag.study.ablation import Lab, Series, choose, listed
+from atdiag.words import UserError
+
+
+def sizes(
+    lab: Lab,
+    family: Annotated[str, typer.Option(help="Families, such as deit,dinov2; all: every one with two sizes.")] = "all",
+    methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy,distill",
+) -> Series:
+    """Transfer from every size of a family: is the outcome the family's or the size's?"""
+    by_family: dict[str, list[str]] = {}
+    for name in lab.teachers:
+        by_family.setdefault(teachers.row(name).family, []).append(name)
+    several = [name for name, sizes in by_family.items() if len(sizes) > 1]
+    wanted = several if family == "all" else [choose(name, tuple(by_family), "--family") for name in _names(family)]
+    for name in wanted:
+        if name not in several:
+            profile = lab.settings.profile.name
+            raise UserError(
+                f"{name} has one size at profile {profile} ({by_family[name][0]}): there is nothing to compare",
+                f"choose from: {', '.join(several)}",
+            )
+    passed = listed(methods, "--methods", "copy,distill")
+    studies = [
+        gains.study(lab, "sizes", one, passed, claims=claims.of("sizes")) for f in wanted for one in by_family[f]
+    ]
+    return Series("sizes", tuple(studies), varies="size", figure="gains")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return listed(text, "--family", "deit,dinov2")

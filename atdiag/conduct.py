@@ -1,0 +1,194 @@
+"""Bring a series to its answer: train what is not finished, measure, read, write, draw.
+
+Part of the command line: imports nothing heavy before a command is called.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from atdiag.planning import count, duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rich.progress import Progress, TaskID
+
+    from atdiag.runs import Store
+    from atdiag.spec import RunSpec
+    from atdiag.study.ablation import Measurement, Reading, Series
+    from atdiag.study.profile import Settings
+
+
+def check_weights(series: Series, store: Store) -> None:
+    """Raise UserError where the file of a published teacher is here and is not what it should be.
+
+    Loads it as a training process would, which takes seconds; runs that are finished do not need it.
+    """
+    from atdiag.networks import teachers, weights
+    from atdiag.study import schedule
+
+    todo = schedule.pending(series.specs, store)
+    for teacher in dict.fromkeys(spec.teacher for spec in todo if spec.teacher is not None):
+        if teacher.sha256 is not None and not teachers.is_miniature(teacher):
+            weights.load(teacher)
+
+
+def check_data(series: Series, store: Store) -> None:
+    """Raise UserError, before anything is trained, where real images are not here or not what they should be.
+
+    Runs that are finished need none.
+    """
+    from atdiag.data import names
+    from atdiag.study import schedule
+
+    todo = schedule.pending(series.specs, store)
+    if sets := {spec.data: spec.network for spec in todo if names.is_real(spec.data.name)}:
+        from atdiag.data import datasets
+
+        for data, network in sets.items():
+            datasets.check(data, network)
+
+
+def check_teachers(series: Series) -> None:
+    """Raise UserError where a teacher is a plan: its weights are not on this machine."""
+    from atdiag.networks import teachers
+    from atdiag.words import UserError
+
+    for study in series.studies:
+        if study.teacher.sha256 is None:
+            raise UserError(
+                f"the weights of {study.teacher.label} are not on this machine", teachers.how_to_get(study.teacher)
+            )
+
+
+def execute(specs: Sequence[RunSpec], settings: Settings, store: Store, device: str) -> None:
+    """Train what is not finished, and say how much that is and about how long it takes."""
+    from atdiag.study import schedule
+
+    todo = schedule.pending(specs, store)
+    threads = settings.profile.threads
+    processes = min(schedule.processes_for(device, threads), max(len(todo), 1))
+    if not todo:
+        typer.echo(f"{count(len(specs), 'run')}, all finished before: nothing to train")
+        return
+    cost = duration(schedule.estimate(todo, processes, schedule.measured_speed(store, device)))
+    begun = sum(store.run(spec).checkpoint.exists() for spec in todo)
+    go_on = f" ({begun} go on from their checkpoints)" if begun else ""
+    typer.echo(
+        f"{count(len(specs), 'run')}, {len(specs) - len(todo)} finished before; "
+        f"{len(todo)} to do{go_on} in {count(processes, 'process')} on {device}: about {cost}"
+    )
+    train(list(specs), store, device, threads)
+
+
+def train(specs: list[RunSpec], store: Store, device: str, threads: int | None) -> None:
+    """Bring runs to their end, with a progress bar on a terminal and a line for each finished run elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from atdiag.study import schedule
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps {task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    said = ""
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None, rate="")
+
+        def tick(now: schedule.Tick) -> None:
+            nonlocal said
+            elapsed = bar.tasks[0].elapsed or 0
+            rate = f"{now.images / elapsed:.0f} images/s" if now.images and elapsed else ""
+            done = len(specs) - len(schedule.pending(specs, store))
+            text = f"{done}/{len(specs)} runs" if now.total else now.doing
+            bar.update(task, completed=now.done, total=now.total or None, rate=rate, description=text)
+            if not console.is_terminal and text != said:
+                said = text
+                console.print(f"{text} {rate}".rstrip(), highlight=False)
+
+        schedule.execute(specs, store, device, threads, tick)
+
+
+def measure(series: Sequence[Series], store: Store, device: str) -> None:
+    """Take of the finished runs what has not been taken, with a progress bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    wanted: dict[str, tuple[Measurement, list[RunSpec]]] = {}
+    for study in (study for one in series for study in one.studies):
+        for measurement in study.measures:
+            wanted.setdefault(measurement.name, (measurement, []))[1].extend(study.specs)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        for name, (measurement, specs) in wanted.items():
+            runs = list({spec.id: store.run(spec) for spec in specs}.values())
+            if missing := measurement.missing(runs):
+                task = bar.add_task(name, total=None)
+                measurement.take(missing, device, _ticker(bar, task))
+
+
+def _ticker(bar: Progress, task: TaskID) -> Callable[[int, int], None]:
+    return lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def write(reading: Reading, folder: Path) -> list[Path]:
+    """Write tables, figure and caption; nothing of another experiment is touched."""
+    from atdiag.runs import write_atomically
+    from atdiag.study import outputs, tables
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = outputs.slug(reading.series)
+    paths = {kind: folder / f"{stem}.{kind}" for kind in ("csv", "md", "tex", "json", "txt", "png", "pdf")}
+    write_atomically(paths["csv"], tables.frame(reading).to_csv(index=False))
+    write_atomically(paths["md"], tables.markdown(reading))
+    write_atomically(paths["tex"], tables.latex(reading))
+    write_atomically(paths["txt"], outputs.caption(reading))
+    draw(reading, paths["png"], paths["pdf"])
+    write_atomically(paths["json"], json.dumps(outputs.as_json(reading, list(paths.values())), indent=1))
+    return list(paths.values())
+
+
+def draw(reading: Reading, *paths: Path) -> None:
+    """Draw the figure that a series names."""
+    name = reading.series.figure or reading.reports[0].study.figure
+    found = [entry for entry in entry_points(group="atdiag.figures") if entry.name == name]
+    if not found:
+        raise ValueError(f"no figure named {name!r} is installed")
+    figure = found[0].load()(reading if reading.series.figure else reading.reports[0])
+    for path in paths:
+        figure.savefig(path)
+
+
+def tell(reading: Reading, files: Sequence[Path]) -> None:
+    """Print table, claims, notes, verdict and the files."""
+    from rich.console import Console
+
+    from atdiag.study import tables
+
+    console = Console()
+    console.print(tables.terminal(reading))
+    if tested := [one for one in reading.judged if one.verdict != "not testable here"]:
+        console.print(tables.claims_table(tested))
+    for note in tables.notes(reading):
+        console.print(f"- {note}", style="dim", highlight=False)
+    console.print(f"\n[bold]Verdict[/bold]  {reading.verdict}\n", highlight=False)
+    for path in files:
+        typer.echo(f"  {path}")

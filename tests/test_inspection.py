@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from atdiag import cli, desk, inspection
+from atdiag import cli, desk
 from atdiag.analysis import images, similarity, subjects, tracing
 from atdiag.networks import students
 from atdiag.runs import Store
@@ -231,6 +231,5 @@ def test_a_network_that_is_not_finite_is_a_fault_that_names_the_layer(capsys, tm
 
 def test_small_words():
     assert desk.layer_pairs("0:0, 5:11") == {0: 0, 5: 11}
-    assert inspection._ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
     with pytest.raises(UserError):
         desk.layer_pairs("0:0,0:1")

@@ -9,7 +9,7 @@ Images travel as uint8: a quarter of the bytes, and scaling, Mixup and CutMix ha
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -110,7 +110,7 @@ class Stream:
             return Batch(images, labels, samples, labels.flip(0), lam, box)
         return Batch(images, labels, samples)
 
-    def batches(self, start: int, stop: int, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, workers: int = 0, pin: bool = False) -> Generator[Batch, None, None]:
         """The batches of the steps from ``start`` to before ``stop``, in order, the same for any number of workers.
 
         Workers live until the iterator ends or is closed, over all epochs, and are ahead by ``PREFETCH`` batches each;
@@ -191,7 +191,7 @@ class _Items(Dataset[Any]):
             return _Fault(fault)
 
 
-def _in_order(make: Callable[[int], Item], indices: range, workers: int, pin: bool) -> Iterator[Item]:
+def _in_order(make: Callable[[int], Item], indices: range, workers: int, pin: bool) -> Generator[Item, None, None]:
     """``make`` of each index in order, made here or ahead of time in worker processes."""
     if pin and not torch.cuda.is_available():
         raise ValueError("page-locked memory is for CUDA, which is not here")

@@ -8,7 +8,7 @@ weights, bit for bit on a CPU with the same number of threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -124,13 +124,14 @@ class _Cohort:
         self.total = sum(m.total for m in self.members)
         self.images = 0
         self.processes = processes
-        self._ahead: Iterator[Batch] | None = None
+        self._ahead: Generator[Batch, None, None] | None = None
 
     def work(self) -> None:
         """Train all members from the earliest step that any of them still has to do, and finish each as it ends."""
-        with ExitStack() as ends:
-            ends.callback(self._leave_batches)
+        try:
             self._work()
+        finally:
+            self._leave_batches()
 
     def _work(self) -> None:
         last_save = time.monotonic()
@@ -191,8 +192,10 @@ class _Cohort:
         return next(self._ahead)
 
     def _leave_batches(self) -> None:
-        """Let go of the workers, which end with their iterator."""
-        self._ahead = None
+        """End the workers that make batches."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _teacher_shows(self, batch: Batch, active: list[Training]) -> Observation:
         wanted = of_teacher(member.spec.transfer for member in active)

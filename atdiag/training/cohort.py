@@ -215,7 +215,8 @@ class _Cohort:
             self._tell("testing")
             precision = whole[0].spec.recipe.precision  # the same for all: it is part of the stream
             with compiled.eagerly() if self.compiled else nullcontext():
-                results = evaluate.predict([m.subject() for m in whole], self.test, self.device, precision)
+                workers = default_workers(self.test, None, self.device, self.processes)
+                results = evaluate.predict([m.subject() for m in whole], self.test, self.device, precision, workers)
             for member, predictions in zip(whole, results, strict=True):
                 if np.isfinite(predictions.log_p).all():
                     self._store(member, predictions)

@@ -56,17 +56,17 @@ def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT | Foreign]) -> 
     return Subject(network, spec.transfer, teacher, averages(spec, teacher))
 
 
-def averages(spec: RunSpec, teacher: ViT | Foreign) -> dict[int, Averaged]:
+def averages(spec: RunSpec, teacher: ViT | Foreign, images: Split | None = None) -> dict[int, Averaged]:
     """The teacher's maps averaged over examples, by block, if the run's transfer takes those; else empty.
 
     Over the first ``AVERAGED_IMAGES`` of its training images, as they are (not augmented): one map [H, N, N] for each
     block, the same for every image, in training and at test. It holds what a map has of positions, and nothing of what
-    is in an image.
+    is in an image. ``images``: those training images, where they are at hand.
     """
     transfer = spec.transfer
     if transfer.average != "examples":
         return {}
-    images = datasets.train_split(spec.data, spec.seed.data)
+    images = datasets.train_split(spec.data, spec.seed.data) if images is None else images
     device = next(teacher.parameters()).device
     count = min(len(images), AVERAGED_IMAGES)
     sums: dict[int, Tensor] = {}

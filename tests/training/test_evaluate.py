@@ -90,3 +90,31 @@ def test_a_cohort_tests_with_the_workers_of_the_rule(bench, monkeypatch):
     spec = bench.spec(recipe=Recipe(epochs=1, batch_size=16))
     assert bench.train(spec) == {spec.id: "finished"}
     assert asked == [2]
+
+
+def test_a_cohort_averages_its_teacher_s_maps_once(bench, monkeypatch, assert_same):
+    """Once for each choice of blocks, heads and tokens; and each run ends as it does alone."""
+    seen = []
+    real = evaluate.averages
+
+    def noted(spec, *rest):
+        seen.append(spec.id)
+        return real(spec, *rest)
+
+    monkeypatch.setattr(evaluate, "averages", noted)
+    over = {"layers": (2, 3), "average": "examples"}
+    transfers = [Transfer(method="copy", **over), Transfer(method="distill", **over)]
+    native = bench.company()["native"].network
+    specs = [
+        *(bench.spec(seed, transfer=transfer) for seed in (0, 1) for transfer in transfers),
+        bench.spec(transfer=Transfer(method="copy", heads=(1,), **over)),
+        bench.spec(network=native, transfer=transfers[1]),  # with the registers that the others lack
+        bench.spec(),
+    ]
+    bench.train(*specs)
+    assert seen == [specs[i].id for i in (0, 4, 5)]
+    alone = bench.sibling("alone")
+    for spec in specs[:-1]:
+        alone.train(spec)
+        assert_same(alone, bench, spec)
+    assert len(seen) == 3 + 6

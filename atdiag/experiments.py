@@ -234,15 +234,14 @@ def _execute(study: Study, settings: Settings, store: Store, device: str) -> Non
     threads = settings.profile.threads
     processes = min(schedule.processes_for(device, threads), max(len(todo), 1))
     if not todo:
-        typer.echo(f"{len(specs)} runs, all finished before: nothing to train")
+        typer.echo(f"{_count(len(specs), 'run')}, all finished before: nothing to train")
         return
     cost = _duration(schedule.estimate(todo, processes, schedule.measured_speed(store, device)))
-    what = "process" if processes == 1 else "processes"
     begun = sum(store.run(spec).checkpoint.exists() for spec in todo)
     go_on = f" ({begun} go on from their checkpoints)" if begun else ""
     typer.echo(
-        f"{len(specs)} runs, {len(specs) - len(todo)} finished before; "
-        f"{len(todo)} to do{go_on} in {processes} {what} on {device}: about {cost}"
+        f"{_count(len(specs), 'run')}, {len(specs) - len(todo)} finished before; "
+        f"{len(todo)} to do{go_on} in {_count(processes, 'process')} on {device}: about {cost}"
     )
     train(specs, store, device, threads)
 
@@ -342,9 +341,9 @@ def _show_plan(study: Study, settings: Settings, store: Store, device: str, json
     todo = schedule.pending(study.specs, store)
     processes = schedule.processes_for(device, settings.profile.threads)
     wall = schedule.estimate(todo, processes, speed)
-    what = "process" if processes == 1 else "processes"
     typer.echo(
-        f"{len(study.specs)} runs, {len(todo)} to do, about {_duration(wall)} in {processes} {what} on {device}."
+        f"{_count(len(study.specs), 'run')}, {len(todo)} to do, about {_duration(wall)} in "
+        f"{_count(processes, 'process')} on {device}."
     )
     for note in study.notes:
         typer.echo(f"- {note}")
@@ -389,7 +388,13 @@ def _short(value: Any) -> str:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+    """A number of things.
+
+    >>> _count(1, "run"), _count(2, "process"), _count(1000, "seed")
+    ('1 run', '2 processes', '1,000 seeds')
+    """
+    many = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number:,} {what if number == 1 else many}"
 
 
 def _duration(seconds: float) -> str:

@@ -199,15 +199,17 @@ def _listed(run: Run) -> dict[str, Any]:
 
 def _transfer_text(transfer: Transfer) -> str:
     """``copy 0-11``, ``distill q 6-11 x3``, ``distill 0-5 heads 0,2 mean over queries, mse x3``."""
+    from atdiag.study.forms import ranges
+
     words: list[str] = [transfer.method]
     if transfer.tensor != "map":
         words.append(transfer.tensor)
     if transfer.layers:
-        words.append(_ranges(transfer.layers))
+        words.append(ranges(transfer.layers))
     if transfer.teacher_layers:
-        words.append(f"from {_ranges(transfer.teacher_layers)}")
+        words.append(f"from {ranges(transfer.teacher_layers)}")
     if transfer.heads is not None:
-        words.append(f"heads {_ranges(transfer.heads)}")
+        words.append(f"heads {ranges(transfer.heads)}")
     if transfer.average is not None:
         words.append(f"mean over {transfer.average}")
     if transfer.method == "distill" and transfer.tensor == "map" and transfer.loss != "ce":
@@ -215,11 +217,6 @@ def _transfer_text(transfer: Transfer) -> str:
     if transfer.weight is not None:
         words.append(f"x{transfer.weight:g}")
     return " ".join(words)
-
-
-def _ranges(indices: tuple[int, ...]) -> str:
-    contiguous = len(indices) > 1 and indices == tuple(range(indices[0], indices[-1] + 1))
-    return f"{indices[0]}-{indices[-1]}" if contiguous else ",".join(map(str, indices))
 
 
 def _store(runs: Path | None) -> Store:

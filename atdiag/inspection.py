@@ -231,6 +231,8 @@ def intervene(
 
 
 def _outcomes_table(found: Sequence[Outcome]) -> Table:
+    from atdiag.study.forms import ranges
+
     columns = ("put in", "layers", "top-1 %", "points [95 %]", "flips %", "stream")
     shown = table(f"intervene - {found[0].subject}", *columns)
     top1 = found[0].top1
@@ -239,20 +241,9 @@ def _outcomes_table(found: Sequence[Outcome]) -> Table:
     for one in found:
         change = "" if one.change is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*one.change)
         accuracy = "" if one.top1 is None else f"{one.top1[1]:.1f}"
-        where = _ranges(one.layers) + ("" if one.heads is None else f" h{_ranges(one.heads)}")
+        where = ranges(one.layers) + ("" if one.heads is None else f" h{ranges(one.heads)}")
         shown.add_row(one.replaced, where, accuracy, change, f"{one.flips:.1f}", f"{one.residual[-1]:.3f}")
     return shown
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """``0-3,7``."""
-    out: list[list[int]] = []
-    for index in indices:
-        if out and out[-1][-1] == index - 1:
-            out[-1] = [out[-1][0], index]
-        else:
-            out.append([index])
-    return ",".join("-".join(map(str, part)) for part in out)
 
 
 def add_commands(app: typer.Typer) -> None:

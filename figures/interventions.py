@@ -17,7 +17,7 @@ def residual(found: Sequence[Outcome]) -> Figure:
     """How far the residual stream moves: block by block; at the last one, where one layer at a time was replaced."""
     groups = _by_name(found)
     figure, axes = style.canvas(height=2.0 + 0.13 * len(groups))
-    for (name, outcomes), colour in zip(groups.items(), _colours(len(groups)), strict=True):
+    for (name, outcomes), colour in zip(groups.items(), style.colours(len(groups)), strict=True):
         if _one_at_a_time(found):
             places, values = [one.layers[0] for one in outcomes], [float(one.residual[-1]) for one in outcomes]
         else:
@@ -58,7 +58,7 @@ def accuracy(found: Sequence[Outcome]) -> Figure:
 
 def _by_layer(found: Sequence[Outcome], groups: dict[str, list[Outcome]]) -> Figure:
     figure, axes = style.canvas(height=2.0 + 0.12 * len(groups))
-    for i, ((name, outcomes), colour) in enumerate(zip(groups.items(), _colours(len(groups)), strict=True)):
+    for i, ((name, outcomes), colour) in enumerate(zip(groups.items(), style.colours(len(groups)), strict=True)):
         offset = 0.08 * (i - (len(groups) - 1) / 2)
         layers = [one.layers[0] + offset for one in outcomes]
         values = [one.change for one in outcomes if one.change is not None]
@@ -84,10 +84,6 @@ def _by_name(found: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     for one in found:
         out.setdefault(one.replaced, []).append(one)
     return out
-
-
-def _colours(count: int) -> list[str]:
-    return [style.CYCLE[i % len(style.CYCLE)] for i in range(count)]
 
 
 def _title(found: Sequence[Outcome]) -> str:

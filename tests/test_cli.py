@@ -19,6 +19,7 @@ from atdiag.networks import sources, teachers, weights
 from atdiag.runs import Store
 from atdiag.study import profile, schedule
 from atdiag.study.contrast import Outcomes, estimate
+from tests.commands import ran, wrong
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 TINY = ("data.train=64", "recipe.epochs=1", "recipe.warmup_epochs=0.5", "data.test_per_source=1")
@@ -43,26 +44,6 @@ def folder(tmp_path, monkeypatch):
     here.mkdir()
     monkeypatch.chdir(here)
     return here
-
-
-def atdiag(*arguments) -> tuple[int, str]:
-    """Exit code and standard output of a command."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    return end.value.code or 0, out.getvalue()
-
-
-def wrong(capsys, *arguments) -> str:
-    """The one line that is said of a wrong command."""
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert end.value.code == 2, err
-    assert out == ""
-    assert len(err.splitlines()) == 1, err
-    assert err.startswith("atdiag: ")
-    return err.removeprefix("atdiag: ").rstrip("\n")
 
 
 # --- bad input: one clear line, exit 2, nothing written ------------------------------------------------------------
@@ -249,15 +230,15 @@ def test_every_command_has_help(folder):
     commands = ["reinit", "layers", "rescue", "benchmark", "sizes", "epochs", "datasets", "losses"]
     commands += ["teachers", "pretrain", "doctor", "runs", "data"]
     commands += ["trace", "similarity", "intervene", "probe", "attention-stats", "maps"]
-    code, out = atdiag("--help")
+    code, out = ran("--help")
     assert code == 0
     assert re.findall(r"^  ([\w-]+)  ", out.partition("Commands:")[2], re.MULTILINE) == commands
     for command in [*commands, "teachers pull", "runs list", "runs show", "runs remove", "data check"]:
-        code, out = atdiag(*command.split(), "--help")
+        code, out = ran(*command.split(), "--help")
         assert code == 0
         assert "Usage: " in out
     for command in ("reinit", "layers", "rescue"):
-        out = atdiag(command, "--help")[1]
+        out = ran(command, "--help")[1]
         options = ("teacher", "transfer", "profile", "set", "seeds", "dry-run", "json", "out", "runs", "device")
         assert all(f"--{option}" in out for option in options)
     assert list(folder.iterdir()) == []
@@ -281,7 +262,7 @@ def test_teachers(folder, monkeypatch):
 
     monkeypatch.setenv("ATDIAG_CACHE", str(folder / "none"))  # whatever this machine has fetched
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "none"))
-    code, out = atdiag("teachers", "--json")
+    code, out = ran("teachers", "--json")
     rows = json.loads(out.splitlines()[-1])
     assert code == 0
     assert {row["name"] for row in rows} == set(teachers.registry())
@@ -293,12 +274,12 @@ def test_teachers(folder, monkeypatch):
     assert clip["components"] == ["no_patch_bias", "pre_norm", "quick_gelu"]
     assert clip["top1"] > 70
 
-    rows = json.loads(atdiag("teachers", "--json", "--profile", "paper")[1].splitlines()[-1])
+    rows = json.loads(ran("teachers", "--json", "--profile", "paper")[1].splitlines()[-1])
     assert not any(row["available"] for row in rows)
     assert {row["licence"] for row in rows if row["name"].startswith(("mae", "mocov3"))} == {"CC-BY-NC-4.0"}
     assert next(row for row in rows if row["name"] == "clip_b")["tokens"] == 197
 
-    out = atdiag("teachers", "--family", "clip")[1]
+    out = ran("teachers", "--family", "clip")[1]
     assert "clip_b" in out
     assert "beitv2_b" not in out
     assert list(folder.iterdir()) == []
@@ -308,7 +289,7 @@ def test_teachers(folder, monkeypatch):
 
 
 def test_a_dry_run_creates_nothing(folder):
-    code, out = atdiag("reinit", "--dry-run", "--json", "--seeds", "2", *SETS)
+    code, out = ran("reinit", "--dry-run", "--json", "--seeds", "2", *SETS)
     assert code == 0
     plan = json.loads(out.splitlines()[-1])
     assert plan["ablation"] == "reinit"
@@ -323,8 +304,8 @@ def test_a_dry_run_creates_nothing(folder):
 
 
 def test_what_lists_runs_creates_nothing(folder):
-    assert json.loads(atdiag("runs", "list", "--json")[1]) == []
-    assert "0 runs in runs" in atdiag("runs", "list")[1]
+    assert json.loads(ran("runs", "list", "--json")[1]) == []
+    assert "0 runs in runs" in ran("runs", "list")[1]
     assert list(folder.iterdir()) == []
 
 
@@ -345,7 +326,7 @@ def home(tmp_path_factory):
         patch.setattr(schedule, "available_cores", lambda: 1)  # most of a worker's time goes into imports
         printed = {}
         for name, line in LINES.items():
-            code, printed[name] = atdiag(*line, *SETS, "--seeds", "2", "--json")
+            code, printed[name] = ran(*line, *SETS, "--seeds", "2", "--json")
             assert code == 0
     return here, printed
 
@@ -459,7 +440,7 @@ def test_the_second_time_nothing_is_trained(home, at_home, name, monkeypatch):
 
     monkeypatch.setattr(schedule.subprocess, "Popen", never)
     before = snapshot(at_home / "runs")
-    code, printed = atdiag(*LINES[name], *SETS, "--seeds", "2", "--json")
+    code, printed = ran(*LINES[name], *SETS, "--seeds", "2", "--json")
     assert code == 0
     assert "all finished before: nothing to train" in printed
     assert snapshot(at_home / "runs") == before
@@ -468,7 +449,7 @@ def test_the_second_time_nothing_is_trained(home, at_home, name, monkeypatch):
 
 def test_a_dry_run_afterwards_says_finished(home, at_home):
     before = snapshot(at_home)
-    printed = atdiag(*LINES["rescue"], *SETS, "--seeds", "3", "--dry-run", "--json")[1]
+    printed = ran(*LINES["rescue"], *SETS, "--seeds", "3", "--dry-run", "--json")[1]
     states = [run["state"] for run in json.loads(printed.splitlines()[-1])["runs"]]
     assert (states.count("finished"), states.count("new")) == (21, 10)
     assert "31 runs, 10 to do" in printed
@@ -478,7 +459,7 @@ def test_a_dry_run_afterwards_says_finished(home, at_home):
 def test_another_module_leaves_the_files_of_the_first(home, at_home, monkeypatch):
     monkeypatch.setattr(schedule, "available_cores", lambda: 1)
     files = {path: path.read_bytes() for path in map(Path, answer(home[1]["reinit"])["files"])}
-    code, printed = atdiag("reinit", "--module", "mlp", *SETS, "--seeds", "2", "--json")
+    code, printed = ran("reinit", "--module", "mlp", *SETS, "--seeds", "2", "--json")
     assert code == 0
     assert "7 runs, 3 finished before; 4 to do" in printed
     assert not set(answer(printed)["files"]) & {str(path) for path in files}
@@ -486,7 +467,7 @@ def test_another_module_leaves_the_files_of_the_first(home, at_home, monkeypatch
 
 
 def test_one_seed_is_undecided(home, at_home):
-    code, printed = atdiag(*LINES["reinit"], *SETS, "--seeds", "1", "--json")
+    code, printed = ran(*LINES["reinit"], *SETS, "--seeds", "1", "--json")
     found = answer(printed)
     assert code == 0
     assert found["verdict"].count("is undecided with one seed") == 2
@@ -498,24 +479,24 @@ def test_one_seed_is_undecided(home, at_home):
 def test_out_and_runs_elsewhere(home, at_home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "a" / "b"
-    code, printed = atdiag(*LINES["reinit"], *SETS, "--seeds", "2", "--runs", home[0] / "runs", "--out", out, "--json")
+    code, printed = ran(*LINES["reinit"], *SETS, "--seeds", "2", "--runs", home[0] / "runs", "--out", out, "--json")
     assert code == 0
     assert {Path(file).parent for file in answer(printed)["files"]} == {out}
     monkeypatch.setenv("ATDIAG_RUNS", str(home[0] / "runs"))
-    assert "nothing to train" in atdiag(*LINES["reinit"], *SETS, "--seeds", "2")[1]
+    assert "nothing to train" in ran(*LINES["reinit"], *SETS, "--seeds", "2")[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "results"]
 
 
 def test_runs_list_show_remove(home, at_home, tmp_path, monkeypatch, capsys):
-    listed = json.loads(atdiag("runs", "list", "--json")[1].splitlines()[-1])
+    listed = json.loads(ran("runs", "list", "--json")[1].splitlines()[-1])
     assert {row["run"] for row in listed} == {path.parent.name for path in Path("runs").glob("*/spec.json")}
     assert {row["state"] for row in listed} == {"finished"}
-    table = atdiag("runs", "list")[1]
+    table = ran("runs", "list")[1]
     assert all(row["run"][:12] in table for row in listed)
 
     copy = next(row for row in listed if row["transfer"] == "copy 6-11")
     assert (copy["teacher"], copy["student"], copy["start"]) == ("clip_b (mini)", "standard", "scratch")
-    shown = json.loads(atdiag("runs", "show", copy["run"][:6])[1])
+    shown = json.loads(ran("runs", "show", copy["run"][:6])[1])
     assert (shown["run"], shown["state"]) == (copy["run"], "finished")
     assert shown["result"]["top1"] == copy["top1"]
     assert shown["spec"]["transfer"]["layers"] == [6, 7, 8, 9, 10, 11]
@@ -528,9 +509,9 @@ def test_runs_list_show_remove(home, at_home, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / one).exists()  # all are found before any is removed
     with Store(Path("runs")).find(one).lock():
         assert "wait until it ends" in wrong(capsys, "runs", "remove", one)
-    code, out = atdiag("runs", "remove", one[:8], other)
+    code, out = ran("runs", "remove", one[:8], other)
     assert (code, out) == (0, f"removed {one}\nremoved {other}\n")
-    assert len(json.loads(atdiag("runs", "list", "--json")[1])) == len(listed) - 2
+    assert len(json.loads(ran("runs", "list", "--json")[1])) == len(listed) - 2
     assert "at least 4" in wrong(capsys, "runs", "show", "")
 
 
@@ -538,10 +519,10 @@ def test_a_damaged_run_is_listed_and_can_be_removed(folder, capsys):
     run = folder / "runs" / "0123456789abcdef"
     run.mkdir(parents=True)
     (run / "spec.json").write_text("{")
-    assert json.loads(atdiag("runs", "list", "--json")[1])[0]["state"] == "damaged"
-    assert "damaged" in atdiag("runs", "list")[1]
+    assert json.loads(ran("runs", "list", "--json")[1])[0]["state"] == "damaged"
+    assert "damaged" in ran("runs", "list")[1]
     assert "'atdiag runs remove 0123456789abcdef' deletes it" in wrong(capsys, "runs", "show", "0123")
-    assert atdiag("runs", "remove", "0123") == (0, "removed 0123456789abcdef\n")
+    assert ran("runs", "remove", "0123") == (0, "removed 0123456789abcdef\n")
     assert not run.exists()
 
 
@@ -579,7 +560,7 @@ def test_every_line_of_the_readme_runs(line, folder):
         words += ["--out", str(folder.parent / "elsewhere")]
         if "--images" not in words:
             words += ["--images", "4"]
-    code, out = atdiag(*words)
+    code, out = ran(*words)
     complete = all(weights.shipped_path(name).exists() for name in teachers.miniatures())
     assert code == 0 or (words == ["doctor"] and not complete)
     assert out

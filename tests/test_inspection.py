@@ -1,7 +1,5 @@
 """The commands that look inside: what is typed, right and wrong, and what lies in the files."""
 
-import contextlib
-import io
 import json
 import shutil
 import signal
@@ -14,13 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from atdiag import cli, desk, inspection
+from atdiag import desk
 from atdiag.analysis import images, similarity, subjects, tracing
 from atdiag.networks import students
 from atdiag.runs import Store
 from atdiag.spec import Data, Network, Recipe, RunSpec, Seed, Transfer
 from atdiag.training import checkpoint, cohort
 from atdiag.words import UserError
+from tests.commands import atdiag, wrong
 
 DATA = Data(name="digits", train=32, test_per_source=1, clutter=6)
 NETWORK = Network(image_size=20, patch_size=4, channels=1, width=32, depth=12, heads=2, classes=10)
@@ -51,23 +50,6 @@ def store(tmp_path_factory):
     ended = cohort.train([stopped], store, load, torch.device("cpu"), should_stop=lambda: True)
     assert ended == {stopped.id: "interrupted"}
     return store, *(store.run(spec) for spec in specs), store.run(stopped)
-
-
-def atdiag(*arguments) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    assert not end.value.code
-    return out.getvalue()
-
-
-def wrong(capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert end.value.code == 2, err
-    assert not out and err.count("\n") == 1 and err.startswith("atdiag: ")
-    return err
 
 
 def last_line(out) -> dict:
@@ -231,6 +213,5 @@ def test_a_network_that_is_not_finite_is_a_fault_that_names_the_layer(capsys, tm
 
 def test_small_words():
     assert desk.layer_pairs("0:0, 5:11") == {0: 0, 5: 11}
-    assert inspection._ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
     with pytest.raises(UserError):
         desk.layer_pairs("0:0,0:1")

@@ -1,7 +1,5 @@
 """The commands probe, attention-stats and maps: what is typed, right and wrong, and what lies in the files."""
 
-import contextlib
-import io
 import json
 import signal
 from pathlib import Path
@@ -12,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from atdiag import cli
 from atdiag.analysis import subjects
 from atdiag.networks import students
 from atdiag.runs import Store
 from atdiag.spec import Data, Recipe, RunSpec, Seed, Transfer
 from atdiag.training import cohort
+from tests.commands import atdiag, wrong
 
 DATA = Data(name="digits", train=64, test_per_source=1, clutter=6)
 
@@ -52,23 +50,6 @@ def report(tmp_path_factory):
     file = folder / "report.json"
     file.write_text(json.dumps({"ablation": "x", "teacher": teacher.label, "arms": rows, "reference": None}))
     return file, store, specs
-
-
-def atdiag(*arguments) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    assert not end.value.code
-    return out.getvalue()
-
-
-def wrong(capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert end.value.code == 2, err
-    assert not out and err.count("\n") == 1 and err.startswith("atdiag: ")
-    return err
 
 
 def check(out, command) -> dict:

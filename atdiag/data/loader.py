@@ -9,7 +9,7 @@ Images travel as uint8: a quarter of the bytes, and scaling, Mixup and CutMix ha
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -110,7 +110,7 @@ class Stream:
             return Batch(images, labels, samples, labels.flip(0), lam, box)
         return Batch(images, labels, samples)
 
-    def batches(self, start: int, stop: int, workers: int = 0, pin: bool = False) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, workers: int = 0, pin: bool = False) -> Generator[Batch, None, None]:
         """The batches of the steps from ``start`` to before ``stop``, in order, the same for any number of workers.
 
         Workers live until the iterator ends or is closed, over all epochs, and are ahead by ``PREFETCH`` batches each;
@@ -143,22 +143,25 @@ def augments(recipe: Recipe) -> bool:
 
 
 def test_batches(
-    images: datasets.Images | ImageFolder, size: int, workers: int = 0, pin: bool = False
-) -> Iterator[Tensor]:
-    """All images of a split as a test sees them, in order: uint8 [b, C, S, S], b = ``size`` but for the last."""
+    images: datasets.Split, size: int, workers: int = 0, pin: bool = False
+) -> Generator[Tensor, None, None]:
+    """All images of a split as a test sees them, in order: uint8 [b, C, S, S], b = ``size`` but for the last.
+
+    Workers and ``pin`` as of :meth:`Stream.batches`.
+    """
     return _in_order(_Chunks(images, size), range(0, len(images), size), workers, pin)
 
 
 def default_workers(
-    images: datasets.Images | ImageFolder, recipe: Recipe, device: torch.device, processes: int = 1
+    images: datasets.Images | ImageFolder, recipe: Recipe | None, device: torch.device, processes: int = 1
 ) -> int:
     """How many workers make batches, where the user says nothing. It changes how long they take, never what they are.
 
-    None for arrays in memory that are not augmented: taking them is faster than sending them. With CUDA, one for each
-    processor that ``processes`` such trainings leave to each, at most 16. On a CPU, where workers take processors from
-    the networks, one for every four.
+    No worker for arrays in memory that are not augmented (``recipe`` None: as a test sees them): taking them is faster
+    than sending them. With CUDA, one for each processor that ``processes`` such trainings leave to each, at most 16.
+    On a CPU, where workers take processors from the networks, one for every four.
     """
-    if isinstance(images, datasets.Images) and not augments(recipe):
+    if isinstance(images, datasets.Images) and (recipe is None or not augments(recipe)):
         return 0
     share = cache.cores() // max(processes, 1)
     return min(MOST_WORKERS, max(1, share)) if device.type == "cuda" else min(MOST_WORKERS, share // 4)
@@ -166,7 +169,7 @@ def default_workers(
 
 @dataclass(frozen=True)
 class _Chunks:
-    images: datasets.Images | ImageFolder
+    images: datasets.Split
     size: int
 
     def __call__(self, start: int) -> Tensor:
@@ -191,7 +194,7 @@ class _Items(Dataset[Any]):
             return _Fault(fault)
 
 
-def _in_order(make: Callable[[int], Item], indices: range, workers: int, pin: bool) -> Iterator[Item]:
+def _in_order(make: Callable[[int], Item], indices: range, workers: int, pin: bool) -> Generator[Item, None, None]:
     """``make`` of each index in order, made here or ahead of time in worker processes."""
     if pin and not torch.cuda.is_available():
         raise ValueError("page-locked memory is for CUDA, which is not here")

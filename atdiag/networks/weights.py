@@ -36,7 +36,6 @@ __all__ = [
     "load",
     "load_source",
     "metadata",
-    "origin",
     "save",
     "shipped",
     "shipped_path",
@@ -78,16 +77,6 @@ def load(teacher: Teacher) -> ViT | Foreign:
     found.eval().requires_grad_(False)
     found.origin = Origin(str(path), str(teacher.sha256), converted.format, converted.branch, converted.dropped)
     return found
-
-
-def origin(teacher: Teacher) -> Origin:
-    """Where a published teacher's weights come from: reads the file, and which network in it would be taken."""
-    from atdiag.networks import files, formats
-
-    path, source = _file(teacher)
-    found = formats.convert(files.read(path))
-    _check_format(found, source, path)
-    return Origin(str(path), str(teacher.sha256), found.format, found.branch, found.dropped)
 
 
 def _file(teacher: Teacher) -> tuple[Path, Source]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 from atdiag.spec import NonNegative, Spec, Transfer, TransferMethod
@@ -80,3 +81,18 @@ def indices(text: str | int | tuple[int, ...] | None, count: int, name: str) -> 
             raise UserError(f"{name}={text}: {last} is out of range", f"they are counted from 0 to {count - 1}")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """Indices as :func:`indices` reads them; those that follow one another are a range.
+
+    >>> ranges((0, 1, 2, 5, 7, 8))
+    '0-2,5,7-8'
+    """
+    out: list[tuple[int, int]] = []
+    for index in indices:
+        if out and out[-1][1] == index - 1:
+            out[-1] = out[-1][0], index
+        else:
+            out.append((index, index))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in out)

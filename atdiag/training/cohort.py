@@ -8,7 +8,7 @@ weights, bit for bit on a CPU with the same number of threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from atdiag.data import datasets
+from atdiag.data.datasets import Split
 from atdiag.data.loader import Batch, Stream, default_workers
 from atdiag.networks.foreign import Foreign
 from atdiag.networks.vit import ViT
@@ -27,6 +28,7 @@ from atdiag.training import compiled, evaluate
 from atdiag.training.member import Training
 from atdiag.training.provenance import environment
 from atdiag.transfer.observation import Observation, of_teacher
+from atdiag.transfer.ops import Averaged
 
 Status = Literal["finished", "failed", "interrupted", "busy"]
 
@@ -88,6 +90,25 @@ def train(
     return status
 
 
+class _Averages:
+    """The teacher's maps averaged over examples, for the runs of a cohort: what several of them take is made once."""
+
+    def __init__(self, teacher: ViT | Foreign | None, images: Split | None) -> None:
+        self.teacher, self.images = teacher, images
+        self.made: dict[Hashable, dict[int, Averaged]] = {}
+
+    def of(self, spec: RunSpec) -> dict[int, Averaged]:
+        """For one run; empty if its transfer takes none. Raises ValueError where teacher and student do not fit."""
+        transfer = spec.transfer
+        if self.teacher is None or transfer.average != "examples":
+            return {}
+        tokens = self.teacher.network.tokens_shared_with(spec.network)
+        key = transfer.sources, transfer.heads, tokens  # all that it depends on within a cohort
+        if key not in self.made:
+            self.made[key] = evaluate.averages(spec, self.teacher, self.images)
+        return self.made[key]
+
+
 class _Cohort:
     def __init__(
         self,
@@ -109,11 +130,11 @@ class _Cohort:
         steps = self.stream.steps_per_epoch if self.stream else 1
         self.test = datasets.test_split(spec.data)
         self.members: list[Training] = []
+        averages = _Averages(self.teacher, self.stream.images if self.stream else None)
         for run, s in todo:
             try:
                 teacher = self.teacher if s.teacher else None
-                averages = evaluate.averages(s, teacher) if teacher else {}
-                self.members.append(Training(run, s, teacher, averages, steps, device))
+                self.members.append(Training(run, s, teacher, averages.of(s), steps, device))
             except ValueError as fault:  # a checkpoint that can't be read, a teacher's weight that does not fit
                 self._fail(run, 0, str(fault))
         self.compiled = compiled.wanted(device)
@@ -124,13 +145,14 @@ class _Cohort:
         self.total = sum(m.total for m in self.members)
         self.images = 0
         self.processes = processes
-        self._ahead: Iterator[Batch] | None = None
+        self._ahead: Generator[Batch, None, None] | None = None
 
     def work(self) -> None:
         """Train all members from the earliest step that any of them still has to do, and finish each as it ends."""
-        with ExitStack() as ends:
-            ends.callback(self._leave_batches)
+        try:
             self._work()
+        finally:
+            self._leave_batches()
 
     def _work(self) -> None:
         last_save = time.monotonic()
@@ -191,8 +213,10 @@ class _Cohort:
         return next(self._ahead)
 
     def _leave_batches(self) -> None:
-        """Let go of the workers, which end with their iterator."""
-        self._ahead = None
+        """End the workers that make batches."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _teacher_shows(self, batch: Batch, active: list[Training]) -> Observation:
         wanted = of_teacher(member.spec.transfer for member in active)
@@ -212,7 +236,8 @@ class _Cohort:
             self._tell("testing")
             precision = whole[0].spec.recipe.precision  # the same for all: it is part of the stream
             with compiled.eagerly() if self.compiled else nullcontext():
-                results = evaluate.predict([m.subject() for m in whole], self.test, self.device, precision)
+                workers = default_workers(self.test, None, self.device, self.processes)
+                results = evaluate.predict([m.subject() for m in whole], self.test, self.device, precision, workers)
             for member, predictions in zip(whole, results, strict=True):
                 if np.isfinite(predictions.log_p).all():
                     self._store(member, predictions)

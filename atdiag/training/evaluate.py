@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atdiag.data import datasets
+from atdiag.data import datasets, loader
 from atdiag.data.datasets import Split
 from atdiag.networks.foreign import Foreign
 from atdiag.networks.vit import ViT
@@ -55,22 +56,22 @@ def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT | Foreign]) -> 
     return Subject(network, spec.transfer, teacher, averages(spec, teacher))
 
 
-def averages(spec: RunSpec, teacher: ViT | Foreign) -> dict[int, Averaged]:
+def averages(spec: RunSpec, teacher: ViT | Foreign, images: Split | None = None) -> dict[int, Averaged]:
     """The teacher's maps averaged over examples, by block, if the run's transfer takes those; else empty.
 
     Over the first ``AVERAGED_IMAGES`` of its training images, as they are (not augmented): one map [H, N, N] for each
     block, the same for every image, in training and at test. It holds what a map has of positions, and nothing of what
-    is in an image.
+    is in an image. ``images``: those training images, where they are at hand.
     """
     transfer = spec.transfer
     if transfer.average != "examples":
         return {}
-    images = datasets.train_split(spec.data, spec.seed.data)
+    images = datasets.train_split(spec.data, spec.seed.data) if images is None else images
     device = next(teacher.parameters()).device
     count = min(len(images), AVERAGED_IMAGES)
     sums: dict[int, Tensor] = {}
     for start in range(0, count, BATCH):
-        pixels = _pixels(images, start, min(start + BATCH, count), device)
+        pixels = _on(device, torch.from_numpy(images.batch(start, min(start + BATCH, count))))
         with torch.no_grad():
             shown = teacher.observe(pixels, Wanted(maps=frozenset(transfer.sources)))
         for layer, seen in fit(shown, teacher, spec.network).seen.items():
@@ -110,18 +111,25 @@ def fit(observation: Observation, teacher: ViT | Foreign, student: Network) -> O
     return observation.select(tokens.to(device))
 
 
-def _pixels(images: Split, start: int, stop: int, device: torch.device) -> Tensor:
-    """Images [b, C, S, S] in [0, 1]."""
-    return torch.from_numpy(images.batch(start, stop)).to(device).float().div_(255)
+def _on(device: torch.device, images: Tensor) -> Tensor:
+    """uint8 [b, C, S, S] -> float32 in [0, 1], on the device."""
+    return images.to(device, non_blocking=True).float().div_(255)
 
 
 def predict(
-    subjects: Sequence[Subject], images: Split, device: torch.device, precision: str = "float32"
+    subjects: Sequence[Subject],
+    images: Split,
+    device: torch.device,
+    precision: str = "float32",
+    workers: int = 0,
 ) -> list[Predictions]:
     """Predictions of several subjects in one pass over the images.
 
     Each batch is loaded once, and each distinct teacher runs once for all who need it. Batches have a fixed size, so a
-    subject's numbers do not depend on its company. Raises ValueError for a copy-student without its teacher.
+    subject's numbers do not depend on its company. ``workers``: processes that load images ahead of time, which change
+    no number.
+
+    Raises ValueError for a copy-student without its teacher, and what :meth:`atdiag.data.loader.Stream.batches` raises.
     """
     needed: dict[int, tuple[ViT | Foreign, list[Transfer]]] = {}
     for subject in subjects:
@@ -132,9 +140,13 @@ def predict(
                 raise ValueError(f"a student that copies blocks {blocks} needs its teacher at test time, and has none")
             needed.setdefault(id(subject.teacher), (subject.teacher, []))[1].append(subject.transfer)
     logits: list[list[Tensor]] = [[] for _ in subjects]
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        for start in range(0, len(images), BATCH):
-            pixels = _pixels(images, start, start + BATCH, device)
+    with (
+        closing(loader.test_batches(images, BATCH, workers, pin=device.type == "cuda")) as batches,
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
+        for batch in batches:
+            pixels = _on(device, batch)
             shown = {
                 key: teacher.observe(pixels, of_teacher(transfers)) for key, (teacher, transfers) in needed.items()
             }

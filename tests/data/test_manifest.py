@@ -1,28 +1,20 @@
 """``atdiag data check``: every image read, broken ones named, a manifest written."""
 
-import contextlib
 import hashlib
-import io
 import json
 import subprocess
 
 import pytest
 
-from atdiag import cli, folders
+from atdiag import folders
 from atdiag.data import datasets, listing, manifest
 from atdiag.data.names import NAMES
+from tests.commands import ran
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
     monkeypatch.setenv("ATDIAG_DATA", "")  # set, so that what --data-dir sets ends with the test
-
-
-def atdiag(*arguments):
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    return end.value.code or 0, out.getvalue()
 
 
 def read(root, **options):
@@ -72,7 +64,7 @@ def test_a_manifest_is_that_of_the_files_as_they_are(uniform, draw):
 
 
 def test_broken_images_are_listed_by_path_and_exit_with_1(uniform, capfd):
-    code, out = atdiag("data", "check", f"folder:{uniform}", "--json")
+    code, out = ran("data", "check", f"folder:{uniform}", "--json")
     assert code == 0
     assert "36 train + 15 test images, 3 classes, mean size 32 x 32" in out
     assert json.loads(out.splitlines()[-1])["broken"] == []
@@ -80,7 +72,7 @@ def test_broken_images_are_listed_by_path_and_exit_with_1(uniform, capfd):
     cut, text = uniform / "train" / "bee" / "bee_3.jpg", uniform / "val" / "cow" / "cow_1.jpg"
     cut.write_bytes(cut.read_bytes()[:-30])
     text.write_text("no image at all")
-    code, out = atdiag("data", "check", f"folder:{uniform}", "--json")
+    code, out = ran("data", "check", f"folder:{uniform}", "--json")
     assert code == 1
     document = json.loads(out.splitlines()[-1])
     assert [row["path"] for row in document["broken"]] == [str(cut), str(text)]
@@ -94,14 +86,14 @@ def test_broken_images_are_listed_by_path_and_exit_with_1(uniform, capfd):
 
 
 def test_the_list_shows_all_sets_and_where_they_are(tmp_path, fill):
-    code, out = atdiag("data", "--json")
+    code, out = ran("data", "--json")
     assert code == 0
     rows = {row["name"]: row for row in json.loads(out)}
     assert set(NAMES) < set(rows)
     assert rows["digits"]["folder"] == "embedded"
     assert rows["imagenet"]["folder"] is None
     fill(tmp_path / "sets" / "imagenette2-160", train=1, test=1)
-    code, out = atdiag("data", "--data-dir", tmp_path / "sets")
+    code, out = ran("data", "--data-dir", tmp_path / "sets")
     assert code == 0
     assert f"imagenette: {tmp_path}/sets/imagenette2-160\n" in out
     assert all(name in out for name in rows)
@@ -109,7 +101,7 @@ def test_the_list_shows_all_sets_and_where_they_are(tmp_path, fill):
 
 
 def test_scenes_have_nothing_to_check():
-    code, out = atdiag("data", "check", "digits")
+    code, out = ran("data", "check", "digits")
     assert (code, len(out.splitlines())) == (0, 1)
 
 

@@ -193,6 +193,7 @@ def test_scenes_that_are_not_augmented_need_no_worker(monkeypatch):
     monkeypatch.setattr(loader.cache, "cores", lambda: 64)
     scenes = datasets.train_split(Data(train=5), 0)
     assert loader.default_workers(scenes, Recipe(epochs=1, mixup=0.8), CUDA) == 0
+    assert loader.default_workers(scenes, None, CUDA) == 0  # as a test sees them
     assert loader.default_workers(scenes, EVERYTHING, CUDA) == 16
 
 

@@ -123,7 +123,7 @@ def test_mocov3_from_the_cache_folder(alone):
     assert loaded.network.heads == loaded.blocks[0].attn.num_heads == 12
     same_outputs(loaded, model, inside=True)
 
-    told = weights.origin(found)
+    told = loaded.origin
     assert (told.format, told.branch) == ("mocov3", "state_dict: module.base_encoder.*")
     assert (told.file, told.sha256) == (str(place), found.sha256)
     assert "module.predictor.0.weight" in told.dropped

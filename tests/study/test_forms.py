@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atdiag.study.forms import Form, indices
+from atdiag.study.forms import Form, indices, ranges
 from atdiag.words import UserError
 
 
 @given(st.sets(st.integers(0, 11), min_size=1))
 def test_a_list_names_its_members(chosen):
     assert indices(",".join(map(str, chosen)), 12, "x") == tuple(sorted(chosen))
+    assert indices(ranges(sorted(chosen)), 12, "x") == tuple(sorted(chosen))
 
 
 @given(st.integers(1, 40), st.data())
@@ -20,6 +21,11 @@ def test_ends_and_ranges(count, data):
     assert indices(f"bottom:{k}", count, "x") == indices(f"0-{k - 1}", count, "x") == tuple(range(k))
     assert indices(None, count, "x") == tuple(range(count))
     assert indices(k - 1, count, "x") == (k - 1,)
+
+
+def test_neighbours_are_shown_as_a_range():
+    assert ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
+    assert ranges((4,)) == "4" and ranges(()) == "" and ranges((2, 1)) == "2,1"
 
 
 @pytest.mark.parametrize(

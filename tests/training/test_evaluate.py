@@ -5,7 +5,7 @@ import torch
 from atdiag.data import datasets
 from atdiag.networks import students
 from atdiag.spec import Init, Recipe, Transfer
-from atdiag.training import evaluate
+from atdiag.training import cohort, evaluate
 
 CPU = torch.device("cpu")
 
@@ -66,3 +66,55 @@ def test_predictions_do_not_depend_on_company(alone):
         (single,) = evaluate.predict([subject], images, CPU)
         assert np.array_equal(single.log_p, expected.log_p)
     assert len({p.log_p.tobytes() for p in together}) == 4
+
+
+def test_workers_change_no_prediction(alone, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH", 100)
+    spec = alone.company()["baseline"]
+    subject = evaluate.load_subject(alone.run(spec), lambda teacher: None)
+    images = datasets.test_split(spec.data)
+    (here,), (ahead,) = (evaluate.predict([subject], images, CPU, workers=workers) for workers in (0, 2))
+    assert here.to_bytes() == ahead.to_bytes()
+
+
+def test_a_cohort_tests_with_the_workers_of_the_rule(bench, monkeypatch):
+    asked = []
+    real = evaluate.loader.test_batches
+
+    def noted(images, size, workers, pin):
+        asked.append(workers)
+        return real(images, size, workers, pin)
+
+    monkeypatch.setattr(cohort, "default_workers", lambda images, recipe, device, processes: 2 if recipe is None else 0)
+    monkeypatch.setattr(evaluate.loader, "test_batches", noted)
+    spec = bench.spec(recipe=Recipe(epochs=1, batch_size=16))
+    assert bench.train(spec) == {spec.id: "finished"}
+    assert asked == [2]
+
+
+def test_a_cohort_averages_its_teacher_s_maps_once(bench, monkeypatch, assert_same):
+    """Once for each choice of blocks, heads and tokens; and each run ends as it does alone."""
+    seen = []
+    real = evaluate.averages
+
+    def noted(spec, *rest):
+        seen.append(spec.id)
+        return real(spec, *rest)
+
+    monkeypatch.setattr(evaluate, "averages", noted)
+    over = {"layers": (2, 3), "average": "examples"}
+    transfers = [Transfer(method="copy", **over), Transfer(method="distill", **over)]
+    native = bench.company()["native"].network
+    specs = [
+        *(bench.spec(seed, transfer=transfer) for seed in (0, 1) for transfer in transfers),
+        bench.spec(transfer=Transfer(method="copy", heads=(1,), **over)),
+        bench.spec(network=native, transfer=transfers[1]),  # with the registers that the others lack
+        bench.spec(),
+    ]
+    bench.train(*specs)
+    assert seen == [specs[i].id for i in (0, 4, 5)]
+    alone = bench.sibling("alone")
+    for spec in specs[:-1]:
+        alone.train(spec)
+        assert_same(alone, bench, spec)
+    assert len(seen) == 3 + 6

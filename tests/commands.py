@@ -1,0 +1,35 @@
+"""The command line as tests type it."""
+
+import contextlib
+import io
+
+import pytest
+
+from atdiag import cli
+
+
+def ran(*arguments) -> tuple[int, str]:
+    """Exit code and standard output of a command."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    return end.value.code or 0, out.getvalue()
+
+
+def atdiag(*arguments) -> str:
+    """Standard output of a command that succeeds."""
+    code, out = ran(*arguments)
+    assert code == 0
+    return out
+
+
+def wrong(capsys, *arguments) -> str:
+    """The one line that is said of a wrong command."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2, err
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("atdiag: ")
+    return err.removeprefix("atdiag: ").rstrip("\n")

@@ -224,15 +224,15 @@ def _occlusion(batch: _Batch, severity: int) -> _FLOAT:
 
 
 def _pixelate(batch: _Batch, severity: int) -> _FLOAT:
-    """Coarser pixels: each block becomes its mean.
+    """Coarser pixels: each block is drawn nearer to its mean.
 
-    A side of a block between two whole numbers of pixels is a mixture of both: resampling to a fraction would shift
-    the picture, by more or less as sizes happen to fit, and a stronger severity could do less.
+    A small image leaves no room for five sizes of blocks: there a part of the way to the mean of 2 x 2 pixels is gone.
+    Blocks of fractions of a pixel would not do, because they shift the picture, by more or less as sizes happen to fit,
+    so that a stronger severity could do less.
     """
-    side = _intensity(batch.width, (1.3, 1.5, 1.65, 1.8, 2.0), (1.6, 2.0, 2.7, 3.4, 4.0), severity)
-    whole = int(side)
-    share = side - whole
-    return (1 - share) * _blocks(batch.pixels, whole) + share * _blocks(batch.pixels, whole + 1)
+    side = round(_intensity(batch.width, (2, 2, 2, 2, 2), (2, 2, 3, 4, 5), severity))
+    way = _intensity(batch.width, (0.3, 0.5, 0.65, 0.8, 1.0), (0.75, 1.0, 1.0, 1.0, 1.0), severity)
+    return (1 - way) * batch.pixels + way * _blocks(batch.pixels, side)
 
 
 def _blocks(pixels: _FLOAT, side: int) -> _FLOAT:

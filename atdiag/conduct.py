@@ -40,9 +40,9 @@ def check_weights(series: Series, store: Store) -> None:
 
 
 def check_data(series: Series, store: Store) -> None:
-    """Raise UserError, before anything is trained, where real images are not here or not what they should be.
+    """Raise UserError, before anything is trained, where images are not here or not what they should be.
 
-    Runs that are finished need none.
+    Those of the runs that are not finished, and of what is measured afterwards.
     """
     from atdiag.data import names
     from atdiag.study import schedule
@@ -53,6 +53,9 @@ def check_data(series: Series, store: Store) -> None:
 
         for data, network in sets.items():
             datasets.check(data, network)
+    for study in series.studies:
+        for measurement in study.measures:
+            measurement.check(study.specs)
 
 
 def check_teachers(series: Series) -> None:

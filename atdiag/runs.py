@@ -7,6 +7,7 @@
                 failure.json         if it stopped on a fault
                 weights.safetensors  the trained student
                 predictions.npz      per test image: prediction, label, cluster, log-probability of the label
+                ood/<set>.npz        the same of other test sets, for a finished run that was evaluated on them
                 result.json          written last and atomically: a run is finished if and only if this file is there
 
 Every file (but events) appears whole or not at all: written beside, flushed, renamed, which also holds on NFS.
@@ -105,6 +106,10 @@ class Run:
     def predictions(self) -> Path:
         """The per-image test predictions."""
         return self.path / "predictions.npz"
+
+    def ood(self, test_set: str) -> Path:
+        """The per-image predictions on another test set, by the name of its file."""
+        return self.path / "ood" / f"{test_set}.npz"
 
     @property
     def state(self) -> State:

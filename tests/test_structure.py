@@ -59,6 +59,7 @@ LIGHT = (
     "atdiag/data/facts.py",
     "atdiag/data/names.py",
     "atdiag/data/places.py",
+    "atdiag/data/testsets.py",
     "atdiag/networks/__init__.py",
     "atdiag/networks/architectures.py",
     "atdiag/networks/files.py",
@@ -76,6 +77,7 @@ LIGHT = (
     "atdiag/study/profile.py",
     "atdiag/study/schedule.py",
     "atdiag/study/worker.py",
+    "atdiag/training/predictions.py",
     "ablations/*.py",
 )
 

@@ -169,6 +169,102 @@ def crop_share(name: str) -> float:
     return FACTS[name].crop_share if name in FACTS else 0.875
 
 
-def is_class(facts: Facts, folder: str) -> bool:
+def is_class(facts: Facts | TestFacts, folder: str) -> bool:
     """Whether a folder is named as the set's classes are."""
     return re.fullmatch(facts.class_folders, folder) is not None
+
+
+# --- test sets other than a data set's own -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TestFacts:
+    """One set of test images for networks that know the classes of ImageNet-1k.
+
+    ``classes`` of those 1,000 occur, in ``images`` images; where they are fewer, a network chooses among them alone.
+    """
+
+    __test__ = False  # it is no test, whatever pytest makes of its name
+
+    title: str
+    classes: int
+    images: int
+    per_class: int | None
+    """Images of each class, where all have as many."""
+    folders: tuple[str, ...]
+    """Names of the folder that holds the folders of the classes, in the folder of all data sets."""
+    class_folders: str
+    """A regular expression: how the folder of a class is named."""
+    classes_text: str
+    """The same in words."""
+    source: str
+    licence: str
+    """Of the collection: the images are their owners'."""
+
+
+_BY_SYNSET = "folders named by WordNet id, such as n01440764"
+
+
+def _version2(variant: str) -> TestFacts:
+    inner = f"imagenetv2-{variant}-format-val"
+    return TestFacts(
+        title=f"ImageNet-V2, {variant}",
+        classes=1000,
+        images=10_000,
+        per_class=10,
+        folders=(*(f"{outer}/{inner}" for outer in ("imagenet-v2", "imagenetv2", "ImageNetV2")), inner),
+        class_folders=r"0|[1-9]\d{0,2}",
+        classes_text="folders named 0 to 999",
+        source="github.com/modestyachts/ImageNetV2",
+        licence="MIT",
+    )
+
+
+TEST_SETS: dict[str, TestFacts] = {
+    "imagenet-a": TestFacts(
+        title="ImageNet-A (Hendrycks et al. 2021)",
+        classes=200,
+        images=7_500,
+        per_class=None,
+        folders=("imagenet-a", "imagenet_a", "ImageNet-A"),
+        class_folders=_WNID,
+        classes_text=f"200 {_BY_SYNSET}",
+        source="github.com/hendrycks/natural-adv-examples",
+        licence="MIT",
+    ),
+    "imagenet-r": TestFacts(
+        title="ImageNet-R (Hendrycks et al. 2021)",
+        classes=200,
+        images=30_000,
+        per_class=None,
+        folders=("imagenet-r", "imagenet_r", "ImageNet-R"),
+        class_folders=_WNID,
+        classes_text=f"200 {_BY_SYNSET}",
+        source="github.com/hendrycks/imagenet-r",
+        licence="MIT",
+    ),
+    "imagenet-sketch": TestFacts(
+        title="ImageNet-Sketch (Wang et al. 2019)",
+        classes=1000,
+        images=50_889,
+        per_class=None,
+        folders=("imagenet-sketch/sketch", "ImageNet-Sketch/sketch", "imagenet-sketch", "ImageNet-Sketch", "sketch"),
+        class_folders=_WNID,
+        classes_text=f"1,000 {_BY_SYNSET}",
+        source="github.com/HaohanWang/ImageNet-Sketch",
+        licence="MIT",
+    ),
+    "imagenet-v2": _version2("matched-frequency"),
+    "imagenet-v2-threshold": _version2("threshold0.7"),
+    "imagenet-v2-top": _version2("top-images"),
+}
+"""Test set -> what is known of it. ``imagenet-v2`` alone is the variant that papers report (Recht et al. 2019)."""
+
+
+CORRUPTIONS: tuple[str, ...] = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "motion_blur", "fog"),
+    *("brightness", "contrast", "occlusion", "pixelate", "jpeg"),
+)
+"""What can be done to the test images of any data set, see ``corruptions``."""
+
+SEVERITIES = (1, 2, 3, 4, 5)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from atdiag import folders
-from atdiag.data.facts import ANY_FOLDER, FACTS, OWN_TESTS, Facts, is_class
+from atdiag.data.facts import ANY_FOLDER, FACTS, OWN_TESTS, Facts, TestFacts, is_class
 from atdiag.words import UserError
 
 SplitName = Literal["train", "test"]
@@ -99,7 +99,11 @@ def find(name: str) -> Path:
         if not folder.is_dir():
             raise UserError(f"{name}: there is no folder {folder.absolute()}")
         return folder.absolute()
-    wanted = FACTS[name].folders
+    return search(name, FACTS[name].folders)
+
+
+def search(name: str, wanted: tuple[str, ...]) -> Path:
+    """The folder of a set of images that may have any of some names. Raises UserError like :func:`find`."""
     given = os.environ.get(folders.DATA)
     if not given:
         raise UserError(
@@ -112,7 +116,7 @@ def find(name: str) -> Path:
     for alias in wanted:
         if (root / alias).is_dir():
             return root / alias
-    seen = "which is no folder" if not root.is_dir() else f"which holds {_list(_names(root))}"
+    seen = "which is no folder" if not root.is_dir() else f"which holds {listed(_names(root))}"
     raise UserError(
         f"no data set {name} in {root}, {seen}",
         f"looked for a folder {_either(wanted)}; --data-dir or {folders.DATA} says where data sets lie",
@@ -136,19 +140,19 @@ def read(name: str, split: SplitName) -> Files:
         if annotations.is_file():
             return _annotated(root, split, annotations)
     folder = _split_folder(name, root, split, facts)
-    classes = _classes(name, folder, facts)
+    classes = class_folders(name, folder, facts)
     files: list[str] = []
     keys: list[str] = []
     labels: list[int] = []
     prefix = folder.relative_to(root).as_posix()
     for label, cls in enumerate(classes):
-        here = sorted(_images(folder / cls))
+        here = sorted(images_in(folder / cls))
         files += [f"{prefix}/{cls}/{file}" for file in here]
         keys += [f"{cls}/{file}" for file in here]
         labels += [label] * len(here)
     out = Files(root, split, classes, tuple(files), tuple(keys), tuple(labels))
     if empty := [cls for cls, count in zip(classes, out.counts, strict=True) if count == 0]:
-        raise UserError(f"{len(empty)} of the {len(classes)} classes in {folder} have no image: {_list(empty)}")
+        raise UserError(f"{len(empty)} of the {len(classes)} classes in {folder} have no image: {listed(empty)}")
     return out
 
 
@@ -165,7 +169,7 @@ def fingerprint_of(splits: Iterable[Files]) -> str:
 def class_names(name: str) -> tuple[str, ...]:
     """The folders of the classes of a data set's training images, in the order of the labels."""
     root, facts = find(name), FACTS.get(name)
-    return _classes(name, _split_folder(name, root, "train", facts), facts)
+    return class_folders(name, _split_folder(name, root, "train", facts), facts)
 
 
 def _split_folder(name: str, root: Path, split: SplitName, facts: Facts | None) -> Path:
@@ -176,11 +180,12 @@ def _split_folder(name: str, root: Path, split: SplitName, facts: Facts | None) 
     what = "training" if split == "train" else "test"
     raise UserError(
         f"{root} has no folder {_either(wanted)} with the {what} images of {name}",
-        f"it holds {_list(_names(root))}",
+        f"it holds {listed(_names(root))}",
     )
 
 
-def _classes(name: str, folder: Path, facts: Facts | None) -> tuple[str, ...]:
+def class_folders(name: str, folder: Path, facts: Facts | TestFacts | None) -> tuple[str, ...]:
+    """The names of the classes' folders in a folder, sorted. Raises UserError where they are not the set's."""
     folders, images = [], 0
     for entry in _entries(folder):
         if entry.is_dir():
@@ -196,7 +201,7 @@ def _classes(name: str, folder: Path, facts: Facts | None) -> tuple[str, ...]:
     if facts is not None:
         strange = sorted(cls for cls in folders if not is_class(facts, cls))
         if strange:
-            raise UserError(f"{folder} has folders that are no class of {name}: {_list(strange)}", f"expected {text}")
+            raise UserError(f"{folder} has folders that are no class of {name}: {listed(strange)}", f"expected {text}")
         if len(folders) != facts.classes:
             raise UserError(f"{folder} has {len(folders)} classes, {name} {facts.classes}", f"expected {text}")
     return tuple(sorted(folders))
@@ -213,9 +218,9 @@ def _annotated(root: Path, split: SplitName, path: Path) -> Files:
         raise UserError(f"{path} is no annotation file of this data set ({type(fault).__name__}: {fault})") from None
     index = {category: label for label, category in enumerate(ids)}
     if outside := [file for _, file in pairs if file.startswith("/") or ".." in Path(file).parts]:
-        raise UserError(f"{path} names files outside of its folder: {_list(outside)}")
+        raise UserError(f"{path} names files outside of its folder: {listed(outside)}")
     if unknown := sorted({str(category) for category, _ in pairs if category not in index}):
-        raise UserError(f"{path} has annotations of categories that it does not list: {_list(unknown)}")
+        raise UserError(f"{path} has annotations of categories that it does not list: {listed(unknown)}")
     out = Files(
         root,
         split,
@@ -225,7 +230,7 @@ def _annotated(root: Path, split: SplitName, path: Path) -> Files:
         tuple(index[category] for category, _ in pairs),
     )
     if empty := [cls for cls, count in zip(out.classes, out.counts, strict=True) if count == 0]:
-        raise UserError(f"{len(empty)} of the {len(ids)} categories in {path} have no image: {_list(empty)}")
+        raise UserError(f"{len(empty)} of the {len(ids)} categories in {path} have no image: {listed(empty)}")
     return out
 
 
@@ -238,7 +243,8 @@ def _names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(folder))
 
 
-def _images(folder: Path) -> Iterator[str]:
+def images_in(folder: Path) -> Iterator[str]:
+    """Names of the images in a folder."""
     return (entry.name for entry in _entries(folder) if _is_image(entry.name))
 
 
@@ -250,7 +256,8 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(f"'{name}'" for name in names)
 
 
-def _list(names: list[str], most: int = 5) -> str:
+def listed(names: list[str], most: int = 5) -> str:
+    """The first few of some names, and how many more there are."""
     if not names:
         return "nothing"
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

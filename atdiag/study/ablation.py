@@ -57,6 +57,9 @@ class Measurement(Protocol):
     def name(self) -> str:
         """What is taken, in a few words, such as "test on gaussian_noise"."""
 
+    def check(self, specs: Sequence[RunSpec]) -> None:
+        """Raise UserError, before anything is trained, where it could not be taken of these runs."""
+
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Those of which it has not been taken."""
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
+from atdiag.data import testsets
 from atdiag.runs import DamagedRunError, Run, Store
 from atdiag.study import claims
 from atdiag.study.ablation import Arm, Measurement, Reading, Report, Row, Series, Study
@@ -106,27 +107,39 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
 def outcomes(arm: Arm, store: Store, test_set: str | None = None) -> Outcomes:
     """What an arm's finished runs said of each image, by seed: of their own test images, or of another test set.
 
-    Raises DamagedRunError for predictions that can't be read or disagree with the run's result.
+    Raises DamagedRunError for predictions that can't be read or disagree with the run's result, FileNotFoundError for a
+    test set that a run was not evaluated on.
     """
     import numpy as np
 
     from atdiag.study.contrast import Outcomes
+    from atdiag.training import predictions
 
     correct: dict[tuple[int, int], Any] = {}
     clusters = np.empty(0, np.int32)
     for spec in arm.specs:
         run = store.run(spec)
-        path = run.predictions if test_set is None else run.predictions_on(test_set)
-        try:
-            with np.load(path, allow_pickle=False) as saved:
-                right = saved["prediction"] == saved["label"]
-                clusters = saved["cluster"]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as fault:
-            raise DamagedRunError(path, type(fault).__name__) from None
-        if test_set is None and abs(100 * right.mean() - run.result()["top1"]) > 1e-6:
-            raise DamagedRunError(path, "it does not agree with result.json")
+        if test_set is None:
+            right, clusters = _own(run)
+        else:
+            said = predictions.read(run, testsets.find(test_set)).predictions
+            right, clusters = said.prediction == said.label, said.cluster
         correct[spec.seed.data, spec.seed.model] = right
     return Outcomes(correct, clusters)
+
+
+def _own(run: Run) -> tuple[Any, Any]:
+    """Which of its own test images a run got right, and their clusters."""
+    import numpy as np
+
+    try:
+        with np.load(run.predictions, allow_pickle=False) as saved:
+            right, clusters = saved["prediction"] == saved["label"], saved["cluster"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as fault:
+        raise DamagedRunError(run.predictions, type(fault).__name__) from None
+    if abs(100 * right.mean() - run.result()["top1"]) > 1e-6:
+        raise DamagedRunError(run.predictions, "it does not agree with result.json")
+    return right, clusters
 
 
 def _row(

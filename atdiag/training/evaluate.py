@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -16,15 +15,17 @@ from atdiag.data import datasets, loader
 from atdiag.data.datasets import Split
 from atdiag.networks.foreign import Foreign
 from atdiag.networks.vit import ViT
-from atdiag.runs import Run
+from atdiag.runs import DamagedRunError, Run
 from atdiag.spec import Network, RunSpec, Teacher, Transfer
+from atdiag.training.predictions import Predictions
 from atdiag.transfer import method, ops
 from atdiag.transfer.attention import indices
 from atdiag.transfer.observation import Observation, Wanted, of_teacher
 from atdiag.transfer.ops import Averaged
 
-BATCH = 256
+__all__ = ["Predictions", "Subject", "averages", "fit", "load_subject", "predict"]
 
+BATCH = 256
 
 AVERAGED_IMAGES = 2048
 """Over how many training images a teacher's map is averaged, where it is averaged over examples."""
@@ -42,12 +43,19 @@ class Subject:
 
 
 def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT | Foreign]) -> Subject:
-    """A finished run's student, frozen, together with the teacher that it needs at test time, if it needs one."""
+    """A finished run's student, frozen, together with the teacher that it needs at test time, if it needs one.
+
+    Raises DamagedRunError where the run's weights can't be read.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     spec = run.spec
     network = ViT(spec.network)
-    network.load_state_dict(load_file(run.weights))
+    try:
+        network.load_state_dict(load_file(run.weights))
+    except (SafetensorError, OSError, RuntimeError) as fault:  # RuntimeError: they are another network's
+        raise DamagedRunError(run.weights, fault) from None
     network.eval().requires_grad_(False)
     if not method.needs_teacher_at_test(spec.transfer):
         return Subject(network, spec.transfer)
@@ -81,27 +89,6 @@ def averages(spec: RunSpec, teacher: ViT | Foreign, images: Split | None = None)
     return {layer: Averaged(total / count) for layer, total in sums.items()}
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a subject said of each test image, [n] each; ``log_p`` is the log-probability of the true label."""
-
-    prediction: NDArray[np.int32]
-    label: NDArray[np.int32]
-    cluster: NDArray[np.int32]
-    log_p: NDArray[np.float32]
-
-    @property
-    def top1(self) -> float:
-        """Accuracy in per cent."""
-        return float(100 * np.mean(self.prediction == self.label))
-
-    def to_bytes(self) -> bytes:
-        """As a NumPy archive."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: getattr(self, name) for name in self.__dataclass_fields__})
-        return buffer.getvalue()
-
-
 def fit(observation: Observation, teacher: ViT | Foreign, student: Network) -> Observation:
     """What a teacher showed, on the student's tokens: registers that it lacks are sliced off before softmax."""
     tokens = teacher.shared_tokens(student)
@@ -122,15 +109,20 @@ def predict(
     device: torch.device,
     precision: str = "float32",
     workers: int = 0,
+    among: NDArray[np.int64] | None = None,
 ) -> list[Predictions]:
     """Predictions of several subjects in one pass over the images.
 
     Each batch is loaded once, and each distinct teacher runs once for all who need it. Batches have a fixed size, so a
     subject's numbers do not depend on its company. ``workers``: processes that load images ahead of time, which change
-    no number.
+    no number. ``among``: the classes that are chosen among, where they are not all: the logits of the others do not
+    count, neither for the prediction nor for the probabilities.
 
-    Raises ValueError for a copy-student without its teacher, and what :meth:`atdiag.data.loader.Stream.batches` raises.
+    Raises ValueError for a copy-student without its teacher and for labels that are not ``among`` the classes, and what
+    :meth:`atdiag.data.loader.Stream.batches` raises.
     """
+    if among is not None and not np.isin(images.labels, among).all():
+        raise ValueError("the labels of some images are not among the classes that predictions are made among")
     needed: dict[int, tuple[ViT | Foreign, list[Transfer]]] = {}
     for subject in subjects:
         subject.network.eval()
@@ -139,31 +131,43 @@ def predict(
                 blocks = subject.transfer.layers
                 raise ValueError(f"a student that copies blocks {blocks} needs its teacher at test time, and has none")
             needed.setdefault(id(subject.teacher), (subject.teacher, []))[1].append(subject.transfer)
-    logits: list[list[Tensor]] = [[] for _ in subjects]
+    said: list[list[tuple[NDArray[np.int32], NDArray[np.float32]]]] = [[] for _ in subjects]
     with (
         closing(loader.test_batches(images, BATCH, workers, pin=device.type == "cuda")) as batches,
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        for batch in batches:
+        for start, batch in zip(range(0, len(images), BATCH), batches, strict=True):
             pixels = _on(device, batch)
             shown = {
                 key: teacher.observe(pixels, of_teacher(transfers)) for key, (teacher, transfers) in needed.items()
             }
-            for subject, out in zip(subjects, logits, strict=True):
+            for subject, out in zip(subjects, said, strict=True):
                 own = Observation()
                 if subject.teacher is not None and id(subject.teacher) in shown:
                     own = fit(shown[id(subject.teacher)], subject.teacher, subject.network.network)
                     own = replace(own, averages=subject.averages)
-                out.append(method.forward_test(subject.network, subject.transfer, pixels, own).float().cpu())
-    return [_score(torch.cat(out), images) for out in logits]
+                logits = method.forward_test(subject.network, subject.transfer, pixels, own).float().cpu()
+                out.append(_score(logits, images.labels[start : start + BATCH], among))
+    return [_gather(out, images) for out in said]
 
 
-def _score(logits: Tensor, images: Split) -> Predictions:
+def _score(
+    logits: Tensor, labels: NDArray[np.int64], among: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Prediction and log-probability of the label of a batch."""
+    if among is not None:
+        others = torch.ones(logits.shape[-1], dtype=torch.bool)
+        others[torch.from_numpy(among)] = False
+        logits = logits.masked_fill(others, -torch.inf)
     log_p = logits.log_softmax(-1).numpy()
+    return log_p.argmax(-1).astype(np.int32), log_p[np.arange(len(labels)), labels].astype(np.float32)
+
+
+def _gather(batches: list[tuple[NDArray[np.int32], NDArray[np.float32]]], images: Split) -> Predictions:
     return Predictions(
-        prediction=log_p.argmax(-1).astype(np.int32),
+        prediction=np.concatenate([prediction for prediction, _ in batches]),
         label=images.labels.astype(np.int32),
         cluster=images.clusters.astype(np.int32),
-        log_p=log_p[np.arange(len(images)), images.labels].astype(np.float32),
+        log_p=np.concatenate([log_p for _, log_p in batches]),
     )

@@ -1,0 +1,92 @@
+"""Finished runs on other test sets: does an outcome persist out of distribution?
+
+Qin et al. 2026 evaluate on ImageNet-A, -R, -Sketch and -V2; Li et al. 2024 find attention transfer behind fine-tuning
+there. Nothing is trained for it: these are the runs of ``benchmark``. Corruptions (after Hendrycks & Dietterich 2019)
+work on every data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ablations import claims, gains
+from atdiag.data import testsets
+from atdiag.data.testsets import TestSet
+from atdiag.study.ablation import Lab, Series, listed
+
+if TYPE_CHECKING:
+    from atdiag.runs import Run
+    from atdiag.spec import RunSpec
+
+_CORRUPTED = "clean,gaussian_noise,defocus_blur,contrast,occlusion"
+USUAL = {"mini": _CORRUPTED, "small": _CORRUPTED, "paper": "clean,imagenet-a,imagenet-r,imagenet-sketch,imagenet-v2"}
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Predictions on a test set, in a run's directory."""
+
+    test_set: TestSet
+
+    @property
+    def name(self) -> str:
+        """What is taken, in a few words."""
+        return f"test on {self.test_set.name}"
+
+    def check(self, specs: Sequence[RunSpec]) -> None:
+        """Raise UserError where the runs can't be tested on it, or its images are not here."""
+        for data, network in {
+            (spec.data.name, spec.network.classes): (spec.data, spec.network) for spec in specs
+        }.values():
+            testsets.check(self.test_set, data, network)
+
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
+        """Those that were not tested on it."""
+        from atdiag.training.predictions import is_stored
+
+        return [run for run in runs if not is_stored(run, self.test_set)]
+
+    def take(self, runs: Sequence[Run], device: str, tick: Callable[[int, int], None]) -> None:
+        """Test them, those that see the same images together."""
+        import torch
+
+        from atdiag.training import ood
+
+        ood.evaluate_runs(runs, [self.test_set], torch.device(device), report=lambda p: tick(p.done, p.total))
+
+    def numbers(self, run: Run) -> Mapping[str, float]:
+        """Nothing beside the accuracy."""
+        return {}
+
+
+def ood(
+    lab: Lab,
+    teacher: Annotated[str, typer.Option(help="Teachers, such as deit_s,dinov2_s.")] = "dinov2_s",
+    on: Annotated[
+        str | None,
+        typer.Option("--on", help="Test sets, such as imagenet-r,gaussian_noise:5. [default: those of the profile]"),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy,finetune",
+) -> Series:
+    """Evaluate transfer on other test sets: does the outcome persist out of distribution?"""
+    wanted = testsets.expand(listed(on or USUAL[lab.settings.profile.name], "--on", "imagenet-r,gaussian_noise:5"))
+    passed = listed(methods, "--methods", "copy,finetune")
+    studies = []
+    for test_set in wanted:
+        study = gains.study(
+            lab,
+            "ood",
+            teacher,
+            passed,
+            where=test_set.name,
+            options={"on": test_set.name},
+            test_set=None if test_set.name == testsets.CLEAN else test_set.name,
+            measures=() if test_set.name == testsets.CLEAN else (Tested(test_set),),
+            claims=claims.of("ood"),
+        )
+        studies.append(study)
+    return Series("ood", tuple(studies), varies="test set", figure="gains")

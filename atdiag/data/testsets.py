@@ -1,0 +1,196 @@
+"""Test sets other than a run's own: names, folders and labels. Imports nothing heavy, so that planning stays fast.
+
+==============================  =======================================================================================
+``imagenet-a``, ``-r``,         images in folders, for networks with the 1,000 classes of ImageNet-1k
+``-sketch``, ``-v2`` ...
+``gaussian_noise:3``            the run's own test images, corrupted, at a severity from 1 to 5 (without a number: 3)
+``clean``                       the run's own test images as they are
+==============================  =======================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from atdiag.data import names, places
+from atdiag.data.facts import CORRUPTIONS, SEVERITIES, TEST_SETS, crop_share
+from atdiag.data.places import Files
+from atdiag.spec import Data, Network
+from atdiag.words import UserError, suggest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from atdiag.data.datasets import Split
+
+SEMANTICS = 1
+"""Raised when the same name and image come to mean other pixels or labels: stored predictions are then made again."""
+
+CLEAN = "clean"
+ALL_CORRUPTIONS = "corruptions"
+"""Stands for every corruption: ``corruptions``, ``corruptions:5``."""
+SMALLEST = 20
+"""Side of the smallest image, in pixels, that corruptions are for."""
+MIDDLE = 3
+"""The severity of a corruption that is named without one."""
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """One test set by its full name: of ``TEST_SETS``, ``clean``, or a corruption with its severity."""
+
+    __test__ = False  # it is no test, whatever pytest makes of its name
+
+    name: str
+    corruption: str | None = None
+    severity: int | None = None
+
+    @property
+    def file(self) -> str:
+        """The name of its file in a run's directory, without the ending."""
+        return self.name.replace(":", "-")
+
+    @property
+    def own_images(self) -> bool:
+        """Whether its images are made of the run's own test images, so that it fits every run."""
+        return self.name not in TEST_SETS
+
+
+def find(name: str) -> TestSet:
+    """The test set of a name as it is typed. Raises UserError, with what may have been meant, for an unknown one."""
+    stem, colon, number = name.partition(":")
+    if stem in CORRUPTIONS:
+        severities = [str(severity) for severity in SEVERITIES]
+        if colon and number not in severities:
+            raise UserError(f"{name}: {number or 'nothing'} is no severity", f"type {stem}:1 to {stem}:5")
+        severity = int(number) if colon else MIDDLE
+        return TestSet(f"{stem}:{severity}", stem, severity)
+    if name in TEST_SETS or name == CLEAN:
+        return TestSet(name)
+    if colon and (stem in TEST_SETS or stem == CLEAN):
+        raise UserError(f"{stem} has no severity", f"type {stem}")
+    known = [*TEST_SETS, *CORRUPTIONS, CLEAN, ALL_CORRUPTIONS]
+    raise UserError(f"unknown test set {name!r}{suggest(stem, known)}", f"known: {', '.join(known)}")
+
+
+def expand(typed: Iterable[str]) -> list[TestSet]:
+    """The test sets of some names as they are typed, each once and in their order.
+
+    ``corruptions`` (and ``corruptions:5``) is every corruption at a severity; a corruption, or ``corruptions``, with
+    ``:all`` is all five severities. Raises UserError for an unknown name.
+    """
+    out: dict[str, TestSet] = {}
+    for name in typed:
+        stem, _, number = name.partition(":")
+        stems = CORRUPTIONS if stem == ALL_CORRUPTIONS else (stem,)
+        every = number == "all" and (stem in CORRUPTIONS or stem == ALL_CORRUPTIONS)
+        for one in stems:
+            wanted = [f"{one}:{severity}" for severity in SEVERITIES] if every else [name.replace(stem, one, 1)]
+            out |= {found.name: found for found in map(find, wanted)}
+    return list(out.values())
+
+
+def check(test_set: TestSet, data: Data, network: Network) -> None:
+    """Whether what is trained on a data set can be tested on a test set, and its images are here as they should be.
+
+    Decodes no image. Raises UserError where not.
+    """
+    if test_set.own_images:
+        if test_set.corruption and network.image_size < SMALLEST:
+            raise UserError(
+                f"corruptions are of images of {SMALLEST} px and more, and these have {network.image_size} px"
+            )
+        from atdiag.data import datasets
+
+        datasets.check(data, network)
+        return
+    if len(names.imagenet_rows(data.name)) != 1000 or network.classes != 1000:
+        raise UserError(
+            f"{test_set.name} is for networks with ImageNet-1k's 1,000 classes, "
+            f"and this one has the {network.classes:,} of {data.name}",
+            f"corruptions fit every data set, such as {CORRUPTIONS[0]}:{MIDDLE}",
+        )
+    read(test_set.name)
+
+
+@cache
+def synsets() -> tuple[str, ...]:
+    """The WordNet ids of ImageNet-1k's classes, in the order of the labels."""
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+def read(name: str) -> Files:
+    """The images of a set of ``TEST_SETS``; its classes are ImageNet-1k's 1,000, whichever occur.
+
+    Raises UserError for a folder that is not here, is not laid out as it should be, or has classes that are none of
+    ImageNet-1k's.
+    """
+    facts = TEST_SETS[name]
+    folder = places.search(name, facts.folders)
+    label = _labels(name, places.class_folders(name, folder, facts))
+    files: list[str] = []
+    labels: list[int] = []
+    for cls in sorted(label, key=label.__getitem__):
+        here = sorted(places.images_in(folder / cls))
+        if not here or (facts.per_class and len(here) != facts.per_class):
+            need = f"{name} has {facts.per_class} of each class" if facts.per_class else "every class of a set has some"
+            raise UserError(f"the class {cls} in {folder} has {len(here)} images", need)
+        files += [f"{cls}/{file}" for file in here]
+        labels += [label[cls]] * len(here)
+    if len(files) != facts.images:
+        raise UserError(f"{folder} has {len(files):,} images, {name} ({facts.title}) {facts.images:,}", "complete it")
+    return Files(folder, "test", synsets(), tuple(files), tuple(files), tuple(labels))
+
+
+def _labels(name: str, folders: tuple[str, ...]) -> dict[str, int]:
+    """The label of each class's folder: its own number, or its WordNet id's place among ImageNet-1k's."""
+    if all(cls.isdecimal() for cls in folders):
+        return {cls: int(cls) for cls in folders}
+    index = {synset: label for label, synset in enumerate(synsets())}
+    if unknown := [cls for cls in folders if cls not in index]:
+        raise UserError(
+            f"{len(unknown)} of the {len(folders)} classes in the folder of {name} are none of ImageNet-1k's: "
+            f"{places.listed(unknown)}",
+            f"expected {TEST_SETS[name].classes_text}",
+        )
+    return {cls: index[cls] for cls in folders}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A test set's images as a data set's networks see them.
+
+    ``among``: the classes that predictions are made among, int64, sorted; None: all. ``fingerprint``: sha256 of the
+    list of files and sizes; None where the images are the run's own.
+    """
+
+    images: Split
+    among: NDArray[np.int64] | None = None
+    fingerprint: str | None = None
+
+
+def open_images(test_set: TestSet, data: Data) -> Opened:
+    """The images of a test set for what is trained on a data set. Raises UserError, and BrokenImageError."""
+    import numpy as np
+
+    from atdiag.data import cache, datasets
+    from atdiag.data.pictures import ImageFolder, View
+
+    if test_set.own_images:
+        own = datasets.test_split(data)
+        if test_set.corruption is None or test_set.severity is None:
+            return Opened(own)
+        from atdiag.data.corruptions import Corrupted
+
+        return Opened(Corrupted(own, test_set.corruption, test_set.severity))
+    assert data.image_size is not None
+    files = read(test_set.name)
+    images = ImageFolder(files, View(data.image_size, crop_share(data.name)), cache.decoded(files))
+    classes = np.unique(images.labels)
+    return Opened(images, None if len(classes) == len(files.classes) else classes, files.fingerprint())

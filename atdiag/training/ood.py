@@ -1,0 +1,153 @@
+"""Finished runs on other test sets: evaluated once, stored in the run's directory, read from there ever after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from atdiag.data import testsets
+from atdiag.data.testsets import Opened, TestSet
+from atdiag.networks import weights
+from atdiag.networks.foreign import Foreign
+from atdiag.networks.vit import ViT
+from atdiag.runs import DamagedRunError, Run, write_atomically
+from atdiag.spec import RunSpec, Teacher
+from atdiag.training import evaluate
+from atdiag.training.predictions import Predictions, is_stored
+from atdiag.training.provenance import environment
+from atdiag.words import UserError
+
+TOGETHER = 32
+"""Runs that are in memory at a time, with the teachers that they need."""
+
+LoadTeacher = Callable[[Teacher], ViT | Foreign]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far it is: evaluations (a run on a test set) done of those to do, and the test set at hand."""
+
+    done: int
+    total: int
+    doing: str
+
+
+def predictions_on(run: Run, test_set: TestSet, device: torch.device, load_teacher: LoadTeacher = weights.load) -> Path:
+    """The file with a finished run's predictions on a test set, made if need be. Raises as :func:`evaluate_runs`."""
+    evaluate_runs([run], [test_set], device, load_teacher)
+    return run.ood(test_set.file)
+
+
+def evaluate_runs(
+    runs: Sequence[Run],
+    test_sets: Sequence[TestSet],
+    device: torch.device,
+    load_teacher: LoadTeacher = weights.load,
+    report: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    together: int = TOGETHER,
+) -> int:
+    """Evaluate finished runs on test sets and store each result as soon as it is there. Returns how many were made.
+
+    What is stored already is left alone. Runs that see the same images share them: of up to ``together`` runs each
+    image is decoded and corrupted once, and each teacher runs once. ``should_stop`` is asked before each test set; what
+    is then left is done by the next call. A run's numbers do not depend on its company.
+
+    Raises UserError, before anything is evaluated, for a run that is not finished, a test set that a run's classes do
+    not fit, and a folder that is not what the test set's name says; UserError for a teacher whose weights are missing,
+    DamagedRunError for a run's weights that can't be read, DamagedPredictionsError for a stored file, BrokenImageError.
+    """
+    runs = list({run.path: run for run in runs}.values())
+    test_sets = list(dict.fromkeys(test_sets))
+    for run in runs:
+        if not run.finished:
+            raise UserError(f"run {run.id} is {run.state}, not finished", "train it first")
+    missing = {run.path: [t for t in test_sets if not is_stored(run, t)] for run in runs}
+    _check(runs, missing)
+    total, done = sum(map(len, missing.values())), 0
+    for group in _groups([run for run in runs if missing[run.path]], together):
+        subjects = dict(zip(group, _subjects(group, device, load_teacher), strict=True))
+        for test_set in test_sets:
+            todo = [run for run in group if test_set in missing[run.path]]
+            if not todo:
+                continue
+            if should_stop():
+                return done
+            report(Progress(done, total, test_set.name))
+            spec = group[0].spec
+            opened = testsets.open_images(test_set, spec.data)
+            results = evaluate.predict(
+                [subjects[run] for run in todo], opened.images, device, spec.recipe.precision, among=opened.among
+            )
+            for run, result in zip(todo, results, strict=True):
+                _store(run, test_set, result, opened, device)
+                missing[run.path].remove(test_set)
+                done += 1
+    report(Progress(done, total, "done"))
+    return done
+
+
+def _shares(spec: RunSpec) -> str:
+    """What runs have in common that see the same test images in the same precision."""
+    images = spec.data.model_copy(update={"train": 1, "per_class": None})
+    return f"{images.model_dump_json()} {spec.recipe.precision}"
+
+
+def _check(runs: list[Run], missing: dict[Path, list[TestSet]]) -> None:
+    """Look at what is to be evaluated, once for all runs that see the same images."""
+    seen = set()
+    for run in runs:
+        for test_set in missing[run.path]:
+            # A folder of the run's own images is the same folder whatever is done to them.
+            images = (test_set.corruption is not None) if test_set.own_images else test_set.name
+            key = (_shares(run.spec), run.spec.network.classes, images)
+            if key not in seen:
+                testsets.check(test_set, run.spec.data, run.spec.network)
+                seen.add(key)
+
+
+def _groups(runs: Iterable[Run], together: int) -> Iterator[list[Run]]:
+    """Runs that can be evaluated in one pass, those with one teacher beside each other."""
+    groups: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.spec.teacher.sha256 if run.spec.teacher else None) or ""):
+        groups.setdefault(_shares(run.spec), []).append(run)
+    for group in groups.values():
+        yield from (group[start : start + together] for start in range(0, len(group), together))
+
+
+def _subjects(runs: list[Run], device: torch.device, load_teacher: LoadTeacher) -> Iterator[evaluate.Subject]:
+    """The runs' students on a device, each distinct teacher loaded once."""
+    loaded: dict[Teacher, ViT | Foreign] = {}
+
+    def load(teacher: Teacher) -> ViT | Foreign:
+        if teacher not in loaded:
+            try:
+                loaded[teacher] = load_teacher(teacher).to(device)
+            except (weights.WeightsMissingError, ValueError) as fault:
+                raise UserError(f"a run copies from its teacher: {fault}") from None
+        return loaded[teacher]
+
+    for run in runs:
+        subject = evaluate.load_subject(run, load)
+        subject.network.to(device)
+        yield subject
+
+
+def _store(run: Run, test_set: TestSet, result: Predictions, opened: Opened, device: torch.device) -> None:
+    if not np.isfinite(result.log_p).all():
+        raise DamagedRunError(run.weights, f"its outputs on {test_set.name} are not finite")
+    about = {
+        "run": run.id,
+        "test_set": test_set.name,
+        "semantics": testsets.SEMANTICS,
+        "images": len(result.label),
+        "fingerprint": opened.fingerprint,
+        "environment": environment(device),
+    }
+    path = run.ood(test_set.file)
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, result.to_bytes(about, opened.among))

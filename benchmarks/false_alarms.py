@@ -180,14 +180,13 @@ def power(draw: Draw, found: Estimate, like: Moments, effect: float, studies: in
     """An effect of known size, with as many seeds as would find it in four of five studies."""
     known = {name: getattr(like, name) for name in ("var_seed", "var_cluster", "var_residual")}
     seeds = seeds_needed(replace(found, value=effect, **known))
-    if seeds is None or seeds > 60:
+    if seeds is None or seeds > 30:
         return {"effect": effect, "seeds_needed": seeds, "found": None}
     drawn = [draw(effect, seeds) for _ in range(studies)]
     return {
         "effect": effect,
         "seeds_needed": seeds,
         "found": rate(e.clear and e.value > 0 for e in drawn),
-        "with_one_seed_less": rate(draw(effect, seeds - 1).clear for _ in range(studies)) if seeds > 2 else None,
         "covered": rate(e.low <= effect <= e.high for e in drawn),
     }
 

@@ -211,7 +211,9 @@ def _degrees(of_seeds: float, of_clusters: float, seeds: int, clusters: int) -> 
 
 def _degrees_at(alpha: float, df: float, least: float) -> float:
     """Degrees of freedom for a two-sided test at level alpha, by the module's rule."""
-    return least * (df / least) ** (min(1.0, log(0.05) / log(alpha)) ** 2)
+    further = min(1.0, log(0.05) / log(alpha)) ** 2
+    degrees: float = least * (df / least) ** further
+    return degrees
 
 
 def _interval(value: float, se: float, df: float, least: float, level: float) -> tuple[float, float]:

@@ -51,11 +51,20 @@ class Moments:
 
 def moments(arms: Mapping[str, Outcomes], contrast: Estimate) -> Moments:
     """The moments of two arms and of their contrast. Raises ValueError for an arm with one run, or lone images."""
-    found = np.array([_of_arm(arm) for arm in arms.values()]).mean(axis=0)
     if contrast.var_seed is None or contrast.var_residual is None:
         raise ValueError("one seed says nothing of how seeds vary: run at least two")
-    components = contrast.var_seed, contrast.var_cluster, contrast.var_residual
-    return Moments(*found.tolist(), *components, contrast.clusters, contrast.images)
+    accuracy, image, cluster, run = np.mean([_of_arm(arm) for arm in arms.values()], axis=0).tolist()
+    return Moments(
+        accuracy=accuracy,
+        same_image=image,
+        same_cluster=cluster,
+        same_run=run,
+        var_seed=contrast.var_seed,
+        var_cluster=contrast.var_cluster,
+        var_residual=contrast.var_residual,
+        clusters=contrast.clusters,
+        images=contrast.images,
+    )
 
 
 def _of_arm(arm: Outcomes) -> tuple[float, float, float, float]:

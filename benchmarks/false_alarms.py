@@ -277,8 +277,11 @@ def show(document: dict[str, Any]) -> None:
             f"{said(same['claimed_at_the_margin'])}, of none in {said(same['claimed_at_zero'])}"
         )
         for each in one["power"]:
-            what = f"{said(each['found'])}, covered {said(each['covered'])}" if each["found"] else "not simulated"
-            print(f"         {each['effect']:g} points, {each['seeds_needed']} seeds: found {what}")
+            start = f"         {each['effect']:g} points, {each['seeds_needed'] or 'no number of'} seeds"
+            if each["found"]:
+                print(f"{start}: found in {said(each['found'])}, covered in {said(each['covered'])}")
+            else:
+                print(f"{start}: not simulated")
     real = document["real_pairs"]
     met = real["false_alarms"] <= real["chance_allows"]["at_most"]
     print(

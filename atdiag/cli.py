@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from atdiag import conduct, experiments, folders, inspection, probes
+from atdiag import conduct, experiments, folders, inspection, probes, reproduction
 from atdiag.experiments import say
 from atdiag.options import DataDir, Json, Profile, Runs
 
@@ -25,7 +25,6 @@ EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 OURS = (
     *("reinit", "layers", "rescue", "benchmark", "sizes", "epochs", "datasets", "ood", "losses", "match", "recipes"),
-    *("reproduce", "figures"),
 )
 """The papers' experiments, in the order in which they are told."""
 
@@ -353,6 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     code: Any
     try:
         experiments.add_commands(app)
+        reproduction.add_commands(app)
         inspection.add_commands(app)
         probes.add_commands(app)
         app.add_typer(teachers_app, name="teachers")

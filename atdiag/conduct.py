@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from atdiag.study.profile import Settings
 
 
-def check_weights(series: Series, store: Store) -> None:
+def check_weights(specs: Sequence[RunSpec], store: Store) -> None:
     """Raise UserError where the file of a published teacher is here and is not what it should be.
 
     Loads it as a training process would, which takes seconds; runs that are finished do not need it.
@@ -33,41 +33,35 @@ def check_weights(series: Series, store: Store) -> None:
     from atdiag.networks import teachers, weights
     from atdiag.study import schedule
 
-    todo = schedule.pending(series.specs, store)
+    todo = schedule.pending(specs, store)
     for teacher in dict.fromkeys(spec.teacher for spec in todo if spec.teacher is not None):
         if teacher.sha256 is not None and not teachers.is_miniature(teacher):
             weights.load(teacher)
 
 
-def check_data(series: Series, store: Store) -> None:
-    """Raise UserError, before anything is trained, where images are not here or not what they should be.
+def check(series: Sequence[Series], store: Store) -> None:
+    """Raise UserError, before anything is trained, where images or weights are not here or not what they should be.
 
-    Those of the runs that are not finished, and of what is measured afterwards.
+    Images of the runs that are not finished, and of what is measured afterwards; weights of all teachers.
     """
     from atdiag.data import names
+    from atdiag.networks import teachers
     from atdiag.study import schedule
+    from atdiag.words import UserError
 
-    todo = schedule.pending(series.specs, store)
+    todo = schedule.pending([spec for one in series for spec in one.specs], store)
     if sets := {spec.data: spec.network for spec in todo if names.is_real(spec.data.name)}:
         from atdiag.data import datasets
 
         for data, network in sets.items():
             datasets.check(data, network)
-    for study in series.studies:
+    studies = [study for one in series for study in one.studies]
+    if plans := list({s.teacher.label: s.teacher for s in studies if s.teacher.sha256 is None}.values()):
+        whose = ", ".join(teacher.label for teacher in plans)
+        raise UserError(f"the weights of {whose} are not on this machine", teachers.how_to_get(plans[0]))
+    for study in studies:
         for measurement in study.measures:
             measurement.check(study.specs)
-
-
-def check_teachers(series: Series) -> None:
-    """Raise UserError where a teacher is a plan: its weights are not on this machine."""
-    from atdiag.networks import teachers
-    from atdiag.words import UserError
-
-    for study in series.studies:
-        if study.teacher.sha256 is None:
-            raise UserError(
-                f"the weights of {study.teacher.label} are not on this machine", teachers.how_to_get(study.teacher)
-            )
 
 
 def execute(specs: Sequence[RunSpec], settings: Settings, store: Store, device: str) -> None:

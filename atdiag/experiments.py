@@ -6,7 +6,8 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,7 +19,9 @@ from atdiag import conduct, folders, planning
 from atdiag.options import DataDir, Json, Profile, Runs, Set, joined
 
 if TYPE_CHECKING:
-    from atdiag.study.ablation import Lab, Series, Study
+    from atdiag.runs import Store
+    from atdiag.spec import RunSpec
+    from atdiag.study.ablation import Lab, Reading, Series, Study
     from atdiag.study.profile import Settings
 
     Make = partial[Study | Series]
@@ -36,7 +39,7 @@ _Equivalence = Annotated[
 ]
 _Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the profile's; mini: cpu]")]
 
-_COMMON: dict[str, tuple[Any, Any]] = {
+COMMON: dict[str, tuple[Any, Any]] = {
     "profile": (Profile, None),
     "set_": (Set, []),
     "seeds": (_Seeds, None),
@@ -62,7 +65,7 @@ def add_commands(app: typer.Typer) -> None:
             say(f"the experiment {entry.name!r} of {entry.value} is left out: that name is taken")
             continue
         try:
-            command = joined(entry.load(), _COMMON, _run)
+            command = joined(entry.load(), COMMON, _run)
         except Exception as fault:  # another package's fault must not take this one's commands away
             say(f"the experiment {entry.name!r} of {entry.value} can't be loaded ({type(fault).__name__}: {fault})")
             continue
@@ -71,6 +74,8 @@ def add_commands(app: typer.Typer) -> None:
 
 
 RESERVED = (
+    "reproduce",
+    "figures",
     "teachers",
     "pretrain",
     "doctor",
@@ -91,24 +96,35 @@ def say(text: str) -> None:
     typer.echo(f"atdiag: {' '.join(text.splitlines())}", err=True)
 
 
-def _run(
-    make: Make,
+@dataclass(frozen=True)
+class Bench:
+    """What a command works on: resolved settings, where runs lie, and the device."""
+
+    settings: Settings
+    store: Store
+    device: str
+    equivalence: float | None = None
+
+    def reading(self, series: Series) -> Reading:
+        """What came out of a series, all of whose runs are finished and measured."""
+        from atdiag.study.reading import read
+
+        return read(series, self.settings, self.store, self.equivalence)
+
+
+def bench(
     profile: str | None,
     set_: list[str],
     seeds: int | None,
     equivalence: float | None,
-    dry_run: bool,
-    json_: bool,
-    out: Path | None,
     runs: Path | None,
     device: str | None,
     data_dir: Path | None,
-) -> None:
+) -> Bench:
+    """Resolve what every experiment is told. Raises UserError for whatever is wrong with any of it."""
     from atdiag.runs import Store
-    from atdiag.study import outputs, schedule
     from atdiag.study import profile as profiles
-    from atdiag.study.ablation import Lab
-    from atdiag.study.reading import read
+    from atdiag.study import schedule
     from atdiag.training import compiled
     from atdiag.words import UserError
 
@@ -119,21 +135,27 @@ def _run(
     compiled.choice()
     settings = profiles.resolve(profile, seeds, set_, runs)
     device = schedule.choose_device(device or settings.profile.device)
-    series = spread(make, Lab(settings))
-    _check_overrides(make, series, settings, [item.partition("=")[0].strip() for item in set_])
-    store = Store(settings.runs)
-    folder = outputs.folder(series, settings.profile.name, out.expanduser() if out else None)
     folders.writable(settings.runs, "--runs")
-    conduct.check_weights(series, store)
+    return Bench(settings, Store(settings.runs), device, equivalence)
+
+
+def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any) -> None:
+    from atdiag.study import outputs
+    from atdiag.study.ablation import Lab
+
+    on = bench(set_=set_, **given)
+    series = spread(make, Lab(on.settings))
+    check_overrides(lambda lab: spread(make, lab).specs, on.settings, set_)
+    folder = outputs.folder(series, on.settings.profile.name, out.expanduser() if out else None)
+    conduct.check_weights(series.specs, on.store)
     if dry_run:
-        planning.show(series, settings, store, device, json_)
+        planning.show(series, on.settings, on.store, on.device, json_)
         return
-    conduct.check_data(series, store)
-    conduct.check_teachers(series)
-    planning.header(series, settings)
-    conduct.execute(series.specs, settings, store, device)
-    conduct.measure([series], store, device)
-    reading = read(series, settings, store, equivalence)
+    conduct.check([series], on.store)
+    planning.header(series, on.settings)
+    conduct.execute(series.specs, on.settings, on.store, on.device)
+    conduct.measure([series], on.store, on.device)
+    reading = on.reading(series)
     files = conduct.write(reading, folder)
     conduct.tell(reading, files)
     if json_:
@@ -167,32 +189,35 @@ def spread(make: Make, lab: Lab) -> Series:
     return replace(series, notes=(*series.notes, *(f"Left out: {fault}." for fault in refused)))
 
 
-def _check_overrides(make: Make, series: Series, settings: Settings, names: list[str]) -> None:
-    """Raise UserError for a name given with --set that changes no run of the series."""
+def check_overrides(plan: Callable[[Lab], list[RunSpec]], settings: Settings, sets: list[str]) -> None:
+    """Raise UserError for a setting given with --set that changes none of the runs that are planned."""
     from atdiag.study import profile as profiles
     from atdiag.study.ablation import Lab
     from atdiag.words import UserError
 
-    ids = {spec.id for spec in series.specs}
-    for name in names:
+    if not sets:
+        return
+    specs = plan(Lab(settings))
+    ids = {spec.id for spec in specs}
+    for name in (item.partition("=")[0].strip() for item in sets):
         plain = profiles.without(settings, name)
-        if plain is None or plain == settings.profile or _is_so(name, series, settings):
+        if plain is None or plain == settings.profile or _is_so(name, specs, settings):
             continue  # it can't be left out, or says what is so anyway
         others = {key: value for key, value in settings.overrides.items() if key != name}
         try:
-            without = spread(make, Lab(replace(settings, profile=plain, overrides=others)))
+            without = plan(Lab(replace(settings, profile=plain, overrides=others)))
         except UserError:
             continue
-        if ids == {spec.id for spec in without.specs}:
+        if ids == {spec.id for spec in without}:
             raise UserError(f"{name} has no effect here: it changes none of this experiment's runs", "leave it out")
 
 
-def _is_so(name: str, series: Series, settings: Settings) -> bool:
-    """Whether a setting under ``transfer.`` names what some transfer of the series is in any case."""
+def _is_so(name: str, specs: list[RunSpec], settings: Settings) -> bool:
+    """Whether a setting under ``transfer.`` names what some transfer is in any case."""
     section, _, field = name.partition(".")
     if section != "transfer":
         return False
-    for spec in (spec for spec in series.specs if spec.transfer.method != "none"):
+    for spec in (spec for spec in specs if spec.transfer.method != "none"):
         own = spec.transfer
         asked = settings.profile.transfer.transfer(own.method, spec.network.depth, spec.network.heads)
         if getattr(own, field) is not None and getattr(asked, field) == getattr(own, field):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from atdiag import folders
 from atdiag.study import tables
 from atdiag.study.ablation import Reading, Report, Series
-from atdiag.study.claims import Judged
 
 if TYPE_CHECKING:
     from atdiag.study.contrast import Estimate
@@ -49,7 +48,7 @@ def as_json(reading: Reading, files: Sequence[Path]) -> dict[str, Any]:
         "profile": first.profile,
         "overrides": dict(first.overrides),
         "studies": [_study(report) for report in reading.reports],
-        "claims": [claim(one) for one in reading.judged],
+        "claims": [tables.claim_record(one) for one in reading.judged],
         "verdict": reading.verdict,
         "notes": tables.notes(reading),
         "files": [str(path) for path in files],
@@ -110,17 +109,4 @@ def _numbers(estimate: Estimate | None, name: str) -> dict[str, float | None]:
         "ci_high": estimate.high,
         "p": estimate.p,
         "p_holm": estimate.adjusted,
-    }
-
-
-def claim(judged: Judged) -> dict[str, Any]:
-    """A claim and what became of it."""
-    return {
-        **judged.claim.model_dump(include={"name", "text", "paper", "source"}),
-        "verdict": judged.verdict,
-        "ours": judged.ours,
-        "ci_low": judged.low,
-        "ci_high": judged.high,
-        "seeds": judged.seeds,
-        "note": judged.note,
     }

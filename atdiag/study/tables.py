@@ -206,6 +206,19 @@ def claims_markdown(judged: Sequence[Judged]) -> list[str]:
     return [_bar(CLAIMS), _bar(["---"] * len(CLAIMS)), *(_bar(claim_cells(one)) for one in judged)]
 
 
+def claim_record(judged: Judged) -> dict[str, Any]:
+    """A claim and what became of it: name, text, paper, source, verdict, ours, ci_low, ci_high, seeds, note."""
+    return {
+        **judged.claim.model_dump(include={"name", "text", "paper", "source"}),
+        "verdict": judged.verdict,
+        "ours": judged.ours,
+        "ci_low": judged.low,
+        "ci_high": judged.high,
+        "seeds": judged.seeds,
+        "note": judged.note,
+    }
+
+
 def claims_table(judged: Sequence[Judged], name: str = "the papers' claims, here") -> Table:
     """The claims on a terminal."""
     from rich import box

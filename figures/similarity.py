@@ -33,9 +33,9 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
             _line(below, one, one.cka["class"], "class token", style.VERMILLION, "^-")
         title = _pair(one)
     else:
-        for one, colour in zip(found, _colours(len(found)), strict=True):
-            _line(above, one, one.matched("optimal"), style.short(one.b, 40), colour, "o-")
-            _line(below, one, one.cka["all"], style.short(one.b, 40), colour, "o-")
+        for one, colour, marker in zip(found, style.colours(len(found)), style.markers(len(found)), strict=True):
+            _line(above, one, one.matched("optimal"), style.short(one.b, 40), colour, f"{marker}-")
+            _line(below, one, one.cka["all"], style.short(one.b, 40), colour, f"{marker}-")
         title = f"{style.short(found[0].a)} and {len(found)} others"
     above.set_ylabel("JSD of maps, bits")
     below.set_ylabel("CKA of streams")
@@ -55,15 +55,6 @@ def _pair(one: Similarity) -> str:
     """The names of both, in two lines where one is too short for them."""
     a, b = style.short(one.a), style.short(one.b)
     return f"{a}{' ' if len(a) + len(b) < 42 else chr(10)}and {b}"
-
-
-def _colours(count: int) -> list[str]:
-    """So many colours; more than the palette has are shades of one, from early to late."""
-    if count <= len(style.CYCLE):
-        return list(style.CYCLE[:count])
-    import seaborn as sns
-
-    return [str(colour) for colour in sns.color_palette("crest", count).as_hex()]
 
 
 def _line(axes: Axes, one: Similarity, values: NDArray[np.float64], label: str, colour: str, form: str) -> None:

@@ -199,9 +199,9 @@ def _loaded(spec: Teacher, data: Data | None) -> Subject:
     except (weights.WeightsMissingError, ValueError) as fault:
         raise UserError(str(fault)) from None
     body = evaluate.Subject(found) if isinstance(found, ViT) else found
-    # A published network is what it is at any profile, and a path is too long for a table.
-    short = spec.name.partition("@")[0].removeprefix(teachers.TIMM)
-    label = spec.label if teachers.is_miniature(spec) else short
+    # A published network is what it is at any profile. A path is too long for a table: two files have two hashes.
+    name, _, own = spec.name.removeprefix(teachers.TIMM).partition("@")
+    label = spec.label if teachers.is_miniature(spec) else f"{name} {spec.sha256[:6]}" if own else name
     return Subject(label, body, found.network, data, spec.sha256)
 
 

@@ -69,7 +69,8 @@ def _title(found: Sequence[Shown], image: int, query: int, most: int) -> list[st
     what += [style.short(first.label)] if len(found) == 1 else []
     parts = [first.names[image], ", ".join(what)]
     whole = ": ".join(parts)
-    return [whole] if len(whole) <= most else [_short(part, most) for part in parts]
+    # Names are wider than words: of capitals and digits, as ILSVRC2012_val_00004650.JPEG.
+    return [whole] if len(whole) <= most else [_short(parts[0], most * 3 // 4), _short(parts[1], most)]
 
 
 def _short(title: str, most: int) -> str:

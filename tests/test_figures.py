@@ -311,10 +311,11 @@ ARMS = ("1a2b3c at its start", "2b3c4d scratch", "deit_b (mini)", "3c4d5e fine-t
         [shown(label, (1, 13, 23)) for label in ARMS],
         [shown("deit_b (mini)", heads=12)],
         [shown(LONG, tuple(range(12)), name="a/folder/that/is/far/away/with/a/name/too/long/for/any/title/at/all.jpg")],
+        [shown(LONG, (2, 11), 3, name="/OF/IMAGES/imagenette-128/val/N02102040/ILSVRC2012_VAL_00004650.JPEG")],
         [shown("deit_b (mini)", name="imagenette 2000"), shown(LONG, name="imagenette 2000", grid=14)],
         [shown("deit_b (mini)", (3,), roll=False)],
     ],
-    ids=["five arms", "heads", "long", "two grids", "one"],
+    ids=["five arms", "heads", "long", "capitals", "two grids", "one"],
 )
 def test_attention_maps(found, tmp_path):
     wide = len(found[0].layers) > 3

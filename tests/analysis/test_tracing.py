@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from atdiag.analysis import images, subjects, tracing
@@ -289,6 +290,50 @@ class Mixes(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         p = (q @ k.transpose(-2, -1)).softmax(-1).flip(1)
         return self.proj((p @ v).transpose(1, 2).flatten(2))
+
+
+class Calls(nn.Module):
+    """Attention that calls the fused operation in its own way."""
+
+    def __init__(self, attn, **options):
+        super().__init__()
+        self.qkv, self.proj, self.options = attn.qkv, attn.proj, options
+
+    def forward(self, x, **unused):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, **self.options)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def test_a_scale_and_a_bias_of_its_own_are_in_the_map():
+    model = build("vit_tiny_patch16_224", depth=1)
+    subject = subjects.of(model, "calls")
+    tokens = subject.network.tokens
+    bias = torch.randn(2, tokens, tokens, generator=torch.Generator().manual_seed(0))
+    model.blocks[0].attn = Calls(model.blocks[0].attn, scale=0.7, attn_mask=bias[None])
+    found = tracing.trace(subject, pictures(subject), ("map", "q", "k", "v", "attn"))
+    p = (0.7 * found["q", 0] @ found["k", 0].transpose(-2, -1) + bias).softmax(-1)
+    torch.testing.assert_close(found["map", 0], p, atol=1e-6, rtol=1e-4)
+    out = model.blocks[0].attn.proj((p @ found["v", 0]).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(found["attn", 0], out, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"is_causal": True}, "layer 1: it attends with a causal mask or dropout"),
+        ({"dropout_p": 0.1}, "layer 1: it attends with a causal mask or dropout"),
+        ({"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, "layer 1: a mask of torch.bool, .5, 5., is no bias"),
+    ],
+    ids=str,
+)
+def test_attention_that_is_no_map_over_all_tokens_is_named_with_its_layer(options, message):
+    model = build("vit_tiny_patch16_224", depth=2)
+    subject = subjects.of(model, "calls")
+    assert subject.network.tokens == 5
+    model.blocks[1].attn = Calls(model.blocks[1].attn, **options)
+    with pytest.raises(tracing.TracingError, match=message):
+        tracing.trace(subject, pictures(subject))
 
 
 class Skips(nn.Module):

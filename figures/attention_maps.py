@@ -27,9 +27,11 @@ def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Fi
     wide = columns > 5
     width = 2 * style.COLUMN + 0.25 if wide else style.COLUMN
     panel = min((width - _LABEL) / columns - _GAP, 1.1)
-    figure, panels = style.panels(len(rows), columns, len(rows) * (panel + 0.13) + 0.55, width)
-    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)  # type: ignore[union-attr, call-arg]
     alone = len(found) == 1
+    title = _title(found, image, query, 140 if wide else 64)
+    height = len(rows) * (panel + 0.13) + 0.43 + 0.12 * len(title)
+    figure, panels = style.panels(len(rows), columns, height, width)
+    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)  # type: ignore[union-attr, call-arg]
     same = len({one.layers for one in found}) == 1
     for i, (one, head) in enumerate(rows):
         line = panels[i * columns : (i + 1) * columns]
@@ -52,19 +54,23 @@ def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Fi
                 _overlay(line[-1], one, image, query, one.rollout[image, query])
                 if i == 0 or not same:
                     line[-1].set_title("rollout", pad=2)
+    style.describe(figure, "\n".join(title), "each map from 0 (dark) to its largest weight (written below)")
+    return figure
+
+
+def _title(found: Sequence[Shown], image: int, query: int, most: int) -> list[str]:
+    """Which image, whose attention and of which heads: a line of it, or two where they would be too long for one."""
     first = found[0]
     words = {"cls": "the class token", "centre": "the patch in the centre"}
     asked = first.queries[query]
-    title = [f"{first.names[image]}: attention of {words.get(asked, f'the patch at {asked}')}"]
+    what = [f"attention of {words.get(asked, f'the patch at {asked}')}"]
     if len(first.heads) == 1:
-        title.append("mean over heads" if first.heads[0] == "mean" else f"head {first.heads[0]}")
-    title += [style.short(first.label)] if alone else []
-    style.describe(
-        figure,
-        _short(", ".join(title), 140 if wide else 68),
-        "each map from 0 (dark) to its largest weight (written below)",
-    )
-    return figure
+        what.append("mean over heads" if first.heads[0] == "mean" else f"head {first.heads[0]}")
+    what += [style.short(first.label)] if len(found) == 1 else []
+    parts = [first.names[image], ", ".join(what)]
+    whole = ": ".join(parts)
+    # Names are wider than words: of capitals and digits, as ILSVRC2012_val_00004650.JPEG.
+    return [whole] if len(whole) <= most else [_short(parts[0], most * 3 // 4), _short(parts[1], most)]
 
 
 def _short(title: str, most: int) -> str:

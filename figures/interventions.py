@@ -17,12 +17,12 @@ def residual(found: Sequence[Outcome]) -> Figure:
     """How far the residual stream moves: block by block; at the last one, where one layer at a time was replaced."""
     groups = _by_name(found)
     figure, axes = style.canvas(height=2.0 + 0.13 * len(groups))
-    for (name, outcomes), colour in zip(groups.items(), style.colours(len(groups)), strict=True):
+    for (name, outcomes), colour, marker in _lines(groups):
         if _one_at_a_time(found):
             places, values = [one.layers[0] for one in outcomes], [float(one.residual[-1]) for one in outcomes]
         else:
             places, values = [*range(len(outcomes[0].residual))], outcomes[0].residual.tolist()
-        axes.plot(places, values, "o-", color=colour, ms=3, label=style.short(name, 40))
+        axes.plot(places, values, f"{marker}-", color=colour, ms=3, label=style.short(name, 40))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("change of the stream")
     axes.grid(visible=False, axis="x")
@@ -58,11 +58,12 @@ def accuracy(found: Sequence[Outcome]) -> Figure:
 
 def _by_layer(found: Sequence[Outcome], groups: dict[str, list[Outcome]]) -> Figure:
     figure, axes = style.canvas(height=2.0 + 0.12 * len(groups))
-    for i, ((name, outcomes), colour) in enumerate(zip(groups.items(), style.colours(len(groups)), strict=True)):
+    for i, ((name, outcomes), colour, marker) in enumerate(_lines(groups)):
         offset = 0.08 * (i - (len(groups) - 1) / 2)
         layers = [one.layers[0] + offset for one in outcomes]
         values = [one.change for one in outcomes if one.change is not None]
-        axes.plot(layers, [value for value, _, _ in values], "o-", color=colour, ms=3, label=style.short(name, 40))
+        points = [value for value, _, _ in values]
+        axes.plot(layers, points, f"{marker}-", color=colour, ms=3, label=style.short(name, 40))
         axes.vlines(layers, [low for _, low, _ in values], [high for _, _, high in values], color=colour, lw=0.8)
     axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
     layers = sorted({one.layers[0] for one in found})
@@ -84,6 +85,11 @@ def _by_name(found: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     for one in found:
         out.setdefault(one.replaced, []).append(one)
     return out
+
+
+def _lines(groups: dict[str, list[Outcome]]) -> list[tuple[tuple[str, list[Outcome]], str, str]]:
+    """Each replacement with its colour and marker."""
+    return list(zip(groups.items(), style.colours(len(groups)), style.markers(len(groups)), strict=True))
 
 
 def _title(found: Sequence[Outcome]) -> str:

@@ -33,9 +33,9 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
             _line(below, one, one.cka["class"], "class token", style.VERMILLION, "^-")
         title = _pair(one)
     else:
-        for one, colour in zip(found, style.colours(len(found)), strict=True):
-            _line(above, one, one.matched("optimal"), style.short(one.b, 40), colour, "o-")
-            _line(below, one, one.cka["all"], style.short(one.b, 40), colour, "o-")
+        for one, colour, marker in zip(found, style.colours(len(found)), style.markers(len(found)), strict=True):
+            _line(above, one, one.matched("optimal"), style.short(one.b, 40), colour, f"{marker}-")
+            _line(below, one, one.cka["all"], style.short(one.b, 40), colour, f"{marker}-")
         title = f"{style.short(found[0].a)} and {len(found)} others"
     above.set_ylabel("JSD of maps, bits")
     below.set_ylabel("CKA of streams")

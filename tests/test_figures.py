@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from atdiag.analysis.attention_stats import OF_HEADS, OF_LAYERS, Stats
 from atdiag.analysis.intervene import Outcome
+from atdiag.analysis.maps import Shown
+from atdiag.analysis.probing import FITTED, Probed
 from atdiag.analysis.similarity import Similarity
 from atdiag.spec import Network, Teacher
+from atdiag.study import depth as depths
 from atdiag.study.ablation import BASELINE, Contrast, Report, Row, Study
 from atdiag.study.contrast import Estimate
-from figures import interventions, similarity, style
+from figures import attention_maps, attention_stats, depth, interventions, similarity, style
 from figures.contrasts import contrasts
 from figures.layer_curve import layer_curve
 from figures.scenes import scenes
@@ -274,3 +278,85 @@ def test_interventions(found, tmp_path):
     names = {style.short(one.replaced, 40) for one in found}
     assert names <= check(interventions.residual(found), tmp_path)
     assert names <= check(interventions.accuracy(found), tmp_path)
+
+
+def test_lines_are_told_apart_without_colours():
+    for made in (
+        similarity.by_layer([compared(other=f"net {i}", seed=i) for i in range(9)]),
+        interventions.residual([outcome(f"map of net {i}", tuple(range(12)), seed=i) for i in range(9)]),
+    ):
+        drawn = [line for line in made.axes[0].lines if len(line.get_xdata()) == 12]
+        assert len({line.get_color() for line in drawn}) == len({line.get_marker() for line in drawn}) == 9
+
+
+def shown(label, layers=(0, 5, 11), heads=1, grid=5, name="digits 0", roll=True):
+    """Where a network looks, with drawn weights."""
+    draw, side = np.random.default_rng(0), 4
+    network = Network(image_size=grid * side, patch_size=side, channels=1, width=48, depth=24, heads=12, classes=10)
+    maps = draw.dirichlet(np.ones(grid**2), (1, len(layers), 1, heads)).reshape(1, len(layers), 1, heads, grid, grid)
+    return Shown(
+        label=label, network=network, names=(name,), pixels=draw.random((1, 1, grid * side, grid * side)),
+        layers=layers, queries=("centre",), places=(network.prefix_tokens + grid**2 // 2,),
+        heads=("mean",) if heads == 1 else tuple(map(str, range(heads))), attention=maps,
+        elsewhere=np.zeros((1, len(layers), 1, heads)), rollout=maps[:, 0, :, 0] if roll else None,
+    )  # fmt: skip
+
+
+ARMS = ("1a2b3c at its start", "2b3c4d scratch", "deit_b (mini)", "3c4d5e fine-tuned", "4d5e6f distill")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [shown(label, (1, 13, 23)) for label in ARMS],
+        [shown("deit_b (mini)", heads=12)],
+        [shown(LONG, tuple(range(12)), name="a/folder/that/is/far/away/with/a/name/too/long/for/any/title/at/all.jpg")],
+        [shown(LONG, (2, 11), 3, name="/OF/IMAGES/imagenette-128/val/N02102040/ILSVRC2012_VAL_00004650.JPEG")],
+        [shown("deit_b (mini)", name="imagenette 2000"), shown(LONG, name="imagenette 2000", grid=14)],
+        [shown("deit_b (mini)", (3,), roll=False)],
+    ],
+    ids=["five arms", "heads", "long", "capitals", "two grids", "one"],
+)
+def test_attention_maps(found, tmp_path):
+    wide = len(found[0].layers) > 3
+    drawn = check(attention_maps.attention_maps(found), tmp_path, 2 * style.COLUMN + 0.25 if wide else style.COLUMN)
+    assert {f"layer {layer}" for layer in found[0].layers} <= drawn
+    whole = " ".join(drawn).replace("\n", " ")
+    assert found[0].names[0][-20:] in whole and "the patch in the centre" in whole
+    if len(found) > 1:
+        squeezed = {text.replace("\n", "").replace(" ", "") for text in drawn}
+        assert {style.short(one.label, 30).replace(" ", "") for one in found} <= squeezed
+
+
+@pytest.mark.parametrize(("labels", "layers", "registers"), [(ARMS, 12, 0), ((LONG,), 40, 4), (("a", "b"), 1, 4)])
+def test_attention_stats(labels, layers, registers, tmp_path):
+    network = Network(image_size=20, patch_size=4, channels=1, width=48, depth=40, heads=3, classes=10)
+    draw = np.random.default_rng(0)
+    found = []
+    for label in labels:
+        heads = {name: draw.random((layers, 3)) for name in OF_HEADS}
+        if not registers:
+            heads["register_share"][:] = np.nan
+        of_layers = {name: draw.random(layers) for name in OF_LAYERS}
+        found.append(Stats(label, "", network, tuple(range(layers)), 256, heads, of_layers, 64))
+    drawn = check(attention_stats.attention_stats(found), tmp_path, 2 * style.COLUMN + 0.25)
+    assert {style.short(label, 40) for label in labels} | {"entropy, bits", "effective rank"} <= drawn
+    assert ("share on registers" in drawn) == bool(registers)
+
+
+@pytest.mark.parametrize(("labels", "layers", "token"), [(ARMS, 12, True), ((LONG,), 40, False), (("a", "b"), 1, True)])
+def test_accuracy_over_depth(labels, layers, token, tmp_path):
+    draw = np.random.default_rng(0)
+    kinds = ("class", "patch", "both") if token else ("patch",)
+    arms = {}
+    for label in labels:
+        right = {(probe, tokens): draw.random((layers, 50)) < 0.7 for probe in FITTED for tokens in kinds}
+        right["head", ""] = draw.random((layers, 50)) < 0.5
+        penalties = {tokens: np.ones(layers) for tokens in kinds}
+        itself = draw.random(50) < 0.5
+        one = Probed(label, "", tuple(range(layers)), 100, right, penalties, 20, np.arange(50), itself)
+        arms[label] = [one]
+    frame = depths.frame(arms)
+    drawn = check(depth.depth(frame), tmp_path)
+    assert {style.short(label, 40) for label in labels} | {"layer", "top-1, %"} <= drawn
+    check(depth.grid(frame), tmp_path, 2 * style.COLUMN + 0.25 if token else style.COLUMN)

@@ -175,8 +175,19 @@ def choose(
 
 
 def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> Pictures:
-    """Images uint8 [n, C, S, S] that are there already."""
+    """Images uint8 [n, C, S, S] that are there already, as networks see them (not normalised), and their classes [n].
+
+    Raises UserError for arrays of another kind or shape.
+    """
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or not len(pixels):
+        raise UserError(
+            f"images are uint8 [n, channels, S, S], and these are {pixels.dtype} {list(pixels.shape)}",
+            "of floats from 0 to 1 give (255 * x).round().astype(np.uint8)",
+        )
     known = np.zeros(len(pixels), np.int64) if labels is None else np.asarray(labels, np.int64)
+    if known.shape != (len(pixels),):
+        raise UserError(f"{len(pixels)} images have labels of shape {list(known.shape)}", "give one for each")
     rows = _Rows(Images(pixels, known, np.arange(len(pixels))), np.arange(len(pixels)))
     return Pictures(tuple(f"image {i}" for i in range(len(pixels))), rows, None if labels is None else known)
 

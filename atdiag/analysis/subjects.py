@@ -199,18 +199,15 @@ def _loaded(spec: Teacher, data: Data | None) -> Subject:
     except (weights.WeightsMissingError, ValueError) as fault:
         raise UserError(str(fault)) from None
     body = evaluate.Subject(found) if isinstance(found, ViT) else found
-    # A published network is what it is at any profile, and a path is too long for a table.
-    short = spec.name.partition("@")[0].removeprefix(teachers.TIMM)
-    label = spec.label if teachers.is_miniature(spec) else short
+    # A published network is what it is at any profile. A path is too long for a table: two files have two hashes.
+    name, _, own = spec.name.removeprefix(teachers.TIMM).partition("@")
+    label = spec.label if teachers.is_miniature(spec) else f"{name} {spec.sha256[:6]}" if own else name
     return Subject(label, body, found.network, data, spec.sha256)
 
 
 def of_run(run: Run) -> Subject:
     """A run's student: with the trained weights, or with its checkpoint's while it is not finished."""
-    file = run.weights if run.finished else run.checkpoint
-    if not file.exists():
-        raise UserError(f"run {run.id} is {run.state}: it has neither trained weights nor a checkpoint", "train it")
-    return _student(run.spec, file)
+    return _student(run.spec, run.weights if run.finished else run.checkpoint)
 
 
 def of_start(run: Run) -> Subject:
@@ -231,6 +228,8 @@ def of_start(run: Run) -> Subject:
 
 def _student(spec: RunSpec, file: Path) -> Subject:
     """The student of a spec with the weights of a file, together with its teacher if it copies."""
+    if not file.exists():
+        raise UserError(f"run {spec.id} has neither trained weights nor a checkpoint yet", "train it")
     state, step = _state(file)
     network = ViT(spec.network)
     try:
@@ -283,8 +282,8 @@ def _file(path: Path) -> Subject:
             spec = RunSpec.model_validate_json((folder / "spec.json").read_bytes())
         except ValueError as fault:
             raise UserError(str(DamagedRunError(folder / "spec.json", fault))) from None
-        trained = folder / "weights.safetensors"
-        return _student(spec, file or (trained if trained.exists() else folder / "checkpoint"))
+        run = Run(folder)
+        return _student(spec, file or (run.weights if run.weights.exists() else run.checkpoint))
     if file is None:
         raise UserError(f"{path} is not a run's folder: there is no spec.json in it")
     try:

@@ -15,8 +15,6 @@ width.
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,7 +24,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from atdiag.analysis import sites
+from atdiag.analysis import instrument, sites
 from atdiag.analysis.images import Pictures
 from atdiag.analysis.sites import Site, TracingError
 from atdiag.analysis.subjects import Subject
@@ -45,6 +43,10 @@ stream that leaves the block [B, N, C]."""
 
 WHAT: tuple[What, ...] = get_args(What)
 PER_HEAD: frozenset[What] = frozenset({"map", "logits", "q", "k", "v"})
+_OF_QK: frozenset[What] = frozenset({"logits", "q", "k"})
+"""What there is only where a map is known by its queries and keys."""
+
+_SWITCH = "set fused_attn of its attention to True"
 
 BATCH = 64
 """Images that are traced at a time, unless one layer's maps of so many would be more than ``_MOST`` numbers."""
@@ -81,10 +83,7 @@ class Layer:
             return ops.probabilities(self.used)
         if what in ("logits", "q", "k"):
             if not isinstance(self.map, QK):
-                raise TracingError(
-                    f"there is no {what} to be read: the map was given as a tensor, or the network's fused attention "
-                    "is off, where only the map itself is in reach"
-                )
+                raise TracingError(f"there is no {what} to be read: the map is there as a tensor alone")
             if what == "logits":
                 return ops.logits(self.map)
             return self.map.q if what == "q" else self.map.k
@@ -147,19 +146,19 @@ class Reader:
         self.subject = subject
         self._before: dict[nn.Module, dict[str, Any]] = {}
         self._sites: dict[int, Site] = {}
-        self._nnsight = _nnsight()
+        self._nnsight = instrument.nnsight()
         self._root: Any = None
 
     def __enter__(self) -> Reader:
         module = self.subject.module
         # nnsight puts a forward of its own on every module whose source it reads, and leaves it there.
-        self._before = {m: {k: m.__dict__[k] for k in _PLANTED if k in m.__dict__} for m in module.modules()}
+        self._before = {m: {k: m.__dict__[k] for k in instrument.PLANTED if k in m.__dict__} for m in module.modules()}
         self._root = self._nnsight.NNsight(module)
         return self
 
     def __exit__(self, *_: object) -> None:
         for module, had in self._before.items():
-            for name in _PLANTED:
+            for name in instrument.PLANTED:
                 module.__dict__.pop(name, None)
             module.__dict__.update(had)
         self._before, self._sites, self._root = {}, {}, None
@@ -172,27 +171,42 @@ class Reader:
         UserError for a block without softmax attention, TracingError that names the layer for a block that was not run
         or gave a NaN.
         """
+        network = self.subject.network
+        if pixels.shape[1:] != (network.channels, network.image_size, network.image_size):
+            sees = f"{network.image_size} x {network.image_size} x {network.channels}"
+            raise UserError(f"{self.subject.label} sees images of {sees}, and these are {list(pixels.shape[1:])}")
         given = self.subject.given(pixels) if given is None else given
         read = want.layers if want.what & PER_HEAD else ()
         put = {} if isinstance(self.subject.module, ViT) else given  # ours takes it as an argument
         where = {layer: self._site(layer) for layer in sorted({*read, *put})}
-        for layer in put:
-            if where[layer].kind == "explicit":
-                raise UserError(
-                    f"layer {layer} of {self.subject.label} has its fused attention off: nothing can be put in there",
-                    "set its fused_attn to True",
-                )
+        self._check_explicit(where, want, put)
         nodes, outputs, logits = self._run(pixels, want, where, {} if put else given, put)
         layers: dict[int, Layer] = {}
         for layer in want.layers:
             seen = self._seen(where[layer], nodes, len(pixels), layer) if layer in read else None
+            if seen is not None and not isinstance(seen.map, QK) and (lost := sorted(want.what & _OF_QK)):
+                raise TracingError(
+                    f"layer {layer} of {self.subject.label} has no {', '.join(lost)}: it was given a map as it is"
+                )
             layers[layer] = Layer(seen and seen.map, seen and seen.v, **outputs[layer])
         _check_finite(layers, self.subject.label)
         return Traced(layers, pixels, None, None, logits)
 
+    def _check_explicit(self, where: Mapping[int, Site], want: Wanted, put: Mapping[int, Given]) -> None:
+        """Raise UserError for what can't be had where attention is explicit: there only the map passes by."""
+        lost = sorted(want.what & {*_OF_QK, "v"})
+        for layer, site in where.items():
+            if site.kind != "explicit":
+                continue
+            off = f"layer {layer} of {self.subject.label} has its fused attention off"
+            if layer in put:
+                raise UserError(f"{off}: nothing can be put in there", _SWITCH)
+            if lost and layer in want.layers:
+                raise UserError(f"{off}: its map can be read there, its {', '.join(lost)} can't", _SWITCH)
+
     def _seen(self, site: Site, nodes: Mapping[int, Any], images: int, layer: int) -> Seen:
         if layer not in nodes:
-            raise TracingError(f"layer {layer}: the forward pass never came to its attention")
+            raise TracingError(f"layer {layer} of {self.subject.label}: the forward pass never came to its attention")
         return sites.seen(site, nodes[layer], self.subject.network, images, layer)
 
     def _run(
@@ -240,8 +254,8 @@ class Reader:
                     logits.append(root.output)
                 else:
                     tracer.stop()
-        except _out_of_order() as fault:
-            raise TracingError(_translated(fault)) from None
+        except instrument.out_of_order() as fault:
+            raise TracingError(instrument.translated(fault)) from None
         return nodes, outputs, logits[0] if logits else None
 
     @property
@@ -272,41 +286,6 @@ class Reader:
             how = "no softmax attention that can be read" if not found else f"attention in {len(found)} places"
             raise UserError(f"layer {layer} of {self.subject.label} ({type(module).__name__}) has {how}")
         return Site(inside, found[0], kind)
-
-
-_PLANTED = ("forward", "__nnsight__")
-"""What nnsight leaves on a module whose source it has read."""
-
-
-def _nnsight() -> Any:
-    """The module nnsight, without the ``save`` that it hangs on every object of the process when it is imported."""
-    fresh = "nnsight" not in sys.modules
-    import nnsight
-
-    if fresh:
-        from nnsight import _c
-
-        if _c.unmount is not None:
-            _c.unmount("save")
-    return nnsight
-
-
-def _out_of_order() -> type[Exception]:
-    from nnsight.intervention.interleaver import OutOfOrderError
-
-    kind: type[Exception] = OutOfOrderError
-    return kind
-
-
-def _translated(fault: Exception) -> str:
-    """What nnsight says of a place that was not reached when it was waited for, in our words."""
-    found = re.search(r"blocks\.(\d+)\.?([\w.]*)", str(fault))
-    if not found:
-        return str(fault)
-    return (
-        f"layer {found[1]}: {found[2].split('.input')[0] or 'the block'} was not run where it was expected: the "
-        "network takes another path through its attention, or leaves the block out"
-    )
 
 
 def _check_finite(layers: Mapping[int, Layer], label: str) -> None:

@@ -108,3 +108,17 @@ def test_the_rows_of_a_head_that_are_the_data_sets_classes(subject):
     rows = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
     assert real.head_rows(subject(classes=1000).network).tolist() == rows
     assert images.from_arrays(np.zeros((2, 1, 20, 20), np.uint8)).head_rows(subject().network) is None
+
+
+def test_arrays_of_another_kind_are_refused():
+    good = np.zeros((3, 1, 20, 20), np.uint8)
+    for bad, labels, message in (
+        (good.astype(np.float32), None, r"uint8 \[n, channels, S, S\], and these are float32.*255"),
+        (good[0], None, r"\[1, 20, 20\]"),
+        (good[:, :, :10], None, r"\[3, 1, 10, 20\]"),
+        (good[:0], None, r"\[0, 1, 20, 20\]"),
+        (good, np.zeros(2), "3 images have labels of shape .2."),
+    ):
+        with pytest.raises(UserError, match=message):
+            images.from_arrays(bad, labels)
+    assert len(images.from_arrays(good, [0, 1, 2])) == 3

@@ -27,6 +27,8 @@ def test_its_own_maps_queries_keys_and_values_change_nothing(name, pictures):
         assert outcome.logits <= 1e-5, outcome.replaced
         assert outcome.residual.max() <= 1e-5 and outcome.flips == 0
         assert outcome.change == (0, 0, 0)
+    (shuffled,) = run(subject, pictures(subject, 6), Replacement("shuffled"))
+    assert shuffled.logits > 0.1 and shuffled.residual.min() > 0.01
 
 
 def test_what_is_put_in_changes_the_blocks_above_and_none_below(subject, pictures):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from sklearn.neighbors import NearestCentroid
-from sklearn.pipeline import make_pipeline
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
-from atdiag.analysis import images, probing, subjects
+from atdiag.analysis import classifiers, images, probing, subjects
 from atdiag.data import datasets
 from atdiag.data.pictures import BrokenImageError
 from atdiag.networks import students
@@ -61,12 +61,47 @@ def test_images_go_through_each_network_once(subject, pictures):
 
 def test_accuracies_are_scikit_learns_on_the_same_features(subject, pictures):
     one = subject(4)
-    train, test = pictures(one, 60), pictures(one, 40, seed=1)
-    (found,) = probing.probe([one], train, test, neighbours=5)
-    x, z = streams(one, train)[:, :, 0].numpy(), streams(one, test)[:, :, 0].numpy()
-    for layer in range(3):
-        model = make_pipeline(StandardScaler(), NearestCentroid()).fit(x[layer], train.labels)
-        assert found.top1("centroid", "class")[layer] == pytest.approx(100 * model.score(z[layer], test.labels))
+    train, test = pictures(one, 160), pictures(one, 80, seed=1)
+    for some in (train, test):  # classes that can be told apart: by how bright an image is
+        pixels = some.source.split.pixels
+        pixels[:] = 0.3 * pixels + 17 * some.labels[:, None, None, None]
+    (found,) = probing.probe([one], train, test, neighbours=5, penalties=(1.0, 0.01))
+    held = classifiers.hold_out(np.arange(160))
+    streamed = [streams(one, some).numpy() for some in (train, test)]
+    for tokens in ("class", "patch", "both"):
+        for layer in range(3):
+            x, z = (_tokens(of[layer], tokens) for of in streamed)
+            scaler = StandardScaler().fit(x)
+            x, z = scaler.transform(x), scaler.transform(z)
+            # The penalty: what is better on the held-out training images, of a fit to the others.
+            scores = {
+                penalty: LogisticRegression(C=1 / (penalty * (~held).sum()), tol=1e-8, max_iter=5000)
+                .fit(x[~held], train.labels[~held])
+                .score(x[held], train.labels[held])
+                for penalty in (1.0, 0.01)
+            }
+            best = max(scores, key=lambda penalty: (scores[penalty], penalty))
+            assert found.penalties[tokens][layer] == best
+            for name, model in (
+                ("linear", LogisticRegression(C=1 / (best * 160), tol=1e-8, max_iter=5000)),
+                ("knn", KNeighborsClassifier(5, metric="cosine")),
+                ("centroid", NearestCentroid()),
+            ):
+                said = model.fit(x, train.labels).predict(z)
+                assert (found.correct[name, tokens][layer] == (said == test.labels)).mean() > 0.98, (
+                    name,
+                    tokens,
+                    layer,
+                )
+                if name != "knn":  # where two neighbours are equally far, rounding says which is nearer
+                    assert found.top1(name, tokens)[layer] == pytest.approx(100 * (said == test.labels).mean())
+    assert found.top1("linear", "both").max() > 40
+
+
+def _tokens(stream, which):
+    """The features of a stream [n, N, C], by numpy."""
+    parts = {"class": stream[:, 0], "patch": stream[:, 1:].mean(1)}
+    return np.concatenate(list(parts.values()), -1) if which == "both" else parts[which]
 
 
 def test_batches_make_no_difference(subject, pictures):

@@ -165,6 +165,25 @@ def test_is_symmetric_and_zero_on_itself(subject, pictures):
     np.testing.assert_allclose(itself.cka["all"], 1, atol=1e-9)
 
 
+@given(st.integers(0, 1000), st.integers(3, 30), st.integers(1, 6), st.integers(1, 6))
+def test_cka_is_that_of_kornblith_by_gram_matrices(seed, samples, width, other):
+    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = X X^T, L = Y Y^T (section 3, biased HSIC)."""
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(samples, width)) + 5
+    y = draw.normal(size=(samples, other)) + 0.5 * x[:, :1]
+    centre = np.eye(samples) - 1 / samples
+
+    def hsic(k, of):
+        return np.trace(k @ centre @ of @ centre) / (samples - 1) ** 2
+
+    k, of = x @ x.T, y @ y.T
+    expected = hsic(k, of) / np.sqrt(hsic(k, k) * hsic(of, of))
+    sums = Covariance()
+    for part in np.array_split(np.arange(samples), 3):  # as it streams
+        sums.add(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
+    assert sums.cka() == pytest.approx(expected, rel=1e-6)
+
+
 def test_cka_is_invariant_to_rotation_and_scale_and_not_to_more():
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(50, 6, generator=draw, dtype=torch.float64)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from atdiag.analysis import images, subjects, tracing
-from atdiag.networks import students, teachers
+from atdiag.networks import inspection, published, students, teachers
 from atdiag.spec import Data, Network
 from atdiag.training import evaluate
 from atdiag.transfer import method, ops
@@ -120,6 +121,31 @@ def test_of_timms_networks_is_what_hooks_see(name, fused):
         torch.testing.assert_close(found["map", i], p, atol=2e-6, rtol=1e-4)
         if fused:
             torch.testing.assert_close(found["logits", i].softmax(-1), p, atol=2e-6, rtol=1e-4)
+
+
+OURS = {name for name in TIMM if not inspection.describe(build(name)).differences}
+"""Those that a ViT of ours can be."""
+
+
+def test_most_of_timms_networks_can_be_ours():
+    assert len(OURS) >= 8
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_of_timms_networks_is_what_our_own_attention_sees(name):
+    """The same weights in our own attention module, whose map is taken where it forms it: no nnsight, no hook."""
+    subject = subjects.of(build(name), name)
+    some = pictures(subject)
+    found = tracing.trace(subject, some, tracing.WHAT)
+    ours = published.convert(subject.module.model, subject.network).eval()
+    every = frozenset(range(subject.network.depth))
+    with torch.no_grad():
+        seen = ours.observe(pixels(some), Wanted(maps=every, features=every, values=every))
+    for i in every:
+        p = ops.probabilities(seen.seen[i].qk)
+        torch.testing.assert_close(found["map", i], p, atol=5e-6, rtol=1e-3)
+        torch.testing.assert_close(found["v", i], seen.seen[i].v, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found["residual", i], seen.features[i], atol=1e-3, rtol=1e-4)
 
 
 def test_leaves_the_network_as_it_was():
@@ -266,6 +292,50 @@ class Mixes(nn.Module):
         return self.proj((p @ v).transpose(1, 2).flatten(2))
 
 
+class Calls(nn.Module):
+    """Attention that calls the fused operation in its own way."""
+
+    def __init__(self, attn, **options):
+        super().__init__()
+        self.qkv, self.proj, self.options = attn.qkv, attn.proj, options
+
+    def forward(self, x, **unused):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, **self.options)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def test_a_scale_and_a_bias_of_its_own_are_in_the_map():
+    model = build("vit_tiny_patch16_224", depth=1)
+    subject = subjects.of(model, "calls")
+    tokens = subject.network.tokens
+    bias = torch.randn(2, tokens, tokens, generator=torch.Generator().manual_seed(0))
+    model.blocks[0].attn = Calls(model.blocks[0].attn, scale=0.7, attn_mask=bias[None])
+    found = tracing.trace(subject, pictures(subject), ("map", "q", "k", "v", "attn"))
+    p = (0.7 * found["q", 0] @ found["k", 0].transpose(-2, -1) + bias).softmax(-1)
+    torch.testing.assert_close(found["map", 0], p, atol=1e-6, rtol=1e-4)
+    out = model.blocks[0].attn.proj((p @ found["v", 0]).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(found["attn", 0], out, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"is_causal": True}, "layer 1: it attends with a causal mask or dropout"),
+        ({"dropout_p": 0.1}, "layer 1: it attends with a causal mask or dropout"),
+        ({"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, "layer 1: a mask of torch.bool, .5, 5., is no bias"),
+    ],
+    ids=str,
+)
+def test_attention_that_is_no_map_over_all_tokens_is_named_with_its_layer(options, message):
+    model = build("vit_tiny_patch16_224", depth=2)
+    subject = subjects.of(model, "calls")
+    assert subject.network.tokens == 5
+    model.blocks[1].attn = Calls(model.blocks[1].attn, **options)
+    with pytest.raises(tracing.TracingError, match=message):
+        tracing.trace(subject, pictures(subject))
+
+
 class Skips(nn.Module):
     """A block that leaves its attention out."""
 
@@ -292,6 +362,46 @@ def test_a_block_that_is_not_run_is_named_with_its_layer():
     with pytest.raises(tracing.TracingError, match="layer 1"):
         tracing.trace(subject, pictures(subject))
     assert tracing.trace(subject, pictures(subject), layers=(0, 2)).keys() == {("map", 0), ("map", 2)}
+
+
+@pytest.mark.parametrize("what", ["q", "k", "v", "logits"])
+def test_what_explicit_attention_does_not_show_is_named_with_its_layer(what):
+    model = build("vit_tiny_patch16_224", depth=3)
+    model.blocks[1].attn.fused_attn = False
+    subject = subjects.of(model, "half")
+    message = f"layer 1 of half has its fused attention off: its map can be read there, its {what} can't.*fused_attn"
+    with pytest.raises(UserError, match=message):
+        tracing.trace(subject, pictures(subject), ("map", what))
+    assert set(tracing.trace(subject, pictures(subject), ("map", what), (0, 2))) == {
+        (name, layer) for name in ("map", what) for layer in (0, 2)
+    }
+    assert ("map", 1) in tracing.trace(subject, pictures(subject))
+
+
+def test_a_map_that_was_given_as_it_is_has_no_queries(pair):
+    student, teacher = pair
+    transfer = method.Transfer(method="copy", layers=(0, 2), average="heads")
+    subject = subjects.Subject("copy", evaluate.Subject(student, transfer, teacher), student.network)
+    with pytest.raises(tracing.TracingError, match="layer 0 of copy has no k, logits: it was given a map as it is"):
+        tracing.trace(subject, pictures(subject), ("logits", "k"))
+    assert ("q", 1) in tracing.trace(subject, pictures(subject), ("q",), (1,))
+
+
+def test_attention_that_is_never_called_is_no_map_but_an_error():
+    """Zero captures: the module is there and its source has softmax attention, and the block goes around it."""
+    model = build("vit_tiny_patch16_224", depth=3)
+    subject = subjects.of(model, "around")
+    model.blocks[2] = Skips(model.blocks[2])
+    for what in (("map",), ("attn",)):
+        with pytest.raises(tracing.TracingError, match="layer 2: attn"):
+            tracing.trace(subject, pictures(subject), what, (2,))
+
+
+def test_images_of_another_size_are_refused_in_one_line():
+    subject = subjects.find("deit_s")
+    some = images.from_arrays(np.zeros((2, 3, 32, 32), np.uint8))
+    with pytest.raises(UserError, match=r"deit_s .mini. sees images of 20 x 20 x 1, and these are \[3, 32, 32\]"):
+        tracing.trace(subject, some)
 
 
 def test_nan_is_named_with_its_layer():

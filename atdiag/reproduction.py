@@ -17,13 +17,14 @@ import typer
 from atdiag import conduct, experiments, folders, planning
 from atdiag.experiments import Bench
 from atdiag.options import joined
+from atdiag.study.ablation import Lab  # light: every ablation has it
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from atdiag.runs import Store
     from atdiag.spec import RunSpec
-    from atdiag.study.ablation import Lab, Reading, Series
+    from atdiag.study.ablation import Reading, Series
     from atdiag.study.claims import Judged
     from atdiag.words import UserError
 
@@ -95,8 +96,6 @@ def _plan(lab: Lab, options: Any) -> Plan:
 def _reproduce(
     make: partial[Plan], dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any
 ) -> None:
-    from atdiag.study.ablation import Lab
-
     on = experiments.bench(set_=set_, **given)
     plan = make(Lab(on.settings))
     if not plan.series:
@@ -130,7 +129,6 @@ def _figures(
     make: partial[tuple[Plan, list[str]]], json_: bool, out: Path | None, set_: list[str], **given: Any
 ) -> None:
     from atdiag.study import schedule
-    from atdiag.study.ablation import Lab
     from atdiag.words import UserError
 
     on = experiments.bench(set_=set_, device=None, **given)

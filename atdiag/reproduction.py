@@ -137,7 +137,7 @@ def _figures(
     readings: dict[str, Reading] = {}
     left: list[str] = [f"{name}: {fault}" for name, fault in plan.refused.items()]
     for name, series in plan.series.items():
-        missing = len(schedule.pending(series.specs, on.store)) or _unmeasured(series, on.store)
+        missing = len(schedule.pending(series.specs, on.store)) or len(_unmeasured([series], on.store))
         if missing:
             left.append(f"{name}: {planning.count(missing, 'run')} of {len(series.specs)} not finished or not measured")
         else:
@@ -160,10 +160,11 @@ def _folder(name: str, on: Bench, out: Path | None) -> Path:
     return folder
 
 
-def _unmeasured(series: Series, store: Store) -> int:
-    """How many runs have not been measured as their studies ask."""
-    every = {(m.name, s.id): (m, store.run(s)) for study in series.studies for m in study.measures for s in study.specs}
-    return sum(bool(measurement.missing([run])) for measurement, run in every.values())
+def _unmeasured(series: Sequence[Series], store: Store) -> list[RunSpec]:
+    """The runs that have not been measured as their studies ask, once for each measurement."""
+    studies = [study for one in series for study in one.studies]
+    every = {(m.name, spec.id): (m, spec) for study in studies for m in study.measures for spec in study.specs}
+    return [spec for measurement, spec in every.values() if measurement.missing([store.run(spec)])]
 
 
 def _show(plan: Plan, on: Bench) -> None:
@@ -194,9 +195,12 @@ def _show(plan: Plan, on: Bench) -> None:
         typer.echo(f"- {name} is not testable here: {fault}")
     todo = schedule.pending(plan.specs, on.store)
     processes = schedule.processes_for(on.device, on.settings.profile.threads)
-    wall = schedule.estimate(todo, processes, speed)
+    measured = _unmeasured(list(plan.series.values()), on.store)
+    after = sum(schedule.testing_seconds(spec, speed) for spec in measured)
+    wall = schedule.estimate(todo, processes, speed) + after
+    then = f", {planning.count(len(measured), 'measurement')} of finished runs" if measured else ""
     typer.echo(
-        f"{planning.count(len(plan.specs), 'run')}, {len(todo)} to do, about {planning.duration(wall)} in "
+        f"{planning.count(len(plan.specs), 'run')}, {len(todo)} to do{then}: about {planning.duration(wall)} in "
         f"{planning.count(processes, 'process')} on {on.device}."
     )
 

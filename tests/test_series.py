@@ -3,6 +3,7 @@
 import io
 import json
 import tomllib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from ablations.sizes import sizes
 from atdiag.experiments import spread
 from atdiag.networks import teachers
 from atdiag.runs import Store
-from atdiag.spec import Transfer
+from atdiag.spec import Seed, Transfer
 from atdiag.study import outputs, tables
 from atdiag.study.ablation import BASELINE, Reading, Series, judge
 from atdiag.study.claims import Claim, Judged
@@ -148,6 +149,20 @@ def test_layers_from_both_ends():
     assert {spec.id for spec in one.specs} <= {spec.id for spec in study.specs}
 
 
+def test_arms_that_share_no_baseline_are_refused():
+    study = benchmark(lab(), "deit_s", "copy")
+    other = benchmark(lab("data.name=larger"), "deit_s", "copy")
+    with pytest.raises(
+        UserError, match=r"'copy' \(on larger\) and 'scratch' \(on digits\) are not measured on the same"
+    ):
+        replace(study, arms=(study.arms[0], other.arms[1]))
+    late = replace(
+        study.arms[1], specs=tuple(s.model_copy(update={"seed": Seed(data=9, model=9)}) for s in study.arms[1].specs)
+    )
+    with pytest.raises(UserError, match="have no seed in common"):
+        replace(study, arms=(study.arms[0], late))
+
+
 # --- corrected together --------------------------------------------------------------------------------------------
 
 
@@ -184,8 +199,6 @@ def test_what_is_clear_alone_need_not_be_so_among_many():
     reports = corrected(fabricated_series({name: [3.0, 3.0] for name in ("deit_s", "clip_b")}, half=2.9))
     # equal numbers from runs with equal names are one contrast here, so this is a family of one
     assert reports[0].rows[1].contrast.clear
-    from dataclasses import replace
-
     assert not replace(alone, adjusted=0.2).clear
     assert "can't be told from noise" in judge(replace(alone, adjusted=0.2), "helps", "hurts")
 

@@ -104,6 +104,8 @@ class Study:
         if differences := self.teacher.network.differences:
             said = f"{self.teacher.label} also has {', '.join(differences)}, which no student here is given."
             object.__setattr__(self, "notes", (*self.notes, said))
+        for arm in self.arms[1:]:
+            _comparable(self.arms[0], arm)
 
     @property
     def specs(self) -> list[RunSpec]:
@@ -313,6 +315,26 @@ class Lab:
             seed=Seed(data=0, model=0),
         )
         return Arm("teacher", (spec,))
+
+
+def _comparable(baseline: Arm, arm: Arm) -> None:
+    """Raise UserError where an arm can't be contrasted with a baseline: other test images, or no seed in common."""
+
+    def tested(one: Arm) -> set[str]:
+        return {s.data.model_copy(update={"train": 1, "per_class": None}).model_dump_json() for s in one.specs}
+
+    if tested(arm) != tested(baseline):
+        on = [", ".join(sorted({spec.data.name for spec in one.specs})) for one in (arm, baseline)]
+        raise UserError(
+            f"the arms {arm.name!r} (on {on[0]}) and {baseline.name!r} (on {on[1]}) "
+            "are not measured on the same images",
+            "give each data set a study with a baseline of its own",
+        )
+    if not {spec.seed for spec in arm.specs} & {spec.seed for spec in baseline.specs}:
+        raise UserError(
+            f"the arms {arm.name!r} and {baseline.name!r} have no seed in common, so nothing can be paired",
+            "make both with the same lab",
+        )
 
 
 def listed(text: str, option: str, example: str) -> tuple[str, ...]:

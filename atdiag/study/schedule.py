@@ -70,13 +70,21 @@ def macs(network: Network) -> float:
 def seconds(spec: RunSpec, flops_per_second: float = _FLOPS_PER_SECOND, tested: bool = True) -> float:
     """Estimated thread-seconds of a run: a step costs three forward passes of the student and one of the teacher."""
     trained = spec.recipe.epochs * (spec.data.train // spec.recipe.batch_size) * spec.recipe.batch_size
-    student = 2 * macs(spec.network)
-    teacher = 0.0
-    if spec.teacher is not None and spec.transfer.layers:
-        teacher = 2 * macs(spec.teacher.network) * (spec.transfer.layers[-1] + 1) / spec.teacher.network.depth
-    at_test = student + (teacher if spec.transfer.method == "copy" else 0)
-    test_images = names.test_images(spec.data) if tested else 0
-    return (trained * (3 * student + teacher) + test_images * at_test) / flops_per_second
+    cost = trained * (3 * 2 * macs(spec.network) + _of_teacher(spec)) / flops_per_second
+    return cost + (testing_seconds(spec, flops_per_second) if tested else 0)
+
+
+def testing_seconds(spec: RunSpec, flops_per_second: float = _FLOPS_PER_SECOND) -> float:
+    """Estimated thread-seconds of a run's test: a forward pass of the student, and of the teacher that it copies."""
+    teacher = _of_teacher(spec) if spec.transfer.method == "copy" else 0
+    return names.test_images(spec.data) * (2 * macs(spec.network) + teacher) / flops_per_second
+
+
+def _of_teacher(spec: RunSpec) -> float:
+    """Floating-point operations of the teacher's part of a forward pass."""
+    if spec.teacher is None or not spec.transfer.layers:
+        return 0.0
+    return 2 * macs(spec.teacher.network) * (spec.transfer.layers[-1] + 1) / spec.teacher.network.depth
 
 
 def measured_speed(store: Store, device: str, newest: int = 30) -> float:

@@ -16,6 +16,7 @@ Every file (but events) appears whole or not at all: written beside, flushed, re
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -31,6 +32,9 @@ from pydantic import ValidationError
 
 from atdiag.spec import RunSpec
 
+FILES = ("spec.json", "metrics.jsonl", "weights.safetensors", "predictions.npz")
+"""What a finished run consists of beside its result: nothing of it changes any more."""
+
 State = Literal["finished", "training", "interrupted", "failed", "new"]
 
 
@@ -44,6 +48,12 @@ class DamagedRunError(ValueError):
     def __init__(self, path: Path, cause: object) -> None:
         what = str(cause).split("\n", 1)[0]
         super().__init__(f"{path} is damaged ({what}): 'atdiag runs remove {path.parent.name}' starts that run afresh")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -155,9 +165,16 @@ class Run:
         """Record the fault that stopped the run."""
         self.write("failure.json", json.dumps({"step": step, "cause": cause}))
 
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the files that a finished run consists of beside its result, as they lie there now, by name."""
+        return {name: file_sha256(self.path / name) for name in FILES if (self.path / name).is_file()}
+
     def finish(self, result: dict[str, Any]) -> None:
-        """Write the result, which makes the run finished, and drop what only an unfinished run needs."""
-        self.write("result.json", json.dumps({"id": self.id, **result}, indent=1))
+        """Write the result, which makes the run finished, and drop what only an unfinished run needs.
+
+        The result records the sha256 of the run's other files, so that they can be told from damaged ones later.
+        """
+        self.write("result.json", json.dumps({"id": self.id, **result, "files": self.hashes()}, indent=1))
         for name in ("checkpoint", "failure.json"):
             (self.path / name).unlink(missing_ok=True)
 

@@ -1,4 +1,5 @@
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -104,7 +105,10 @@ def test_a_run_is_finished_if_and_only_if_its_result_is_there(store):
     with pytest.raises(FileNotFoundError):
         run.result()
     run.finish({"top1": 50.0})
-    assert (run.state, run.finished, run.result()) == ("finished", True, {"id": run.id, "top1": 50.0})
+    assert (run.state, run.finished) == ("finished", True)
+    assert run.result() == {"id": run.id, "top1": 50.0, "files": run.hashes()}
+    for name in ("spec.json", "weights.safetensors", "predictions.npz", "metrics.jsonl"):
+        assert run.hashes()[name] == hashlib.sha256((run.path / name).read_bytes()).hexdigest()
     assert not run.checkpoint.exists()
     assert run.failure() is None
 

@@ -90,6 +90,8 @@ def read(
 
 def recorded(name: str) -> str | None:
     """sha256 of the manifest of a data set as it lies there now; None if it was not read since it last changed."""
+    if not any(_folder().glob("*.sha256")):  # none was ever written here: spare a look at each of a million files
+        return None
     path = _path(_state(datasets.check_files(known(name))))
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
@@ -100,7 +102,11 @@ def _state(splits: Mapping[SplitName, Files]) -> str:
 
 
 def _path(state: str) -> Path:
-    return folders.cache() / "manifests" / f"{state[:32]}.sha256"
+    return _folder() / f"{state[:32]}.sha256"
+
+
+def _folder() -> Path:
+    return folders.cache() / "manifests"
 
 
 def _one(root: Path, file: str) -> tuple[str, tuple[int, int], str | None]:

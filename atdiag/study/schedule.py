@@ -232,6 +232,7 @@ class _Crew:
                 "threads": threads,
                 "device": device,
                 "processes": len(jobs),
+                "command": sys.argv,
                 "cohorts": [[spec.model_dump(mode="json") for spec in cohort] for cohort in job.cohorts],
             }
             for job in jobs

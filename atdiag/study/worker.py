@@ -67,7 +67,16 @@ def main() -> int:
                 at = done + total - (now.total - now.done)  # runs that were finished before are not in now.total
                 tell({"done": at, "total": sum(steps), "images": images + now.images, "doing": now.doing})
 
-        status = cohort.train(group, store, weights.load, device, report, stop.is_set, processes=order["processes"])
+        status = cohort.train(
+            group,
+            store,
+            weights.load,
+            device,
+            report,
+            stop.is_set,
+            processes=order["processes"],
+            command=order["command"],
+        )
         done, images = done + total, images + last.images
         tell({"status": status})
         if stop.is_set():

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,9 +24,8 @@ from atdiag.networks.foreign import Foreign
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run, RunBusyError, Store
 from atdiag.spec import RunSpec, Teacher
-from atdiag.training import compiled, evaluate
+from atdiag.training import compiled, evaluate, provenance
 from atdiag.training.member import Training
-from atdiag.training.provenance import environment
 from atdiag.transfer.observation import Observation, of_teacher
 from atdiag.transfer.ops import Averaged
 
@@ -53,11 +52,13 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = 30.0,
     processes: int = 1,
+    command: Sequence[str] | None = None,
 ) -> dict[str, Status]:
     """Train, evaluate and store the runs of one cohort; finished ones are left alone, interrupted ones go on.
 
     All must have the same data stream and, where they have one, the same teacher. ``should_stop`` is asked after each
-    step: when it says so, every run writes its checkpoint and the call returns. Returns each run's status by id.
+    step: when it says so, every run writes its checkpoint and the call returns. ``command``: the command line that is
+    recorded; None: this process's. Returns each run's status by id.
 
     Raises UserError or ValueError, with nothing written, for runs that can't be trained together or at all. What goes
     wrong with one run alone (a loss that is not finite, a checkpoint that can't be read) is that run's failure.
@@ -86,7 +87,10 @@ def train(
             else:
                 todo.append((run, spec))
         if todo:
-            _Cohort(todo, load_teacher, device, report, should_stop, checkpoint_seconds, status, processes).work()
+            origin = provenance.origin(todo[0][1].data, device, command)
+            _Cohort(
+                todo, load_teacher, device, report, should_stop, checkpoint_seconds, status, processes, origin
+            ).work()
     return status
 
 
@@ -120,6 +124,7 @@ class _Cohort:
         checkpoint_seconds: float,
         status: dict[str, Status],
         processes: int,
+        origin: dict[str, Any],
     ) -> None:
         self.device, self.report, self.should_stop = device, report, should_stop
         self.checkpoint_seconds, self.status = checkpoint_seconds, status
@@ -144,7 +149,7 @@ class _Cohort:
                     compiled.compile_blocks(network)
         self.total = sum(m.total for m in self.members)
         self.images = 0
-        self.processes = processes
+        self.processes, self.origin = processes, origin
         self._ahead: Generator[Batch, None, None] | None = None
 
     def work(self) -> None:
@@ -270,7 +275,8 @@ class _Cohort:
                 "start": asdict(member.start) if member.start else None,
                 "teacher": spec.teacher.label if spec.teacher else None,
                 "weights": asdict(origin) if (origin := getattr(member.teacher, "origin", None)) else None,
-                "environment": {**environment(self.device), "compiled": self.compiled},
+                "environment": {**provenance.environment(self.device), "compiled": self.compiled},
+                "origin": {**self.origin, "from_step": member.began},
             }
         )
 

@@ -86,6 +86,8 @@ class Training:
             self.optimizer.load_state_dict(saved.optimizer)
             self.step, self.seconds = saved.step, saved.seconds
             self.metrics, self.sums = saved.metrics, saved.sums
+        self.began = self.step
+        """The step at which this process took the run on."""
 
     @property
     def done(self) -> bool:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import platform
+import subprocess
+import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from atdiag.data import cache, manifest
+from atdiag.data.names import is_real
+from atdiag.spec import Data
 
 _PACKAGES = ("atdiag", "torch", "timm", "numpy", "scikit-learn")
 
@@ -31,8 +41,82 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "system": platform.system(),
         "versions": versions(),
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished_at": now(),
     }
+
+
+def origin(data: Data, device: torch.device, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Where a run comes from, as it is when a process takes the run on: what may change while it trains.
+
+    ``command``: the command line that ordered the run; None: this process's own. ``git``: see :func:`git_state`.
+    ``data_manifest``: sha256 of what ``atdiag data check`` wrote of a data set of real images; None where it did not,
+    or where a file has changed since.
+    """
+    return {
+        "started_at": now(),
+        "command": list(sys.argv if command is None else command),
+        "git": git_state(),
+        "data_manifest": manifest.recorded(data.name) if is_real(data.name) else None,
+        "hardware": hardware(device),
+    }
+
+
+def now() -> str:
+    """The time, in UTC and to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@functools.cache  # of the code as this process imported it, whatever is checked out later
+def git_state(folder: Path = Path(__file__).parents[2]) -> dict[str, Any] | None:
+    """The commit of the checkout that ``folder`` is, and whether a file that git tracks was changed since (``dirty``).
+
+    None where atdiag is installed and not run from a checkout, or where git can't be asked: the version in
+    :func:`versions` then says what there is to know.
+    """
+    if not (folder / ".git").exists():
+        return None
+    # A hook's GIT_DIR would name another repository; a question takes no lock of the user's index.
+    others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(folder), *question],
+                env={**others, "GIT_OPTIONAL_LOCKS": "0"},
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=True,
+            ).stdout
+            for question in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "dirty": bool(changes.strip())}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The processor's name, how many cores this process may use, the machine's memory, and the GPU if one is used."""
+    out: dict[str, Any] = {"cpu": _cpu_name(), "cores": cache.cores(), "memory_gib": _memory_gib()}
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        out |= {"gpu": about.name, "gpu_memory_gib": round(about.total_memory / 2**30, 1)}
+    return out
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        return None
 
 
 def best_device() -> torch.device:

@@ -7,18 +7,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from atdiag import conduct, experiments, folders, inspection, probes, reproduction
+from atdiag import conduct, experiments, folders, inspection, probes, records, reproduction
 from atdiag.experiments import say
 from atdiag.options import DataDir, Json, Profile, Runs
-
-if TYPE_CHECKING:
-    from atdiag.runs import Run, Store
-    from atdiag.spec import Transfer
 
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
@@ -49,7 +45,6 @@ app = typer.Typer(
     "Everything runs at profile mini unless told otherwise: miniature teachers, embedded data, a CPU, minutes.",
 )
 teachers_app = typer.Typer()
-runs_app = typer.Typer(no_args_is_help=True, help="List, show and remove runs.")
 data_app = typer.Typer(help="List the data sets and where they are found; check one.")
 
 
@@ -142,7 +137,7 @@ def doctor(runs: Runs = None, json_: Json = False) -> None:
 
     from atdiag.training import checkup
 
-    findings = checkup.examine(_store(runs).root)
+    findings = checkup.examine(records.store_of(runs).root)
     for finding in findings:
         mark = "[green]ok[/green]  " if finding.ok else "[red]BAD[/red] "
         Console().print(f"{mark} {finding.what}: {finding.found}", highlight=False)
@@ -150,127 +145,6 @@ def doctor(runs: Runs = None, json_: Json = False) -> None:
         typer.echo(json.dumps([{"what": f.what, "found": f.found, "ok": f.ok} for f in findings]))
     if not all(finding.ok for finding in findings):
         raise typer.Exit(EXIT_FAULT)
-
-
-@runs_app.command("list")
-def runs_list(runs: Runs = None, json_: Json = False) -> None:
-    """List all runs, oldest first."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    store = _store(runs)
-    rows = [_listed(run) for run in store.list()]
-    if json_:
-        typer.echo(json.dumps(rows))
-        return
-    table = Table(title=f"{len(rows)} runs in {store.root}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.collapse_padding, table.pad_edge = True, False
-    for name in ("run", "state", "teacher", "student", "transfer", "data", "seed", "top-1"):
-        table.add_column(name, no_wrap=name in ("run", "state", "seed", "top-1"), overflow="fold")
-    for row in rows:
-        top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
-        student = row["student"].replace(" ", "\n") + ("" if row["start"] == "scratch" else f"\nfrom {row['start']}")
-        table.add_row(
-            row["run"][:12], row["state"], row["teacher"], student, row["transfer"], row["data"], row["seed"], top1
-        )
-    Console().print(table)
-
-
-def _listed(run: Run) -> dict[str, Any]:
-    try:
-        spec = run.spec
-        return {
-            "run": run.id,
-            "state": run.state,
-            "teacher": spec.teacher.label if spec.teacher else "",
-            "student": " ".join(spec.network.components) or "standard",
-            "start": spec.init.source + (f" less {'+'.join(spec.init.reinit)}" if spec.init.reinit else ""),
-            "transfer": _transfer_text(spec.transfer),
-            "data": f"{spec.data.name} {spec.data.train}x{spec.recipe.epochs}",
-            "seed": f"{spec.seed.data}/{spec.seed.model}",
-            "top1": run.result()["top1"] if run.finished else None,
-        }
-    except (ValueError, KeyError):  # a file is damaged, or of another version: the others are listed all the same
-        nothing = dict.fromkeys(("teacher", "student", "start", "transfer", "data", "seed"), "")
-        return {"run": run.id, "state": "damaged", **nothing, "top1": None}
-
-
-def _transfer_text(transfer: Transfer) -> str:
-    """``copy 0-11``, ``distill q 6-11 x3``, ``distill 0-5 heads 0,2 mean over queries, mse x3``."""
-    from atdiag.study.forms import ranges
-
-    words: list[str] = [transfer.method]
-    if transfer.tensor != "map":
-        words.append(transfer.tensor)
-    if transfer.layers:
-        words.append(ranges(transfer.layers))
-    if transfer.teacher_layers:
-        words.append(f"from {ranges(transfer.teacher_layers)}")
-    if transfer.heads is not None:
-        words.append(f"heads {ranges(transfer.heads)}")
-    if transfer.average is not None:
-        words.append(f"mean over {transfer.average}")
-    if transfer.method == "distill" and transfer.tensor == "map" and transfer.loss != "ce":
-        words.append(str(transfer.loss))
-    if transfer.weight is not None:
-        words.append(f"x{transfer.weight:g}")
-    return " ".join(words)
-
-
-def _store(runs: Path | None) -> Store:
-    from atdiag.runs import Store
-    from atdiag.study import profile as profiles
-
-    return Store(profiles.resolve(None, None, (), runs).runs)
-
-
-def _find(store: Store, name: str) -> Run:
-    from atdiag.words import UserError, suggest
-
-    try:
-        return store.find(name)
-    except KeyError as fault:
-        raise UserError(f"{fault.args[0]}{suggest(name, [run.id for run in store.list()])}") from None
-
-
-@runs_app.command("show")
-def runs_show(run: Annotated[str, typer.Argument(help="A run's id, or its first digits.")], runs: Runs = None) -> None:
-    """Show one run: what it is, where it stands, and what came out."""
-    from atdiag.words import UserError
-
-    found = _find(_store(runs), run)
-    document: dict[str, Any] = {"run": found.id, "state": found.state}
-    try:
-        document["spec"] = found.spec.model_dump(mode="json")
-    except ValueError:
-        raise UserError(
-            f"{found.path / 'spec.json'} can't be read, or is not this run's",
-            f"'atdiag runs remove {found.id}' deletes it",
-        ) from None
-    document["metrics"] = found.progress()
-    if found.finished:
-        document["result"] = found.result()
-    if failure := found.failure():
-        document["failure"] = failure
-    typer.echo(json.dumps(document, indent=1))
-
-
-@runs_app.command("remove")
-def runs_remove(
-    run: Annotated[list[str], typer.Argument(help="Ids of runs, or their first digits.")], runs: Runs = None
-) -> None:
-    """Delete runs. Their numbers can then only be had by training again."""
-    from atdiag.runs import RunBusyError
-    from atdiag.words import UserError
-
-    store = _store(runs)
-    for one in [_find(store, name) for name in run]:  # all are found before any is removed
-        try:
-            store.remove(one)
-        except RunBusyError as fault:
-            raise UserError(str(fault), "wait until it ends") from None
-        typer.echo(f"removed {one.id}")
 
 
 @data_app.callback(invoke_without_command=True)
@@ -356,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
         inspection.add_commands(app)
         probes.add_commands(app)
         app.add_typer(teachers_app, name="teachers")
-        app.add_typer(runs_app, name="runs")
+        app.add_typer(records.app, name="runs")
         app.add_typer(data_app, name="data")
         code = app(args=arguments, prog_name="atdiag", standalone_mode=False) or 0  # Ctrl-C comes back as 130
     except SystemExit as asked:  # SIGTERM

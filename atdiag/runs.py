@@ -46,8 +46,10 @@ class DamagedRunError(ValueError):
     """A file of a run is not what was written there; the message says how to start the run afresh."""
 
     def __init__(self, path: Path, cause: object) -> None:
-        what = str(cause).split("\n", 1)[0]
-        super().__init__(f"{path} is damaged ({what}): 'atdiag runs remove {path.parent.name}' starts that run afresh")
+        self.path, self.cause = path, str(cause).split("\n", 1)[0]
+        super().__init__(
+            f"{path} is damaged ({self.cause}): 'atdiag runs remove {path.parent.name}' starts that run afresh"
+        )
 
 
 def file_sha256(path: Path) -> str:

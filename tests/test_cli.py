@@ -226,6 +226,9 @@ def test_help_imports_nothing_heavy(arguments):
     assert not loaded & heavy
 
 
+RUNS = ("list", "show", "remove", "verify", "diff", "export")
+
+
 def test_every_command_has_help(folder):
     commands = ["reinit", "layers", "rescue", "benchmark", "sizes", "epochs", "datasets", "losses"]
     commands += ["teachers", "pretrain", "doctor", "runs", "data"]
@@ -233,7 +236,7 @@ def test_every_command_has_help(folder):
     code, out = ran("--help")
     assert code == 0
     assert re.findall(r"^  ([\w-]+)  ", out.partition("Commands:")[2], re.MULTILINE) == commands
-    for command in [*commands, "teachers pull", "runs list", "runs show", "runs remove", "data check"]:
+    for command in [*commands, "teachers pull", *(f"runs {one}" for one in RUNS), "data check"]:
         code, out = ran(*command.split(), "--help")
         assert code == 0
         assert "Usage: " in out

@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
         "atdiag.experiments",
         "atdiag.inspection",
         "atdiag.probes",
+        "atdiag.records",
     },
 ]
 GROUND = ["atdiag.words", "atdiag.folders", "atdiag.spec", "atdiag.randomness", "atdiag.runs"]
@@ -53,6 +54,7 @@ LIGHT = (
     "atdiag/inspection.py",
     "atdiag/options.py",
     "atdiag/probes.py",
+    "atdiag/records.py",
     "atdiag/spec.py",
     "atdiag/runs.py",
     "atdiag/words.py",
@@ -70,6 +72,8 @@ LIGHT = (
     "atdiag/networks/weights.py",
     "atdiag/study/__init__.py",
     "atdiag/study/ablation.py",
+    "atdiag/study/audit.py",
+    "atdiag/study/bookkeeping.py",
     "atdiag/study/claims.py",
     "atdiag/study/outputs.py",
     "atdiag/study/reading.py",

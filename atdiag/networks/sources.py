@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atdiag import folders
-from atdiag.runs import write_atomically
+from atdiag.runs import file_sha256, write_atomically
 from atdiag.spec import Network, Teacher
 from atdiag.words import UserError
 
@@ -133,9 +133,8 @@ def sha256(path: Path) -> str:
 
 
 def fresh_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes as they are now."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The sha256 of a file's bytes as they are now, whatever is remembered."""
+    return file_sha256(path)
 
 
 # --- the shipped miniatures ----------------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 from atdiag.data import testsets
-from atdiag.runs import DamagedRunError, Run, Store
+from atdiag.runs import Run, Store
 from atdiag.study import claims
 from atdiag.study.ablation import Arm, Measurement, Reading, Report, Row, Series, Study
 from atdiag.study.profile import Settings
@@ -120,26 +119,12 @@ def outcomes(arm: Arm, store: Store, test_set: str | None = None) -> Outcomes:
     for spec in arm.specs:
         run = store.run(spec)
         if test_set is None:
-            right, clusters = _own(run)
+            right, clusters = predictions.correct(run)
         else:
             said = predictions.read(run, testsets.find(test_set)).predictions
             right, clusters = said.prediction == said.label, said.cluster
         correct[spec.seed.data, spec.seed.model] = right
     return Outcomes(correct, clusters)
-
-
-def _own(run: Run) -> tuple[Any, Any]:
-    """Which of its own test images a run got right, and their clusters."""
-    import numpy as np
-
-    try:
-        with np.load(run.predictions, allow_pickle=False) as saved:
-            right, clusters = saved["prediction"] == saved["label"], saved["cluster"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as fault:
-        raise DamagedRunError(run.predictions, type(fault).__name__) from None
-    if abs(100 * right.mean() - run.result()["top1"]) > 1e-6:
-        raise DamagedRunError(run.predictions, "it does not agree with result.json")
-    return right, clusters
 
 
 def _row(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
-from zlib import error as ZlibError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,8 @@ class DamagedPredictionsError(DamagedRunError):
     """Stored predictions on another test set are not what was written there; the run itself is none the worse."""
 
     def __init__(self, path: Path, cause: object) -> None:
-        what = str(cause).split("\n", 1)[0]
-        ValueError.__init__(self, f"{path} is damaged ({what}): delete it, and it is made again")
+        super().__init__(path, cause)
+        self.args = (f"{path} is damaged ({self.cause}): delete it, and it is made again",)
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,60 @@ class Elsewhere:
     about: dict[str, Any]
 
 
+MOST = 2**30
+"""Bytes that one array of a file may take: predictions on 200 million images."""
+
+
+def arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a file of predictions. What it says of itself is checked before room is made for anything.
+
+    Raises FileNotFoundError, and ValueError, with the reason in one line, for whatever is wrong with the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                _check(archive, entry)
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in saved.files}
+    except FileNotFoundError:
+        raise
+    except Exception as fault:  # a damaged archive raises whatever it happens to hit
+        text = (str(fault) or type(fault).__name__).split("\n", 1)[0]
+        raise ValueError(text) from None
+
+
+def _check(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Raise ValueError unless an entry is an array that is as long as it says, and no longer than is sensible."""
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read_header:
+            raise ValueError(f"{entry.filename} is of an unknown version of NumPy's format")
+        shape, _, dtype = read_header[version](file)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or size > MOST or file.tell() + size != entry.file_size:
+            raise ValueError(f"{entry.filename} is no array of the size that it says")
+
+
+def correct(run: Run) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+    """Which of its own test images a finished run got right, and their clusters, [n] each.
+
+    Raises DamagedRunError for predictions that can't be read, or disagree with the run's result.
+    """
+    try:
+        saved = arrays(run.predictions)
+        said, label, clusters = (saved[name] for name in ("prediction", "label", "cluster"))
+    except (FileNotFoundError, ValueError, KeyError) as fault:
+        why = "it is missing" if isinstance(fault, FileNotFoundError) else fault
+        raise DamagedRunError(run.predictions, why) from None
+    if len({array.shape for array in saved.values()}) > 1 or label.ndim != 1 or not len(label):
+        raise DamagedRunError(run.predictions, "its parts do not fit each other")
+    right, top1 = said == label, run.result().get("top1")
+    if not isinstance(top1, int | float) or not abs(100 * right.mean() - top1) <= 1e-6:
+        raise DamagedRunError(run.predictions, "it does not agree with result.json")
+    return right, clusters
+
+
 def read(run: Run, test_set: TestSet) -> Elsewhere:
     """A run's stored predictions on a test set.
 
@@ -76,20 +130,18 @@ def read(run: Run, test_set: TestSet) -> Elsewhere:
     """
     path = run.ood(test_set.file)
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in Predictions.__dataclass_fields__}
-            about, among = json.loads(str(saved[_ABOUT])), saved[_AMONG]
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, ZlibError, NotImplementedError) as fault:
+        saved = arrays(path)
+        parts = {name: saved[name] for name in Predictions.__dataclass_fields__}
+        about, among = json.loads(str(saved[_ABOUT])), saved[_AMONG]
+    except (ValueError, KeyError) as fault:
         raise DamagedPredictionsError(path, fault) from None
-    if not isinstance(about, dict) or {array.shape for array in arrays.values()} != {(about.get("images"),)}:
+    if not isinstance(about, dict) or {array.shape for array in parts.values()} != {(about.get("images"),)}:
         raise DamagedPredictionsError(path, "its parts do not fit each other")
     if (about.get("run"), about.get("test_set")) != (run.id, test_set.name):
         raise DamagedPredictionsError(path, "it is of another run or test set")
     if about.get("semantics") != testsets.SEMANTICS:
         raise FileNotFoundError(f"{path} was made when {test_set.name} meant other images")
-    return Elsewhere(Predictions(**arrays), among, about)
+    return Elsewhere(Predictions(**parts), among, about)
 
 
 def is_stored(run: Run, test_set: TestSet) -> bool:

@@ -30,6 +30,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from atdiag.limits import GIB, small_file
 from atdiag.spec import RunSpec
 
 FILES = ("spec.json", "metrics.jsonl", "weights.safetensors", "predictions.npz")
@@ -75,6 +76,17 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
+def _json(path: Path) -> dict[str, Any]:
+    """The JSON object in one of a run's files. Raises DamagedRunError."""
+    try:
+        out = json.loads(small_file(path))
+    except (ValueError, RecursionError) as fault:  # RecursionError: brackets within brackets
+        raise DamagedRunError(path, fault) from None
+    if not isinstance(out, dict):
+        raise DamagedRunError(path, "it is no JSON object")
+    return out
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's directory. Making this object touches no file."""
@@ -91,7 +103,7 @@ class Run:
         """What the run is. Raises DamagedRunError where the file is not a spec, or not this run's."""
         path = self.path / "spec.json"
         try:
-            spec = RunSpec.model_validate_json(path.read_bytes())
+            spec = RunSpec.model_validate_json(small_file(path))
         except ValueError as fault:
             cause = fault.errors()[0]["msg"] if isinstance(fault, ValidationError) else fault
             raise DamagedRunError(path, cause) from None
@@ -137,23 +149,25 @@ class Run:
     def result(self) -> dict[str, Any]:
         """The finished run's result. Raises FileNotFoundError for an unfinished one, DamagedRunError for a damaged."""
         path = self.path / "result.json"
-        try:
-            out: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as fault:
-            raise DamagedRunError(path, fault) from None
-        if not isinstance(out, dict) or out.get("id") != self.id:
+        out: dict[str, Any] = _json(path)
+        if out.get("id") != self.id:
             raise DamagedRunError(path, "it is not this run's result")
         return out
 
     def failure(self) -> dict[str, Any] | None:
-        """Step and cause of the fault that stopped the run, if one did."""
+        """Step and cause of the fault that stopped the run, if one did. Raises DamagedRunError."""
         path = self.path / "failure.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return _json(path) if path.exists() else None
 
     def progress(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``: one for each epoch done so far."""
+        """The lines of ``metrics.jsonl``: one for each epoch done so far. Raises DamagedRunError."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if not path.exists():
+            return []
+        try:
+            return [json.loads(line) for line in small_file(path, GIB).splitlines()]
+        except (ValueError, RecursionError) as fault:
+            raise DamagedRunError(path, fault) from None
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write one of the run's files, atomically."""

@@ -74,15 +74,16 @@ class Network(Spec):
     Token grid = ``image_size / patch_size``; tokens are ordered class token, registers, patches.
     """
 
-    image_size: Positive
-    patch_size: Positive
-    channels: Positive = 3
-    width: Positive
-    depth: Positive
-    heads: Positive
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    image_size: Annotated[int, Field(gt=0, le=2**14)]
+    patch_size: Annotated[int, Field(gt=0, le=2**14)]
+    channels: Annotated[int, Field(gt=0, le=2**10)] = 3
+    width: Annotated[int, Field(gt=0, le=2**17)]
+    depth: Annotated[int, Field(gt=0, le=2**10)]
+    """Bounds like this one are far beyond any ViT: a damaged or malicious file is refused before it is built."""
+    heads: Annotated[int, Field(gt=0, le=2**17)]
+    mlp_ratio: Annotated[float, Field(gt=0, le=2**10)] = 4.0
     class_token: bool = True
-    classes: Positive
+    classes: Annotated[int, Field(gt=0, le=2**24)]
     norm_eps: Annotated[float, Field(gt=0)] = PLAIN_NORM_EPS
     """Epsilon of every LayerNorm; the plain ViT's without the component `ln_eps`."""
     mean: tuple[float, ...] = (0.5,)
@@ -91,7 +92,7 @@ class Network(Spec):
     components: Annotated[tuple[str, ...], AfterValidator(_sorted_set)] = ()
     layer_scale_init: float | None = None
     """Initial value of LayerScale's factors; None without the component `layer_scale`."""
-    registers: int = Field(default=0, ge=0)
+    registers: int = Field(default=0, ge=0, le=2**14)
     """Number of register tokens; 0 without the component `registers`."""
     differences: Annotated[tuple[str, ...], AfterValidator(_sorted_set)] = ()
     """What else tells a published network from the plain ViT and can't be added to a student yet (``rope``): such a
@@ -158,6 +159,14 @@ class Network(Spec):
     def tokens(self) -> int:
         """Length of the token sequence."""
         return self.grid**2 + self.prefix_tokens
+
+    @property
+    def parameters(self) -> int:
+        """About how many parameters it has, biases and norms left out: enough to tell what can't be built."""
+        c, n = self.width, self.tokens
+        maps = n * n if "rel_pos_bias" in self.components else 0  # its table of indices
+        block = int((4 + 3 * self.mlp_ratio) * c * c)  # a gated MLP has three matrices
+        return self.depth * (block + maps) + c * (n + self.classes + self.channels * self.patch_size**2)
 
     def tokens_shared_with(self, other: Network) -> tuple[int, ...] | None:
         """Indices of this network's tokens that a network with fewer registers also has; None if all.

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS: list[set[str]] = [
-    {"atdiag.spec", "atdiag.words", "atdiag.folders", "atdiag.randomness", "atdiag.runs"},
+    {"atdiag.spec", "atdiag.words", "atdiag.limits", "atdiag.folders", "atdiag.randomness", "atdiag.runs"},
     {"atdiag.transfer", "atdiag.data"},
     {"atdiag.networks"},
     {"atdiag.training", "atdiag.analysis"},
@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
         "atdiag.records",
     },
 ]
-GROUND = ["atdiag.words", "atdiag.folders", "atdiag.spec", "atdiag.randomness", "atdiag.runs"]
+GROUND = ["atdiag.words", "atdiag.limits", "atdiag.folders", "atdiag.spec", "atdiag.randomness", "atdiag.runs"]
 """The ground floor has an order of its own: runs knows spec and nothing above, spec knows nothing."""
 
 HEAVY = {

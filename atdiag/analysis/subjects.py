@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from atdiag.data import names
-from atdiag.networks import inspection, sources, students, teachers, weights
+from atdiag.limits import small_file
+from atdiag.networks import files, inspection, sources, students, teachers, weights
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run
 from atdiag.spec import Data, Network, RunSpec, Teacher, Transfer
-from atdiag.training import evaluate
+from atdiag.training import checkpoint, evaluate
 from atdiag.transfer import method
 from atdiag.transfer.attention import Given
 from atdiag.transfer.observation import Observation, of_teacher
@@ -257,19 +258,16 @@ def _kind(spec: RunSpec) -> str:
 
 def _state(file: Path) -> tuple[dict[str, Tensor], int | None]:
     """A state dict and, of a checkpoint, the step. Raises UserError for a file that is neither."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if file.suffix == ".safetensors":
-        try:
-            return {name: tensor.float() for name, tensor in load_file(file).items()}, None
-        except (SafetensorError, OSError) as fault:
-            raise UserError(f"{file} can't be read ({fault})") from None
-    try:  # weights_only: nothing in the file is executed
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        return content["student"], int(content["step"])
-    except Exception as fault:  # a damaged archive raises whatever it happens to hit
-        raise UserError(f"{file} is no checkpoint of a run ({type(fault).__name__})") from None
+    try:
+        if file.suffix == ".safetensors":
+            return {name: tensor.float() for name, tensor in files.tensors(file).items()}, None
+    except OSError as fault:
+        raise UserError(f"{file} can't be read ({fault})") from None
+    try:
+        found = checkpoint.read(file)
+    except ValueError as fault:
+        raise UserError(f"{file} is no checkpoint of a run ({fault})") from None
+    return found.student, found.step
 
 
 def _file(path: Path) -> Subject:
@@ -279,7 +277,7 @@ def _file(path: Path) -> Subject:
     folder, file = (path, None) if path.is_dir() else (path.parent, path)
     if (folder / "spec.json").exists():
         try:
-            spec = RunSpec.model_validate_json((folder / "spec.json").read_bytes())
+            spec = RunSpec.model_validate_json(small_file(folder / "spec.json"))
         except ValueError as fault:
             raise UserError(str(DamagedRunError(folder / "spec.json", fault))) from None
         run = Run(folder)
@@ -294,6 +292,9 @@ def _file(path: Path) -> Subject:
             f"for weights of a timm model type timm:MODEL@{path}",
         ) from None
     vit = ViT(network)
-    vit.load_state_dict(_state(file)[0])
+    try:
+        vit.load_state_dict(_state(file)[0])
+    except RuntimeError as fault:
+        raise UserError(f"{file} does not fit the network in its header ({str(fault).splitlines()[-1]})") from None
     vit.eval().requires_grad_(False)
     return Subject(file.stem, evaluate.Subject(vit), network, None, sources.sha256(file))

@@ -19,7 +19,7 @@ from filelock import FileLock
 from PIL import Image
 
 from atdiag import folders
-from atdiag.data.pictures import BrokenImageError, decode
+from atdiag.data.pictures import FORMATS, BrokenImageError, decode
 from atdiag.data.places import Files
 
 MOST = 4 * 2**30
@@ -75,7 +75,7 @@ def _one_size(files: Files) -> tuple[int, int] | None:
     for index in look:
         path = files.root / files.files[index]
         try:
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 sizes.add(picture.size)
         except Exception:
             decode(path)  # says what is wrong with it

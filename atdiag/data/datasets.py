@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from atdiag import limits
 from atdiag.data import cache, digits, places
 from atdiag.data.facts import FACTS, crop_share
-from atdiag.data.names import classes, is_real, known
+from atdiag.data.names import classes, is_real, known, test_images
 from atdiag.data.pictures import ImageFolder, View, to_picture
 from atdiag.data.places import SPLITS, Files, SplitName
 from atdiag.spec import Data, Network
@@ -106,6 +107,9 @@ def check(data: Data, network: Network) -> None:
             raise ValueError(f"the network has {what} {have}, the data set {data.name} {need}")
     if is_real(data.name):
         _check_folder(data)
+    else:
+        scenes = data.train + test_images(data)
+        limits.room(scenes * digits.CANVAS**2, f"{scenes:,} scenes", "make data.train or data.test_per_source smaller")
 
 
 def check_files(name: str) -> dict[SplitName, Files]:

@@ -25,13 +25,17 @@ class BrokenImageError(OSError):
         return f"the image {self.path} can't be read: {self.why}"
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Formats that are read, whatever a file is called. Not all that Pillow knows: for EPS it would start Ghostscript."""
+
+
 def decode(path: Path, content: bytes | None = None) -> Image.Image:
     """An image as RGB at its stored size; EXIF orientation is ignored, as timm does. Raises BrokenImageError.
 
     ``content`` are the file's bytes, where they have been read already.
     """
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as picture:
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as picture:
             return picture.convert("RGB")
     except UnidentifiedImageError:
         raise BrokenImageError(path, "it is no image of a known format") from None

@@ -22,6 +22,7 @@ from typing import Literal
 
 from atdiag import folders
 from atdiag.data.facts import ANY_FOLDER, FACTS, OWN_TESTS, Facts, TestFacts, is_class
+from atdiag.limits import GIB, small_file
 from atdiag.words import UserError
 
 SplitName = Literal["train", "test"]
@@ -210,11 +211,11 @@ def class_folders(name: str, folder: Path, facts: Facts | TestFacts | None) -> t
 def _annotated(root: Path, split: SplitName, path: Path) -> Files:
     """The layout in which iNaturalist is published: a JSON file in COCO's format beside the images."""
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(small_file(path, 4 * GIB))
         names = {int(image["id"]): str(image["file_name"]) for image in document["images"]}
         pairs = sorted((int(a["category_id"]), names[int(a["image_id"])]) for a in document["annotations"])
         ids = sorted(int(category["id"]) for category in document["categories"])
-    except (ValueError, KeyError, TypeError) as fault:
+    except (ValueError, KeyError, TypeError, RecursionError) as fault:
         raise UserError(f"{path} is no annotation file of this data set ({type(fault).__name__}: {fault})") from None
     index = {category: label for label, category in enumerate(ids)}
     if outside := [file for _, file in pairs if file.startswith("/") or ".." in Path(file).parts]:

@@ -13,9 +13,12 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from atdiag.networks.sources import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["safetensors", "zip", "pickle"]
 
@@ -106,6 +109,20 @@ def read(path: Path) -> Mapping[str, Any]:
     if not isinstance(contents, Mapping):
         raise WeightsError(f"{path} holds a {type(contents).__name__}, not a dictionary of tensors")
     return contents
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that atdiag wrote. Raises WeightsError for any other file, and OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if check(path) != "safetensors":
+        raise WeightsError(f"{path} is no safetensors file")
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, ValueError) as fault:
+        raise WeightsError(f"{path} is damaged ({_first_line(fault)})") from None
+    return found
 
 
 def _first_line(fault: BaseException) -> str:

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from atdiag import limits
 from atdiag.networks import components
 from atdiag.spec import Network
 from atdiag.transfer.attention import Attention, Given
@@ -51,6 +52,10 @@ class ViT(VisionTransformer):  # type: ignore[misc]
     """Where published weights came from, as a dataclass (see ``weights.Origin``)."""
 
     def __init__(self, network: Network) -> None:
+        if torch.get_default_device().type != "meta":
+            limits.room(
+                4 * network.parameters, f"the {network.parameters:,} weights of a network of width {network.width}"
+            )
         parts = components.resolve(network.components)
         arguments: dict[str, Any] = {
             "class_token": network.class_token,

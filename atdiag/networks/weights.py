@@ -99,8 +99,7 @@ def _verify(path: Path, meant: str | None) -> None:
 
 
 def _load_miniature(teacher: Teacher) -> ViT:
-    from safetensors.torch import load_file
-
+    from atdiag.networks import files
     from atdiag.networks.vit import ViT
 
     path = shipped_path(teacher.name)
@@ -108,7 +107,7 @@ def _load_miniature(teacher: Teacher) -> ViT:
         raise WeightsMissingError(f"no weights of {teacher.label} on this machine")
     _verify(path, teacher.sha256)
     vit = ViT(teacher.network)
-    vit.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    vit.load_state_dict({name: tensor.float() for name, tensor in files.tensors(path).items()})
     vit.eval().requires_grad_(False)
     return vit
 

@@ -25,14 +25,13 @@ def spec(name: str) -> RunSpec:
 
 def export(run: Run, path: Path) -> None:
     """Write a finished pre-training run as a teacher file, with its recipe, seed, versions and accuracy."""
-    from safetensors.torch import load_file
-
+    from atdiag.networks import files
     from atdiag.networks.vit import ViT
     from atdiag.networks.weights import save
     from atdiag.training.provenance import versions
 
     vit = ViT(run.spec.network)
-    vit.load_state_dict(load_file(run.weights))
+    vit.load_state_dict(files.tensors(run.weights))
     result = run.result()
     facts = {
         "data": run.spec.data.model_dump(mode="json"),

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from atdiag import folders
 from atdiag.data import names
+from atdiag.limits import small_file
 from atdiag.spec import Data, Recipe, Seed, Spec
 from atdiag.study.forms import Form
 from atdiag.words import UserError, suggest
@@ -202,7 +203,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(small_file(path).decode())
     except (ValueError, RecursionError, OSError) as fault:  # not TOML, not UTF-8, a number of 5,000 digits, a folder
         raise UserError(f"{path} can't be read ({fault})") from None
     out: dict[str, Any] = {"set": {}}

@@ -91,7 +91,8 @@ def measured_speed(store: Store, device: str, newest: int = 30) -> float:
     """FLOP/s of a training process on this device: the median of the newest finished runs, or a rule of thumb."""
     found = []
     for run in store.list()[-newest:]:
-        with contextlib.suppress(DamagedRunError, FileNotFoundError):  # whoever needs that run will hear of it
+        # Whoever needs a run that is damaged, or of a version that recorded less, will hear of it.
+        with contextlib.suppress(DamagedRunError, FileNotFoundError, KeyError, TypeError):
             spec, result = run.spec, run.result()
             if result["seconds"] > 1 and result["environment"]["device"].startswith(device):
                 found.append(seconds(spec, 1.0, tested=False) / result["seconds"])

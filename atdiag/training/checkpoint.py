@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import zipfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from atdiag.networks import files
 from atdiag.runs import Run
 
 VERSION = 1
@@ -37,27 +40,37 @@ def save(run: Run, checkpoint: Checkpoint) -> None:
     run.write("checkpoint", buffer.getvalue())
 
 
-def load(run: Run) -> Checkpoint | None:
-    """A run's checkpoint, or None if it has none. Raises ValueError for a damaged one, or one of another version.
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in a file. Raises ValueError, with the reason in one line, for a damaged one or another version's.
 
-    Read with ``weights_only``: nothing in the file is executed.
+    Read with ``weights_only``: nothing in the file is executed. What it says of its own size is checked before.
     """
+    try:
+        if files.check(path) != "zip":
+            raise ValueError("it is no checkpoint")
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums in its archive
+            if broken := archive.testzip():
+                raise zipfile.BadZipFile(broken)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        version = content["version"]
+        if version == VERSION:
+            found = Checkpoint(**content)
+            if not isinstance(found.step, int) or not all(isinstance(x, Tensor) for x in found.student.values()):
+                raise ValueError("its parts are not what they should be")
+            return found
+    except Exception as fault:  # a damaged archive raises whatever it happens to hit
+        raise ValueError(f"{path} can't be read ({type(fault).__name__})") from fault
+    raise ValueError(
+        f"{path} was written by another version of atdiag (checkpoint version {version}, this one reads {VERSION})"
+    )
+
+
+def load(run: Run) -> Checkpoint | None:
+    """A run's checkpoint, or None if it has none. Raises ValueError for one that won't do, and says what to do."""
     if not run.checkpoint.exists():
         return None
     try:
-        with zipfile.ZipFile(run.checkpoint) as archive:  # torch.load does not look at the checksums in its archive
-            if broken := archive.testzip():
-                raise zipfile.BadZipFile(broken)
-        content = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
-        version = content["version"]
-        if version == VERSION:
-            return Checkpoint(**content)
-    except Exception as fault:  # a damaged archive raises whatever it happens to hit
-        raise ValueError(
-            f"{run.checkpoint} can't be read ({type(fault).__name__}): "
-            f"start the run afresh with 'atdiag runs remove {run.id}'"
-        ) from fault
-    raise ValueError(
-        f"{run.checkpoint} was written by another version of atdiag (checkpoint version {version}, this one reads "
-        f"{VERSION}): finish the run with that version, or 'atdiag runs remove {run.id}'"
-    )
+        return read(run.checkpoint)
+    except ValueError as fault:
+        other = "finish the run with that version, or start" if "another version" in str(fault) else "start"
+        raise ValueError(f"{fault}: {other} it afresh with 'atdiag runs remove {run.id}'") from fault

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from atdiag.data import datasets, loader
 from atdiag.data.datasets import Split
+from atdiag.networks import files
 from atdiag.networks.foreign import Foreign
+from atdiag.networks.sources import WeightsError
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run
 from atdiag.spec import Network, RunSpec, Teacher, Transfer
@@ -47,14 +49,11 @@ def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT | Foreign]) -> 
 
     Raises DamagedRunError where the run's weights can't be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     spec = run.spec
     network = ViT(spec.network)
     try:
-        network.load_state_dict(load_file(run.weights))
-    except (SafetensorError, OSError, RuntimeError) as fault:  # RuntimeError: they are another network's
+        network.load_state_dict(files.tensors(run.weights))
+    except (WeightsError, OSError, RuntimeError) as fault:  # RuntimeError: they are another network's
         raise DamagedRunError(run.weights, fault) from None
     network.eval().requires_grad_(False)
     if not method.needs_teacher_at_test(spec.transfer):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from atdiag import limits
 from atdiag.data import cache, manifest
 from atdiag.data.names import is_real
 from atdiag.spec import Data
@@ -96,7 +97,9 @@ def git_state(folder: Path = Path(__file__).parents[2]) -> dict[str, Any] | None
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """The processor's name, how many cores this process may use, the machine's memory, and the GPU if one is used."""
-    out: dict[str, Any] = {"cpu": _cpu_name(), "cores": cache.cores(), "memory_gib": _memory_gib()}
+    memory = limits.memory()
+    gib = None if memory is None else round(memory / 2**30, 1)
+    out: dict[str, Any] = {"cpu": _cpu_name(), "cores": cache.cores(), "memory_gib": gib}
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         out |= {"gpu": about.name, "gpu_memory_gib": round(about.total_memory / 2**30, 1)}
@@ -110,13 +113,6 @@ def _cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        return None
 
 
 def best_device() -> torch.device:

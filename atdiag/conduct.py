@@ -64,7 +64,9 @@ def check(series: Sequence[Series], store: Store) -> None:
             measurement.check(study.specs)
 
 
-def execute(specs: Sequence[RunSpec], settings: Settings, store: Store, device: str) -> None:
+def execute(
+    specs: Sequence[RunSpec], settings: Settings, store: Store, device: str, micro_batch: int | None = None
+) -> None:
     """Train what is not finished, and say how much that is and about how long it takes."""
     from atdiag.study import schedule
 
@@ -81,10 +83,10 @@ def execute(specs: Sequence[RunSpec], settings: Settings, store: Store, device: 
         f"{count(len(specs), 'run')}, {len(specs) - len(todo)} finished before; "
         f"{len(todo)} to do{go_on} in {count(processes, 'process')} on {device}: about {cost}"
     )
-    train(list(specs), store, device, threads)
+    train(list(specs), store, device, threads, micro_batch)
 
 
-def train(specs: list[RunSpec], store: Store, device: str, threads: int | None) -> None:
+def train(specs: list[RunSpec], store: Store, device: str, threads: int | None, micro_batch: int | None = None) -> None:
     """Bring runs to their end, with a progress bar on a terminal and a line for each finished run elsewhere."""
     from rich.console import Console
     from rich.progress import (
@@ -122,7 +124,7 @@ def train(specs: list[RunSpec], store: Store, device: str, threads: int | None) 
                 said = text
                 console.print(f"{text} {rate}".rstrip(), highlight=False)
 
-        schedule.execute(specs, store, device, threads, tick)
+        schedule.execute(specs, store, device, threads, tick, micro_batch)
 
 
 def measure(series: Sequence[Series], store: Store, device: str) -> None:

@@ -38,6 +38,15 @@ _Equivalence = Annotated[
     typer.Option(help="Margin in points within which a contrast is said to make no difference (two one-sided tests)."),
 ]
 _Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the profile's; mini: cpu]")]
+_MicroBatch = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Images that go through a network at once, for want of memory: the result stays the same up to rounding. "
+        "[default: recipe.batch_size]",
+    ),
+]
 
 COMMON: dict[str, tuple[Any, Any]] = {
     "profile": (Profile, None),
@@ -49,6 +58,7 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "out": (_Out, None),
     "runs": (Runs, None),
     "device": (_Device, None),
+    "micro_batch": (_MicroBatch, None),
     "data_dir": (DataDir, None),
 }
 """The options that every experiment has: annotation and default."""
@@ -104,6 +114,7 @@ class Bench:
     store: Store
     device: str
     equivalence: float | None = None
+    micro_batch: int | None = None
 
     def reading(self, series: Series) -> Reading:
         """What came out of a series, all of whose runs are finished and measured."""
@@ -120,6 +131,7 @@ def bench(
     runs: Path | None,
     device: str | None,
     data_dir: Path | None,
+    micro_batch: int | None = None,
 ) -> Bench:
     """Resolve what every experiment is told. Raises UserError for whatever is wrong with any of it."""
     from atdiag.runs import Store
@@ -136,7 +148,7 @@ def bench(
     settings = profiles.resolve(profile, seeds, set_, runs)
     device = schedule.choose_device(device or settings.profile.device)
     folders.writable(settings.runs, "--runs")
-    return Bench(settings, Store(settings.runs), device, equivalence)
+    return Bench(settings, Store(settings.runs), device, equivalence, micro_batch)
 
 
 def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any) -> None:
@@ -153,7 +165,7 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
         return
     conduct.check([series], on.store)
     planning.header(series, on.settings)
-    conduct.execute(series.specs, on.settings, on.store, on.device)
+    conduct.execute(series.specs, on.settings, on.store, on.device, on.micro_batch)
     conduct.measure([series], on.store, on.device)
     reading = on.reading(series)
     files = conduct.write(reading, folder)

@@ -67,6 +67,23 @@ class Batch:
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
         return replace(self, images=images, labels=labels, partner_labels=partner)
 
+    def parts(self, size: int | None) -> Iterator[Batch]:
+        """The batch in parts of at most ``size`` images; None: whole. It is on its device, and so mixed, already."""
+        count = len(self.labels)
+        if size is None or size >= count:
+            yield self
+            return
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            partner = None if self.partner_labels is None else self.partner_labels[part]
+            yield replace(
+                self,
+                images=self.images[part],
+                labels=self.labels[part],
+                samples=self.samples[part],
+                partner_labels=partner,
+            )
+
     def _mixed(self, images: Tensor) -> Tensor:
         """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) with the reversed batch, by timm's formulas."""
         if self.partner_labels is None:

@@ -192,8 +192,11 @@ def execute(
     device: str,
     threads: int | None,
     tick: Callable[[Tick], None] = lambda t: None,
+    micro_batch: int | None = None,
 ) -> None:
     """Bring every run to its end. Finished ones cost nothing; one that another process is training is waited for.
+
+    ``micro_batch``: see :func:`atdiag.training.cohort.train`.
 
     Raises FaultError (what is done is kept) or StoppedError.
     """
@@ -206,7 +209,8 @@ def execute(
             time.sleep(1)
             continue
         ours = [spec for spec in todo if spec not in elsewhere]
-        statuses = _Crew(plan(ours, processes_for(device, threads)), store, device, threads, tick).work()
+        jobs = plan(ours, processes_for(device, threads))
+        statuses = _Crew(jobs, store, device, threads, tick, micro_batch).work()
         if failed := [spec for spec in ours if statuses.get(spec.id) == "failed"]:
             raise FaultError(_failures(failed, store))
         if "busy" not in statuses.values() and pending(ours, store):
@@ -224,7 +228,13 @@ class _Crew:
     """The worker processes of one round."""
 
     def __init__(
-        self, jobs: list[Job], store: Store, device: str, threads: int | None, tick: Callable[[Tick], None]
+        self,
+        jobs: list[Job],
+        store: Store,
+        device: str,
+        threads: int | None,
+        tick: Callable[[Tick], None],
+        micro_batch: int | None,
     ) -> None:
         self.jobs, self.store, self.tick = jobs, store, tick
         self.orders = [
@@ -234,6 +244,7 @@ class _Crew:
                 "device": device,
                 "processes": len(jobs),
                 "command": sys.argv,
+                "micro_batch": micro_batch,
                 "cohorts": [[spec.model_dump(mode="json") for spec in cohort] for cohort in job.cohorts],
             }
             for job in jobs

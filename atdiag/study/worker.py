@@ -76,6 +76,7 @@ def main() -> int:
             stop.is_set,
             processes=order["processes"],
             command=order["command"],
+            micro_batch=order["micro_batch"],
         )
         done, images = done + total, images + last.images
         tell({"status": status})

@@ -7,6 +7,7 @@ weights, bit for bit on a CPU with the same number of threads.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -32,6 +33,10 @@ from atdiag.transfer.ops import Averaged
 Status = Literal["finished", "failed", "interrupted", "busy"]
 
 
+class OutOfMemoryError(RuntimeError):
+    """A step does not fit on the device; the message says what would."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a cohort reports while it works: steps done and to do over all its runs, and what it is doing."""
@@ -53,15 +58,18 @@ def train(
     checkpoint_seconds: float = 30.0,
     processes: int = 1,
     command: Sequence[str] | None = None,
+    micro_batch: int | None = None,
 ) -> dict[str, Status]:
     """Train, evaluate and store the runs of one cohort; finished ones are left alone, interrupted ones go on.
 
     All must have the same data stream and, where they have one, the same teacher. ``should_stop`` is asked after each
     step: when it says so, every run writes its checkpoint and the call returns. ``command``: the command line that is
-    recorded; None: this process's. Returns each run's status by id.
+    recorded; None: this process's. ``micro_batch``: at most so many images go through a network at once, their
+    gradients are added up, and what a step is stays the same, up to rounding. Returns each run's status by id.
 
     Raises UserError or ValueError, with nothing written, for runs that can't be trained together or at all. What goes
-    wrong with one run alone (a loss that is not finite, a checkpoint that can't be read) is that run's failure.
+    wrong with one run alone (a loss that is not finite, a checkpoint that can't be read) is that run's failure. Raises
+    OutOfMemoryError where a step does not fit on the device; it names the ``micro_batch`` that would.
     """
     specs = list({spec.id: spec for spec in specs}.values())
     for spec in specs:
@@ -88,9 +96,8 @@ def train(
                 todo.append((run, spec))
         if todo:
             origin = provenance.origin(todo[0][1].data, device, command)
-            _Cohort(
-                todo, load_teacher, device, report, should_stop, checkpoint_seconds, status, processes, origin
-            ).work()
+            options = (processes, origin, micro_batch)
+            _Cohort(todo, load_teacher, device, report, should_stop, checkpoint_seconds, status, *options).work()
     return status
 
 
@@ -125,6 +132,7 @@ class _Cohort:
         status: dict[str, Status],
         processes: int,
         origin: dict[str, Any],
+        micro_batch: int | None,
     ) -> None:
         self.device, self.report, self.should_stop = device, report, should_stop
         self.checkpoint_seconds, self.status = checkpoint_seconds, status
@@ -149,7 +157,7 @@ class _Cohort:
                     compiled.compile_blocks(network)
         self.total = sum(m.total for m in self.members)
         self.images = 0
-        self.processes, self.origin = processes, origin
+        self.processes, self.origin, self.micro_batch = processes, origin, micro_batch
         self._ahead: Generator[Batch, None, None] | None = None
 
     def work(self) -> None:
@@ -192,7 +200,31 @@ class _Cohort:
             return
         begin = time.perf_counter()
         batch = self._batch(step).to(self.device)
-        shown = self._teacher_shows(batch, active)
+        taken = (time.perf_counter() - begin) / len(active)
+        for member in active:
+            member.seconds += taken
+        fits = True
+        try:
+            self._advance(batch, active)
+        except torch.OutOfMemoryError:
+            fits = False
+        if not fits:  # outside of the handler, whose traceback holds on to what was allocated
+            raise self._too_large(batch, active)
+        for member in active:
+            self.images += len(batch.labels)
+            if member.cause is None and member.step % member.steps_per_epoch == 0:
+                member.end_epoch()
+
+    def _advance(self, batch: Batch, active: list[Training]) -> None:
+        """One step of some members, in parts of the batch if it is to be."""
+        learnt = 0
+        for part in batch.parts(self.micro_batch):
+            learnt += len(part.labels)
+            self._learn(part, len(part.labels) / len(batch.labels), active, last=learnt == len(batch.labels))
+
+    def _learn(self, part: Batch, share: float, active: list[Training], last: bool) -> None:
+        begin = time.perf_counter()
+        shown = self._teacher_shows(part, active)
         shared = (time.perf_counter() - begin) / len(active)
         for member in active:
             begin = time.perf_counter()
@@ -201,12 +233,49 @@ class _Cohort:
                 assert member.teacher is not None
                 own = evaluate.fit(shown, member.teacher, member.spec.network)
                 own = replace(own, averages=member.averages)
-            member.seconds += shared
-            member.advance(batch, own)
-            member.seconds += time.perf_counter() - begin
-            self.images += len(batch.labels)
-            if member.cause is None and member.step % member.steps_per_epoch == 0:
-                member.end_epoch()
+            member.learn(part, own, share)
+            if last:  # each member at once, whose gradients then make room for the next one's
+                member.update()
+            member.seconds += shared + time.perf_counter() - begin
+
+    def _too_large(self, batch: Batch, active: list[Training]) -> OutOfMemoryError:
+        """The error of a step that does not fit, with the number of images that does: found out by trying."""
+        tried = min(self.micro_batch or len(batch.labels), len(batch.labels))
+        size = tried // 2
+        while size and not self._fits(batch, size, active):
+            size //= 2
+        where = f"{provenance.device_name(self.device)} is out of memory at {tried} images at once"
+        if len(self.members) > 1:
+            where += f" with {len(self.members)} runs side by side"
+        if not size:
+            return OutOfMemoryError(f"{where}, and even one does not fit: a device with more memory is needed")
+        return OutOfMemoryError(f"{where}: --micro-batch {size} fits, and gives the same result up to rounding")
+
+    def _fits(self, batch: Batch, size: int, active: list[Training]) -> bool:
+        """Whether a part of ``size`` images can be learnt from. What it gave is forgotten."""
+        fits = True
+        try:
+            self._forget(active)
+            # The optimiser's two moments are made in the first update, which this try does not reach.
+            reserved = [
+                torch.empty_like(parameter)
+                for member in active
+                if not member.optimizer.state
+                for parameter in (*member.student.parameters(),) * 2
+            ]
+            self._learn(next(batch.parts(size)), size / len(batch.labels), active, last=False)
+            del reserved
+        except torch.OutOfMemoryError:
+            fits = False
+        self._forget(active)
+        return fits
+
+    def _forget(self, active: list[Training]) -> None:
+        for member in active:
+            member.forget()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _batch(self, step: int) -> Batch:
         """The batch of a step. Asked for in order, batches are made ahead of time where there are workers to do so."""
@@ -275,7 +344,11 @@ class _Cohort:
                 "start": asdict(member.start) if member.start else None,
                 "teacher": spec.teacher.label if spec.teacher else None,
                 "weights": asdict(origin) if (origin := getattr(member.teacher, "origin", None)) else None,
-                "environment": {**provenance.environment(self.device), "compiled": self.compiled},
+                "environment": {
+                    **provenance.environment(self.device),
+                    "compiled": self.compiled,
+                    "micro_batch": self.micro_batch,
+                },
                 "origin": {**self.origin, "from_step": member.began},
             }
         )

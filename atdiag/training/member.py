@@ -77,6 +77,9 @@ class Training:
         self._fetches_at_once = device.type in ("cpu", "mps")  # there is nothing to wait for, or no fused optimiser
         self._unsettled = 0
         self._kl: list[Tensor] = []
+        self._losses = torch.zeros(3, dtype=exact, device=device)
+        """Of the parts of a batch that the step under way has learnt from: whole, task's and transfer's."""
+        self._excess = torch.zeros((), device=device)
         self._fault = torch.zeros(4, dtype=exact, device=device)
         """1 from the first loss or gradient that was not finite, what the two were, and the step."""
         self.cause: str | None = None
@@ -111,33 +114,56 @@ class Training:
 
         teacher: what the transfer needs of it, on the student's tokens.
         """
-        spec, device = self.spec, batch.images.device
-        keep = drop_path(spec.recipe.drop_path, spec.network.depth, spec.seed.model, self.step, batch.samples)
+        self.learn(batch, teacher)
+        self.update()
+
+    def learn(self, part: Batch, teacher: Observation, share: float = 1.0) -> None:
+        """Add the gradient of a part of a step's batch.
+
+        share: the part's share of the batch's images. Every loss is a mean over images, and images do not see each
+        other in a ViT, so the sum over all parts is the whole batch's gradient, up to rounding. teacher: of this part.
+        """
+        spec, device = self.spec, part.images.device
+        keep = drop_path(spec.recipe.drop_path, spec.network.depth, spec.seed.model, self.step, part.samples)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.recipe.precision == "bfloat16"):
             logits, transfer_loss = method.forward(
-                self.student, spec.transfer, batch.images, teacher, None if keep is None else keep.to(device)
+                self.student, spec.transfer, part.images, teacher, None if keep is None else keep.to(device)
             )
-        task_loss = classification_loss(logits.float(), batch, spec.recipe.label_smoothing)
+        task_loss = classification_loss(logits.float(), part, spec.recipe.label_smoothing)
         loss = task_loss if transfer_loss is None else task_loss + transfer_loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if share == 1 else share * loss).backward()  # type: ignore[no-untyped-call]
+        losses = [loss, task_loss, torch.zeros_like(loss) if transfer_loss is None else transfer_loss]
+        self._losses += share * torch.stack([one.detach().to(self._losses.dtype) for one in losses])
+        if spec.transfer.loss == "ce" and self.step % self.steps_per_epoch % LOG_EVERY == 0:
+            assert transfer_loss is not None
+            with torch.no_grad():
+                self._excess = self._excess + share * method.excess(spec.transfer, teacher, transfer_loss.detach())
+
+    def update(self) -> None:
+        """End the step whose batch was learnt from."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = clip_grad_norm_(parameters, spec.recipe.clip_grad or math.inf)
-        self._watch(loss.detach(), norm)
+        norm = clip_grad_norm_(parameters, self.spec.recipe.clip_grad or math.inf)
+        losses, excess = self._losses, self._excess
+        self._losses, self._excess = torch.zeros_like(losses), torch.zeros_like(excess)
+        loss, task_loss, transfer_loss = losses
+        self._watch(loss, norm)
         if self.cause is not None:
             return
         self.schedule.step_update(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if spec.transfer.loss == "ce" and self.step % self.steps_per_epoch % LOG_EVERY == 0:
-            assert transfer_loss is not None
-            with torch.no_grad():
-                self._kl.append(method.excess(spec.transfer, teacher, transfer_loss.detach()))
-        parts = [loss, task_loss, norm, torch.zeros_like(loss) if transfer_loss is None else transfer_loss]
-        self._latest += torch.stack([part.detach().to(self._latest.dtype) for part in parts])
+        if self.spec.transfer.loss == "ce" and self.step % self.steps_per_epoch % LOG_EVERY == 0:
+            self._kl.append(excess)
+        self._latest += torch.stack([loss, task_loss, norm.detach().to(loss.dtype), transfer_loss])
         self.step += 1
         self._unsettled += 1
         if self._fetches_at_once or self._unsettled == LOG_EVERY:
             self.settle()
+
+    def forget(self) -> None:
+        """Drop what was learnt from parts of a batch that is not gone through with."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._losses, self._excess = torch.zeros_like(self._losses), torch.zeros_like(self._excess)
 
     def _watch(self, loss: Tensor, norm: Tensor) -> None:
         """Note the first loss or gradient that is not finite, and keep the optimiser from all updates from here on."""

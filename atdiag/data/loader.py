@@ -247,12 +247,22 @@ def _next(ahead: Iterator[Any]) -> Any:
     try:
         return next(ahead, None)
     except RuntimeError as fault:
-        if "DataLoader worker" not in str(fault):
-            raise
-        raise WorkerDiedError(
-            f"a process that loads images is gone, killed or out of memory ({' '.join(str(fault).split())}): "
-            "the same command goes on from the last checkpoint"
-        ) from fault
+        if died := worker_died(fault):
+            raise died from fault
+        raise
+
+
+def worker_died(fault: RuntimeError) -> WorkerDiedError | None:
+    """The WorkerDiedError that torch means by a fault, if it means one.
+
+    torch raises it from a signal's handler, so it may come out of whatever the process that trains is just doing.
+    """
+    if "DataLoader worker" not in str(fault) or isinstance(fault, WorkerDiedError):
+        return None
+    return WorkerDiedError(
+        f"a process that loads images is gone, killed or out of memory ({' '.join(str(fault).split())}): "
+        "the same command goes on from the last checkpoint"
+    )
 
 
 def _same(item: Any) -> Any:

@@ -341,7 +341,9 @@ class _Crew:
                 last = next((line for line in reversed(words) if not line[0].isspace()), f"exit code {code}")
                 last = re.sub(r"^atdiag\.[\w.]+Error: ", "", last)  # our own errors say all in their message
             log = self.store.root / "last-fault.log"
-            log.write_text("\n".join([*words, last]) + "\n")
-            raise FaultError(
-                f"a training process failed: {last} (its last words are in {log}); the same command goes on from there"
-            )
+            try:
+                log.write_text("\n".join([*words, last]) + "\n")
+                where = f" (its last words are in {log})"
+            except OSError:  # the fault may be that nothing can be written there
+                where = ""
+            raise FaultError(f"a training process failed: {last}{where}; the same command goes on from there")

@@ -7,6 +7,7 @@ weights, bit for bit on a CPU with the same number of threads.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Generator, Hashable, Sequence
@@ -18,9 +19,9 @@ import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 
-from atdiag.data import datasets
+from atdiag.data import datasets, loader
 from atdiag.data.datasets import Split
-from atdiag.data.loader import Batch, Stream, default_workers
+from atdiag.data.loader import Batch, Stream, WorkerDiedError, default_workers
 from atdiag.networks.foreign import Foreign
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run, RunBusyError, Store
@@ -164,6 +165,10 @@ class _Cohort:
         """Train all members from the earliest step that any of them still has to do, and finish each as it ends."""
         try:
             self._work()
+        except RuntimeError as fault:
+            if died := loader.worker_died(fault):
+                raise died from fault
+            raise
         finally:
             self._leave_batches()
 
@@ -199,7 +204,13 @@ class _Cohort:
             self._leave_batches()
             return
         begin = time.perf_counter()
-        batch = self._batch(step).to(self.device)
+        try:
+            batch = self._batch(step).to(self.device)
+        except (OSError, WorkerDiedError):  # between two steps, so what was learnt up to here is sound
+            with contextlib.suppress(OSError):
+                for member in self.members:
+                    member.save()
+            raise
         taken = (time.perf_counter() - begin) / len(active)
         for member in active:
             member.seconds += taken

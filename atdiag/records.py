@@ -222,10 +222,10 @@ def runs_diff(
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", f"{one.id[:12]} ({one.state})", f"{other.id[:12]} ({other.state})"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=not name)
     for title, rows in found.items():
         table.add_section()
-        table.add_row(f"[bold]{title}[/bold]" + ("" if rows else ": no difference"))
+        table.add_row(f"[bold]{title}[/bold]", *([] if rows else ["no difference"]))
         for name, *values in rows:
             table.add_row(f"  {name}", *("" if v is None else _escaped(v) for v in values))
     Console().print(table, highlight=False)

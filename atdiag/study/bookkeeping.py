@@ -34,7 +34,10 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _spec(run: Run) -> dict[str, Any]:
-    return flat(run.spec.model_dump(mode="json"))
+    document = run.spec.model_dump(mode="json")
+    if document["teacher"] is None:  # else a column of its own beside teacher.name and its like
+        del document["teacher"]
+    return flat(document)
 
 
 def _result(run: Run) -> dict[str, Any]:

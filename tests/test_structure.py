@@ -71,6 +71,7 @@ LIGHT = (
     "atdiag/study/__init__.py",
     "atdiag/study/ablation.py",
     "atdiag/study/claims.py",
+    "atdiag/study/matching.py",
     "atdiag/study/outputs.py",
     "atdiag/study/reading.py",
     "atdiag/study/forms.py",

@@ -164,7 +164,8 @@ def _unmeasured(series: Sequence[Series], store: Store) -> list[RunSpec]:
     """The runs that have not been measured as their studies ask, once for each measurement."""
     studies = [study for one in series for study in one.studies]
     every = {(m.name, spec.id): (m, spec) for study in studies for m in study.measures for spec in study.specs}
-    return [spec for measurement, spec in every.values() if measurement.missing([store.run(spec)])]
+    runs = [(measurement, spec, store.run(spec)) for measurement, spec in every.values()]
+    return [spec for measurement, spec, run in runs if not run.finished or measurement.missing([run])]
 
 
 def _show(plan: Plan, on: Bench) -> None:

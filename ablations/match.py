@@ -73,19 +73,19 @@ def matched(reports: Sequence[Report]) -> Judged:
     teachers (Holm).
     """
     claim = claims.stated("match", "the students match")
-    asked = {r.study.label: (by_seed(r, PASSED, HEAD_BY_HEAD), by_seed(r, BASELINE, HEADS_MATCHED)) for r in reports}
-    asked = {label: both for label, both in asked.items() if all(both)}
+    asked = {i: (by_seed(r, PASSED, HEAD_BY_HEAD), by_seed(r, BASELINE, HEADS_MATCHED)) for i, r in enumerate(reports)}
+    asked = {i: both for i, both in asked.items() if all(both)}
     if not asked:
         return Judged(claim, "not testable here", "", note=f"no maps of distilled students: add --methods {PASSED}")
-    found = {label: gap(*both) for label, both in asked.items()}
-    gaps = {label: one for label, one in found.items() if one is not None}
+    found = {i: gap(*both) for i, both in asked.items()}
+    gaps = {i: one for i, one in found.items() if one is not None}
     if len(gaps) < len(found):
         return Judged(claim, "undecided", "", seeds=1, note="one seed says nothing of other seeds")
     clear = _clear(gaps)
-    closer = sum(gaps[label].value < 0 for label in clear)
+    closer = sum(gaps[i].value < 0 for i in clear)
     against = len(clear) - closer
     word: Verdict = "does not hold" if against else "holds" if closer == len(gaps) else "undecided"
-    open_ = [label for label in gaps if label not in clear]
+    open_ = [reports[i].study.label for i in gaps if i not in clear]
     return Judged(
         claim,
         word,
@@ -105,12 +105,12 @@ def usable(reports: Sequence[Report]) -> Judged:
     from atdiag.study.association import spearman
 
     claim = claims.stated("match", "matching is not the issue")
-    seeds = {r.study.label: by_seed(r, PASSED, HEAD_BY_HEAD) for r in reports}
-    effects = {r.study.label: r.row(PASSED).contrast_or_raise() for r in reports if seeds[r.study.label]}
+    seeds = {i: by_seed(r, PASSED, HEAD_BY_HEAD) for i, r in enumerate(reports)}
+    effects = {i: reports[i].row(PASSED).contrast_or_raise() for i, found in seeds.items() if found}
     count = len(effects)
     if count < 3:
         return Judged(claim, "not testable here", "", note=f"it takes several teachers, and here are {count}")
-    jsd = {label: sum(seeds[label].values()) / len(seeds[label]) for label in effects}
+    jsd = {i: sum(seeds[i].values()) / len(seeds[i]) for i in effects}
     ranks = spearman(list(jsd.values()), [one.value for one in effects.values()])
     least = min(one.seeds for one in effects.values())
     ours = f"rank correlation of divergence and gain {ranks.rho:+.2f}, p = {ranks.p:.2g}, {count} teachers"
@@ -119,7 +119,7 @@ def usable(reports: Sequence[Report]) -> Judged:
     if ranks.least >= _LEVEL:
         why = f"with {count} teachers no correlation could reach p < {ranks.least:.2g}"
         return Judged(claim, "not testable here", ours, seeds=least, note=why)
-    by = {kind: [label for label, one in effects.items() if outcome(one) == kind] for kind in ("fails", "gains")}
+    by = {kind: [i for i, one in effects.items() if outcome(one) == kind] for kind in ("fails", "gains")}
     for kind, which in by.items():
         if not which:
             return Judged(claim, "not testable here", ours, seeds=least, note=f"no teacher clearly {kind}")

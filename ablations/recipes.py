@@ -6,7 +6,7 @@ is a family, because its sizes share a recipe and an architecture and are no ind
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,14 +43,15 @@ class Unit:
     """A family, and what became of its sizes."""
 
     name: str
-    outcomes: Mapping[str, str]
-    """Teacher -> gains, fails or undecided."""
     teachers: tuple[Teacher, ...]
+    """Its sizes."""
+    outcomes: tuple[str, ...]
+    """What became of each: gains, fails or undecided."""
 
     @property
     def outcome(self) -> str:
         """That of all sizes; ``sizes disagree`` where there is no such."""
-        found = set(self.outcomes.values())
+        found = set(self.outcomes)
         return found.pop() if len(found) == 1 else "sizes disagree"
 
 
@@ -73,8 +74,8 @@ def units(reports: Sequence[Report]) -> tuple[Unit, ...]:
     return tuple(
         Unit(
             name,
-            {one.study.label: outcome(one.rows[1].contrast_or_raise()) for one in some},
             tuple(one.study.teacher for one in some),
+            tuple(outcome(one.rows[1].contrast_or_raise()) for one in some),
         )
         for name, some in by.items()
     )

@@ -139,7 +139,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Ranks:
     scale = float(np.sqrt((a @ a) * (b @ b)))
     if scale == 0:
         return Ranks(0.0, 1.0, 1.0, len(x))
-    smallest = min(_p(np.sort(a), np.sort(b)), _p(np.sort(a), -np.sort(b)))
+    smallest = min(_p(np.sort(a), np.sort(b)), _p(np.sort(a), np.sort(b)[::-1]))
     return Ranks(float(a @ b) / scale, _p(a, b), smallest, len(x))
 
 

@@ -49,8 +49,9 @@ class Match:
 
     @property
     def name(self) -> str:
-        """What is taken."""
-        return f"maps beside those of {self.teacher.label}"
+        """What is taken; by weights and image size, since teachers from files may share a label."""
+        found = str(self.teacher.sha256)[:12]
+        return f"maps beside those of {self.teacher.label} ({found}, {self.teacher.network.image_size} px)"
 
     def check(self, specs: Sequence[RunSpec]) -> None:
         """Raise UserError where the images are not here that maps are compared on."""
@@ -149,8 +150,9 @@ class Match:
 
     def _saved(self, run: Run) -> tuple[list[float], list[float]] | None:
         """Head by head and with heads matched, by block; None where there is no whole file of this measurement."""
+        path = run.path / self._file()
         try:
-            content = json.loads((run.path / self._file()).read_text())
+            content = json.loads(path.read_text())
             if {name: content[name] for name in self._about()} != self._about():
                 return None
             found = [[float(value) for value in content[name]] for name in ("head_by_head", "heads_matched")]

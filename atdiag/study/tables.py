@@ -193,7 +193,7 @@ def booktabs(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return styled.to_latex(hrules=True, column_format="l" + "r" * (len(head) - 1))
 
 
-CLAIMS = ("claim", "paper", "ours, points", "verdict")
+CLAIMS = ("claim", "paper", "ours [95 %]", "verdict")
 
 
 def claim_cells(judged: Judged) -> tuple[str, str, str, str]:

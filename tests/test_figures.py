@@ -1,11 +1,7 @@
 """Figures can be read: nothing overlaps, nothing is cut, at the width of a paper's column."""
 
-import itertools
-import warnings
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from atdiag.analysis.attention_stats import OF_HEADS, OF_LAYERS, Stats
 from atdiag.analysis.intervene import Outcome
@@ -15,21 +11,13 @@ from atdiag.analysis.similarity import Similarity
 from atdiag.spec import Network, Teacher
 from atdiag.study import depth as depths
 from atdiag.study.ablation import BASELINE, Contrast, Report, Row, Study
-from atdiag.study.contrast import Estimate
 from figures import attention_maps, attention_stats, depth, interventions, similarity, style
 from figures.contrasts import contrasts
 from figures.layer_curve import layer_curve
 from figures.scenes import scenes
+from tests.drawings import check, estimate
 
 RESCUE = "rescue: (native + transfer - native) - (standard + transfer - scratch)"
-
-
-def estimate(value, half, seeds) -> Estimate:
-    return Estimate(
-        value=value, low=value - half, high=value + half, level=0.95, p=0.05, seeds=seeds, images=2396, clusters=599,
-        df=2.0, se=half / 4.3, covers="images only" if seeds == 1 else "seeds and images",
-        var_seed=None, var_cluster=0.0, var_residual=None,
-    )  # fmt: skip
 
 
 def report(effects, asked=None, half=1.0, seeds=3, base=50.0, teacher=80.0, name="clip_b", curve=False) -> Report:
@@ -51,46 +39,6 @@ def report(effects, asked=None, half=1.0, seeds=3, base=50.0, teacher=80.0, name
     contrasts = {name: estimate(value, half, seeds) for name, value in asked.items()}
     reference = None if teacher is None else Row("teacher", teacher, 1, ())
     return Report(study, "mini", tuple(rows), contrasts, reference)
-
-
-def texts(figure):
-    """All texts that are drawn, with their extents in pixels."""
-    renderer = figure.canvas.get_renderer()
-    found = [*figure.texts, *(t for t in (figure._suptitle, figure._supxlabel) if t is not None)]
-    found += [text for legend in figure.legends for text in legend.get_texts()]
-    for axes in figure.axes:
-        found += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            found += [t.label1 for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
-    return {t: t.get_window_extent(renderer) for t in found if t.get_visible() and t.get_text().strip()}
-
-
-def check(figure, path, width=style.COLUMN):
-    """Draw and save a figure; its texts neither overlap nor leave it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        figure.canvas.draw()
-        figure.savefig(path / "figure.png")
-        figure.savefig(path / "figure.pdf")
-    with Image.open(path / "figure.png") as image:
-        assert image.size[0] == pytest.approx(300 * width, abs=1)
-    figure.set_dpi(300)
-    figure.canvas.draw()
-    boxes = texts(figure)
-    assert boxes
-    frame = figure.bbox
-    for text, box in boxes.items():
-        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-        assert inside, f"{text.get_text()!r} is cut"
-    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
-        if one not in (figure._suptitle, figure._supxlabel) or other not in (figure._suptitle, figure._supxlabel):
-            assert not a.padded(-0.5).overlaps(b.padded(-0.5)), f"{one.get_text()!r} lies on {other.get_text()!r}"
-    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>" and axes.get_visible()]
-    columns = len({round(axes.get_position().x0, 2) for axes in panels})
-    for axes in panels:
-        assert axes.get_window_extent().width > figure.bbox.width / 4 / columns, "there is no room to see anything"
-    return {text.get_text() for text in boxes}
 
 
 USUAL = {"standard + copy": 3.0, "pre_norm + copy": 9.0, "quick_gelu + copy": -2.5, "native, scratch": 0.2}

@@ -6,6 +6,7 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,12 +108,15 @@ def train(specs: list[RunSpec], store: Store, device: str, threads: int | None) 
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    said = ""
+    said, looked = "", 0.0
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None, rate="")
 
         def tick(now: schedule.Tick) -> None:
-            nonlocal said
+            nonlocal said, looked
+            if time.monotonic() < looked + 0.5:  # every look asks for the state of each run
+                return
+            looked = time.monotonic()
             elapsed = bar.tasks[0].elapsed or 0
             rate = f"{now.images / elapsed:.0f} images/s" if now.images and elapsed else ""
             done = len(specs) - len(schedule.pending(specs, store))

@@ -74,6 +74,7 @@ def test_epochs(made, tmp_path):
     lengths = {int(report.study.options["epochs"]) for report in made.reports}
     assert {str(min(lengths)), "epochs", BASELINE} <= drawn
     assert len(lengths) > 4 or {str(length) for length in lengths} <= drawn
+    assert str(max(lengths)) in drawn
 
 
 def test_epochs_lays_intervals_around_the_curve():
@@ -132,8 +133,12 @@ def test_match(made, tmp_path):
     assert len(figure.axes) == 1 + by_block
     assert {name.replace(" ", "") for name in captions.studies(made.reports)} <= drawn
     measured = [row for report in made.reports for row in report.rows[1:]]
-    shown = [line.get_xydata()[0].tolist() for line in figure.axes[-1].lines if len(line.get_xdata()) == 1]
+    single = [line for line in figure.axes[-1].lines if len(line.get_xdata()) == 1]
+    shown = [line.get_xydata()[0].tolist() for line in single if line.get_marker() != "|"]
     assert shown == [[row.numbers["JSD"], row.contrast.value] for row in measured]
+    strokes = [line.get_xydata()[0].tolist() for line in single if line.get_marker() == "|"]
+    assert strokes == [[r.rows[0].numbers["JSD heads matched"], 0] for r in made.reports if r.rows[0].numbers]
+    assert ("scratch,headsmatched" in drawn) == bool(strokes)
 
 
 def test_match_needs_a_divergence():
@@ -162,9 +167,13 @@ def test_recipes_marks_the_facts_of_the_registry():
         head, report = places[round(float(line.get_xdata()[0]), 6)], ys[line.get_ydata()[0]]
         fact = {"other target": "target"}.get(head, head.replace(" ", "_"))
         row = teachers.row(report.study.teacher.name)
-        parts = report.study.teacher.network.components
+        network = report.study.teacher.network
+        parts = (*network.components, *([] if network.class_token else ["no_class_token"]))
         has = bool(getattr(row, fact)) if fact in ("labels", "text", "momentum", "masking", "target") else fact in parts
-        assert (line.get_markerfacecolor() == style.INK) == has, (report.study.label, fact)
+        # The recipes are the published teachers', so they are grey; the components are the miniatures' own.
+        own = fact not in ("labels", "text", "momentum", "masking", "target")
+        face = (style.INK if own else style.GREY) if has else "white"
+        assert line.get_markerfacecolor() == face, (report.study.label, fact)
         seen += 1
     assert seen == 8 * (len(heads) - 2)
     colours = {line.get_markeredgecolor() for line in left.lines if line.get_marker() == "o"}

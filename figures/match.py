@@ -69,8 +69,8 @@ def _left(axes: Axes, reports: Sequence[Report], hues: list[str], arms: dict[str
 
 def _right(axes: Axes, reports: Sequence[Report], hues: list[str], arms: dict[str, marks.Look]) -> None:
     for report, hue in zip(reports, hues, strict=True):
-        if (unled := report.rows[0].numbers.get(_MATCHED)) is not None:
-            axes.plot(unled, 0, "|", color=hue, ms=6, mew=1.2, zorder=2)
+        if (alone := report.rows[0].numbers.get(_MATCHED)) is not None:
+            axes.plot(alone, 0, "|", color=hue, ms=6, mew=1.2, zorder=2)
         for row in marks.contrasted(report):
             if _MEAN in row.numbers:
                 marks.upright(axes, row.numbers[_MEAN], row.contrast_or_raise(), (hue, arms[row.arm][1]))

@@ -139,4 +139,4 @@ def _note(reports: Sequence[Report], estimates: Sequence[Estimate], parts: Seque
         said.append("grey: of the published teachers; all miniatures share one recipe")
     if unknown:
         said.append("?: not in the registry")
-    return "\n".join([*textwrap.wrap("; ".join(said), 120), captions.filling(estimates)])
+    return "\n".join([*textwrap.wrap("; ".join(said), 140), captions.filling(estimates)])

@@ -62,8 +62,12 @@ def ticks(axes: Axes, places: Sequence[float], log: bool) -> None:
         axes.minorticks_off()
     along = {place: log10(place) if log else place for place in sorted(set(places))}
     least = (max(along.values()) - min(along.values())) / 9
-    kept: list[float] = []
-    for place in along:
-        if not kept or along[place] - along[kept[-1]] >= least * max(1.0, len(f"{place:g}") / 2.5):
+    first, *others = along
+    kept = [first]
+    for place in others:
+        room = least * max(1.0, len(f"{place:g}") / 2.5)
+        while place == others[-1] and len(kept) > 1 and along[place] - along[kept[-1]] < room:
+            kept.pop()  # the last place is named rather than one just before it
+        if along[place] - along[kept[-1]] >= room:
             kept.append(place)
     axes.set_xticks(kept, [f"{place:g}" for place in kept])

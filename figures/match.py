@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
     from atdiag.study.ablation import Reading, Report, Row
 
-_MEAN, _BLOCK = "JSD", re.compile(r"JSD block (\d+)")
+_MEAN, _BLOCK, _MATCHED = "JSD", re.compile(r"JSD block (\d+)"), "JSD heads matched"
 """As ``ablations/match.py`` names what it measures, in bits."""
 
 
 def match(reading: Reading) -> Figure:
     """Left: divergence from the teacher's maps by block. Right: gain over the baseline against its mean over layers.
 
-    A colour for each study, a marker for each arm. The left panel is drawn where divergence was measured by block.
-    Raises ValueError where no arm's divergence was measured.
+    A colour for each study, a marker for each arm; a stroke at zero is the baseline's divergence with heads matched one
+    to one, since the heads of a student that never saw the teacher have no order. The left panel is drawn where
+    divergence was measured by block. Raises ValueError where no arm's divergence was measured.
     """
     reports = reading.reports
     if not any(_MEAN in row.numbers for report in reports for row in marks.contrasted(report)):
@@ -39,8 +40,13 @@ def match(reading: Reading) -> Figure:
     # A study is told by its colour alone, an arm by its marker alone: the legend names them apart.
     keys = [marks.key((hue, "s"), name, ls="", ms=5) for name, hue in hues.items()]
     keys += [marks.key((style.INK, marker), name, ls=_form(name, arms)) for name, (_, marker) in arms.items()]
+    if any(_MATCHED in report.rows[0].numbers for report in reports):
+        label = f"{reports[0].rows[0].arm}, heads matched"
+        keys.append(marks.key((style.INK, "|"), label, ls="", ms=6, mew=1.2))
     every = [row.contrast_or_raise() for report in reports for row in marks.contrasted(report)]
-    style.finish(figure, captions.caption(reading, width), keys, f"right: {captions.filling(every)}")
+    style.finish(
+        figure, captions.caption(reading, width), keys, f"{'right: ' if by_block else ''}{captions.filling(every)}"
+    )
     return figure
 
 
@@ -63,6 +69,8 @@ def _left(axes: Axes, reports: Sequence[Report], hues: list[str], arms: dict[str
 
 def _right(axes: Axes, reports: Sequence[Report], hues: list[str], arms: dict[str, marks.Look]) -> None:
     for report, hue in zip(reports, hues, strict=True):
+        if (alone := report.rows[0].numbers.get(_MATCHED)) is not None:
+            axes.plot(alone, 0, "|", color=hue, ms=6, mew=1.2, zorder=2)
         for row in marks.contrasted(report):
             if _MEAN in row.numbers:
                 marks.upright(axes, row.numbers[_MEAN], row.contrast_or_raise(), (hue, arms[row.arm][1]))

@@ -37,7 +37,7 @@ def recipes(reading: Reading) -> Figure:
         (textwrap.fill(row.objective, 27), textwrap.fill(row.data, 12)) if row and row.objective else ("?", "?")
         for row in facts
     ]
-    parts = list(dict.fromkeys(part for report in reports for part in report.study.teacher.network.components))
+    parts = list(dict.fromkeys(part for report in reports for part in _parts(report)))
     lines = [max(text.count("\n") for text in (name, *pair)) + 1 for name, pair in zip(names, words, strict=True)]
     heights = [_LINE * count + 0.08 for count in lines]
     middles = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
@@ -52,10 +52,11 @@ def recipes(reading: Reading) -> Figure:
     _gains(left, reports, middles, names)
     known = [
         [None if row is None or not row.objective else bool(getattr(row, fact)) for fact in _FACTS]
-        + [part in report.study.teacher.network.components for part in parts]
+        + [part in _parts(report) for part in parts]
         for row, report in zip(facts, reports, strict=True)
     ]
-    _table(right, middles, words, known, parts)
+    borrowed = [teachers.is_miniature(report.study.teacher) for report in reports]
+    _table(right, middles, words, known, parts, borrowed)
     unknown = any(objective == "?" for objective, _ in words)
     estimates = [_outcome(report).contrast_or_raise() for report in reports]
     keys = [
@@ -67,6 +68,12 @@ def recipes(reading: Reading) -> Figure:
     ]
     style.finish(figure, captions.caption(reading, style.PAGE), keys, _note(reports, estimates, parts, unknown))
     return figure
+
+
+def _parts(report: Report) -> tuple[str, ...]:
+    """What a teacher's network has beside the plain ViT."""
+    network = report.study.teacher.network
+    return (*network.components, *network.differences, *(() if network.class_token else ("no_class_token",)))
 
 
 def _outcome(report: Report) -> Row:
@@ -96,17 +103,22 @@ def _table(
     words: Sequence[tuple[str, str]],
     known: Sequence[Sequence[bool | None]],
     parts: Sequence[str],
+    borrowed: Sequence[bool],
 ) -> None:
-    """Words of objective and data, then a mark for each fact of pre-training and each native component."""
+    """Words of objective and data, then a mark for each fact of pre-training and each native component.
+
+    borrowed: whether the facts of pre-training are those of another network, the one that a miniature stands for.
+    """
     start = _OBJECTIVE + _DATA + _MARK
     places = [start + _MARK * (i + (i >= len(_FACTS))) for i in range(len(_FACTS) + len(parts))]
-    for y, (objective, data), row in zip(middles, words, known, strict=True):
-        axes.text(0, y, objective, va="center", fontsize=6)
-        axes.text(_OBJECTIVE, y, data, va="center", fontsize=6)
-        for x, has in zip(places, row, strict=True):
+    for y, (objective, data), row, other in zip(middles, words, known, borrowed, strict=True):
+        ink = style.GREY if other else style.INK
+        axes.text(0, y, objective, va="center", fontsize=6, color=ink)
+        axes.text(_OBJECTIVE, y, data, va="center", fontsize=6, color=ink)
+        for i, (x, has) in enumerate(zip(places, row, strict=True)):
             if has is not None:
-                face = style.INK if has else "white"
-                edge = style.INK if has else style.GREY
+                colour = ink if i < len(_FACTS) else style.INK
+                face, edge = (colour, colour) if has else ("white", style.GREY)
                 axes.plot(x, y, "s", ms=4.5, mfc=face, mec=edge, mew=0.5)
     heads = [_WORDS.get(fact, fact) for fact in _FACTS] + [part.replace("_", " ") for part in parts]
     axes.xaxis.tick_top()
@@ -122,9 +134,9 @@ def _table(
 
 
 def _note(reports: Sequence[Report], estimates: Sequence[Estimate], parts: Sequence[str], unknown: bool) -> str:
-    said = ["left of the dashed line: pre-training, right: native components" if parts else "no native components"]
+    said = ["dashed line: pre-training left, native components right" if parts else "no native components"]
     if any(teachers.is_miniature(report.study.teacher) for report in reports):
-        said.append("pre-training is the published teachers': the miniatures share one recipe")
+        said.append("grey: of the published teachers; all miniatures share one recipe")
     if unknown:
         said.append("?: not in the registry")
-    return "\n".join([*textwrap.wrap("; ".join(said), 120), captions.filling(estimates)])
+    return "\n".join([*textwrap.wrap("; ".join(said), 140), captions.filling(estimates)])

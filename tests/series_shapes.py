@@ -33,7 +33,10 @@ def study(name: str, effects: Mapping[str, float], *, half=2.0, seeds=3, base=50
         versus = estimate(effect, half, seeds, adjusted=adjusted)
         return Row(arm, base + effect, seeds, (), versus, numbers.get(arm, {}))
 
-    rows = (Row(BASELINE, base, seeds, ()), *(row(arm, effect) for arm, effect in effects.items()))
+    rows = (
+        Row(BASELINE, base, seeds, (), None, numbers.get(BASELINE, {})),
+        *(row(arm, effect) for arm, effect in effects.items()),
+    )
     contrasts = {one: estimate(value, half, seeds, adjusted=adjusted) for one, value in asked.items()}
     reference = None if own is None else Row("teacher", own, 1, ())
     return Report(planned, profile, rows, contrasts, reference)
@@ -185,6 +188,8 @@ def _matched(name: str, gain: float, divergence: float, blocks: int = 12, names=
         | {f"JSD block {b}": (divergence + 0.003 * b) / (i + 1) for b in range(blocks)}
         for i, arm in enumerate(names)
     }
+    if blocks:
+        numbers[BASELINE] = {"JSD": 0.5, "JSD heads matched": divergence + 0.1}
     effects = {arm: gain / (i + 1) for i, arm in enumerate(names)}
     return study(name, effects, numbers=numbers, ablation="match", **more)
 

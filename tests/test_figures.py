@@ -76,8 +76,8 @@ ASKED = {RESCUE: 4.0, "transfer in the native student": 0.3, "native minus stand
         "no teacher",
     ],
 )
-def test_contrasts(made, tmp_path):
-    drawn = check(contrasts(made), tmp_path)
+def test_contrasts(made):
+    drawn = check(contrasts(made))
     joined = {text.replace("\n", " ").replace("\u00a0", " ") for text in drawn}
     names = {name.replace(" ", "") for name in [*(row.arm for row in made.rows[1:]), *made.contrasts]}
     assert names <= {text.replace(" ", "") for text in joined}
@@ -112,8 +112,8 @@ KS = [*(f"bottom {k}" for k in range(1, 12)), "all blocks"]
     ],
     ids=["rising", "near teacher", "falling", "weak teacher", "flat", "flat at teacher", "tiny", "deep"],
 )
-def test_layer_curve(made, tmp_path):
-    drawn = check(layer_curve(made), tmp_path)
+def test_layer_curve(made):
+    drawn = check(layer_curve(made))
     assert {"0", "12", "scratch", "top-1 accuracy, %"} <= drawn
     assert ("teacher" in drawn) == (made.reference is not None)
     assert any("bottom" in text and "distill" in text for text in drawn)
@@ -131,10 +131,10 @@ def test_the_curve_is_what_was_measured():
 
 
 @pytest.mark.parametrize("task", ["digits", "larger"])
-def test_scenes(task, tmp_path):
+def test_scenes(task):
     from atdiag.data import digits
 
-    drawn = check(scenes(task), tmp_path)
+    drawn = check(scenes(task))
     labels = digits.train_scenes(task, 25, 0, 6).labels
     assert {int(text) for text in drawn} == {int(label) + (task == "larger") for label in labels}
 
@@ -185,12 +185,12 @@ LONG = "vit_so400m_patch14_reg4_siglip_gap_896"
     ],
     ids=["usual", "large", "one", "long", "many"],
 )
-def test_similarity(found, tmp_path):
-    drawn = check(similarity.by_layer(found), tmp_path)
+def test_similarity(found):
+    drawn = check(similarity.by_layer(found))
     assert f"layer of {style.short(found[0].a)}" in drawn
     assert len(found) == 1 or {one.b for one in found} <= drawn
     figure = similarity.heads(found[0])
-    drawn = check(figure, tmp_path)
+    drawn = check(figure)
     assert any(style.short(found[0].b) in text for text in drawn)
     # The dots are the optimal matching: as many as heads can be paired.
     for axes, (mine, theirs) in zip(figure.axes, found[0].assignments(), strict=False):
@@ -222,8 +222,9 @@ KINDS = ("uniform map", "identity map", "shuffled map", "map of dinov2_reg_s (mi
     ],
     ids=["usual", "one", "each", "deep"],
 )
-def test_interventions(found, tmp_path):
+def test_interventions(found):
     names = {style.short(one.replaced, 40) for one in found}
+<<<<<<< HEAD
     assert names <= check(interventions.residual(found), tmp_path)
     assert names <= check(interventions.accuracy(found), tmp_path)
 
@@ -308,3 +309,7 @@ def test_accuracy_over_depth(labels, layers, token, tmp_path):
     drawn = check(depth.depth(frame), tmp_path)
     assert {style.short(label, 40) for label in labels} | {"layer", "top-1, %"} <= drawn
     check(depth.grid(frame), tmp_path, 2 * style.COLUMN + 0.25 if token else style.COLUMN)
+=======
+    assert names <= check(interventions.residual(found))
+    assert names <= check(interventions.accuracy(found))
+>>>>>>> 8be1a8258ee40d8fd92304b6d846e5a4f2c9bc81

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from atdiag.networks import teachers
 from atdiag.study.ablation import BASELINE, Contrast
@@ -31,8 +32,8 @@ def filled(figure, marker="o"):
 
 
 @pytest.mark.parametrize("made", shapes.GAINS.values(), ids=shapes.GAINS)
-def test_gains(made, tmp_path):
-    drawn = joined(check(gains.gains(made), tmp_path))
+def test_gains(made):
+    drawn = joined(check(gains.gains(made)))
     assert {name.replace(" ", "") for name in captions.studies(made.reports)} <= drawn
     assert {f"{report.rows[0].top1:.1f}" for report in made.reports} <= drawn
     assert {f"{r.reference.top1:.1f}" for r in made.reports if r.reference} <= drawn
@@ -69,11 +70,12 @@ def test_an_arm_looks_the_same_whichever_others_there_are():
 
 
 @pytest.mark.parametrize("made", shapes.EPOCHS.values(), ids=shapes.EPOCHS)
-def test_epochs(made, tmp_path):
-    drawn = joined(check(epochs.epochs(made), tmp_path, width(made)))
+def test_epochs(made):
+    drawn = joined(check(epochs.epochs(made), width(made)))
     lengths = {int(report.study.options["epochs"]) for report in made.reports}
     assert {str(min(lengths)), "epochs", BASELINE} <= drawn
     assert len(lengths) > 4 or {str(length) for length in lengths} <= drawn
+    assert str(max(lengths)) in drawn
 
 
 def test_epochs_lays_intervals_around_the_curve():
@@ -89,8 +91,8 @@ def test_epochs_lays_intervals_around_the_curve():
 
 
 @pytest.mark.parametrize("made", shapes.LOSSES.values(), ids=shapes.LOSSES)
-def test_losses(made, tmp_path):
-    assert {"ce", "mse", "jsd", "l1", "weightoftheloss"} <= joined(check(losses.losses(made), tmp_path, width(made)))
+def test_losses(made):
+    assert {"ce", "mse", "jsd", "l1", "weightoftheloss"} <= joined(check(losses.losses(made), width(made)))
 
 
 def test_losses_shows_what_was_measured():
@@ -104,8 +106,8 @@ def test_losses_shows_what_was_measured():
 
 
 @pytest.mark.parametrize("made", shapes.RESCUES.values(), ids=shapes.RESCUES)
-def test_rescue(made, tmp_path):
-    drawn = joined(check(rescue.rescue(made), tmp_path))
+def test_rescue(made):
+    drawn = joined(check(rescue.rescue(made)))
     assert {f"{next(iter(report.contrasts.values())).value:+.1f}" for report in made.reports} <= drawn
     assert {name.replace(" ", "") for name in captions.studies(made.reports)} <= drawn
 
@@ -125,15 +127,19 @@ def test_rescue_reads_what_the_ablation_names():
 
 
 @pytest.mark.parametrize("made", shapes.MATCHES.values(), ids=shapes.MATCHES)
-def test_match(made, tmp_path):
+def test_match(made):
     by_block = any(name.startswith("JSD block") for name in made.reports[0].rows[1].numbers)
     figure = match.match(made)
-    drawn = joined(check(figure, tmp_path, style.PAGE if by_block else style.COLUMN))
+    drawn = joined(check(figure, style.PAGE if by_block else style.COLUMN))
     assert len(figure.axes) == 1 + by_block
     assert {name.replace(" ", "") for name in captions.studies(made.reports)} <= drawn
     measured = [row for report in made.reports for row in report.rows[1:]]
-    shown = [line.get_xydata()[0].tolist() for line in figure.axes[-1].lines if len(line.get_xdata()) == 1]
+    single = [line for line in figure.axes[-1].lines if len(line.get_xdata()) == 1]
+    shown = [line.get_xydata()[0].tolist() for line in single if line.get_marker() != "|"]
     assert shown == [[row.numbers["JSD"], row.contrast.value] for row in measured]
+    strokes = [line.get_xydata()[0].tolist() for line in single if line.get_marker() == "|"]
+    assert strokes == [[r.rows[0].numbers["JSD heads matched"], 0] for r in made.reports if r.rows[0].numbers]
+    assert ("scratch,headsmatched" in drawn) == bool(strokes)
 
 
 def test_match_needs_a_divergence():
@@ -142,8 +148,8 @@ def test_match_needs_a_divergence():
 
 
 @pytest.mark.parametrize("made", shapes.RECIPES.values(), ids=shapes.RECIPES)
-def test_recipes(made, tmp_path):
-    drawn = joined(check(recipes.recipes(made), tmp_path, style.PAGE))
+def test_recipes(made):
+    drawn = joined(check(recipes.recipes(made), style.PAGE))
     assert {name.replace(" ", "") for name in captions.teachers(made.reports)} <= drawn
     assert any("miniatures" in text for text in drawn) == (made.reports[0].profile == "mini")
 
@@ -162,9 +168,13 @@ def test_recipes_marks_the_facts_of_the_registry():
         head, report = places[round(float(line.get_xdata()[0]), 6)], ys[line.get_ydata()[0]]
         fact = {"other target": "target"}.get(head, head.replace(" ", "_"))
         row = teachers.row(report.study.teacher.name)
-        parts = report.study.teacher.network.components
+        network = report.study.teacher.network
+        parts = (*network.components, *([] if network.class_token else ["no_class_token"]))
         has = bool(getattr(row, fact)) if fact in ("labels", "text", "momentum", "masking", "target") else fact in parts
-        assert (line.get_markerfacecolor() == style.INK) == has, (report.study.label, fact)
+        # The recipes are the published teachers', so they are grey; the components are the miniatures' own.
+        own = fact not in ("labels", "text", "momentum", "masking", "target")
+        face = (style.INK if own else style.GREY) if has else "white"
+        assert line.get_markerfacecolor() == face, (report.study.label, fact)
         seen += 1
     assert seen == 8 * (len(heads) - 2)
     colours = {line.get_markeredgecolor() for line in left.lines if line.get_marker() == "o"}
@@ -172,13 +182,13 @@ def test_recipes_marks_the_facts_of_the_registry():
 
 
 @pytest.mark.parametrize("made", shapes.CURVES.values(), ids=shapes.CURVES)
-def test_layer_curves(made, tmp_path):
-    drawn = joined(check(layer_curve.layer_curves(made), tmp_path, width(made)))
+def test_layer_curves(made):
+    drawn = joined(check(layer_curve.layer_curves(made), width(made)))
     assert "fromthetop" in drawn
     both = made.reports[0].study.options["from"] == "both"
     assert ("fromthebottom" in drawn) == both
     if len(made.reports) == 1:
-        assert joined(check(layer_curve.layer_curve(made.reports[0]), tmp_path)) == drawn
+        assert joined(check(layer_curve.layer_curve(made.reports[0]))) == drawn
 
 
 def test_both_ends_share_none_and_all_blocks():
@@ -232,20 +242,39 @@ OF = {
 }
 
 
-def test_every_entry_point_draws_a_vector_figure_whose_text_stays_text(tmp_path):
+def test_every_entry_point_draws_pixels_of_print_and_a_vector_figure_whose_text_stays_text(tmp_path):
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     entries = project["entry-points"]["atdiag.figures"]
     assert entries.keys() == OF.keys()
     for name, entry in entries.items():
         module, _, function = entry.partition(":")
         figure = getattr(importlib.import_module(module), function)(OF[name])
-        figure.savefig(tmp_path / f"{name}.pdf")
-        content = (tmp_path / f"{name}.pdf").read_bytes()
+        figure.savefig(tmp_path / "figure.png")
+        with Image.open(tmp_path / "figure.png") as image:
+            assert image.size[0] in (round(300 * style.COLUMN), round(300 * style.PAGE))
+        figure.savefig(tmp_path / "figure.pdf")
+        content = (tmp_path / "figure.pdf").read_bytes()
         assert content.startswith(b"%PDF")
-        assert b"/CIDFontType2" in content or b"/TrueType" in content
-        assert b"/Image" not in content.replace(b"/ImageB", b"").replace(b"/ImageC", b"").replace(b"/ImageI", b"")
+        assert b"/CIDFontType2" in content
+        assert b"/Subtype /Image" not in content
 
 
 def test_what_open_means_is_said_with_its_correction():
     assert captions.filling(row.contrast for row in shapes.GAINS["corrected"].reports[0].rows[1:]).count("Holm") == 1
     assert "Holm" not in captions.filling([])
+
+
+def test_the_check_sees_what_it_should():
+    figure, axes = style.canvas(2.0)
+    axes.set_title("of a figure that is fine", loc="left")
+    check(figure)
+    axes.text(0.5, 0.5, "one text")
+    lying = axes.text(0.52, 0.5, "on another")
+    with pytest.raises(AssertionError, match="lies on"):
+        check(figure)
+    lying.set_position((0.97, 0.2))
+    lying.set_in_layout(False)
+    with pytest.raises(AssertionError, match="is cut"):
+        check(figure)
+    with pytest.raises(AssertionError):
+        check(style.canvas(2.0)[0], style.PAGE)

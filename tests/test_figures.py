@@ -224,9 +224,8 @@ KINDS = ("uniform map", "identity map", "shuffled map", "map of dinov2_reg_s (mi
 )
 def test_interventions(found):
     names = {style.short(one.replaced, 40) for one in found}
-<<<<<<< HEAD
-    assert names <= check(interventions.residual(found), tmp_path)
-    assert names <= check(interventions.accuracy(found), tmp_path)
+    assert names <= check(interventions.residual(found))
+    assert names <= check(interventions.accuracy(found))
 
 
 def test_lines_are_told_apart_without_colours():
@@ -266,9 +265,9 @@ ARMS = ("1a2b3c at its start", "2b3c4d scratch", "deit_b (mini)", "3c4d5e fine-t
     ],
     ids=["five arms", "heads", "long", "capitals", "two grids", "one"],
 )
-def test_attention_maps(found, tmp_path):
+def test_attention_maps(found):
     wide = len(found[0].layers) > 3
-    drawn = check(attention_maps.attention_maps(found), tmp_path, 2 * style.COLUMN + 0.25 if wide else style.COLUMN)
+    drawn = check(attention_maps.attention_maps(found), 2 * style.COLUMN + 0.25 if wide else style.COLUMN)
     assert {f"layer {layer}" for layer in found[0].layers} <= drawn
     whole = " ".join(drawn).replace("\n", " ")
     assert found[0].names[0][-20:] in whole and "the patch in the centre" in whole
@@ -278,7 +277,7 @@ def test_attention_maps(found, tmp_path):
 
 
 @pytest.mark.parametrize(("labels", "layers", "registers"), [(ARMS, 12, 0), ((LONG,), 40, 4), (("a", "b"), 1, 4)])
-def test_attention_stats(labels, layers, registers, tmp_path):
+def test_attention_stats(labels, layers, registers):
     network = Network(image_size=20, patch_size=4, channels=1, width=48, depth=40, heads=3, classes=10)
     draw = np.random.default_rng(0)
     found = []
@@ -288,13 +287,13 @@ def test_attention_stats(labels, layers, registers, tmp_path):
             heads["register_share"][:] = np.nan
         of_layers = {name: draw.random(layers) for name in OF_LAYERS}
         found.append(Stats(label, "", network, tuple(range(layers)), 256, heads, of_layers, 64))
-    drawn = check(attention_stats.attention_stats(found), tmp_path, 2 * style.COLUMN + 0.25)
+    drawn = check(attention_stats.attention_stats(found), 2 * style.COLUMN + 0.25)
     assert {style.short(label, 40) for label in labels} | {"entropy, bits", "effective rank"} <= drawn
     assert ("share on registers" in drawn) == bool(registers)
 
 
 @pytest.mark.parametrize(("labels", "layers", "token"), [(ARMS, 12, True), ((LONG,), 40, False), (("a", "b"), 1, True)])
-def test_accuracy_over_depth(labels, layers, token, tmp_path):
+def test_accuracy_over_depth(labels, layers, token):
     draw = np.random.default_rng(0)
     kinds = ("class", "patch", "both") if token else ("patch",)
     arms = {}
@@ -306,10 +305,6 @@ def test_accuracy_over_depth(labels, layers, token, tmp_path):
         one = Probed(label, "", tuple(range(layers)), 100, right, penalties, 20, np.arange(50), itself)
         arms[label] = [one]
     frame = depths.frame(arms)
-    drawn = check(depth.depth(frame), tmp_path)
+    drawn = check(depth.depth(frame))
     assert {style.short(label, 40) for label in labels} | {"layer", "top-1, %"} <= drawn
-    check(depth.grid(frame), tmp_path, 2 * style.COLUMN + 0.25 if token else style.COLUMN)
-=======
-    assert names <= check(interventions.residual(found))
-    assert names <= check(interventions.accuracy(found))
->>>>>>> 8be1a8258ee40d8fd92304b6d846e5a4f2c9bc81
+    check(depth.grid(frame), 2 * style.COLUMN + 0.25 if token else style.COLUMN)

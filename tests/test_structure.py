@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
         "atdiag.experiments",
         "atdiag.inspection",
         "atdiag.probes",
+        "atdiag.reproduction",
     },
 ]
 GROUND = ["atdiag.words", "atdiag.folders", "atdiag.spec", "atdiag.randomness", "atdiag.runs"]
@@ -53,6 +54,7 @@ LIGHT = (
     "atdiag/inspection.py",
     "atdiag/options.py",
     "atdiag/probes.py",
+    "atdiag/reproduction.py",
     "atdiag/spec.py",
     "atdiag/runs.py",
     "atdiag/words.py",

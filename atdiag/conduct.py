@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from atdiag.planning import count, duration
+from atdiag.planning import names as names_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,8 +59,7 @@ def check(series: Sequence[Series], store: Store) -> None:
             datasets.check(data, network)
     studies = [study for one in series for study in one.studies]
     if plans := list({s.teacher.label: s.teacher for s in studies if s.teacher.sha256 is None}.values()):
-        whose = ", ".join(teacher.label for teacher in plans)
-        raise UserError(f"the weights of {whose} are not on this machine", teachers.how_to_get(plans[0]))
+        raise UserError(f"the weights of {names_of(plans)} are not on this machine", teachers.how_to_get(plans[0]))
     for study in studies:
         for measurement in study.measures:
             measurement.check(study.specs)

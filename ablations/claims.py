@@ -10,8 +10,13 @@ from atdiag.study.claims import Claim
 
 
 def of(ablation: str) -> tuple[Claim, ...]:
-    """What papers say that this ablation tests."""
-    return _all().get(ablation, ())
+    """What papers say of contrasts that this ablation has."""
+    return tuple(claim for claim in _all().get(ablation, ()) if claim.direction is not None)
+
+
+def stated(ablation: str, name: str) -> Claim:
+    """What papers say of something else, which the ablation's own findings judge: the claim of a name."""
+    return next(claim for claim in _all()[ablation] if claim.name == name and claim.direction is None)
 
 
 @cache

@@ -72,7 +72,7 @@ def layers(
         together="layer_curves",
         claims=claims.of("layers"),
         reference=lab.reference(source),
-        curve={} if single else {BASELINE: 0, **{_name(*part, depth): part[1] for part in parts}, whole.name: depth},
+        curve={BASELINE: 0, **{_name(*part, depth): part[1] for part in parts}, whole.name: depth},
     )
 
 

@@ -11,7 +11,7 @@ import typer
 
 from ablations import claims, gains
 from atdiag.networks import teachers
-from atdiag.study.ablation import Lab, Series, choose, listed
+from atdiag.study.ablation import Lab, Series, Study, choose, listed
 from atdiag.words import UserError
 
 
@@ -34,10 +34,19 @@ def sizes(
                 f"choose from: {', '.join(several)}",
             )
     passed = listed(methods, "--methods", "copy,distill")
-    studies = [
-        gains.study(lab, "sizes", one, passed, claims=claims.of("sizes")) for f in wanted for one in by_family[f]
-    ]
-    return Series("sizes", tuple(studies), varies="size", figure="gains")
+    studies: list[Study] = []
+    refused: list[UserError] = []
+    for name in (name for one in wanted for name in by_family[one]):
+        try:
+            studies.append(gains.study(lab, "sizes", name, passed, claims=claims.of("sizes")))
+        except UserError as fault:  # such as patches that do not fit the images
+            if family != "all":
+                raise
+            refused.append(fault)
+    if not studies:
+        raise refused[0]
+    left_out = tuple(f"Left out: {fault}." for fault in refused)
+    return Series("sizes", tuple(studies), varies="size", figure="gains", notes=left_out)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from atdiag.planning import count, duration
+from atdiag.planning import names as names_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,8 +59,7 @@ def check(series: Sequence[Series], store: Store) -> None:
             datasets.check(data, network)
     studies = [study for one in series for study in one.studies]
     if plans := list({s.teacher.label: s.teacher for s in studies if s.teacher.sha256 is None}.values()):
-        whose = ", ".join(teacher.label for teacher in plans)
-        raise UserError(f"the weights of {whose} are not on this machine", teachers.how_to_get(plans[0]))
+        raise UserError(f"the weights of {names_of(plans)} are not on this machine", teachers.how_to_get(plans[0]))
     for study in studies:
         for measurement in study.measures:
             measurement.check(study.specs)
@@ -109,12 +110,15 @@ def train(specs: list[RunSpec], store: Store, device: str, threads: int | None, 
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    said = ""
+    said, looked = "", 0.0
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None, rate="")
 
         def tick(now: schedule.Tick) -> None:
-            nonlocal said
+            nonlocal said, looked
+            if time.monotonic() < looked + 0.5:  # every look asks for the state of each run
+                return
+            looked = time.monotonic()
             elapsed = bar.tasks[0].elapsed or 0
             rate = f"{now.images / elapsed:.0f} images/s" if now.images and elapsed else ""
             done = len(specs) - len(schedule.pending(specs, store))

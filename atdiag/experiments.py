@@ -174,11 +174,15 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
         typer.echo(json.dumps(outputs.as_json(reading, files)))
 
 
-def spread(make: Make, lab: Lab) -> Series:
+LEFT_OUT = "Left out: "
+"""How a note begins that names a teacher which an ablation refuses."""
+
+
+def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
     """An ablation's studies for the teacher that was asked for; for each of several (``a,b``), or of ``all``.
 
-    Of all teachers, those that the ablation refuses are left out, and the series says so. Raises UserError for a
-    refused teacher that was named.
+    Of all teachers (with ``leave_out``: of several), those that the ablation refuses are left out, and the series says
+    so. Raises UserError for a refused teacher that was named, and where none is left.
     """
     from atdiag.study.ablation import Series, listed
     from atdiag.words import UserError
@@ -192,13 +196,13 @@ def spread(make: Make, lab: Lab) -> Series:
         try:
             parts.append(make(lab, teacher=name))
         except UserError as fault:
-            if asked != "all":
+            if asked != "all" and not leave_out:
                 raise
             refused.append(fault)
     if not parts:
         raise refused[0]
     series = Series.join(parts)
-    return replace(series, notes=(*series.notes, *(f"Left out: {fault}." for fault in refused)))
+    return replace(series, notes=(*series.notes, *(f"{LEFT_OUT}{fault}." for fault in refused)))
 
 
 def check_overrides(plan: Callable[[Lab], list[RunSpec]], settings: Settings, sets: list[str]) -> None:

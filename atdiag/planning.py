@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from atdiag.runs import Store
-    from atdiag.spec import Network, RunSpec
+    from atdiag.spec import Network, RunSpec, Teacher
     from atdiag.study.ablation import Series, Study
     from atdiag.study.profile import Settings
 
@@ -41,10 +43,11 @@ def scale(studies: tuple[Study, ...], settings: Settings) -> None:
         whose = f"{teachers.row(minis[0].name).title}'s architecture" if len(minis) == 1 else "their architectures"
         what = "this teacher is a miniature" if len(minis) == 1 else "these teachers are miniatures"
         typer.echo(f"{what} of {whose}; the published one{'s'[: len(minis) - 1]}: --profile small, or paper")
-    for teacher in distinct:
-        if teacher.sha256 is None:
-            whose = "its weights" if len(distinct) == 1 else f"{teacher.label}'s weights"
-            typer.echo(f"{whose} are not on this machine: {teachers.how_to_get(teacher)}")
+    if missing := [teacher for teacher in distinct if teacher.sha256 is None]:
+        if len(distinct) == 1:
+            typer.echo(f"its weights are not on this machine: {teachers.how_to_get(missing[0])}")
+        else:
+            typer.echo(f"the weights of {names(missing)} are not on this machine: {teachers.how_to_get(missing[0])}")
     if settings.overrides:
         typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(settings.overrides.items())))
 
@@ -138,6 +141,13 @@ def _size(network: Network) -> str:
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def names(teachers: Sequence[Teacher], most: int = 6) -> str:
+    """``deit_s, dino_s and 9 others``."""
+    labels = [teacher.label for teacher in teachers]
+    rest = len(labels) - most
+    return ", ".join(labels) if rest <= 1 else f"{', '.join(labels[:most])} and {rest} others"
 
 
 def count(number: int, what: str) -> str:

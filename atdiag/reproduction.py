@@ -87,7 +87,9 @@ def _plan(lab: Lab, options: Any) -> Plan:
     refused: dict[str, UserError] = {}
     for name, chosen in options.items():
         try:
-            parts = [experiments.spread(partial(ABLATIONS[name], **one), lab) for one in combinations(chosen)]
+            parts = [
+                experiments.spread(partial(ABLATIONS[name], **one), lab, leave_out=True) for one in combinations(chosen)
+            ]
         except UserError as fault:
             refused[name] = fault
         else:
@@ -166,7 +168,8 @@ def _unmeasured(series: Sequence[Series], store: Store) -> list[RunSpec]:
     """The runs that have not been measured as their studies ask, once for each measurement."""
     studies = [study for one in series for study in one.studies]
     every = {(m.name, spec.id): (m, spec) for study in studies for m in study.measures for spec in study.specs}
-    return [spec for measurement, spec in every.values() if measurement.missing([store.run(spec)])]
+    runs = [(measurement, spec, store.run(spec)) for measurement, spec in every.values()]
+    return [spec for measurement, spec, run in runs if not run.finished or measurement.missing([run])]
 
 
 def _show(plan: Plan, on: Bench) -> None:
@@ -180,7 +183,7 @@ def _show(plan: Plan, on: Bench) -> None:
     speed = schedule.measured_speed(on.store, on.device)
     table = Table(title="reproduce: all analyses as one set of runs", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("analysis")
-    for name in ("studies", "runs", "of its own", "to do", "thread-min"):
+    for name in ("studies", "runs", "of its own", "to do", "thread time"):
         table.add_column(name, justify="right")
     typer.echo("atdiag reproduce: the analyses of Qin et al. 2026")
     planning.scale(tuple(study for series in plan.series.values() for study in series.studies), on.settings)
@@ -189,12 +192,15 @@ def _show(plan: Plan, on: Bench) -> None:
         own = [spec for spec in series.specs if spec.id not in seen]
         seen |= {spec.id for spec in own}
         todo = schedule.pending(own, on.store)
-        cost = sum(schedule.seconds(spec, speed) for spec in todo) / 60
-        cells = (len(series.studies), len(series.specs), len(own), len(todo), f"{cost:.1f}")
+        cost = planning.duration(sum(schedule.seconds(spec, speed) for spec in todo)) if todo else ""
+        cells = (len(series.studies), len(series.specs), len(own), len(todo), cost)
         table.add_row(name, *map(str, cells))
     Console().print(table)
     for name, fault in plan.refused.items():
         typer.echo(f"- {name} is not testable here: {fault}")
+    for note in dict.fromkeys(note for series in plan.series.values() for note in series.notes):
+        if note.startswith(experiments.LEFT_OUT):
+            typer.echo(f"- {note}")
     todo = schedule.pending(plan.specs, on.store)
     processes = schedule.processes_for(on.device, on.settings.profile.threads)
     measured = _unmeasured(list(plan.series.values()), on.store)

@@ -2,7 +2,7 @@
 
     python benchmarks/planted_teachers.py --json benchmarks/results/planted_teachers.json [--runs DIR]
 
-One miniature in three forms, copied by a standard student and distilled into one:
+A miniature in three forms, copied by a standard student and distilled into one:
 
 - *own*: as it is;
 - *uniform*: its queries are zero, so that every token looks at all tokens alike;
@@ -158,30 +158,33 @@ def as_planted(found: Mapping[str, Estimate], method: str) -> bool:
 def main() -> None:
     """Measure, print, and write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="deit_s")
+    parser.add_argument("--teachers", default="deit_s,deit_b", help="miniatures by name")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="nothing there is trained twice")
     parser.add_argument("--json", type=Path, metavar="FILE")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     here = Lab(resolve("mini", environment={}, folder=Path("/nonexistent")))
-    with Progress(transient=True) as bar:
-        task = bar.add_task("arms", total=1 + len(METHODS) * len(FORMS))
-        found = study(
-            here, here.teacher(asked.teacher), Store(asked.runs), report=lambda name: bar.update(task, advance=1)
-        )
-    verdicts = {method: as_planted(found, method) for method in METHODS}
-    for name, e in found.items():
-        print(f"{name:24} {e.value:+6.1f} [{e.low:+.1f}, {e.high:+.1f}] {'clear' if e.clear else ''}")
-    for method, met in verdicts.items():
-        print(f"{'met   ' if met else 'MISSED'} {method}: own maps help, uniform and shuffled ones don't")
-    if asked.json:
-        document = {
-            "benchmark": "planted_teachers",
-            "machine": environment(torch.device("cpu")),
-            "teacher": here.teacher(asked.teacher).label,
-            "contrasts": {name: asdict(e) for name, e in found.items()},
+    document: dict[str, Any] = {
+        "benchmark": "planted_teachers",
+        "machine": environment(torch.device("cpu")),
+        "teachers": {},
+    }
+    for name in asked.teachers.split(","):
+        teacher = here.teacher(name)
+        with Progress(transient=True) as bar:
+            task = bar.add_task(teacher.label, total=1 + len(METHODS) * len(FORMS))
+            found = study(here, teacher, Store(asked.runs), report=lambda _: bar.advance(task))  # noqa: B023
+        verdicts = {method: as_planted(found, method) for method in METHODS}
+        print(teacher.label)
+        for arm, e in found.items():
+            print(f"  {arm:24} {e.value:+6.1f} [{e.low:+.1f}, {e.high:+.1f}] {'clear' if e.clear else ''}".rstrip())
+        for method, met in verdicts.items():
+            print(f"  {'met   ' if met else 'MISSED'} {method}: own maps help, uniform and shuffled ones don't")
+        document["teachers"][teacher.label] = {
+            "contrasts": {arm: asdict(e) for arm, e in found.items()},
             "as_planted": verdicts,
         }
+    if asked.json:
         asked.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

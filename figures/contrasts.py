@@ -6,7 +6,8 @@ import re
 import textwrap
 from typing import TYPE_CHECKING
 
-from figures import style
+from figures import marks, style
+from figures.captions import caption, filling
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,9 +31,7 @@ def contrasts(report: Report) -> Figure:
         place += height
     for index, ((_, estimate, top1), y) in enumerate(zip(lines, places, strict=True)):
         colour = style.BLUE if index < len(arms) else style.VERMILLION
-        axes.plot([estimate.low, estimate.high], [y, y], color=colour, solid_capstyle="butt")
-        face = colour if estimate.clear else "white"
-        axes.plot(estimate.value, y, "o", ms=4.5, mfc=face, mec=colour, mew=1.1)
+        marks.across(axes, estimate, y, (colour, "o"), size=4.5)
         axes.annotate(top1, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color=style.GREY)
     if asked:
         axes.axhline(sum(heights[: len(arms)]), color=style.GREY, lw=0.6, ls=(0, (2, 2)))
@@ -43,7 +42,7 @@ def contrasts(report: Report) -> Figure:
     axes.locator_params(axis="x", nbins=5)
     axes.grid(visible=False, axis="y")
     baseline = report.rows[0]
-    below = f"top-1 points; arms: minus {baseline.arm} ({baseline.top1:.1f} %)\nfilled: clear of zero; open: not"
+    below = f"top-1 points; arms: minus {baseline.arm} ({baseline.top1:.1f} %)\n{filling(e for _, e, _ in lines)}"
     style.describe(figure, caption(report), below)
     return figure
 
@@ -52,13 +51,3 @@ def _wrapped(name: str) -> str:
     """A name in lines of at most 33 characters, broken between parentheses rather than in them."""
     whole = re.sub(r"\([^()]{,30}\)", lambda match: match[0].replace(" ", "\u00a0"), name)
     return textwrap.fill(whole, 33)
-
-
-def caption(report: Report) -> str:
-    """Which experiment with which options and overrides, which teacher at which scale, how many seeds."""
-    seeds = report.rows[0].seeds
-    covers = f"{seeds} seeds, 95 % intervals" if seeds > 1 else "1 seed, 95 % intervals (images only)"
-    first = f"{report.study.ablation}, {report.study.teacher.label}, {covers}"
-    own = [f"{name} {value}" for name, value in report.study.options.items()]
-    own += [f"{name}={value}" for name, value in sorted(report.overrides.items())]
-    return "\n".join([first, *textwrap.wrap(", ".join(own), 62)])

@@ -51,7 +51,7 @@ def grid(frame: pd.DataFrame) -> Figure:
     """Every probe (down) on every kind of features (across)."""
     kinds = [tokens for tokens in _TOKENS if (frame.tokens == tokens).any()]
     subjects = list(frame.subject.unique())
-    width = style.COLUMN if len(kinds) == 1 else 2 * style.COLUMN + 0.25
+    width = style.COLUMN if len(kinds) == 1 else style.PAGE
     lines = math.ceil(len(subjects) / 3)
     figure, panels = style.panels(
         len(_PROBES), len(kinds), 0.75 + 1.35 * len(_PROBES) + 0.12 * lines, width, sharex=True, sharey=True

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 COLUMN = 3.35
 """Width of one column of a two-column paper, in inches. A figure is saved at exactly its size."""
+
+PAGE = 2 * COLUMN + 0.25
+"""Of both columns and what is between them."""
 
 # Okabe and Ito's palette, safe for the common forms of colour blindness.
 INK, GREY = "#222222", "#6E6E6E"
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
-CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, INK)
+CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, INK, GREY)
 """Colours of lines, in order."""
 
 _SETTINGS = {
@@ -85,6 +90,29 @@ def describe(figure: Figure, title: str, below: str = "") -> None:
     figure.suptitle(title, x=0.01, ha="left")
     if below:
         figure.supxlabel(below, x=0.99, ha="right")
+
+
+def finish(figure: Figure, title: str, keys: Sequence[Line2D], note: str = "") -> None:
+    """A title above, a legend with a note below; the figure grows by what they take, so its axes keep their size."""
+    width, height = figure.get_size_inches()
+    longest = max((len(str(key.get_label())) for key in keys), default=0)
+    columns = max(1, min(len(keys), int(width / (0.4 + 0.052 * longest)), 6))
+    lines = -(-len(keys) // columns) + (note.count("\n") + 1 if note else 0)
+    figure.set_size_inches(width, height + 0.15 + 0.13 * lines + 0.14 * (title.count("\n") + 1))
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.legend(
+        handles=list(keys),
+        title=note or None,
+        title_fontsize=6.5,
+        alignment="left",
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        handlelength=1.6,
+        columnspacing=1.2,
+        labelspacing=0.3,
+        borderpad=0.2,
+    )
 
 
 def short(name: str, most: int = 26) -> str:

@@ -1,11 +1,7 @@
 """Figures can be read: nothing overlaps, nothing is cut, at the width of a paper's column."""
 
-import itertools
-import warnings
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from atdiag.analysis.attention_stats import OF_HEADS, OF_LAYERS, Stats
 from atdiag.analysis.intervene import Outcome
@@ -15,21 +11,13 @@ from atdiag.analysis.similarity import Similarity
 from atdiag.spec import Network, Teacher
 from atdiag.study import depth as depths
 from atdiag.study.ablation import BASELINE, Contrast, Report, Row, Study
-from atdiag.study.contrast import Estimate
 from figures import attention_maps, attention_stats, depth, interventions, similarity, style
 from figures.contrasts import contrasts
 from figures.layer_curve import layer_curve
 from figures.scenes import scenes
+from tests.drawings import check, estimate
 
 RESCUE = "rescue: (native + transfer - native) - (standard + transfer - scratch)"
-
-
-def estimate(value, half, seeds) -> Estimate:
-    return Estimate(
-        value=value, low=value - half, high=value + half, level=0.95, p=0.05, seeds=seeds, images=2396, clusters=599,
-        df=2.0, se=half / 4.3, covers="images only" if seeds == 1 else "seeds and images",
-        var_seed=None, var_cluster=0.0, var_residual=None,
-    )  # fmt: skip
 
 
 def report(effects, asked=None, half=1.0, seeds=3, base=50.0, teacher=80.0, name="clip_b", curve=False) -> Report:
@@ -51,46 +39,6 @@ def report(effects, asked=None, half=1.0, seeds=3, base=50.0, teacher=80.0, name
     contrasts = {name: estimate(value, half, seeds) for name, value in asked.items()}
     reference = None if teacher is None else Row("teacher", teacher, 1, ())
     return Report(study, "mini", tuple(rows), contrasts, reference)
-
-
-def texts(figure):
-    """All texts that are drawn, with their extents in pixels."""
-    renderer = figure.canvas.get_renderer()
-    found = [*figure.texts, *(t for t in (figure._suptitle, figure._supxlabel) if t is not None)]
-    found += [text for legend in figure.legends for text in legend.get_texts()]
-    for axes in figure.axes:
-        found += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            found += [t.label1 for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
-    return {t: t.get_window_extent(renderer) for t in found if t.get_visible() and t.get_text().strip()}
-
-
-def check(figure, path, width=style.COLUMN):
-    """Draw and save a figure; its texts neither overlap nor leave it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        figure.canvas.draw()
-        figure.savefig(path / "figure.png")
-        figure.savefig(path / "figure.pdf")
-    with Image.open(path / "figure.png") as image:
-        assert image.size[0] == pytest.approx(300 * width, abs=1)
-    figure.set_dpi(300)
-    figure.canvas.draw()
-    boxes = texts(figure)
-    assert boxes
-    frame = figure.bbox
-    for text, box in boxes.items():
-        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-        assert inside, f"{text.get_text()!r} is cut"
-    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
-        if one not in (figure._suptitle, figure._supxlabel) or other not in (figure._suptitle, figure._supxlabel):
-            assert not a.padded(-0.5).overlaps(b.padded(-0.5)), f"{one.get_text()!r} lies on {other.get_text()!r}"
-    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>" and axes.get_visible()]
-    columns = len({round(axes.get_position().x0, 2) for axes in panels})
-    for axes in panels:
-        assert axes.get_window_extent().width > figure.bbox.width / 4 / columns, "there is no room to see anything"
-    return {text.get_text() for text in boxes}
 
 
 USUAL = {"standard + copy": 3.0, "pre_norm + copy": 9.0, "quick_gelu + copy": -2.5, "native, scratch": 0.2}
@@ -128,8 +76,8 @@ ASKED = {RESCUE: 4.0, "transfer in the native student": 0.3, "native minus stand
         "no teacher",
     ],
 )
-def test_contrasts(made, tmp_path):
-    drawn = check(contrasts(made), tmp_path)
+def test_contrasts(made):
+    drawn = check(contrasts(made))
     joined = {text.replace("\n", " ").replace("\u00a0", " ") for text in drawn}
     names = {name.replace(" ", "") for name in [*(row.arm for row in made.rows[1:]), *made.contrasts]}
     assert names <= {text.replace(" ", "") for text in joined}
@@ -164,8 +112,8 @@ KS = [*(f"bottom {k}" for k in range(1, 12)), "all blocks"]
     ],
     ids=["rising", "near teacher", "falling", "weak teacher", "flat", "flat at teacher", "tiny", "deep"],
 )
-def test_layer_curve(made, tmp_path):
-    drawn = check(layer_curve(made), tmp_path)
+def test_layer_curve(made):
+    drawn = check(layer_curve(made))
     assert {"0", "12", "scratch", "top-1 accuracy, %"} <= drawn
     assert ("teacher" in drawn) == (made.reference is not None)
     assert any("bottom" in text and "distill" in text for text in drawn)
@@ -183,10 +131,10 @@ def test_the_curve_is_what_was_measured():
 
 
 @pytest.mark.parametrize("task", ["digits", "larger"])
-def test_scenes(task, tmp_path):
+def test_scenes(task):
     from atdiag.data import digits
 
-    drawn = check(scenes(task), tmp_path)
+    drawn = check(scenes(task))
     labels = digits.train_scenes(task, 25, 0, 6).labels
     assert {int(text) for text in drawn} == {int(label) + (task == "larger") for label in labels}
 
@@ -237,12 +185,12 @@ LONG = "vit_so400m_patch14_reg4_siglip_gap_896"
     ],
     ids=["usual", "large", "one", "long", "many"],
 )
-def test_similarity(found, tmp_path):
-    drawn = check(similarity.by_layer(found), tmp_path)
+def test_similarity(found):
+    drawn = check(similarity.by_layer(found))
     assert f"layer of {style.short(found[0].a)}" in drawn
     assert len(found) == 1 or {one.b for one in found} <= drawn
     figure = similarity.heads(found[0])
-    drawn = check(figure, tmp_path)
+    drawn = check(figure)
     assert any(style.short(found[0].b) in text for text in drawn)
     # The dots are the optimal matching: as many as heads can be paired.
     for axes, (mine, theirs) in zip(figure.axes, found[0].assignments(), strict=False):
@@ -274,10 +222,10 @@ KINDS = ("uniform map", "identity map", "shuffled map", "map of dinov2_reg_s (mi
     ],
     ids=["usual", "one", "each", "deep"],
 )
-def test_interventions(found, tmp_path):
+def test_interventions(found):
     names = {style.short(one.replaced, 40) for one in found}
-    assert names <= check(interventions.residual(found), tmp_path)
-    assert names <= check(interventions.accuracy(found), tmp_path)
+    assert names <= check(interventions.residual(found))
+    assert names <= check(interventions.accuracy(found))
 
 
 def test_lines_are_told_apart_without_colours():
@@ -317,9 +265,9 @@ ARMS = ("1a2b3c at its start", "2b3c4d scratch", "deit_b (mini)", "3c4d5e fine-t
     ],
     ids=["five arms", "heads", "long", "capitals", "two grids", "one"],
 )
-def test_attention_maps(found, tmp_path):
+def test_attention_maps(found):
     wide = len(found[0].layers) > 3
-    drawn = check(attention_maps.attention_maps(found), tmp_path, 2 * style.COLUMN + 0.25 if wide else style.COLUMN)
+    drawn = check(attention_maps.attention_maps(found), 2 * style.COLUMN + 0.25 if wide else style.COLUMN)
     assert {f"layer {layer}" for layer in found[0].layers} <= drawn
     whole = " ".join(drawn).replace("\n", " ")
     assert found[0].names[0][-20:] in whole and "the patch in the centre" in whole
@@ -329,7 +277,7 @@ def test_attention_maps(found, tmp_path):
 
 
 @pytest.mark.parametrize(("labels", "layers", "registers"), [(ARMS, 12, 0), ((LONG,), 40, 4), (("a", "b"), 1, 4)])
-def test_attention_stats(labels, layers, registers, tmp_path):
+def test_attention_stats(labels, layers, registers):
     network = Network(image_size=20, patch_size=4, channels=1, width=48, depth=40, heads=3, classes=10)
     draw = np.random.default_rng(0)
     found = []
@@ -339,13 +287,13 @@ def test_attention_stats(labels, layers, registers, tmp_path):
             heads["register_share"][:] = np.nan
         of_layers = {name: draw.random(layers) for name in OF_LAYERS}
         found.append(Stats(label, "", network, tuple(range(layers)), 256, heads, of_layers, 64))
-    drawn = check(attention_stats.attention_stats(found), tmp_path, 2 * style.COLUMN + 0.25)
+    drawn = check(attention_stats.attention_stats(found), 2 * style.COLUMN + 0.25)
     assert {style.short(label, 40) for label in labels} | {"entropy, bits", "effective rank"} <= drawn
     assert ("share on registers" in drawn) == bool(registers)
 
 
 @pytest.mark.parametrize(("labels", "layers", "token"), [(ARMS, 12, True), ((LONG,), 40, False), (("a", "b"), 1, True)])
-def test_accuracy_over_depth(labels, layers, token, tmp_path):
+def test_accuracy_over_depth(labels, layers, token):
     draw = np.random.default_rng(0)
     kinds = ("class", "patch", "both") if token else ("patch",)
     arms = {}
@@ -357,6 +305,6 @@ def test_accuracy_over_depth(labels, layers, token, tmp_path):
         one = Probed(label, "", tuple(range(layers)), 100, right, penalties, 20, np.arange(50), itself)
         arms[label] = [one]
     frame = depths.frame(arms)
-    drawn = check(depth.depth(frame), tmp_path)
+    drawn = check(depth.depth(frame))
     assert {style.short(label, 40) for label in labels} | {"layer", "top-1, %"} <= drawn
-    check(depth.grid(frame), tmp_path, 2 * style.COLUMN + 0.25 if token else style.COLUMN)
+    check(depth.grid(frame), 2 * style.COLUMN + 0.25 if token else style.COLUMN)

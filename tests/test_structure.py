@@ -26,6 +26,7 @@ FLOORS: list[set[str]] = [
         "atdiag.inspection",
         "atdiag.probes",
         "atdiag.records",
+        "atdiag.reproduction",
     },
 ]
 GROUND = ["atdiag.words", "atdiag.limits", "atdiag.folders", "atdiag.spec", "atdiag.randomness", "atdiag.runs"]
@@ -55,6 +56,7 @@ LIGHT = (
     "atdiag/options.py",
     "atdiag/probes.py",
     "atdiag/records.py",
+    "atdiag/reproduction.py",
     "atdiag/spec.py",
     "atdiag/runs.py",
     "atdiag/words.py",
@@ -75,6 +77,7 @@ LIGHT = (
     "atdiag/study/audit.py",
     "atdiag/study/bookkeeping.py",
     "atdiag/study/claims.py",
+    "atdiag/study/matching.py",
     "atdiag/study/outputs.py",
     "atdiag/study/reading.py",
     "atdiag/study/forms.py",

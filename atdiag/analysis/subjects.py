@@ -93,7 +93,7 @@ def teacher_of(subject: Subject) -> Subject:
     spec = subject.spec
     if spec is None or spec.teacher is None:
         raise UserError(f"{subject.label} has no teacher", "name a network with --from")
-    return _loaded(spec.teacher, spec.data)
+    return loaded(spec.teacher, spec.data)
 
 
 class Outside(nn.Module):
@@ -171,7 +171,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
 
 def _teacher(reference: str, profile: str, data: Data | None) -> Subject:
     spec = teachers.teacher(reference, profile, _image_size(reference, profile, data))
-    return _loaded(spec, data)
+    return loaded(spec, data)
 
 
 def _image_size(reference: str, profile: str, data: Data | None) -> int | None:
@@ -191,7 +191,7 @@ def _image_size(reference: str, profile: str, data: Data | None) -> int | None:
     return None if config is None else int(config.input_size[-1])
 
 
-def _loaded(spec: Teacher, data: Data | None) -> Subject:
+def loaded(spec: Teacher, data: Data | None) -> Subject:
     """A teacher with its weights. Raises UserError that says where they would go, if they are not here."""
     if spec.sha256 is None:
         raise UserError(f"the weights of {spec.label} are not on this machine", teachers.how_to_get(spec))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from pydantic import ValidationError
 
@@ -163,6 +163,8 @@ class Row:
     contrast: Estimate | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
     """What else was measured, in the mean over its runs, by column."""
+    by_run: tuple[Mapping[str, float], ...] = ()
+    """The same of each of ``runs``, in their order."""
 
     def contrast_or_raise(self) -> Estimate:
         """The contrast with the baseline; ValueError for the baseline itself."""
@@ -360,6 +362,14 @@ def choose(value: str, allowed: Sequence[str], option: str) -> str:
 def effect(estimate: Estimate) -> str:
     """An estimate in words: ``+3.1 points [1.2, 5.0]``."""
     return f"{estimate.value:+.1f} points [{estimate.low:+.1f}, {estimate.high:+.1f}]"
+
+
+Outcome = Literal["gains", "fails", "undecided"]
+
+
+def outcome(estimate: Estimate) -> Outcome:
+    """What a contrast with the baseline amounts to: clear of zero above it, below it, or neither."""
+    return "undecided" if not estimate.clear else "gains" if estimate.value > 0 else "fails"
 
 
 def judge(estimate: Estimate, better: str, worse: str, same: str = "can't be told from noise", be: str = "is") -> str:

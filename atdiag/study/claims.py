@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import model_validator
 
 from atdiag.networks import teachers
 from atdiag.spec import Spec
@@ -38,10 +40,16 @@ class Claim(Spec):
     """Which arms, minus their baseline: names, ``*`` standing for anything."""
     contrasts: tuple[str, ...] = ()
     """Which further contrasts of the ablation, likewise."""
-    direction: Literal["above", "below"]
-    """Of zero."""
+    direction: Literal["above", "below"] | None = None
+    """Of zero. A claim about something else than contrasts names none, and an ablation's own findings judge it."""
     families: tuple[str, ...] = ()
     """Of which teachers; empty: of any."""
+
+    @model_validator(mode="after")
+    def _has_a_direction(self) -> Self:
+        if bool(self.arms or self.contrasts) != (self.direction is not None):
+            raise ValueError(f"{self.name}: a claim about arms or contrasts has a direction, and no other has one")
+        return self
 
 
 @dataclass(frozen=True)

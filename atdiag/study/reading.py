@@ -135,7 +135,7 @@ def _row(
     taken = [{k: v for measure in measures for k, v in measure.numbers(run).items()} for run in runs]
     shared = [name for name in taken[0] if all(name in numbers for numbers in taken)]
     numbers = {name: sum(one[name] for one in taken) / len(taken) for name in shared}
-    return Row(arm.name, top1, len(runs), tuple(run.id for run in runs), contrast, numbers)
+    return Row(arm.name, top1, len(runs), tuple(run.id for run in runs), contrast, numbers, tuple(taken))
 
 
 def _dropped(result: Mapping[str, Any]) -> tuple[str, ...]:

@@ -31,9 +31,9 @@ from atdiag.runs import DamagedRunError, Store
 from atdiag.spec import Network, RunSpec
 from atdiag.words import UserError, suggest
 
-_FLOPS_PER_SECOND = 30e9
-"""What one CPU thread does on networks of miniature size, until finished runs say better (measured: 20e9 to 33e9 on a
-2025 server core, busy and idle)."""
+_FLOPS_PER_SECOND = 42e9
+"""What one CPU thread does on networks of miniature size, until finished runs say better (measured on an idle server
+core of 2025: about 40e9 from scratch and in distillation, 60e9 where maps are copied)."""
 _GPU_FLOPS_PER_SECOND = 50e12
 """A guess for a GPU (not measured), until finished runs say better."""
 

@@ -104,7 +104,9 @@ def _cells(name: str, row: Row | None, estimate: Estimate | None, extra: Sequenc
 
 
 def _extra(reading: Reading) -> list[str]:
-    return list(dict.fromkeys(name for report in reading.reports for row in report.rows for name in row.numbers))
+    """What else was measured. Details of another column ("JSD block 0" beside "JSD") are left to the data frame."""
+    every = dict.fromkeys(name for report in reading.reports for row in report.rows for name in row.numbers)
+    return [name for name in every if not any(name.startswith(f"{other} ") for other in every)]
 
 
 def _head(reading: Reading) -> list[str]:
@@ -191,7 +193,7 @@ def booktabs(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return styled.to_latex(hrules=True, column_format="l" + "r" * (len(head) - 1))
 
 
-CLAIMS = ("claim", "paper", "ours, points", "verdict")
+CLAIMS = ("claim", "paper", "ours [95 %]", "verdict")
 
 
 def claim_cells(judged: Judged) -> tuple[str, str, str, str]:

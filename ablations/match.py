@@ -1,0 +1,158 @@
+"""Does the student match the teacher's maps, and does that say what it gains?
+
+Qin et al. 2026: students match the attention of teachers that fail as well as that of teachers that transfer, and still
+end below scratch: what fails is the use of the maps, not their matching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Annotated, TypeVar
+
+import typer
+
+from ablations import claims, gains
+from atdiag.study.ablation import BASELINE, Lab, Report, Series, listed, outcome
+from atdiag.study.claims import Judged, Verdict
+from atdiag.study.matching import HEAD_BY_HEAD, HEADS_MATCHED, IMAGES, Gap, Match, gap
+
+PASSED = "distill"
+"""The arm that the claims are about: its loss asks for the match, and copying leaves nothing to match."""
+
+_LEVEL = 0.05
+Key = TypeVar("Key", bound=Hashable)
+
+_NOTES = (
+    f"{HEAD_BY_HEAD}: Jensen-Shannon divergence in bits (0: equal, 1: nothing in common) of the student's maps from "
+    "the teacher's, head i beside head i, mean over blocks, heads, queries and "
+    f"{IMAGES} test images (all of a smaller set); registers that the student lacks are sliced off before softmax. By "
+    "block in the CSV.",
+    "A student from scratch has no order of heads, so what is claimed is judged against its divergence with heads "
+    "matched one to one. Intervals of divergences: Student's t over seeds, images held fixed.",
+    "copy has the teacher's maps by construction: its divergence is 0 and is not measured, if all maps are copied.",
+)
+
+
+def match(
+    lab: Lab,
+    teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
+    methods: Annotated[str, typer.Option(help=f"Some of {', '.join(gains.METHODS)}.")] = PASSED,
+) -> Series:
+    """How far each student's attention maps are from its teacher's, beside what it gains."""
+    passed = listed(methods, "--methods", "copy,distill")
+    measures = (Match(lab.teacher(teacher)),)
+    study = gains.study(lab, "match", teacher, passed, measures=measures, claims=claims.of("match"))
+    notes = _NOTES if "copy" in passed else _NOTES[:2]
+    return Series("match", (study,), figure="match", verdict=verdict, findings=findings, notes=notes)
+
+
+def verdict(reports: Sequence[Report]) -> str:
+    """What each study says, with how far its students' maps are from the teacher's."""
+    return " ".join(" ".join(filter(None, (report.verdict, _distances(report)))) for report in reports)
+
+
+def findings(reports: Sequence[Report]) -> list[Judged]:
+    """Whether distilled students match their teachers, and whether that is what their gains hang on."""
+    return [matched(reports), usable(reports)]
+
+
+def by_seed(report: Report, arm: str, column: str) -> dict[tuple[int, int], float]:
+    """What was measured of each run of an arm, by seed; empty where there is no such arm or measurement."""
+    row = next((row for row in report.rows if row.arm == arm), None)
+    if row is None:
+        return {}
+    specs = next(one.specs for one in report.study.arms if one.name == arm)
+    runs = zip(specs, row.by_run, strict=True)
+    return {(spec.seed.data, spec.seed.model): numbers[column] for spec, numbers in runs if column in numbers}
+
+
+def matched(reports: Sequence[Report]) -> Judged:
+    """Whether every teacher's distilled students are closer to its maps than students from scratch are.
+
+    By seed, head by head, less the scratch student's divergence with its heads matched; corrected for the number of
+    teachers (Holm).
+    """
+    claim = claims.stated("match", "the students match")
+    asked = {i: (by_seed(r, PASSED, HEAD_BY_HEAD), by_seed(r, BASELINE, HEADS_MATCHED)) for i, r in enumerate(reports)}
+    asked = {i: both for i, both in asked.items() if all(both)}
+    if not asked:
+        return Judged(claim, "not testable here", "", note=f"no maps of distilled students: add --methods {PASSED}")
+    found = {i: gap(*both) for i, both in asked.items()}
+    gaps = {i: one for i, one in found.items() if one is not None}
+    if len(gaps) < len(found):
+        return Judged(claim, "undecided", "", seeds=1, note="one seed says nothing of other seeds")
+    clear = _clear(gaps)
+    closer = sum(gaps[i].value < 0 for i in clear)
+    against = len(clear) - closer
+    word: Verdict = "does not hold" if against else "holds" if closer == len(gaps) else "undecided"
+    open_ = [reports[i].study.label for i in gaps if i not in clear]
+    return Judged(
+        claim,
+        word,
+        f"{_bits(list(gaps.values()))}, {closer} of {len(gaps)} clearly closer",
+        seeds=min(one.seeds for one in gaps.values()),
+        note=f"not clear: {', '.join(open_)}" if open_ else "",
+    )
+
+
+def usable(reports: Sequence[Report]) -> Judged:
+    """Whether teachers that fail are matched as well as those that gain.
+
+    A correlation that is not seen proves nothing with so few teachers. So the claim holds where every teacher that
+    fails is matched clearly better than some teacher that gains, which no account of failure by bad matching allows; it
+    does not hold where a worse match clearly goes with a smaller gain; and everything else is undecided.
+    """
+    from atdiag.study.association import spearman
+
+    claim = claims.stated("match", "matching is not the issue")
+    seeds = {i: by_seed(r, PASSED, HEAD_BY_HEAD) for i, r in enumerate(reports)}
+    effects = {i: reports[i].row(PASSED).contrast_or_raise() for i, found in seeds.items() if found}
+    count = len(effects)
+    if count < 3:
+        return Judged(claim, "not testable here", "", note=f"it takes several teachers, and here are {count}")
+    jsd = {i: sum(seeds[i].values()) / len(seeds[i]) for i in effects}
+    ranks = spearman(list(jsd.values()), [one.value for one in effects.values()])
+    least = min(one.seeds for one in effects.values())
+    ours = f"rank correlation of divergence and gain {ranks.rho:+.2f}, p = {ranks.p:.2g}, {count} teachers"
+    if least < 2:
+        return Judged(claim, "undecided", ours, seeds=least, note="one seed decides no outcome")
+    if ranks.least >= _LEVEL:
+        why = f"with {count} teachers no correlation could reach p < {ranks.least:.2g}"
+        return Judged(claim, "not testable here", ours, seeds=least, note=why)
+    by = {kind: [i for i, one in effects.items() if outcome(one) == kind] for kind in ("fails", "gains")}
+    for kind, which in by.items():
+        if not which:
+            return Judged(claim, "not testable here", ours, seeds=least, note=f"no teacher clearly {kind}")
+    pairs = {(bad, good): gap(seeds[bad], seeds[good]) for bad in by["fails"] for good in by["gains"]}
+    better = _clear({pair: one for pair, one in pairs.items() if one is not None and one.value < 0}, len(pairs))
+    shown = [bad for bad in by["fails"] if any(bad == one for one, _ in better)]
+    hangs_on_it = ranks.rho < 0 and ranks.p < _LEVEL
+    every = len(shown) == len(by["fails"])
+    word: Verdict = "undecided" if hangs_on_it == every else "holds" if every else "does not hold"
+    note = f"{len(shown)} of {len(by['fails'])} failing teachers matched clearly better than one that gains"
+    return Judged(claim, word, ours, seeds=least, note=note)
+
+
+def _clear(gaps: Mapping[Key, Gap], among: int = 0) -> list[Key]:
+    """Whose difference is settled, among so many."""
+    from atdiag.study.contrast import holm
+
+    rest = [1.0] * (among - len(gaps))
+    adjusted = holm([*(one.p for one in gaps.values()), *rest])
+    return [key for key, p in zip(gaps, adjusted, strict=False) if p < _LEVEL]
+
+
+def _bits(gaps: Sequence[Gap]) -> str:
+    if len(gaps) == 1:
+        return f"{gaps[0].value:+.3f} bits [{gaps[0].low:+.3f}, {gaps[0].high:+.3f}]"
+    return f"{min(one.value for one in gaps):+.3f} to {max(one.value for one in gaps):+.3f} bits"
+
+
+def _distances(report: Report) -> str:
+    rows = [row for row in report.rows[1:] if HEAD_BY_HEAD in row.numbers]
+    baseline = report.rows[0].numbers
+    if not rows or HEAD_BY_HEAD not in baseline:
+        return ""
+    said = ", ".join(f"{row.arm} {row.numbers[HEAD_BY_HEAD]:.3f}" for row in rows)
+    scratch = f"{baseline[HEAD_BY_HEAD]:.3f} (heads matched {baseline[HEADS_MATCHED]:.3f})"
+    return f"Maps, bits from the teacher's: {said}, {report.rows[0].arm} {scratch}."

@@ -1,0 +1,240 @@
+"""What do teachers that fail have in common: something of their pre-training, or of their architecture?
+
+Qin et al. 2026: no fact of the pre-training recipe explains which of 11 families fail; the architecture does. The unit
+is a family, because its sizes share a recipe and an architecture and are no independent evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ablations import claims, gains
+from atdiag.networks import teachers
+from atdiag.spec import Teacher
+from atdiag.study.ablation import METHODS, Lab, Report, Series, choose, outcome
+from atdiag.study.claims import Judged, Verdict
+
+if TYPE_CHECKING:
+    from atdiag.study.association import Fact, Kind, Tested
+
+MILLIONS = {"ImageNet-1k": 1.28, "ImageNet-21k": 14, "LVD-142M": 142, "WIT-400M": 400, "WebLI": 10_000}
+"""Size of the data sets of pre-training, in millions of images."""
+OBJECTIVES = ("supervised", "self-distillation", "masked", "contrastive", "image-text")
+AUGMENTATIONS = ("multi-crop", "colour", "blur", "solarise", "RandAugment", "Mixup", "CutMix")
+AFTER_THE_BLOCKS = ("attention_pool", "mean_pool")
+"""Components that read the output, and touch no map."""
+
+_NOTES = (
+    "The unit is a family: its sizes share recipe and architecture. A family whose sizes disagree, or of which one is "
+    "undecided, does not count.",
+    "Each fact is tested alone against the outcomes (Fisher's exact test, two-sided; Holm over the distinct ways in "
+    "which facts part the families, those that so few families could not make clear left out). Combinations of facts, "
+    "and facts that are not in the registry, are not tested; families are no random sample.",
+    f"'Any component up to the last block' leaves out {' and '.join(AFTER_THE_BLOCKS)}, which touch no map: a choice made "
+    "knowing which families the paper names.",
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A family, and what became of its sizes."""
+
+    name: str
+    teachers: tuple[Teacher, ...]
+    """Its sizes."""
+    outcomes: tuple[str, ...]
+    """What became of each: gains, fails or undecided."""
+
+    @property
+    def outcome(self) -> str:
+        """That of all sizes; ``sizes disagree`` where there is no such."""
+        found = set(self.outcomes)
+        return found.pop() if len(found) == 1 else "sizes disagree"
+
+
+def recipes(
+    lab: Lab,
+    teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
+    transfer: Annotated[str, typer.Option(help="The transfer whose outcome counts: copy or distill.")] = "copy",
+) -> Series:
+    """Which fact of pre-training or architecture do the teachers that fail have in common?"""
+    choose(transfer, METHODS, "--transfer")
+    study = gains.study(lab, "recipes", teacher, [transfer])
+    return Series("recipes", (study,), figure="recipes", verdict=verdict, findings=findings, notes=_NOTES)
+
+
+def units(reports: Sequence[Report]) -> tuple[Unit, ...]:
+    """The families of the teachers, in their order. A teacher that the registry does not know is its own family."""
+    by: dict[str, list[Report]] = {}
+    for report in reports:
+        by.setdefault(teachers.family(report.study.teacher.name) or report.study.teacher.label, []).append(report)
+    return tuple(
+        Unit(
+            name,
+            tuple(one.study.teacher for one in some),
+            tuple(outcome(one.rows[1].contrast_or_raise()) for one in some),
+        )
+        for name, some in by.items()
+    )
+
+
+def facts(families: Sequence[Unit]) -> list[Fact]:
+    """Every fact as yes or no, by family; those whose sizes differ in it, or whose recipe is not known, are missing."""
+    from atdiag.study.association import Fact
+
+    every = [teacher for family in families for teacher in family.teachers]
+    names: list[tuple[Kind, str]] = [("recipe", name) for teacher in every for name in recipe(teacher)]
+    names += [("architecture", name) for teacher in every for name in architecture(teacher)]
+    found = []
+    for kind, name in dict.fromkeys(names):
+        has: dict[str, bool] = {}
+        for family in families:
+            said = {_value(kind, name, one) for one in family.teachers}
+            if len(said) == 1 and (value := said.pop()) is not None:
+                has[family.name] = value
+        found.append(Fact(name, kind, has))
+    return found
+
+
+def recipe(teacher: Teacher) -> dict[str, bool]:
+    """Facts of a published teacher's pre-training; none of a miniature, nor of one's own."""
+    name = teacher.name.partition("@")[0]
+    if teachers.is_miniature(teacher) or not teachers.is_published(name):
+        return {}
+    row = teachers.row(name)
+    out = {
+        "labels": row.labels,
+        "text": row.text,
+        "momentum": row.momentum,
+        "masking": bool(row.masking),
+        "targets of a tokenizer or network": bool(row.target),
+        "targets of another network": bool(row.target) and "moving average" not in row.target,
+    }
+    out |= {f"objective: {word}": word in row.objective for word in OBJECTIVES}
+    if (size := MILLIONS.get(row.data)) is not None:
+        out |= {f"data: more than {limit} M images": size > limit for limit in (10, 100)}
+    return out | {f"augmentation: {word}": word in row.augmentation for word in AUGMENTATIONS}
+
+
+def architecture(teacher: Teacher) -> dict[str, bool]:
+    """What a teacher's network has beside the plain ViT, each alone and any of it."""
+    network = teacher.network
+    parts = (*network.components, *network.differences)
+    out = dict.fromkeys(parts, True) | {"no_class_token": not network.class_token}
+    inner = any(part not in AFTER_THE_BLOCKS for part in parts)
+    return out | {"any component": bool(parts), "any component up to the last block": inner}
+
+
+def _value(kind: Kind, name: str, teacher: Teacher) -> bool | None:
+    # A component is named by the networks that have it; the others have it not.
+    return recipe(teacher).get(name) if kind == "recipe" else architecture(teacher).get(name, False)
+
+
+def tested(families: Sequence[Unit]) -> list[Tested]:
+    """Every fact against the families' outcomes."""
+    from atdiag.study.association import against
+
+    return against(facts(families), {family.name: family.outcome for family in families})
+
+
+def findings(reports: Sequence[Report]) -> list[Judged]:
+    """Whether a fact of the recipe parts those that fail from those that gain, and whether one of architecture does."""
+    families = units(reports)
+    every = tested(families)
+    seeds = min(one.rows[1].contrast_or_raise().seeds for one in reports)
+    asked: tuple[tuple[Kind, str], ...] = (
+        ("recipe", "no recipe fact explains the split"),
+        ("architecture", "architecture explains the split"),
+    )
+    out = []
+    for kind, name in asked:
+        claim = claims.stated("recipes", name)
+        of_kind = [one for one in every if one.fact.kind == kind]
+        if reason := _no_split(families, of_kind):
+            out.append(Judged(claim, "not testable here", "", seeds=seeds, note=reason))
+        else:
+            out.append(Judged(claim, judge(of_kind, kind), _closest(of_kind), seeds=seeds, note=_limits(families)))
+    return out
+
+
+def judge(found: Sequence[Tested], kind: Kind) -> Verdict:
+    """The verdict on a kind of facts where some families fail and some gain.
+
+    A fact explains the split where it parts the two without exception and the corrected test is clear, unless a fact of
+    the other kind parts them in the same way. No fact does where each has an exception (the outcomes being clear, one
+    exception is enough) and no test is clear. Everything between is undecided.
+    """
+    hints = [one for one in found if one.separates or one.clear]
+    explains = any(one.separates and one.clear and all(f.kind == kind for f in one.same) for one in hints)
+    if hints and not explains:
+        return "undecided"
+    return "holds" if explains == (kind == "architecture") else "does not hold"
+
+
+def verdict(reports: Sequence[Report]) -> str:
+    """How the families came out, and the facts that come closest to parting them."""
+    families = units(reports)
+    words = {"gains": "gain", "fails": "fail"}
+    counts = [
+        f"{len(some)} {words.get(kind, kind)} ({', '.join(some)})" for kind, some in _sides(families).items() if some
+    ]
+    split = f"{len(families)} {'family' if len(families) == 1 else 'families'}: {'; '.join(counts)}."
+    every = tested(families)
+    said = [
+        f"By {kind}, closest: {_closest(of_kind, 3)}."
+        for kind in ("recipe", "architecture")
+        if (of_kind := [one for one in every if one.fact.kind == kind]) and not _no_split(families, of_kind)
+    ]
+    return " ".join([split, *said])
+
+
+def _sides(families: Sequence[Unit]) -> dict[str, list[str]]:
+    kinds = ("gains", "fails", "undecided", "sizes disagree")
+    return {kind: [one.name for one in families if one.outcome == kind] for kind in kinds}
+
+
+def _no_split(families: Sequence[Unit], found: Sequence[Tested]) -> str:
+    """Why nothing can be said of a kind of facts here; empty where something can."""
+    sides = _sides(families)
+    reasons = [f"no family {kind}" for kind in ("fails", "gains") if not sides[kind]]
+    if found and not any(one.fails[0] + one.fails[1] and one.gains[0] + one.gains[1] for one in found):
+        reasons = reasons or ["the facts are not known of families on both sides"]
+    if not found:
+        miniature = all(teachers.is_miniature(one) for family in families for one in family.teachers)
+        shared = "all miniatures share one recipe" if miniature else "no recipe here is in the registry"
+        reasons = [shared, *reasons]
+    return "; ".join(reasons)
+
+
+def _closest(found: Sequence[Tested], count: int = 1) -> str:
+    """The facts with the smallest p-values, with their counts; those that part alike are one."""
+    said: list[str] = []
+    seen: set[str] = set()
+    for one in sorted(found, key=lambda one: (one.p, not one.separates)):
+        if one.fact.name in seen or len(said) == count:
+            continue
+        alike = [one.fact.name, *(other.name for other in one.same)]
+        seen |= set(alike)
+        (a, b), (c, d) = ((len(have), len(lack)) for have, lack in (one.fails, one.gains))
+        corrected = "too few to tell" if one.adjusted is None else f"Holm {one.adjusted:.2g}"
+        parts = ", parts them without exception" if one.separates else ""
+        said.append(
+            f"{' = '.join(alike)}: {a} of {a + c} that have it fail, {b} of {b + d} that have it not "
+            f"(p = {one.p:.2g}, {corrected}{parts})"
+        )
+    return "; ".join(said)
+
+
+def _limits(families: Sequence[Unit]) -> str:
+    """What so few families can show at best, and which do not count."""
+    from atdiag.study.association import least
+
+    sides = _sides(families)
+    fails, gains_ = len(sides["fails"]), len(sides["gains"])
+    best = f"{fails} of {fails + gains_} families against {gains_}: at best p = {least(fails, gains_, fails):.2g}"
+    left = [f"{kind}: {', '.join(sides[kind])}" for kind in ("undecided", "sizes disagree") if sides[kind]]
+    return "; ".join([best, *left])

@@ -1,0 +1,190 @@
+"""How far a run's attention maps are from a teacher's: measured once, and kept in the run's directory.
+
+    <run>/match/<first 12 digits of the teacher's sha256>.json
+
+The Jensen-Shannon divergence in bits (:mod:`atdiag.analysis.similarity`) on some of the run's own test images, by
+block, in the mean over images, queries and heads; two numbers of each block. *Head by head* compares head i with head
+i, which is what attention distillation asks for. *Heads matched* pairs the heads one to one so that the mean is least:
+the heads of a student that never saw the teacher have no order, so this is as close as it can be said to be.
+
+A scratch run is the baseline of every teacher of the same student, so there is a file for each teacher.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from typing import TYPE_CHECKING, Any
+
+from atdiag.runs import Run
+from atdiag.spec import Data, RunSpec, Teacher
+from atdiag.words import UserError
+
+if TYPE_CHECKING:
+    from atdiag.analysis.images import Pictures
+
+IMAGES = 256
+"""Test images, spread evenly over the test set; all of a smaller one."""
+VERSION = 1
+"""Of what is measured and how it is written: another one is taken again."""
+_AT_A_TIME = 4
+"""Students that are compared with the teacher in one pass."""
+
+HEAD_BY_HEAD = "JSD"
+HEADS_MATCHED = "JSD heads matched"
+
+
+@dataclass(frozen=True)
+class Match:
+    """The measurement of runs' maps against a teacher's (a :class:`~atdiag.study.ablation.Measurement`).
+
+    A student that copies all maps of this teacher has them by construction, and the teacher itself is no student:
+    neither is measured.
+    """
+
+    teacher: Teacher
+    images: int = IMAGES
+
+    @property
+    def name(self) -> str:
+        """What is taken; by weights and image size, since teachers from files may share a label."""
+        found = str(self.teacher.sha256)[:12]
+        return f"maps beside those of {self.teacher.label} ({found}, {self.teacher.network.image_size} px)"
+
+    def check(self, specs: Sequence[RunSpec]) -> None:
+        """Raise UserError where the images are not here that maps are compared on."""
+        from atdiag.data import datasets, names
+
+        for data, network in {s.data: s.network for s in specs if names.is_real(s.data.name)}.items():
+            datasets.check(data, network)
+
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs of which it has not been taken, or whose file is damaged or of another version."""
+        return [run for run in runs if self._is_measured(run.spec) and self._saved(run) is None]
+
+    def take(self, runs: Sequence[Run], device: str, tick: Callable[[int, int], None]) -> None:
+        """Compare finished runs with the teacher, and write what came out.
+
+        Raises ValueError for an unfinished run, UserError for one with other heads or tokens than the teacher's, and
+        for weights that can't be read.
+        """
+        from atdiag.analysis import subjects
+        from atdiag.analysis.similarity import similarity
+
+        by_data: dict[Data, list[Run]] = {}
+        for run in runs:
+            self._check(run)
+            by_data.setdefault(run.spec.data, []).append(run)
+        done = 0
+        tick(done, len(runs))
+        for data, some in by_data.items():
+            teacher = subjects.loaded(self.teacher, data).to(device)
+            pictures = self._pictures(data, some[0].spec)
+            for start in range(0, len(some), _AT_A_TIME):
+                part = some[start : start + _AT_A_TIME]
+                students = [subjects.of_run(run).to(device) for run in part]
+                for run, found in zip(part, similarity(teacher, students, pictures), strict=True):
+                    same, optimal = found.matched("same"), found.matched("optimal")
+                    self._save(run, found.images, same.tolist(), optimal.tolist())
+                done += len(part)
+                tick(done, len(runs))
+
+    def numbers(self, run: Run) -> dict[str, float]:
+        """``JSD`` (head by head, mean over blocks), ``JSD heads matched``, and ``JSD block 0`` and on, head by head.
+
+        Zeros for a student that copies all maps; empty for the teacher itself and where nothing was taken.
+        """
+        if self._is_copied(run.spec):
+            blocks = matched = [0.0] * run.spec.network.depth
+        elif self._is_measured(run.spec) and (saved := self._saved(run)) is not None:
+            blocks, matched = saved
+        else:
+            return {}
+        out = {HEAD_BY_HEAD: sum(blocks) / len(blocks), HEADS_MATCHED: sum(matched) / len(matched)}
+        return out | {f"{HEAD_BY_HEAD} block {i}": value for i, value in enumerate(blocks)}
+
+    def _is_copied(self, spec: RunSpec) -> bool:
+        """Whether a student's maps are this teacher's, all of them and as they are."""
+        own = spec.transfer
+        whole = own.layers == tuple(range(spec.network.depth)) and not own.teacher_layers and own.heads is None
+        as_is = own.method == "copy" and own.tensor == "map" and own.average is None
+        return whole and as_is and spec.teacher is not None and spec.teacher.sha256 == self.teacher.sha256
+
+    def _is_measured(self, spec: RunSpec) -> bool:
+        is_teacher = spec.init.source == "teacher" and spec.recipe.epochs == 0
+        return not is_teacher and not self._is_copied(spec)
+
+    def _check(self, run: Run) -> None:
+        if not run.finished:  # its checkpoint's maps would be taken for those of the trained student
+            raise ValueError(f"run {run.id} is not finished")
+        own, theirs = run.spec.network.heads, self.teacher.network.heads
+        if own != theirs:
+            raise UserError(
+                f"run {run.id} has {own} heads and {self.teacher.label} {theirs}: they can't be compared head by head"
+            )
+
+    def _pictures(self, data: Data, spec: RunSpec) -> Pictures:
+        import numpy as np
+
+        from atdiag.analysis import images
+
+        every = images.choose(0, data, spec.network)
+        count = min(self.images, len(every))
+        return every.reordered(np.arange(count, dtype=np.int64) * len(every) // count)
+
+    def _file(self) -> str:
+        if self.teacher.sha256 is None:
+            raise ValueError(f"the weights of {self.teacher.label} are not on this machine")
+        return f"match/{self.teacher.sha256[:12]}.json"
+
+    def _about(self) -> dict[str, Any]:
+        """What the numbers in a file are of; where this is another, they are another measurement's."""
+        return {"version": VERSION, "sha256": self.teacher.sha256, "asked": self.images}
+
+    def _save(self, run: Run, images: int, same: list[float], optimal: list[float]) -> None:
+        (run.path / "match").mkdir(exist_ok=True)
+        content = {**self._about(), "teacher": self.teacher.label, "images": images}
+        run.write(self._file(), json.dumps({**content, "head_by_head": same, "heads_matched": optimal}, indent=1))
+
+    def _saved(self, run: Run) -> tuple[list[float], list[float]] | None:
+        """Head by head and with heads matched, by block; None where there is no whole file of this measurement."""
+        path = run.path / self._file()
+        try:
+            content = json.loads(path.read_text())
+            if {name: content[name] for name in self._about()} != self._about():
+                return None
+            found = [[float(value) for value in content[name]] for name in ("head_by_head", "heads_matched")]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        fine = all(len(part) == run.spec.network.depth and all(map(isfinite, part)) for part in found)
+        return (found[0], found[1]) if fine else None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The mean of differences that are paired by seed, with Student's t over seeds; images are held fixed."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+
+
+def gap(ones: Mapping[Any, float], others: Mapping[Any, float]) -> Gap | None:
+    """``ones`` minus ``others`` by seed, over the seeds that both have; None from fewer than two.
+
+    The interval is at 95 %. Where all differences are equal it has no width.
+    """
+    from scipy import stats
+
+    found = [ones[seed] - others[seed] for seed in ones if seed in others]
+    if (n := len(found)) < 2:
+        return None
+    value = sum(found) / n
+    se = sqrt(sum((one - value) ** 2 for one in found) / (n - 1) / n)
+    half = float(stats.t.ppf(0.975, n - 1)) * se
+    p = float(2 * stats.t.sf(abs(value) / se, n - 1)) if se > 0 else float(value == 0)
+    return Gap(value, value - half, value + half, p, n)

@@ -1,0 +1,78 @@
+"""What a figure of finished studies says of itself: which experiment, of whom, at which scale, over how many seeds."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from atdiag.study.ablation import Reading, Report
+from figures import style
+
+if TYPE_CHECKING:
+    from atdiag.study.contrast import Estimate
+
+_CHARACTERS = 62 / style.COLUMN
+"""Of a title, for each inch of a figure's width."""
+
+
+def caption(shown: Report | Reading, width: float = style.COLUMN) -> str:
+    """Which experiment, which teacher (or how many) at which scale, how many seeds; the options that all studies share.
+
+    width: of the figure, in inches; lines are broken to fit it.
+    """
+    reports = shown.reports if isinstance(shown, Reading) else (shown,)
+    first, seeds = reports[0], reports[0].rows[0].seeds
+    covers = f"{seeds} seeds, 95 % intervals" if seeds > 1 else "1 seed, 95 % intervals (images only)"
+    own = [f"{name} {value}" for name, value in shared_options(reports).items()]
+    own += [f"{name}={value}" for name, value in sorted(first.overrides.items())]
+    most = round(_CHARACTERS * width)
+    head = [first.study.ablation, _subject(reports), *covers.split(", ")]
+    return "\n".join([*_lines(head, most), *_lines(own, most)])
+
+
+def _lines(parts: Sequence[str], most: int) -> list[str]:
+    """Parts with commas between them, in lines of at most so many characters; parts stay whole where they can."""
+    whole = ", ".join(part.replace(" ", "\u00a0") for part in parts)
+    return [line.replace("\u00a0", " ") for line in textwrap.wrap(whole, most)]
+
+
+def shared_options(reports: Sequence[Report]) -> dict[str, str]:
+    """The options that have the same value in all studies."""
+    first, *others = (report.study.options for report in reports)
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+
+def _subject(reports: Sequence[Report]) -> str:
+    labels = list(dict.fromkeys(report.study.teacher.label for report in reports))
+    profile = reports[0].profile
+    whom = labels[0] if len(labels) == 1 else f"{len(labels)} teachers{_scale(reports)}"
+    return whom if profile == "paper" or whom.endswith(f"({profile})") else f"{whom}, profile {profile}"
+
+
+def _scale(reports: Sequence[Report]) -> str:
+    """`` (mini)`` where that is what all teachers' labels end in: a title says it once for all of them."""
+    end = f" ({reports[0].profile})"
+    return end if all(report.study.teacher.label.endswith(end) for report in reports) else ""
+
+
+def teachers(reports: Sequence[Report]) -> list[str]:
+    """Of each study its teacher, without what the caption says."""
+    scale = _scale(reports)
+    return [report.study.teacher.label.removesuffix(scale) for report in reports]
+
+
+def studies(reports: Sequence[Report]) -> list[str]:
+    """What tells each study from the others: its label, without what the caption says of all."""
+    scale = _scale(reports)
+    labels = [report.study.label.replace(scale, "") if scale else report.study.label for report in reports]
+    whom = f"{teachers(reports)[0]}, "
+    if len(set(teachers(reports))) == 1 and len(reports) > 1 and all(label.startswith(whom) for label in labels):
+        return [label.removeprefix(whom) for label in labels]
+    return labels
+
+
+def filling(estimates: Iterable[Estimate]) -> str:
+    """What filled and open markers mean, for a legend or a line below."""
+    corrected = " after Holm's correction" if any(e.adjusted is not None for e in estimates) else ""
+    return f"filled: clear of zero{corrected}; open: not"

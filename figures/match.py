@@ -1,0 +1,91 @@
+"""How well students match their teacher's attention, and what they gain: is it matching that fails, or use?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from figures import captions, grids, marks, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from atdiag.study.ablation import Reading, Report, Row
+
+_MEAN, _BLOCK, _MATCHED = "JSD", re.compile(r"JSD block (\d+)"), "JSD heads matched"
+"""As ``ablations/match.py`` names what it measures, in bits."""
+
+
+def match(reading: Reading) -> Figure:
+    """Left: divergence from the teacher's maps by block. Right: gain over the baseline against its mean over layers.
+
+    A colour for each study, a marker for each arm; a stroke at zero is the baseline's divergence with heads matched one
+    to one, since the heads of a student that never saw the teacher have no order. The left panel is drawn where
+    divergence was measured by block. Raises ValueError where no arm's divergence was measured.
+    """
+    reports = reading.reports
+    if not any(_MEAN in row.numbers for report in reports for row in marks.contrasted(report)):
+        raise ValueError("no arm's divergence from its teacher was measured")
+    names = captions.studies(reports)
+    hues = dict(zip(names, style.colours(len(names)), strict=True))
+    arms = marks.arms(reports)
+    by_block = any(_blocks(row) for report in reports for row in marks.contrasted(report))
+    width = style.PAGE if by_block else style.COLUMN
+    figure, panels = style.panels(1, 2 if by_block else 1, 2.1, width)
+    if by_block:
+        _left(panels[0], reports, list(hues.values()), arms)
+    _right(panels[-1], reports, list(hues.values()), arms)
+    # A study is told by its colour alone, an arm by its marker alone: the legend names them apart.
+    keys = [marks.key((hue, "s"), name, ls="", ms=5) for name, hue in hues.items()]
+    keys += [marks.key((style.INK, marker), name, ls=_form(name, arms)) for name, (_, marker) in arms.items()]
+    if any(_MATCHED in report.rows[0].numbers for report in reports):
+        label = f"{reports[0].rows[0].arm}, heads matched"
+        keys.append(marks.key((style.INK, "|"), label, ls="", ms=6, mew=1.2))
+    every = [row.contrast_or_raise() for report in reports for row in marks.contrasted(report)]
+    style.finish(
+        figure, captions.caption(reading, width), keys, f"{'right: ' if by_block else ''}{captions.filling(every)}"
+    )
+    return figure
+
+
+def _left(axes: Axes, reports: Sequence[Report], hues: list[str], arms: dict[str, marks.Look]) -> None:
+    highest, last = 0.0, 0
+    for report, hue in zip(reports, hues, strict=True):
+        for row in marks.contrasted(report):
+            blocks = _blocks(row)
+            if not blocks:
+                continue
+            form, marker = _form(row.arm, arms), arms[row.arm][1]
+            axes.plot(list(blocks), list(blocks.values()), ls=form, marker=marker, ms=2.8, lw=0.9, color=hue)
+            highest, last = max(highest, *blocks.values()), max(last, *blocks)
+    axes.set_ylim(-0.04 * highest, 1.08 * highest or 1.0)
+    axes.set_xlabel("block")
+    axes.set_ylabel("JSD from the teacher's maps, bits")
+    axes.grid(visible=False, axis="x")
+    grids.ticks(axes, range(last + 1), log=False)
+
+
+def _right(axes: Axes, reports: Sequence[Report], hues: list[str], arms: dict[str, marks.Look]) -> None:
+    for report, hue in zip(reports, hues, strict=True):
+        if (alone := report.rows[0].numbers.get(_MATCHED)) is not None:
+            axes.plot(alone, 0, "|", color=hue, ms=6, mew=1.2, zorder=2)
+        for row in marks.contrasted(report):
+            if _MEAN in row.numbers:
+                marks.upright(axes, row.numbers[_MEAN], row.contrast_or_raise(), (hue, arms[row.arm][1]))
+    axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
+    axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlabel("JSD from the teacher's maps, mean over layers, bits")
+    axes.set_ylabel(f"top-1 points minus {reports[0].rows[0].arm}")
+
+
+def _form(arm: str, arms: dict[str, marks.Look]) -> str:
+    """The line of an arm: the first's is solid."""
+    return ("-", "--", ":", "-.")[list(arms).index(arm) % 4]
+
+
+def _blocks(row: Row) -> dict[int, float]:
+    found = {int(m[1]): value for name, value in row.numbers.items() if (m := _BLOCK.fullmatch(name))}
+    return dict(sorted(found.items()))

@@ -230,8 +230,8 @@ RUNS = ("list", "show", "remove", "verify", "diff", "export")
 
 
 def test_every_command_has_help(folder):
-    commands = ["reinit", "layers", "rescue", "benchmark", "sizes", "epochs", "datasets", "losses"]
-    commands += ["teachers", "pretrain", "doctor", "runs", "data"]
+    commands = ["reinit", "layers", "rescue", "benchmark", "sizes", "epochs", "datasets", "ood", "losses", "match"]
+    commands += ["recipes", "reproduce", "figures", "teachers", "pretrain", "doctor", "runs", "data"]
     commands += ["trace", "similarity", "intervene", "probe", "attention-stats", "maps"]
     code, out = ran("--help")
     assert code == 0

@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as fault:
         code = _explain(fault)
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
-        say("stopped: checkpoints are written, the same command goes on from there")
+        say(experiments.stopped(next(iter(sys.argv[1:] if arguments is None else arguments), "")))
     sys.exit(code)
 
 

@@ -171,13 +171,14 @@ def write(reading: Reading, folder: Path) -> list[Path]:
 
 def draw(reading: Reading, *paths: Path) -> None:
     """Draw the figure that a series names."""
+    from figures import style
+
     name = reading.series.figure or reading.reports[0].study.figure
     found = [entry for entry in entry_points(group="atdiag.figures") if entry.name == name]
     if not found:
         raise ValueError(f"no figure named {name!r} is installed")
     figure = found[0].load()(reading if reading.series.figure else reading.reports[0])
-    for path in paths:
-        figure.savefig(path)
+    style.save(dict.fromkeys(paths, figure))
 
 
 def tell(reading: Reading, files: Sequence[Path]) -> None:

@@ -6,11 +6,12 @@ command is called.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ from atdiag.options import DataDir, Json, Profile, Runs, Set, joined
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from rich.progress import Progress, TaskID
     from rich.table import Table
 
     from atdiag.analysis.images import Pictures
@@ -119,11 +121,14 @@ class Desk:
         self.data = data if own else trained
 
     def pictures(self, images: Sequence[str] | None, default: int = 256) -> Pictures:
-        """The images that are asked for, as the first subject sees them; else ``default`` of the data set's."""
+        """The images that are asked for; else ``default`` of the data set's. Raises UserError where the subjects do not
+        see images of one kind."""
         import numpy as np
 
         from atdiag.analysis.images import choose
+        from atdiag.analysis.tracing import check_images
 
+        check_images(self.subjects)  # before images are asked for, which could be of none of the kinds
         network = self.subjects[0].network
         if images:
             return choose(list(images), self.data, network, self.given.skip_bad)
@@ -140,8 +145,7 @@ class Desk:
         console = Console()
         for one in tables:
             console.print(one)
-        skipped = [f"{len(pictures.skipped)} of {len(pictures)} images can't be read and are left out."]
-        for note in [*notes, *(skipped if pictures.skipped else [])]:
+        for note in [*notes, *left_out(pictures)]:
             console.print(f"- {note}", style="dim", highlight=False)
         for path in files:
             typer.echo(f"  {path}")
@@ -165,8 +169,12 @@ def layer_pairs(text: str | None) -> dict[int, int] | None:
     out: dict[int, int] = {}
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", part)
-        if not found or int(found[1]) in out:
+        if not found:
             raise UserError(f"--layer-map {text!r} is no list of pairs", "write it as 0:0,5:11")
+        if int(found[1]) in out:
+            raise UserError(
+                f"--layer-map {text!r} has layer {int(found[1])} of A twice", "each is compared with one of B's"
+            )
         out[int(found[1])] = int(found[2])
     return out
 
@@ -174,14 +182,13 @@ def layer_pairs(text: str | None) -> dict[int, int] | None:
 def write(folder: Path, stem: str, frame: pd.DataFrame, document: Any, figures: dict[str, Figure]) -> list[Path]:
     """Write a table as CSV and JSON, and figures as PNG and PDF. Returns the files."""
     from atdiag.runs import write_atomically
+    from figures import style
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{stem}.csv", folder / f"{stem}.json"]
+    drawn = {folder / f"{stem}{name}.{kind}": figure for name, figure in figures.items() for kind in ("png", "pdf")}
+    paths = [folder / f"{stem}.csv", folder / f"{stem}.json", *drawn]
+    style.save(drawn)
     write_atomically(paths[0], frame.to_csv(index=False))
-    for name, figure in figures.items():
-        for kind in ("png", "pdf"):
-            paths.append(folder / f"{stem}{name}.{kind}")
-            figure.savefig(paths[-1])
     write_atomically(paths[1], json.dumps({**document, "files": [str(path) for path in paths]}, indent=1))
     return paths
 
@@ -201,6 +208,46 @@ def table(title: str, *columns: str) -> Table:
     for i, name in enumerate(columns):
         out.add_column(name, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
     return out
+
+
+@contextlib.contextmanager
+def watched(**several: Pictures) -> Iterator[None]:
+    """On a terminal a bar for each set of images, under its name, while they are gone through."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        for name, pictures in several.items():
+            pictures.tick = _ticker(bar, bar.add_task(name.replace("_", " "), total=len(pictures)))
+        yield
+
+
+def _ticker(bar: Progress, task: TaskID) -> Callable[[int], None]:
+    return lambda done: bar.update(task, completed=done)
+
+
+def left_out(pictures: Pictures, kind: str = "images") -> list[str]:
+    """A note on the images that can't be read, with the names of the first; nothing where all can."""
+    names = list(pictures.skipped)
+    if not names:
+        return []
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    told = f"{', '.join(names[:_NAMED])}{more}"
+    return [f"{len(names)} of {len(pictures)} {kind} can't be read and are left out: {told}"]
+
+
+_NAMED = 10
+
+
+def size(count: int) -> str:
+    """A number of bytes for a reader.
+
+    >>> size(5_408), size(12_345_678)
+    ('5.4 kB', '12.3 MB')
+    """
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
 
 
 def shown_on(pictures: Pictures) -> str:

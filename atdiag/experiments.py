@@ -83,6 +83,9 @@ def add_commands(app: typer.Typer) -> None:
         app.command(entry.name)(command)
 
 
+LOOKING = ("trace", "similarity", "intervene", "probe", "attention-stats", "maps")
+"""Commands that look inside: they train nothing, and write at their end."""
+
 RESERVED = (
     "reproduce",
     "figures",
@@ -91,14 +94,18 @@ RESERVED = (
     "doctor",
     "runs",
     "data",
-    "trace",
-    "similarity",
-    "intervene",
-    "probe",
-    "attention-stats",
-    "maps",
+    *LOOKING,
 )
 """Names of commands that are no experiments."""
+
+
+def stopped(command: str) -> str:
+    """What is left of a command that was stopped, by its name."""
+    if command in ("pretrain", "reproduce") or command not in RESERVED:
+        return "stopped: checkpoints are written, the same command goes on from there"
+    if command in LOOKING:
+        return "stopped: nothing was written, the same command starts again"
+    return "stopped: the same command starts again"
 
 
 def say(text: str) -> None:

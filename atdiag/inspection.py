@@ -23,8 +23,10 @@ from atdiag.desk import (
     chosen,
     layer_pairs,
     shown_on,
+    size,
     stem,
     table,
+    watched,
     write,
 )
 
@@ -73,24 +75,23 @@ def trace(
     desk = Desk([subject], given)
     (one,) = desk.subjects
     pictures = desk.pictures(images, default=64)
-    found = tracing.trace(
-        one,
-        pictures,
-        [name.strip() for name in what.split(",")],
-        chosen(layers, one.network.depth, "--layers"),
-        chosen(heads, one.network.heads, "--heads"),
-        mean,
-    )
+    blocks = chosen(layers, one.network.depth, "--layers")
+    some = chosen(heads, one.network.heads, "--heads")
+    with watched(images=pictures):
+        found = tracing.trace(one, pictures, [name.strip() for name in what.split(",")], blocks, some, mean)
     tensors = {f"{name}.{layer}": tensor.contiguous() for (name, layer), tensor in found.items()}
     kept = [name for name in pictures.names if name not in pictures.skipped]
     header = {"subject": one.label, "id": one.id, "images": json.dumps(kept), "mean": json.dumps(mean)}
+    header["left_out"] = json.dumps(list(pictures.skipped))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, save(tensors, header))
-    shown = table(f"trace - {one.label}", "tensor", "shape", "mean", "MB")
+    shown = table(f"trace - {one.label}", "tensor", "shape", "largest |x|", "size")
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size() / 1e6
-        shown.add_row(name, " x ".join(map(str, tensor.shape)), f"{float(tensor.mean()):.4g}", f"{size:.1f}")
+        largest = max(float(tensor.max()), -float(tensor.min()))
+        shape = " x ".join(map(str, tensor.shape))
+        shown.add_row(name, shape, f"{largest:.4g}", size(tensor.numel() * tensor.element_size()))
     document = {"command": "trace", "subject": one.label, "id": one.id, "images": len(kept), "tensors": list(tensors)}
+    document["left_out"] = list(pictures.skipped)
     over = "mean over " if mean else ""
     desk.tell([shown], [f"{over}{shown_on(pictures)}"], [out], document, pictures)
 
@@ -120,8 +121,11 @@ def similarity(
     desk = Desk([subject, *others], given)
     a, *bs = desk.subjects
     pairs = layer_pairs(layer_map)
+    blocks = chosen(layers, a.network.depth, "--layers")
+    work.check(a, bs, blocks, pairs)  # before images are asked for: with others the networks would fit no better
     pictures = desk.pictures(images)
-    found = work.similarity(a, bs, pictures, chosen(layers, a.network.depth, "--layers"), pairs)
+    with watched(images=pictures):
+        found = work.similarity(a, bs, pictures, blocks, pairs)
     import pandas as pd
 
     frame = pd.concat([one.frame() for one in found], ignore_index=True)
@@ -130,6 +134,7 @@ def similarity(
         "profile": desk.profile,
         "subjects": [{"label": one.label, "id": one.id} for one in desk.subjects],
         "images": found[0].images,
+        "left_out": list(pictures.skipped),
         "layers": [list(pair) for pair in found[0].layers],
         "rows": json.loads(frame.to_json(orient="records")),
         "heads": [{rows: one.heads[rows].round(6).tolist() for rows in one.heads} for one in found],
@@ -189,7 +194,7 @@ def intervene(
     """
     from atdiag.analysis import intervene as work
     from atdiag.analysis import subjects
-    from atdiag.analysis.replacements import Replacement
+    from atdiag.analysis.replacements import Replacement, check
     from figures import interventions as figures
 
     folder = given.folder("intervene")
@@ -206,14 +211,18 @@ def intervene(
     replacements: list[Replacement] = [
         Replacement(source, part, group, some, pairs) for source in sources for group in groups
     ]
+    for one in replacements:
+        check(a, one)
     pictures = desk.pictures(images)
-    found = work.intervene(a, replacements, pictures)
+    with watched(images=pictures):
+        found = work.intervene(a, replacements, pictures)
     frame = work.frame(found)
     document = {
         "command": "intervene",
         "profile": desk.profile,
         "subject": {"label": a.label, "id": a.id},
         "images": found[0].images,
+        "left_out": list(pictures.skipped),
         "rows": json.loads(frame.to_json(orient="records")),
     }
     drawn = {"-residual": figures.residual(found)}

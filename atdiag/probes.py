@@ -6,6 +6,7 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atdiag.desk import SUBJECT, Desk, Given, Images, Layers, add, chosen, shown_on, stem, table, write
+from atdiag.desk import (
+    SUBJECT,
+    Desk,
+    Given,
+    Images,
+    Layers,
+    add,
+    chosen,
+    left_out,
+    shown_on,
+    stem,
+    table,
+    watched,
+    write,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +71,7 @@ def _arms(references: Sequence[str]) -> list[_Arm]:
             if report["reference"]:
                 found.append(_Arm(f"{report['teacher']} itself", tuple(report["reference"]["runs"])))
         except FileNotFoundError:
-            raise UserError(f"there is no file {path}") from None
+            raise UserError(f"there is no file {path}", "an experiment writes its .json under results/") from None
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path} is not the JSON file of an experiment", "'atdiag reinit' and its likes write one"
@@ -131,7 +146,8 @@ def probe(
         raise UserError("the classes of these images are not known", "give --images a number or indices")
     count = min(data_set.train, 20_000) if train is None else train
     fitted = probing.training_pictures(data_set, desk.subjects[0].network, count, given.skip_bad)
-    found = iter(probing.probe(desk.subjects, fitted, pictures, asked, neighbours))
+    with watched(training_images=fitted, test_images=pictures):
+        found = iter(probing.probe(desk.subjects, fitted, pictures, asked, neighbours))
     groups = {name: [next(found) for _ in range(count)] for name, count in names}
     frame = depth.frame(groups)
     document = {
@@ -143,7 +159,9 @@ def probe(
             for name, group in groups.items()
         ],
         "train": int(frame.train.iloc[0]),
+        "train_left_out": list(fitted.skipped),
         "images": int(frame.images.iloc[0]),
+        "left_out": list(pictures.skipped),
         "neighbours": neighbours,
         "rows": json.loads(frame.to_json(orient="records")),
     }
@@ -157,8 +175,7 @@ def probe(
         f"nearest neighbours: {neighbours}, cosine, majority; 95 % intervals over test images, and seeds where there "
         "are several",
     ]
-    skipped = len(fitted.skipped)
-    notes += [f"{skipped} of {len(fitted)} training images can't be read and are left out"] if skipped else []
+    notes += left_out(fitted, "training images")
     desk.tell(_probe_tables(frame), notes, files, document, pictures)
 
 
@@ -240,13 +257,15 @@ def attention_stats(
     desk = Desk(subjects, given)
     asked = _layers(layers, desk.subjects)
     pictures = desk.pictures(images)
-    found = work.attention_stats(desk.subjects, pictures, asked, threshold, rank_images)
+    with watched(images=pictures):
+        found = work.attention_stats(desk.subjects, pictures, asked, threshold, rank_images)
     frame = pd.concat([one.frame() for one in found], ignore_index=True)
     document = {
         "command": "attention-stats",
         "profile": desk.profile,
         "subjects": [{"label": one.label, "id": one.id} for one in found],
         "images": found[0].images,
+        "left_out": list(pictures.skipped),
         "rank_images": found[0].rank_images,
         "threshold": threshold,
         "rows": json.loads(frame.to_json(orient="records")),
@@ -322,18 +341,23 @@ def maps(
     if head not in ("mean", "all") and not head.isdecimal():
         raise UserError(f"--head {head!r}", "give mean, all, or a number")
     folder = given.folder("maps")
+    wanted = images or ["0"]
+    if all(re.fullmatch(r"[\d\s,-]+", text) and not Path(text).exists() for text in wanted):
+        wanted = [",".join([*wanted, ""])]  # indices, and no number of images
+    meant = choosing.named(wanted)
+    assert not isinstance(meant, int)
+    if len(meant) > _MOST_IMAGES:  # said before networks are loaded
+        raise UserError(f"{len(meant)} images are {len(meant)} figures", f"give at most {_MOST_IMAGES}")
     desk = Desk(subjects, given)
     asked = _layers(layers, desk.subjects)
     which: Any = int(head) if head.isdecimal() else head
-    wanted = [f"{text}," if text.isdecimal() else text for text in images or ["0"]]  # an index, not a number of them
     queries = tuple(query or ["centre"])
     found: list[Shown] = []
     for one in desk.subjects:
         # Each sees the images at its own size: networks of different token grids can be laid side by side.
         pictures = choosing.choose(wanted, desk.data, one.network, given.skip_bad)
-        if len(pictures) > _MOST_IMAGES:
-            raise UserError(f"{len(pictures)} images are {len(pictures)} figures", f"give at most {_MOST_IMAGES}")
-        found.append(work.maps(one, pictures, asked, queries, which, not no_rollout))
+        with watched(images=pictures):
+            found.append(work.maps(one, pictures, asked, queries, which, not no_rollout))
     frame = pd.concat([shown.frame() for shown in found], ignore_index=True)
     drawn = {
         f"-{i}" + (f"-{name.replace(',', '_')}" if len(queries) > 1 else ""): figures.attention_maps(found, i, q)
@@ -345,6 +369,7 @@ def maps(
         "profile": desk.profile,
         "subjects": [{"label": one.label, "id": one.id} for one in desk.subjects],
         "images": list(found[0].names),
+        "left_out": list(pictures.skipped),
         "queries": list(queries),
         "heads": list(found[0].heads),
         "rows": json.loads(frame.to_json(orient="records")),

@@ -265,8 +265,11 @@ class Store:
         if len(prefix) < 4:
             raise KeyError(f"{prefix!r} is too short for a run's id: give at least 4 of its digits")
         matches = [run for run in self.list() if run.id.startswith(prefix)]
-        if len(matches) != 1:
-            raise KeyError(f"{'no run' if not matches else f'{len(matches)} runs'} in {self.root} named {prefix!r}")
+        if not matches:
+            raise KeyError(f"no run in {self.root} named {prefix!r}")
+        if len(matches) > 1:
+            some = ", ".join(run.id for run in matches[:4]) + (" ..." if len(matches) > 4 else "")
+            raise KeyError(f"{len(matches)} runs in {self.root} have ids that begin with {prefix!r}: {some}")
         return matches[0]
 
     def remove(self, run: Run) -> None:

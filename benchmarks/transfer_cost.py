@@ -363,7 +363,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
     axes.minorticks_off()
     axes.legend(frameon=False)
-    figure.savefig(path)
+    style.save({path: figure})
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ def depth(frame: pd.DataFrame) -> Figure:
         _lines(panels[1], exits, subjects)
         panels[1].set_title("early exit: the trained head after each layer", loc="left", pad=3)
         _ends(panels[1], frame[frame.probe == "itself"], subjects)
+    notes = [f"{', '.join(map(style.short, without))}: mean patch alone"] if without else []
+    notes += ["bars at the right of the early exit: the networks themselves"] if rows == 2 else []
     for axes in panels[:rows]:
         axes.set_ylabel("top-1, %")
     panels[rows - 1].set_xlabel("layer")
@@ -41,7 +43,7 @@ def depth(frame: pd.DataFrame) -> Figure:
         figure,
         panels[0],
         frame,
-        f"{', '.join(map(style.short, without))}: mean patch alone" if without else "",
+        "\n".join(notes),
         columns=1,
     )
     return figure

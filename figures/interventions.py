@@ -50,6 +50,7 @@ def accuracy(found: Sequence[Outcome]) -> Figure:
     axes.set_yticks(range(len(found)), [style.short(one.replaced, 40) for one in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.margins(x=0.08)
+    axes.set_xlim(_at_least(axes.get_xlim()))
     axes.locator_params(axis="x", nbins=5)
     axes.grid(visible=False, axis="y")
     style.describe(figure, _title(found), _below(found))
@@ -66,6 +67,7 @@ def _by_layer(found: Sequence[Outcome], groups: dict[str, list[Outcome]]) -> Fig
         axes.plot(layers, points, f"{marker}-", color=colour, ms=3, label=style.short(name, 40))
         axes.vlines(layers, [low for _, low, _ in values], [high for _, _, high in values], color=colour, lw=0.8)
     axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
+    axes.set_ylim(_at_least(axes.get_ylim()))
     layers = sorted({one.layers[0] for one in found})
     axes.set_xticks(layers[:: -(-len(layers) // 14)])
     axes.set_ylabel("change of top-1, points")
@@ -74,6 +76,13 @@ def _by_layer(found: Sequence[Outcome], groups: dict[str, list[Outcome]]) -> Fig
     axes.set_xlabel("the one layer that was replaced")
     style.describe(figure, _title(found))
     return figure
+
+
+def _at_least(limits: tuple[float, float]) -> tuple[float, float]:
+    """Limits of an axis of points, widened to 10: no change, or next to none, is not to fill the figure."""
+    low, high = limits
+    middle, half = (low + high) / 2, max((high - low) / 2, 5.0)
+    return middle - half, middle + half
 
 
 def _one_at_a_time(found: Sequence[Outcome]) -> bool:

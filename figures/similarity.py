@@ -26,8 +26,8 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
         _line(above, one, one.matched("optimal"), "all queries, heads one to one", style.BLUE, "o-")
         _line(above, one, one.matched("averaged"), "heads averaged", style.SKY, "s--")
         if "class" in one.heads:
-            _line(above, one, one.matched("optimal", "class"), "class token", style.VERMILLION, "^-")
-            _line(above, one, one.matched("optimal", "patch"), "patches", style.GREEN, "v:")
+            _line(above, one, one.matched("optimal", "class"), "class token, one to one", style.VERMILLION, "^-")
+            _line(above, one, one.matched("optimal", "patch"), "patches, one to one", style.GREEN, "v:")
         _line(below, one, one.cka["all"], "all tokens", style.BLUE, "o-")
         if "class" in one.cka:
             _line(below, one, one.cka["class"], "class token", style.VERMILLION, "^-")
@@ -37,7 +37,7 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
             _line(above, one, one.matched("optimal"), style.short(one.b, 40), colour, f"{marker}-")
             _line(below, one, one.cka["all"], style.short(one.b, 40), colour, f"{marker}-")
         title = f"{style.short(found[0].a)} and {len(found)} others"
-    above.set_ylabel("JSD of maps, bits")
+    above.set_ylabel("JSD of maps, bits" + ("" if len(found) == 1 else "\nheads one to one"))
     below.set_ylabel("CKA of streams")
     for axes in (above, below):
         axes.set_ylim(0, max(1.0 if axes is below else 0.0, axes.get_ylim()[1] * 1.05))
@@ -61,6 +61,10 @@ def _line(axes: Axes, one: Similarity, values: NDArray[np.float64], label: str, 
     axes.plot([layer for layer, _ in one.layers], values, form, color=colour, label=label, ms=3)
 
 
+_CELL = 0.3
+"""The most that a head's row is high, in inches."""
+
+
 def heads(one: Similarity, rows: Rows = "all") -> Figure:
     """Every head of A (down) with every head of B (across), a panel for each layer; dots: matched one to one."""
     matrices = one.heads[rows]
@@ -68,9 +72,8 @@ def heads(one: Similarity, rows: Rows = "all") -> Figure:
     columns = min(4, count)
     lines = -(-count // columns)
     panel = (style.COLUMN - 0.75) / columns
-    figure, panels = style.panels(
-        lines, columns, height=max(lines * (max(panel * down / across, 0.4) + 0.2), 1.3) + 0.6
-    )
+    tall = max(min(panel * down / across, _CELL * down), 0.4)  # few heads in few layers are not blown up
+    figure, panels = style.panels(lines, columns, height=max(lines * (tall + 0.2), 1.3) + 0.6)
     top = max(float(matrices.max()), 1e-6)
     image = None
     for i, axes in enumerate(panels):
@@ -79,7 +82,7 @@ def heads(one: Similarity, rows: Rows = "all") -> Figure:
             continue
         image = axes.imshow(matrices[i], vmin=0, vmax=top, cmap="viridis_r", aspect="auto")
         mine, theirs = one.assignments(rows)[i]
-        size = 60 * panel / max(down, across)
+        size = 60 * min(panel / across, tall / down)
         axes.scatter(theirs, mine, s=(size / 3.5) ** 2, color="white", edgecolors=style.INK, linewidths=0.5)
         layer_a, layer_b = one.layers[i]
         axes.set_title(f"layer {layer_a}" if layer_a == layer_b else f"layer {layer_a} : {layer_b}", pad=2)

@@ -202,6 +202,27 @@ def test_faults_end_in_one_line(fault, code, says, folder, capsys, monkeypatch):
     assert said[0].startswith(f"atdiag: {says}") or says in said[0]
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("similarity", "deit_s", "dinov2_s"), "nothing was written, the same command starts again"),
+        (("trace", "deit_s", "-o", "x.safetensors"), "nothing was written, the same command starts again"),
+        (("runs", "list"), "stopped: the same command starts again"),
+        (("reinit",), "checkpoints are written"),
+    ],
+)
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (SystemExit, 143)])
+def test_what_is_said_of_a_stopped_command_is_true_of_it(command, says, stop, code, folder, capsys, monkeypatch):
+    def stops(*_):
+        raise stop(143)
+
+    monkeypatch.setattr("atdiag.study.profile.resolve", stops)
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command])
+    assert end.value.code == code
+    assert says in capsys.readouterr().err
+
+
 def test_a_bug_can_be_looked_at(folder, monkeypatch):
     def fail(*_):
         raise RuntimeError("surprise")

@@ -1,5 +1,7 @@
 """Figures can be read: nothing overlaps, nothing is cut, at the width of a paper's column."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -226,6 +228,21 @@ def test_interventions(found):
     names = {style.short(one.replaced, 40) for one in found}
     assert names <= check(interventions.residual(found))
     assert names <= check(interventions.accuracy(found))
+
+
+@pytest.mark.parametrize("layers", [[tuple(range(12))], [(i,) for i in range(12)]], ids=["at once", "each"])
+def test_no_change_does_not_fill_the_axis(layers):
+    found = [outcome("uniform map", some) for some in layers]
+    axes = interventions.accuracy([dataclasses.replace(one, after=one.before) for one in found]).axes[0]
+    low, high = axes.get_xlim() if len(layers) == 1 else axes.get_ylim()
+    assert low <= -5 and high >= 5
+
+
+def test_a_saved_figure_is_the_same_every_time(tmp_path):
+    made = [tmp_path / f"{i}.{kind}" for i in range(2) for kind in ("png", "pdf")]
+    style.save({path: similarity.by_layer([compared()]) for path in made})
+    assert made[0].read_bytes() == made[2].read_bytes() and made[1].read_bytes() == made[3].read_bytes()
+    assert b"CreationDate" not in made[1].read_bytes()
 
 
 def test_lines_are_told_apart_without_colours():

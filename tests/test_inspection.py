@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from atdiag import desk
@@ -116,12 +117,40 @@ def test_intervene_puts_in_a_teacher_and_others(store):
 
 
 def test_of_a_folder_of_images_no_accuracy_is_told(tmp_path):
+    folder = tmp_path / "of images"
+    folder.mkdir()
     for i in range(3):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    (tmp_path / "4.png").write_text("broken")
-    out = atdiag("intervene", "deit_s", "--with", "uniform", "--images", tmp_path, "--skip-bad", "--json")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "4.png").write_text("broken")
+    out = atdiag("intervene", "deit_s", "--with", "uniform", "--images", folder, "--skip-bad", "--json")
     assert last_line(out)["rows"][0]["top1_after"] is None and last_line(out)["images"] == 3
-    assert "1 of 4 images can't be read and are left out" in " ".join(out.split())
+    said = "".join(out.split())
+    assert f"1 of 4 images can't be read and are left out: {folder / '4.png'}".replace(" ", "") in said
+    assert last_line(out)["left_out"] == [str(folder / "4.png")]
+    document = json.loads(next(path for path in Path("results/intervene").glob("*.json")).read_text())
+    assert document["left_out"] == [str(folder / "4.png")]
+    atdiag("trace", "deit_s", "--images", folder, "--skip-bad", "-o", "x/t.safetensors")
+    with safe_open("x/t.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["left_out"]) == [str(folder / "4.png")]
+
+
+def test_the_same_command_writes_the_same_files():
+    written = []
+    for folder in "ab":
+        atdiag("similarity", "deit_s", "dinov2_s", "--layers", "0,11", "--images", 4, "--out", folder)
+        written.append({path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix != ".json"})
+    assert len(written[0]) == 5 and written[0] == written[1]
+
+
+def test_a_bar_is_told_how_many_images_were_gone_through():
+    subject = subjects.find("deit_s")
+    some = images.choose(5, DATA, subject.network)
+    seen = []
+    with desk.watched(images=some):
+        tick = some.tick
+        some.tick = lambda done: (seen.append(done), tick(done))
+        tracing.trace(subject, some, layers=(0,), mean=True, batch=2)
+    assert seen == [2, 4, 5]
 
 
 # What is found
@@ -160,6 +189,11 @@ def test_a_subject_that_is_not_there(capsys, store, tmp_path):
     (tmp_path / "bad/weights.safetensors").write_bytes(b"no")
     wanted = {
         "clip_c": "did you mean 'clip_b'",
+        "Start:" + copied.id[:4]: f"did you mean 'start:{copied.id[:4]}'",
+        copied.id[:3]: "too short for a run's id: give at least 4 of its digits",
+        f"start:{copied.id[:2]}": "give at least 4 of its digits",
+        "timm:vit_tiny_patch16_22@/x": "did you mean 'vit_tiny_patch16_224'",
+        str(copied.path / "result.json"): "holds no network: a subject is a teacher's name",
         copied.id[:4] + "zz": f"did you mean '{copied.id[:6]}'",
         "ffffffff": "no run in",
         "nowhere/weights.safetensors": "there is no file",
@@ -177,6 +211,7 @@ def test_a_subject_that_is_not_there(capsys, store, tmp_path):
     [
         (("similarity", "deit_s", "dinov2_s", "--layers", "12"), "12"),
         (("similarity", "deit_s", "dinov2_s", "--layer-map", "0-0"), "write it as 0:0,5:11"),
+        (("similarity", "deit_s", "dinov2_s", "--layer-map", "0:0,0:1,11:2"), "has layer 0 of A twice"),
         (("similarity", "deit_s", "dinov2_s", "--images", "nowhere"), "no such file or folder"),
         (("similarity", "deit_s", "dinov2_s", "--data", "digit"), "did you mean 'digits'"),
         (("trace", "deit_s", "--what", "maps", "-o", "x.safetensors"), "did you mean 'map'"),
@@ -185,6 +220,7 @@ def test_a_subject_that_is_not_there(capsys, store, tmp_path):
         (("intervene", "deit_s", "--with", "unifrom"), "did you mean 'uniform'"),
         (("intervene", "deit_s", "--with", "teacher"), "has no teacher"),
         (("intervene", "deit_s", "--from", "deit_b"), "3 heads"),
+        (("intervene", "deit_s", "--from", "deit_b", "--images", "nowhere"), "3 heads"),
         (("intervene", "deit_s", "--what", "mpa"), "did you mean 'map'"),
     ],
 )
@@ -202,6 +238,14 @@ def test_networks_of_different_depth_ask_for_a_layer_map(capsys, tmp_path):
     assert "11:3" in out
 
 
+@pytest.mark.parametrize("command", ["similarity", "probe", "attention-stats"])
+def test_what_no_images_could_mend_is_said_before_images_are_asked_for(capsys, tmp_path, command):
+    large = NETWORK.model_copy(update={"image_size": 40, "patch_size": 8, "depth": 4})
+    subjects.weights.save(students.build(large, 0), tmp_path / "large.safetensors", {})
+    said = wrong(capsys, command, tmp_path / "large.safetensors", "deit_s", "--images", "nowhere")
+    assert "see different images (20 x 20 x 1 and 40 x 40 x 1)" in said
+
+
 def test_a_network_that_is_not_finite_is_a_fault_that_names_the_layer(capsys, tmp_path):
     vit = students.build(NETWORK, 0)
     with torch.no_grad():
@@ -215,3 +259,11 @@ def test_small_words():
     assert desk.layer_pairs("0:0, 5:11") == {0: 0, 5: 11}
     with pytest.raises(UserError):
         desk.layer_pairs("0:0,0:1")
+    assert (desk.size(400), desk.size(5_408), desk.size(12_345_678)) == ("0.4 kB", "5.4 kB", "12.3 MB")
+    some = images.from_arrays(np.zeros((40, 1, 20, 20), np.uint8))
+    assert desk.left_out(some) == []
+    some.skipped.update({f"{i}.png": "broken" for i in range(12)})
+    (said,) = desk.left_out(some)
+    assert (
+        said.startswith("12 of 40 images can't be read and are left out: 0.png, 1.png") and "9.png and 2 more" in said
+    )

@@ -219,7 +219,7 @@ def test_find(store):
     for name in ("abcd000000000000", "abcd111111111111"):
         (store.root / name).mkdir()
         (store.root / name / "spec.json").write_text("{}")
-    with pytest.raises(KeyError, match="2 runs"):
+    with pytest.raises(KeyError, match=r"2 runs in .* begin with 'abcd': abcd000000000000, abcd111111111111"):
         store.find("abcd")
     with pytest.raises(KeyError, match="no run"):
         store.find("xxxx")

@@ -249,10 +249,9 @@ def test_every_entry_point_draws_pixels_of_print_and_a_vector_figure_whose_text_
     for name, entry in entries.items():
         module, _, function = entry.partition(":")
         figure = getattr(importlib.import_module(module), function)(OF[name])
-        figure.savefig(tmp_path / "figure.png")
+        style.save({tmp_path / f"figure.{kind}": figure for kind in ("png", "pdf")})
         with Image.open(tmp_path / "figure.png") as image:
             assert image.size[0] in (round(300 * style.COLUMN), round(300 * style.PAGE))
-        figure.savefig(tmp_path / "figure.pdf")
         content = (tmp_path / "figure.pdf").read_bytes()
         assert content.startswith(b"%PDF")
         assert b"/CIDFontType2" in content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,8 @@ from atdiag.data.pictures import BrokenImageError, View, decode, to_array
 from atdiag.spec import Data, Network
 from atdiag.words import UserError
 
-SUFFIXES = frozenset(Image.registered_extensions())
+SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+"""Of files that are taken for images in a folder: a PDF, say, can be written as one, and not read."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Pictures:
     skip_bad: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     """Name -> why it can't be read, of those met so far."""
+    tick: Callable[[int], None] | None = field(default=None, repr=False)
+    """Is told how many have been gone through, after each batch."""
 
     def head_rows(self, network: Network) -> NDArray[np.int64] | None:
         """The rows of a network's head that are the data set's classes, in the order of its labels.
@@ -71,7 +74,7 @@ class Pictures:
         labels, clusters = (None if x is None else x[order] for x in (self.labels, self.clusters))
         called = tuple(self.names[i] for i in order)
         return Pictures(
-            called, _Reordered(self.source, order), labels, clusters, self.data, self.skip_bad, self.skipped
+            called, _Reordered(self.source, order), labels, clusters, self.data, self.skip_bad, self.skipped, self.tick
         )
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
@@ -97,6 +100,8 @@ class Pictures:
             places = np.array(kept, np.int64)
             pixels = torch.from_numpy(np.stack(arrays)).to(device).float().div_(255)
             yield Batch(pixels, places, None if self.labels is None else self.labels[places])
+            if self.tick is not None:
+                self.tick(min(start + size, len(self)))
         if not seen:
             raise UserError(f"none of the {len(self)} images can be read")
 
@@ -159,19 +164,38 @@ def choose(
 
     Raises UserError for what is none of these, or is not there.
     """
+    meant = named(wanted)
+    if isinstance(meant, int):
+        return _of_split(data, network, meant, None)
+    if isinstance(meant, list):
+        return _of_split(data, network, None, meant)
+    source = _Files(meant, network.image_size, network.channels)
+    return Pictures(tuple(map(str, meant)), source, skip_bad=skip_bad)
+
+
+def named(wanted: int | str | Path | Sequence[str | Path]) -> int | list[int] | tuple[Path, ...]:
+    """What :func:`choose` is asked for, before any data set is looked at: a number, indices, or files.
+
+    Raises UserError for what is none of these, and for files that are not there.
+    """
     parts = [wanted] if isinstance(wanted, int | str | Path) else list(wanted)
     if not parts:
         raise UserError("no images are named", "give a number, a folder, files or indices")
-    text = str(parts[0]).strip()
-    if len(parts) == 1 and re.fullmatch(r"\d+", text):
-        return _of_split(data, network, int(text), None)
-    if len(parts) == 1 and re.fullmatch(r"[\d\s,-]+", text):
-        return _of_split(data, network, None, _indices(text))
-    paths: list[Path] = []
-    for part in parts:
-        paths += _paths(Path(str(part)).expanduser())
-    source = _Files(tuple(paths), network.image_size, network.channels)
-    return Pictures(tuple(map(str, paths)), source, skip_bad=skip_bad)
+    texts = [str(part).strip() for part in parts]
+    if len(parts) == 1 and re.fullmatch(r"\d+", texts[0]):
+        return int(texts[0])
+    numbers = [bool(_INDICES.fullmatch(text)) and not Path(text).exists() for text in texts]
+    if len(parts) == 1 and _INDICES.fullmatch(texts[0]):
+        return _indices(texts[0])
+    if all(numbers):
+        raise UserError(f"--images {' --images '.join(texts)}", f"give indices in one list: --images {','.join(texts)}")
+    if any(numbers):
+        index = texts[numbers.index(True)]
+        raise UserError(f"--images {index} is an index, and files are named too", "give indices alone, or files alone")
+    return tuple(path for part in parts for path in _paths(Path(str(part)).expanduser()))
+
+
+_INDICES = re.compile(r"[\d\s,-]+")
 
 
 def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> Pictures:
@@ -237,6 +261,14 @@ def _paths(path: Path) -> list[Path]:
             raise UserError(f"there are no images in the folder {path}")
         return found
     if not path.exists():
+        pieces = [piece.strip() for piece in str(path).split(",")]
+        if len(pieces) > 1 and any(_INDICES.fullmatch(piece) for piece in pieces):
+            raise UserError(f"--images {path}: indices and files can't be mixed", "give indices alone, or files alone")
+        if len(pieces) > 1:
+            raise UserError(
+                f"--images {path}: there is no such file or folder",
+                f"give files as --images {' --images '.join(pieces)}",
+            )
         raise UserError(
             f"--images {path}: there is no such file or folder", "give a number, a folder, files, or indices as 3,17"
         )

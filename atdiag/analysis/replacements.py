@@ -104,19 +104,8 @@ def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
         layers = tracing.wanted(subject, (), one.layers).layers
         pairs = tuple((layer, layer) for layer in layers)
     else:
-        pairs = pair_layers(subject, source, one.layers, one.layer_map)
+        _check_tokens(subject, source)
         theirs = source.network
-        for name, mine, other in (
-            ("heads", network.heads, theirs.heads),
-            ("patches", network.grid**2, theirs.grid**2),
-            ("class tokens", int(network.class_token), int(theirs.class_token)),
-        ):
-            if mine != other:
-                raise UserError(f"{source.label} has {other} {name}, {subject.label} {mine}: its {one.part} don't fit")
-        if theirs.registers not in (network.registers, 0) and network.registers:
-            raise UserError(f"{source.label} has {theirs.registers} registers, {subject.label} {network.registers}")
-        if theirs.registers < network.registers:
-            raise UserError(f"{source.label} lacks the {network.registers} registers of {subject.label}")
         width = theirs.width // theirs.heads
         if one.part != "map" and width != network.width // network.heads:
             raise UserError(
@@ -124,8 +113,30 @@ def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
                 f"only its map can be put in",
                 "--what map",
             )
+        tracing.check_images([subject, source])
+        pairs = pair_layers(subject, source, one.layers, one.layer_map)
     _check_copied(subject, one, [layer for layer, _ in pairs])
     return pairs
+
+
+def _check_tokens(subject: Subject, source: Subject) -> None:
+    """Raise UserError where a network's heads or tokens are not the other's: nothing of it has a place there then."""
+    mine, theirs = subject.network, source.network
+    wanted = f"{mine.heads} heads, {mine.grid} x {mine.grid} patches, {'a' if mine.class_token else 'no'} class token"
+    mend = f"put in what is of a network with {wanted}"
+    lost = ""
+    if mine.heads != theirs.heads:
+        lost = f"has {theirs.heads} heads, and {subject.label} has {mine.heads}"
+    elif mine.grid != theirs.grid:
+        lost = f"has {theirs.grid} x {theirs.grid} patches, and {subject.label} has {mine.grid} x {mine.grid}"
+    elif mine.class_token != theirs.class_token:
+        lost = f"has {'a' if theirs.class_token else 'no'} class token, and {subject.label} has "
+        lost += "one" if mine.class_token else "none"
+    elif mine.registers not in (0, theirs.registers):
+        lost = f"has {theirs.registers} registers, and {subject.label} has {mine.registers}"
+        mend += f" and {mine.registers} registers"
+    if lost:
+        raise UserError(f"{source.label} {lost}", mend)
 
 
 def _check_copied(subject: Subject, one: Replacement, layers: Sequence[int]) -> None:

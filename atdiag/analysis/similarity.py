@@ -174,6 +174,8 @@ def pair_layers(
                 f"--layer-map 0:0,{a.network.depth - 1}:{b.network.depth - 1}",
             )
         layer_map = {layer: layer for layer in range(a.network.depth)}
+    else:
+        _check_map(a, b, layer_map)
     chosen = sorted(layer_map) if layers is None else sorted(set(layers))
     tracing.wanted(a, (), chosen)
     for layer in chosen:
@@ -182,6 +184,15 @@ def pair_layers(
     pairs = tuple((layer, layer_map[layer]) for layer in chosen)
     tracing.wanted(b, (), [other for _, other in pairs])
     return pairs
+
+
+def _check_map(a: Subject, b: Subject, layer_map: Mapping[int, int]) -> None:
+    """Raise UserError for a layer map with a block that one of the networks lacks."""
+    for mine, theirs in layer_map.items():
+        for layer, one in ((mine, a), (theirs, b)):
+            if not 0 <= layer < one.network.depth:
+                told = f"layer {layer} is out of range: {one.label} has {one.network.depth} blocks"
+                raise UserError(f"--layer-map {mine}:{theirs}: {told}, 0 to {one.network.depth - 1}")
 
 
 # --- CKA -----------------------------------------------------------------------------------------------------------
@@ -330,6 +341,23 @@ def _numpy(x: Tensor | float) -> NDArray[np.float64]:
     return out
 
 
+def check(
+    a: Subject,
+    others: Sequence[Subject],
+    layers: Sequence[int] | None = None,
+    layer_map: Mapping[int, int] | None = None,
+) -> None:
+    """Raise UserError for networks that can't be compared as :func:`similarity` would.
+
+    What no option can mend comes first: token grids, then images of another kind, then layers.
+    """
+    for b in others:
+        shared(a.network, b.network, (a.label, b.label))
+    tracing.check_images([a, *others])
+    for b in others:
+        pair_layers(a, b, layers, layer_map)
+
+
 def similarity(
     a: Subject,
     others: Subject | Sequence[Subject],
@@ -344,6 +372,7 @@ def similarity(
     the one it uses, its teacher's. Raises UserError for what can't be compared.
     """
     others = [others] if isinstance(others, Subject) else list(others)
+    check(a, others, layers, layer_map)
     pairs = [_Pair(a, b, pair_layers(a, b, layers, layer_map)) for b in others]
     what = ("map", "residual")
     traces = [(a, tracing.wanted(a, what, [i for i, _ in pairs[0].pairs]))]

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 _START = "start:"
 
+_SUBJECTS = (
+    "a subject is a teacher's name, a run's id, its folder, checkpoint or weights.safetensors, or timm:MODEL@FILE"
+)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -150,16 +154,17 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     name = reference.partition("@")[0]
     if name in teachers.registry() or name.startswith(teachers.TIMM):
         return _teacher(reference, profile, data)
-    if Path(reference).expanduser().exists() or "/" in reference or Path(reference).suffix:
+    word, colon, rest = reference.partition(":")
+    there = Path(reference).expanduser().exists()
+    if colon and word != "start" and not there:
+        near = suggest(f"{word.lower()}:{rest}", [f"start:{rest}", f"{teachers.TIMM}{rest}"])
+        raise UserError(f"nothing is named {reference!r}{near}", _SUBJECTS)
+    if there or "/" in reference or Path(reference).suffix:
         return _file(Path(reference).expanduser())
     begin, run_id = reference.startswith(_START), reference.removeprefix(_START)
-    if store is not None and re.fullmatch("[0-9a-f]{4,16}", run_id):
-        try:
-            found = store.find(run_id)
-            return of_start(found) if begin else of_run(found)
-        except KeyError as fault:
-            near = suggest(run_id, [run.id[: len(run_id)] for run in store.list()])
-            raise UserError(f"{fault.args[0]}{near}", "'atdiag runs list' lists them") from None
+    if store is not None and re.fullmatch("[0-9a-f]{1,16}", run_id):
+        found = _run(run_id, store)
+        return of_start(found) if begin else of_run(found)
     # An id is typed by its first digits.
     ids = [run.id[: max(len(reference), 4)] for run in store.list()] if store else []
     near = suggest(reference, teachers.miniatures()) or suggest(reference, [*teachers.registry(), *ids])
@@ -167,6 +172,19 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
         f"no teacher, run or file is named {reference!r}{near}",
         "'atdiag teachers' and 'atdiag runs list' list what there is",
     )
+
+
+def _run(run_id: str, store: Store) -> Run:
+    """The run of an id's first digits. Raises UserError, with what may have been meant, unless there is just one."""
+    ids = [run.id for run in store.list()]
+    try:
+        return store.find(run_id)
+    except KeyError as fault:
+        if len(run_id) < 4 or any(one.startswith(run_id) for one in ids):  # what was meant is clear, and not which
+            near = ""
+        else:
+            near = suggest(run_id, [one[: len(run_id)] for one in ids])
+        raise UserError(f"{fault.args[0]}{near}", "'atdiag runs list' lists them") from None
 
 
 def _teacher(reference: str, profile: str, data: Data | None) -> Subject:
@@ -228,15 +246,25 @@ def of_start(run: Run) -> Subject:
 
 
 def _student(spec: RunSpec, file: Path) -> Subject:
-    """The student of a spec with the weights of a file, together with its teacher if it copies."""
+    """The student of a spec with the weights of a file, together with its teacher if it copies.
+
+    Raises DamagedRunError for a damaged file of the run itself, UserError for one that lies elsewhere.
+    """
+    run = Run(file.parent)
+    own = run.id == spec.id and file in (run.weights, run.checkpoint)
     if not file.exists():
-        raise UserError(f"run {spec.id} has neither trained weights nor a checkpoint yet", "train it")
-    state, step = _state(file)
+        raise _nothing_yet(spec, run)
     network = ViT(spec.network)
     try:
+        state, step = _state(file)
         network.load_state_dict(state)
+    except _UnreadableError as fault:
+        raise DamagedRunError(file, fault.cause) if own else fault from None
     except RuntimeError as fault:
-        raise UserError(f"{file} does not fit the network of run {spec.id} ({str(fault).splitlines()[-1]})") from None
+        cause = str(fault).splitlines()[-1].strip()
+        if own:
+            raise DamagedRunError(file, cause) from None
+        raise UserError(f"{file} does not fit the network of run {spec.id} ({cause})") from None
     network.eval().requires_grad_(False)
     label = f"{spec.id[:6]} {_kind(spec)}" + ("" if step is None else f" at step {step}")
     body = evaluate.Subject(network, spec.transfer)
@@ -250,6 +278,26 @@ def _student(spec: RunSpec, file: Path) -> Subject:
     return Subject(label, body, spec.network, spec.data, spec.id, spec)
 
 
+def _nothing_yet(spec: RunSpec, run: Run) -> Exception:
+    """What to say of a run whose file with its state is not there."""
+    if run.finished:
+        return DamagedRunError(run.weights, "it is not there")
+    if run.weights.exists():
+        return UserError(
+            f"run {spec.id} is not finished: {run.path / 'result.json'} is not there",
+            f"the same experiment finishes it; to look at its weights as they are, type {run.weights}",
+        )
+    return UserError(f"run {spec.id} is not finished and has no checkpoint yet", "the same experiment trains it")
+
+
+class _UnreadableError(UserError):
+    """A file that holds no state."""
+
+    def __init__(self, problem: str, cause: str, mend: str | None = None) -> None:
+        super().__init__(problem, mend)
+        self.cause = cause
+
+
 def _kind(spec: RunSpec) -> str:
     if spec.transfer.method != "none":
         return spec.transfer.method
@@ -261,25 +309,30 @@ def _state(file: Path) -> tuple[dict[str, Tensor], int | None]:
     try:
         if file.suffix == ".safetensors":
             return {name: tensor.float() for name, tensor in files.tensors(file).items()}, None
-    except OSError as fault:
-        raise UserError(f"{file} can't be read ({fault})") from None
+    except (files.WeightsError, OSError) as fault:
+        raise _UnreadableError(f"{file} can't be read ({fault})", str(fault)) from None
     try:
         found = checkpoint.read(file)
     except ValueError as fault:
-        raise UserError(f"{file} is no checkpoint of a run ({fault})") from None
+        raise _UnreadableError(f"{file} is no checkpoint of a run ({fault})", str(fault), _SUBJECTS) from None
     return found.student, found.step
 
 
 def _file(path: Path) -> Subject:
     """A run's folder, a file beside its ``spec.json``, or a miniature's file."""
     if not path.exists():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}", _SUBJECTS)
     folder, file = (path, None) if path.is_dir() else (path.parent, path)
+    if file is not None and file.suffix in (".json", ".jsonl", ".npz", ".csv", ".png", ".pdf"):
+        hint = "; 'atdiag probe' also takes an experiment's .json" if file.suffix == ".json" else ""
+        raise UserError(f"{path} holds no network", f"{_SUBJECTS}{hint}")
     if (folder / "spec.json").exists():
         try:
             spec = RunSpec.model_validate_json(small_file(folder / "spec.json"))
         except ValueError as fault:
-            raise UserError(str(DamagedRunError(folder / "spec.json", fault))) from None
+            if re.fullmatch("[0-9a-f]{16}", folder.absolute().name):
+                raise DamagedRunError(folder.absolute() / "spec.json", fault) from None
+            raise UserError(f"{folder / 'spec.json'} can't be read ({str(fault).splitlines()[0]})") from None
         run = Run(folder)
         return _student(spec, file or (run.weights if run.weights.exists() else run.checkpoint))
     if file is None:

@@ -316,6 +316,14 @@ def batch_size(*networks: Network) -> int:
     return max(1, min(BATCH, _MOST // largest))
 
 
+def check_images(subjects: Sequence[Subject]) -> None:
+    """Raise UserError for subjects that do not see images of one kind."""
+    kinds = {(one.network.image_size, one.network.channels) for one in subjects}
+    if len(kinds) > 1:
+        told = " and ".join(f"{size} x {size} x {channels}" for size, channels in sorted(kinds))
+        raise UserError(f"the subjects see different images ({told})", "compare networks of one image size")
+
+
 def stream(
     traces: Sequence[tuple[Subject, Wanted]], pictures: Pictures, batch: int | None = None
 ) -> Iterator[tuple[Traced, ...]]:
@@ -323,11 +331,8 @@ def stream(
 
     Nothing is kept from one batch to the next. All subjects are on one device and take images of one kind.
     """
+    check_images([subject for subject, _ in traces])
     networks = [subject.network for subject, _ in traces]
-    kinds = {(network.image_size, network.channels) for network in networks}
-    if len(kinds) > 1:
-        told = " and ".join(f"{size} x {size} x {channels}" for size, channels in sorted(kinds))
-        raise UserError(f"the subjects see different images ({told})", "compare networks of one image size")
     device = traces[0][0].device
     with ExitStack() as stack:
         readers = [stack.enter_context(Reader(subject)) for subject, _ in traces]

@@ -322,13 +322,13 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         return _miniature(name, image_size)
     if image_size is None and published and profile != "mini":
         image_size = row(name).image_size
+    origin = source(reference)  # a mistyped name is said before what the named network would need
     if image_size is None:
         raise UserError(
             f"{reference} sees real images, and here are none", "add --set data.name=imagenette, or --profile small"
         )
     from atdiag.networks import architectures
 
-    origin = source(reference)
     try:
         path = sources.find(origin)
     except sources.WeightsMissingError as fault:

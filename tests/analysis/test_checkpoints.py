@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from atdiag.analysis import images, similarity, subjects
-from atdiag.runs import Store
+from atdiag.runs import DamagedRunError, Store
 from atdiag.spec import Data, Recipe, RunSpec, Seed, Transfer
 from atdiag.training import checkpoint, cohort
 from atdiag.words import UserError
@@ -83,8 +83,35 @@ def test_a_run_without_anything_yet_is_refused_in_one_line(trained, tmp_path):
     new.path.mkdir(parents=True)
     shutil.copy(run.path / "spec.json", new.path)
     for reference in (run.id, str(new.path)):
-        with pytest.raises(UserError, match=f"run {run.id} has neither trained weights nor a checkpoint yet"):
+        with pytest.raises(UserError, match=f"run {run.id} is not finished and has no checkpoint yet"):
             subjects.find(reference, store=store)
     (new.path / "checkpoint").write_bytes(b"half")
-    with pytest.raises(UserError, match="is no checkpoint of a run"):
+    with pytest.raises(DamagedRunError, match=f"checkpoint is damaged .*'atdiag runs remove {run.id}'"):
         subjects.find(run.id, store=store)
+
+
+def test_damaged_files_of_a_run_are_said_alike(trained, tmp_path):
+    _, run, _ = trained
+    store = Store(tmp_path / "runs")
+    new = store.run(run.spec)
+    shutil.copytree(run.path, new.path)
+    advice = f"is damaged .*'atdiag runs remove {run.id}' starts that run afresh"
+    whole = new.weights.read_bytes()
+    new.weights.write_bytes(whole[:-100])
+    for reference in (run.id, str(new.path), str(new.weights)):
+        with pytest.raises(DamagedRunError, match=f"weights.safetensors {advice}"):
+            subjects.find(reference, store=store)
+    new.weights.unlink()
+    with pytest.raises(DamagedRunError, match="it is not there"):
+        subjects.find(run.id, store=store)
+    new.weights.write_bytes(whole)
+    (new.path / "result.json").unlink()
+    with pytest.raises(
+        UserError, match=r"is not finished: .*result\.json is not there: the same experiment finishes it"
+    ):
+        subjects.find(run.id, store=store)
+    assert subjects.find(str(new.weights), store=store).spec == run.spec  # as they are
+    (new.path / "spec.json").write_text("{")
+    for reference in (run.id, str(new.path)):
+        with pytest.raises(DamagedRunError, match=f"spec.json {advice}"):
+            subjects.find(reference, store=store)

@@ -82,6 +82,10 @@ def test_an_unreadable_image_is_named_and_skipped_only_on_request(folder, subjec
         ("9-3", "is no list of indices"),
         (",", "names no image"),
         ("nowhere/cat.jpg", "there is no such file or folder"),
+        ("a.jpg,b.jpg", "give files as --images a.jpg --images b.jpg"),
+        ("3,b.jpg", "indices and files can't be mixed"),
+        (["3", "b.jpg"], "--images 3 is an index, and files are named too"),
+        (["3", "5-6"], "give indices in one list: --images 3,5-6"),
         ([], "no images are named"),
     ],
 )

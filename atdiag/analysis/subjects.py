@@ -309,7 +309,7 @@ def _state(file: Path) -> tuple[dict[str, Tensor], int | None]:
     try:
         if file.suffix == ".safetensors":
             return {name: tensor.float() for name, tensor in files.tensors(file).items()}, None
-    except (files.WeightsError, OSError) as fault:
+    except (sources.WeightsError, OSError) as fault:
         raise _UnreadableError(f"{file} can't be read ({fault})", str(fault)) from None
     try:
         found = checkpoint.read(file)

@@ -165,6 +165,7 @@ def data_list(context: typer.Context, data_dir: DataDir = None, json_: Json = Fa
         Console().print(listing.table(rows), highlight=False)
         for line in listing.where(rows):
             typer.echo(f"  {line}")
+        Console().print(listing.others(), highlight=False)
 
 
 @data_app.command("check")

@@ -8,9 +8,10 @@ from rich import box
 from rich.table import Table
 
 from atdiag.data import places
-from atdiag.data.facts import ANY_FOLDER, FACTS
+from atdiag.data.facts import ANY_FOLDER, CORRUPTIONS, FACTS, TEST_SETS
 from atdiag.data.manifest import Reading
 from atdiag.data.names import NAMES
+from atdiag.words import UserError
 
 _EMBEDDED = "embedded"
 _SCENES = {
@@ -20,7 +21,10 @@ _SCENES = {
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row for each data set: name, title, classes, images, resolution, source, licence, and its folder or None."""
+    """A row for each data set: name, title, classes, images, resolution, source, licence, and its folder or None.
+
+    Those without training images are other test sets, of ``atdiag ood``.
+    """
     scenes = [
         {
             "name": name,
@@ -49,27 +53,53 @@ def rows() -> list[dict[str, Any]]:
         }
         for name, facts in FACTS.items()
     ]
-    return scenes + real
+    tests = [
+        {
+            "name": name,
+            "title": facts.title,
+            "classes": facts.classes,
+            "train": None,
+            "test": facts.images,
+            "resolution": "",
+            "source": facts.source,
+            "licence": facts.licence,
+            "folder": _searched(name, facts.folders),
+        }
+        for name, facts in TEST_SETS.items()
+    ]
+    return scenes + real + tests
+
+
+def _searched(name: str, folders: tuple[str, ...]) -> str | None:
+    try:
+        return str(places.search(name, folders))
+    except UserError:
+        return None
 
 
 def table(listed: list[dict[str, Any]]) -> Table:
     """The rows as a table."""
     out = Table(box=box.SIMPLE_HEAD)
     out.collapse_padding, out.pad_edge = True, False
-    for name in ("name", "classes", "training", "test", "resolution", "licence", "found"):
+    for name in ("name", "classes", "training", "test", "licence", "found"):
         numbers = name in ("classes", "training", "test")
         out.add_column(name, justify="right" if numbers else "left", no_wrap=True)
     for row in listed:
         counts = [f"{row[split]:,}" if row[split] else "" for split in ("train", "test")]
         found = {None: "no", _EMBEDDED: _EMBEDDED}.get(row["folder"], "yes")
-        out.add_row(row["name"], f"{row['classes']:,}", *counts, row["resolution"], row["licence"], found)
-    out.add_row(f"{ANY_FOLDER}PATH", "", "", "", "", "", "")
+        out.add_row(row["name"], f"{row['classes']:,}", *counts, row["licence"], found)
+    out.add_row(f"{ANY_FOLDER}PATH", "", "", "", "", "")
     return out
 
 
 def where(listed: list[dict[str, Any]]) -> list[str]:
     """Where the real ones were found, in lines."""
     return [f"{row['name']}: {row['folder']}" for row in listed if row["folder"] not in (None, _EMBEDDED)]
+
+
+def others() -> str:
+    """What else finished runs can be tested on, in a line."""
+    return f"'atdiag ood' also tests on corruptions of any of them: {', '.join(CORRUPTIONS)}"
 
 
 def text(reading: Reading) -> list[str]:

@@ -31,11 +31,17 @@ from atdiag.runs import DamagedRunError, Store
 from atdiag.spec import Network, RunSpec
 from atdiag.words import UserError, suggest
 
-_FLOPS_PER_SECOND = 42e9
-"""What one CPU thread does on networks of miniature size, until finished runs say better (measured on an idle server
-core of 2025: about 40e9 from scratch and in distillation, 60e9 where maps are copied)."""
+_FLOPS_PER_SECOND = 50e9
+"""What one CPU thread does, until finished runs say better (measured on an idle server core of 2025)."""
 _GPU_FLOPS_PER_SECOND = 50e12
 """A guess for a GPU (not measured), until finished runs say better."""
+
+_BLOCK = 90e6
+"""The least that a block costs in a step, as floating-point operations: its kernels have to be launched (fitted to
+miniatures of width 32 and 48; nothing beside what a ViT-S costs)."""
+_RELATIVE = {"copy": 0.65, "distill": 0.95}
+"""What a method's step in all layers costs beside its operations: a student that copies has no q and k to learn, and
+one forward pass of the teacher serves a cohort (measured on 250 runs of miniatures)."""
 
 _STARTUP_SECONDS = 8.0
 
@@ -69,8 +75,11 @@ def macs(network: Network) -> float:
 
 def seconds(spec: RunSpec, flops_per_second: float = _FLOPS_PER_SECOND, tested: bool = True) -> float:
     """Estimated thread-seconds of a run: a step costs three forward passes of the student and one of the teacher."""
-    trained = spec.recipe.epochs * (spec.data.train // spec.recipe.batch_size) * spec.recipe.batch_size
-    cost = trained * (3 * 2 * macs(spec.network) + _of_teacher(spec)) / flops_per_second
+    steps = spec.recipe.epochs * (spec.data.train // spec.recipe.batch_size)
+    step = spec.recipe.batch_size * (3 * 2 * macs(spec.network) + _of_teacher(spec)) + spec.network.depth * _BLOCK
+    share = len(spec.transfer.layers or ()) / spec.network.depth
+    relative = 1 - share * (1 - _RELATIVE.get(spec.transfer.method, 1.0))
+    cost = steps * step * relative / flops_per_second
     return cost + (testing_seconds(spec, flops_per_second) if tested else 0)
 
 

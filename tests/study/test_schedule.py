@@ -120,7 +120,7 @@ def test_what_costs_more():
     base = seconds(run())
     assert seconds(run(epochs=8)) > 1.9 * base
     assert seconds(run(train=5000)) > 1.9 * base
-    assert seconds(run(layers=(0,), teacher=1)) > base
+    assert seconds(run(layers=(0,), teacher=1)) == pytest.approx(base, rel=0.05)
     assert seconds(run(layers=(11,), teacher=1)) > seconds(run(layers=(0,), teacher=1))
     assert 0 < seconds(run(epochs=0)) < base / 5
     assert seconds(run(train=31)) == seconds(run(epochs=0))  # not one whole batch

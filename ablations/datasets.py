@@ -29,7 +29,7 @@ def datasets(
     methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy",
 ) -> Series:
     """Transfer on several data sets, each beside its own baseline: does the outcome persist?"""
-    wanted = listed(data or USUAL[lab.settings.profile.name], "--data", "digits,larger")
+    wanted = listed(USUAL[lab.settings.profile.name] if data is None else data, "--data", "digits,larger")
     passed = listed(methods, "--methods", "copy,distill")
     studies = tuple(
         gains.study(

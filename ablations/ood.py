@@ -73,7 +73,9 @@ def ood(
     methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy,finetune",
 ) -> Series:
     """Evaluate transfer on other test sets: does the outcome persist out of distribution?"""
-    wanted = testsets.expand(listed(on or USUAL[lab.settings.profile.name], "--on", "imagenet-r,gaussian_noise:5"))
+    wanted = testsets.expand(
+        listed(USUAL[lab.settings.profile.name] if on is None else on, "--on", "imagenet-r,gaussian_noise:5")
+    )
     passed = listed(methods, "--methods", "copy,finetune")
     studies = []
     for test_set in wanted:

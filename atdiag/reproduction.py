@@ -147,7 +147,7 @@ def _figures(
         else:
             readings[name] = on.reading(series)
     if not readings or (left and "all" not in wanted):
-        raise UserError("; ".join(left), "'atdiag reproduce' trains them (with --quick those of --quick)")
+        raise UserError("; ".join(left), "the same line with 'reproduce' for 'figures NAME' trains them")
     files = _write_all(readings, folder)
     for path in files:
         if path.suffix in (".png", ".pdf", ".txt"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,7 @@ def describe(figure: Figure, title: str, below: str = "") -> None:
 def finish(figure: Figure, title: str, keys: Sequence[Line2D], note: str = "") -> None:
     """A title above, a legend with a note below; the figure grows by what they take, so its axes keep their size."""
     width, height = figure.get_size_inches()
+    note = "\n".join(textwrap.fill(line, int(17 * width)) for line in note.splitlines())
     longest = max((len(str(key.get_label())) for key in keys), default=0)
     columns = max(1, min(len(keys), int(width / (0.4 + 0.052 * longest)), 6))
     lines = -(-len(keys) // columns) + (note.count("\n") + 1 if note else 0)

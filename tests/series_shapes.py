@@ -143,6 +143,7 @@ def _losses(name: str, scale: float, weights=(0.3, 3.0, 30.0), losses=("ce", "ms
 LOSSES = {
     "usual": reading(_losses("deit_s", 1.0), _losses("dinov2_s", -0.4)),
     "one": reading(_losses("dinov2_s", -0.4)),
+    "one, corrected": reading(_losses("dinov2_s", -0.4, adjusted=0.2)),
     "one weight": reading(_losses("dinov2_s", -0.4, weights=(3.0,))),
     "many weights": reading(
         _losses("dinov2_s", -0.4, weights=(0.001, 0.003, 0.0125, 0.1, 0.3, 1, 3, 10, 30, 100, 30000))

@@ -149,6 +149,18 @@ def test_layers_from_both_ends():
     assert {spec.id for spec in one.specs} <= {spec.id for spec in study.specs}
 
 
+def test_a_study_needs_a_baseline_and_another_arm():
+    study = benchmark(lab(), "deit_s", "copy")
+    with pytest.raises(UserError, match=r"no arm to contrast with a baseline: give arms=\(lab.baseline"):
+        Series.join([replace(study, arms=study.arms[1:])])
+
+
+@pytest.mark.parametrize("make", [partial(ood, on=""), partial(datasets, data=" , ")])
+def test_an_empty_list_is_no_default(make):
+    with pytest.raises(UserError, match="names none"):
+        make(lab())
+
+
 def test_arms_that_share_no_baseline_are_refused():
     study = benchmark(lab(), "deit_s", "copy")
     other = benchmark(lab("data.name=larger"), "deit_s", "copy")
@@ -254,6 +266,19 @@ def test_a_claim_of_an_effect_does_not_hold_where_there_is_shown_to_be_none():
     assert judge_claim(FAILS, corrected(reports, equivalence=0.5)).verdict == "does not hold"
 
 
+def test_nothing_is_rescued_that_has_not_failed():
+    claim = next(one for one in paper.of("rescue") if one.name == "native components rescue")
+
+    def judged(standard: float) -> Judged:
+        study = rescue(lab(), "clip_b", "copy")
+        effects = [standard if arm.name == "standard + copy" else 9.0 for arm in study.arms[1:]]
+        return judge_claim(claim, [fabricated(study, effects)])
+
+    assert judged(-3.0).verdict == "holds"
+    for spared in (judged(24.0), judged(-0.5)):
+        assert (spared.verdict, spared.note) == ("not testable here", "no failure to reverse: clip_b (mini)")
+
+
 def test_one_seed_decides_no_claim():
     reports = [fabricated(benchmark(lab(), "clip_b", "copy"), [-30.0], seeds=1)]
     assert judge_claim(FAILS, reports).verdict == "undecided"
@@ -270,7 +295,12 @@ def test_the_claims_file_speaks_of_what_there_is():
     for ablation in content:
         series = planned[ablation]
         reports = [
-            fabricated(study, [1.0] * (len(study.arms) - 1), [1.0] * len(study.contrasts)) for study in series.studies
+            fabricated(
+                study,
+                [-9.0 if arm.name.startswith("standard + ") else 9.0 for arm in study.arms[1:]],
+                [9.0] * len(study.contrasts),
+            )
+            for study in series.studies
         ]
         for claim in paper.of(ablation):
             assert claim in series.claims, f"{ablation} does not carry {claim.name}"

@@ -142,9 +142,18 @@ class Series:
 
     @staticmethod
     def join(parts: Sequence[Study | Series]) -> Series:
-        """Studies and series of one ablation as one series. Raises ValueError where there are none."""
+        """Studies and series of one ablation as one series.
+
+        Raises UserError for a study without a baseline and another arm, ValueError where there are no studies.
+        """
         many = [part for part in parts if isinstance(part, Series)]
         studies = tuple(s for part in parts for s in ([part] if isinstance(part, Study) else part.studies))
+        for study in studies:
+            if len(study.arms) < 2:
+                raise UserError(
+                    f"{study.ablation} of {study.label} has no arm to contrast with a baseline",
+                    "give arms=(lab.baseline(source), ...), the baseline first",
+                )
         if many:
             return replace(many[0], studies=studies)
         if not studies:

@@ -44,6 +44,8 @@ class Claim(Spec):
     """Of zero. A claim about something else than contrasts names none, and an ablation's own findings judge it."""
     families: tuple[str, ...] = ()
     """Of which teachers; empty: of any."""
+    failing: tuple[str, ...] = ()
+    """Only of teachers whose arms of these names are clear below their baseline: nothing else can be reversed."""
 
     @model_validator(mode="after")
     def _has_a_direction(self) -> Self:
@@ -76,17 +78,24 @@ def judge(claim: Claim, reports: Sequence[Report]) -> Judged:
     """The verdict on a claim from the reports of the studies that it is of."""
     found: list[Estimate] = []
     tested: set[str] = set()
+    spared: list[str] = []
     for report in reports:
         family = teachers.family(report.study.teacher.name)
         if claim.families and family not in claim.families:
             continue
         arms = {row.arm: row.contrast for row in report.rows if row.contrast is not None}
+        given = _matching(arms, claim.failing)
+        if claim.failing and not (given and all(e.clear and e.value < 0 for e in given)):
+            spared.append(report.study.label)
+            continue
         matching = _matching(arms, claim.arms) + _matching(report.contrasts, claim.contrasts)
         found += matching
         if matching and family:
             tested.add(family)
     missing = [name for name in claim.families if name not in tested]
     note = f"not tested: {', '.join(missing)}" if missing else ""
+    if spared:
+        note = f"no failure to reverse: {', '.join(spared)}"
     if not found:
         return Judged(claim, "not testable here", "", note=note or "no such contrast was measured")
     return Judged(

@@ -267,4 +267,6 @@ CORRUPTIONS: tuple[str, ...] = (
 )
 """What can be done to the test images of any data set, see ``corruptions``."""
 
+SMALLEST = 20
+"""Side of the smallest image, in pixels, that corruptions are for."""
 SEVERITIES = (1, 2, 3, 4, 5)

@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from atdiag.data import names, places
-from atdiag.data.facts import CORRUPTIONS, SEVERITIES, TEST_SETS, crop_share
+from atdiag.data.facts import CORRUPTIONS, SEVERITIES, SMALLEST, TEST_SETS, crop_share
 from atdiag.data.places import Files
 from atdiag.spec import Data, Network
 from atdiag.words import UserError, suggest
@@ -33,8 +33,6 @@ SEMANTICS = 1
 CLEAN = "clean"
 ALL_CORRUPTIONS = "corruptions"
 """Stands for every corruption: ``corruptions``, ``corruptions:5``."""
-SMALLEST = 20
-"""Side of the smallest image, in pixels, that corruptions are for."""
 MIDDLE = 3
 """The severity of a corruption that is named without one."""
 

@@ -34,8 +34,8 @@ _NOTES = (
     "Each fact is tested alone against the outcomes (Fisher's exact test, two-sided; Holm over the distinct ways in "
     "which facts part the families, those that so few families could not make clear left out). Combinations of facts, "
     "and facts that are not in the registry, are not tested; families are no random sample.",
-    f"'Any component up to the last block' leaves out {' and '.join(AFTER_THE_BLOCKS)}, which touch no map: a choice made "
-    "knowing which families the paper names.",
+    f"'Any component up to the last block' leaves out {' and '.join(AFTER_THE_BLOCKS)}, which touch no map: a choice "
+    "made knowing which families the paper names.",
 )
 
 

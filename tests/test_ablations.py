@@ -358,7 +358,9 @@ def readme_example() -> dict:
     """The module that the README shows."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
     module: dict = {}
-    exec(re.search(r"```python\n(.*?def finetune.*?)```", text, re.DOTALL)[1], module)
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    [example] = [example for example in examples if "def finetune" in example]
+    exec(example, module)
     return module
 
 
@@ -374,7 +376,6 @@ def installed(monkeypatch, capsys, tmp_path):
             experiments, "entry_points", lambda group: [EntryPoint(name, "theirs:it", "atdiag.ablations")]
         )
         monkeypatch.setattr(cli, "app", typer.Typer(cls=cli._Commands))
-        monkeypatch.setattr(cli, "runs_app", typer.Typer())
         cli.app.command()(cli.doctor)  # a second command, or typer makes an application of one
 
         def run(*arguments):

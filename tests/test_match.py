@@ -17,7 +17,7 @@ from ablations.match import match, matched, usable
 from atdiag import conduct, experiments
 from atdiag.analysis import images, subjects, tracing
 from atdiag.networks import students, teachers, weights
-from atdiag.runs import Store
+from atdiag.runs import DamagedRunError, Store
 from atdiag.spec import Data, Recipe, RunSpec, Seed, Transfer
 from atdiag.study import matching, tables
 from atdiag.study.ablation import BASELINE, Lab, Report, Row
@@ -168,7 +168,7 @@ def test_what_can_not_be_measured_is_said(store):
         Match(TEACHER).take([wide], "cpu", ticks)
     run = finished(store, spec())
     run.weights.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(DamagedRunError, match=f"runs remove {run.id}"):
         Match(TEACHER, 4).take([run], "cpu", ticks)
     with pytest.raises(ValueError, match="not on this machine"):
         Match(TEACHER.model_copy(update={"sha256": None})).numbers(run)

@@ -43,4 +43,4 @@ def datasets(
         )
         for name in wanted
     )
-    return Series("datasets", studies, varies="data set", figure="gains")
+    return Series("datasets", studies, figure="gains")

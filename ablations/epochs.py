@@ -26,7 +26,11 @@ def epochs(
 ) -> Series:
     """Transfer at several training lengths, each beside its own baseline: does the outcome persist?"""
     usual = lab.settings.profile.recipe["none"].epochs
-    lengths = (usual // 2 or 1, usual, 2 * usual) if epochs is None else tuple(map(_number, _parts(epochs)))
+    lengths = (
+        (usual // 2 or 1, usual, 2 * usual)
+        if epochs is None
+        else tuple(map(_number, listed(epochs, "--epochs", "2,4,8")))
+    )
     passed = listed(methods, "--methods", "copy,distill")
     studies = tuple(
         gains.study(
@@ -40,11 +44,7 @@ def epochs(
         )
         for length in sorted(set(lengths))
     )
-    return Series("epochs", studies, varies="epochs", figure="epochs")
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return listed(text, "--epochs", "2,4,8")
+    return Series("epochs", studies, figure="epochs")
 
 
 def _number(text: str) -> int:

@@ -35,7 +35,9 @@ def layers(
     asked = (
         range(depth + 1)
         if sweep
-        else sorted({_number(part, source.label, depth) for part in _parts("6" if k is None else str(k))})
+        else sorted(
+            {_number(part, source.label, depth) for part in listed("6" if k is None else str(k), "--k", "3,6,9")}
+        )
     )
     parts = [(end, count) for count in asked if 0 < count < depth for end in ends]
 
@@ -102,10 +104,6 @@ def _part(report: Report, end: str, count: int, depth: int) -> str:
 
 def _name(end: str, count: int, depth: int) -> str:
     return BASELINE if count == 0 else "all blocks" if count == depth else f"{end} {count}"
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return listed(text, "--k", "3,6,9")
 
 
 def _number(text: str, label: str, depth: int) -> int:

@@ -91,4 +91,4 @@ def ood(
             claims=claims.of("ood"),
         )
         studies.append(study)
-    return Series("ood", tuple(studies), varies="test set", figure="gains")
+    return Series("ood", tuple(studies), figure="gains")

@@ -5,13 +5,14 @@ Qin et al. 2026: the split is consistent within families, from S to L.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from ablations import claims, gains
 from atdiag.networks import teachers
-from atdiag.study.ablation import Lab, Series, Study, choose, listed
+from atdiag.study.ablation import Lab, Series, choose, listed
 from atdiag.words import UserError
 
 
@@ -25,7 +26,11 @@ def sizes(
     for name in lab.teachers:
         by_family.setdefault(teachers.row(name).family, []).append(name)
     several = [name for name, sizes in by_family.items() if len(sizes) > 1]
-    wanted = several if family == "all" else [choose(name, tuple(by_family), "--family") for name in _names(family)]
+    wanted = (
+        several
+        if family == "all"
+        else [choose(name, tuple(by_family), "--family") for name in listed(family, "--family", "deit,dinov2")]
+    )
     for name in wanted:
         if name not in several:
             profile = lab.settings.profile.name
@@ -34,20 +39,10 @@ def sizes(
                 f"choose from: {', '.join(several)}",
             )
     passed = listed(methods, "--methods", "copy,distill")
-    studies: list[Study] = []
-    refused: list[UserError] = []
-    for name in (name for one in wanted for name in by_family[one]):
-        try:
-            studies.append(gains.study(lab, "sizes", name, passed, claims=claims.of("sizes")))
-        except UserError as fault:  # such as patches that do not fit the images
-            if family != "all":
-                raise
-            refused.append(fault)
-    if not studies:
-        raise refused[0]
-    left_out = tuple(f"Left out: {fault}." for fault in refused)
-    return Series("sizes", tuple(studies), varies="size", figure="gains", notes=left_out)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return listed(text, "--family", "deit,dinov2")
+    # Of all, a size may not fit the images, by its patches.
+    series = Series.of_each(
+        [name for one in wanted for name in by_family[one]],
+        lambda name: gains.study(lab, "sizes", name, passed, claims=claims.of("sizes")),
+        leave_out=family == "all",
+    )
+    return replace(series, figure="gains")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from atdiag.planning import count, duration
+from atdiag.planning import duration
 from atdiag.planning import names as names_of
+from atdiag.words import count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,9 +61,8 @@ def check(series: Sequence[Series], store: Store) -> None:
     studies = [study for one in series for study in one.studies]
     if plans := list({s.teacher.label: s.teacher for s in studies if s.teacher.sha256 is None}.values()):
         raise UserError(f"the weights of {names_of(plans)} are not on this machine", teachers.how_to_get(plans[0]))
-    for study in studies:
-        for measurement in study.measures:
-            measurement.check(study.specs)
+    for measurement, specs in wanted(series):
+        measurement.check(specs)
 
 
 def execute(
@@ -131,20 +131,25 @@ def train(specs: list[RunSpec], store: Store, device: str, threads: int | None, 
         schedule.execute(specs, store, device, threads, tick, micro_batch)
 
 
+def wanted(series: Sequence[Series]) -> list[tuple[Measurement, list[RunSpec]]]:
+    """Every measurement once, with the runs that it is to be taken of."""
+    found: dict[str, tuple[Measurement, dict[str, RunSpec]]] = {}
+    for study in (study for one in series for study in one.studies):
+        for measurement in study.measures:
+            _, specs = found.setdefault(measurement.name, (measurement, {}))
+            specs |= {spec.id: spec for spec in study.specs}
+    return [(measurement, list(specs.values())) for measurement, specs in found.values()]
+
+
 def measure(series: Sequence[Series], store: Store, device: str) -> None:
     """Take of the finished runs what has not been taken, with a progress bar."""
     from rich.console import Console
     from rich.progress import Progress
 
-    wanted: dict[str, tuple[Measurement, list[RunSpec]]] = {}
-    for study in (study for one in series for study in one.studies):
-        for measurement in study.measures:
-            wanted.setdefault(measurement.name, (measurement, []))[1].extend(study.specs)
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        for name, (measurement, specs) in wanted.items():
-            runs = list({spec.id: store.run(spec) for spec in specs}.values())
-            if missing := measurement.missing(runs):
-                task = bar.add_task(name, total=None)
+        for measurement, specs in wanted(series):
+            if missing := measurement.missing([store.run(spec) for spec in specs]):
+                task = bar.add_task(measurement.name, total=None)
                 measurement.take(missing, device, _ticker(bar, task))
 
 

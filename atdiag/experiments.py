@@ -164,7 +164,7 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
 
     on = bench(set_=set_, **given)
     series = spread(make, Lab(on.settings))
-    check_overrides(lambda lab: spread(make, lab).specs, on.settings, set_)
+    check_overrides(lambda lab: spread(make, lab).specs, series.specs, on.settings, set_)
     folder = outputs.folder(series, on.settings.profile.name, out.expanduser() if out else None)
     conduct.check_weights(series.specs, on.store)
     if dry_run:
@@ -181,10 +181,6 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
         typer.echo(json.dumps(outputs.as_json(reading, files)))
 
 
-LEFT_OUT = "Left out: "
-"""How a note begins that names a teacher which an ablation refuses."""
-
-
 def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
     """An ablation's studies for the teacher that was asked for; for each of several (``a,b``), or of ``all``.
 
@@ -192,35 +188,22 @@ def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
     so. Raises UserError for a refused teacher that was named, and where none is left.
     """
     from atdiag.study.ablation import Series, listed
-    from atdiag.words import UserError
 
     asked = make.keywords.get("teacher")
     if not isinstance(asked, str) or (asked != "all" and "," not in asked):
         return Series.join([make(lab)])
-    parts: list[Study | Series] = []
-    refused: list[UserError] = []
-    for name in lab.teachers if asked == "all" else listed(asked, "--teacher", "clip_b,deit_b"):
-        try:
-            parts.append(make(lab, teacher=name))
-        except UserError as fault:
-            if asked != "all" and not leave_out:
-                raise
-            refused.append(fault)
-    if not parts:
-        raise refused[0]
-    series = Series.join(parts)
-    return replace(series, notes=(*series.notes, *(f"{LEFT_OUT}{fault}." for fault in refused)))
+    names = lab.teachers if asked == "all" else listed(asked, "--teacher", "clip_b,deit_b")
+    return Series.of_each(names, lambda name: make(lab, teacher=name), leave_out=leave_out or asked == "all")
 
 
-def check_overrides(plan: Callable[[Lab], list[RunSpec]], settings: Settings, sets: list[str]) -> None:
-    """Raise UserError for a setting given with --set that changes none of the runs that are planned."""
+def check_overrides(
+    plan: Callable[[Lab], list[RunSpec]], specs: list[RunSpec], settings: Settings, sets: list[str]
+) -> None:
+    """Raise UserError for a setting given with --set that changes none of the runs (``specs``) that are planned."""
     from atdiag.study import profile as profiles
     from atdiag.study.ablation import Lab
     from atdiag.words import UserError
 
-    if not sets:
-        return
-    specs = plan(Lab(settings))
     ids = {spec.id for spec in specs}
     for name in (item.partition("=")[0].strip() for item in sets):
         plain = profiles.without(settings, name)

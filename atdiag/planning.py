@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from atdiag.words import count
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -148,12 +150,6 @@ def names(teachers: Sequence[Teacher], most: int = 6) -> str:
     labels = [teacher.label for teacher in teachers]
     rest = len(labels) - most
     return ", ".join(labels) if rest <= 1 else f"{', '.join(labels[:most])} and {rest} others"
-
-
-def count(number: int, what: str) -> str:
-    """``1 run``, ``10 runs``, ``2 processes``."""
-    plural = f"{what}es" if what.endswith("s") else f"{what}s"
-    return f"{number:,} {what if number == 1 else plural}"
 
 
 def duration(seconds: float) -> str:

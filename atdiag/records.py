@@ -13,7 +13,7 @@ import typer
 
 from atdiag import folders
 from atdiag.options import Json, Runs
-from atdiag.planning import count
+from atdiag.words import count
 
 if TYPE_CHECKING:
     from atdiag.runs import Run, Store

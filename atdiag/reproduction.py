@@ -17,7 +17,8 @@ import typer
 from atdiag import conduct, experiments, folders, planning
 from atdiag.experiments import Bench
 from atdiag.options import joined
-from atdiag.study.ablation import Lab  # light: every ablation has it
+from atdiag.study.ablation import LEFT_OUT, Lab  # light: every ablation has it
+from atdiag.words import count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,7 +105,7 @@ def _reproduce(
     plan = make(Lab(on.settings))
     if not plan.series:
         raise next(iter(plan.refused.values()))
-    experiments.check_overrides(lambda lab: make(lab).specs, on.settings, set_)
+    experiments.check_overrides(lambda lab: make(lab).specs, plan.specs, on.settings, set_)
     folder = _folder("reproduce", on, out)
     conduct.check_weights(plan.specs, on.store)
     _show(plan, on)
@@ -143,7 +144,7 @@ def _figures(
     for name, series in plan.series.items():
         missing = len(schedule.pending(series.specs, on.store)) or len(_unmeasured([series], on.store))
         if missing:
-            left.append(f"{name}: {planning.count(missing, 'run')} of {len(series.specs)} not finished or not measured")
+            left.append(f"{name}: {count(missing, 'run')} of {len(series.specs)} not finished or not measured")
         else:
             readings[name] = on.reading(series)
     if not readings or (left and "all" not in wanted):
@@ -166,9 +167,7 @@ def _folder(name: str, on: Bench, out: Path | None) -> Path:
 
 def _unmeasured(series: Sequence[Series], store: Store) -> list[RunSpec]:
     """The runs that have not been measured as their studies ask, once for each measurement."""
-    studies = [study for one in series for study in one.studies]
-    every = {(m.name, spec.id): (m, spec) for study in studies for m in study.measures for spec in study.specs}
-    runs = [(measurement, spec, store.run(spec)) for measurement, spec in every.values()]
+    runs = [(measurement, spec, store.run(spec)) for measurement, specs in conduct.wanted(series) for spec in specs]
     return [spec for measurement, spec, run in runs if not run.finished or measurement.missing([run])]
 
 
@@ -199,17 +198,17 @@ def _show(plan: Plan, on: Bench) -> None:
     for name, fault in plan.refused.items():
         typer.echo(f"- {name} is not testable here: {fault}")
     for note in dict.fromkeys(note for series in plan.series.values() for note in series.notes):
-        if note.startswith(experiments.LEFT_OUT):
+        if note.startswith(LEFT_OUT):
             typer.echo(f"- {note}")
     todo = schedule.pending(plan.specs, on.store)
     processes = schedule.processes_for(on.device, on.settings.profile.threads)
     measured = _unmeasured(list(plan.series.values()), on.store)
     after = sum(schedule.testing_seconds(spec, speed) for spec in measured)
     wall = schedule.estimate(todo, processes, speed) + after
-    then = f", {planning.count(len(measured), 'measurement')} of finished runs" if measured else ""
+    then = f", {count(len(measured), 'measurement')} of finished runs" if measured else ""
     typer.echo(
-        f"{planning.count(len(plan.specs), 'run')}, {len(todo)} to do{then}: about {planning.duration(wall)} in "
-        f"{planning.count(processes, 'process')} on {on.device}."
+        f"{count(len(plan.specs), 'run')}, {len(todo)} to do{then}: about {planning.duration(wall)} in "
+        f"{count(processes, 'process')} on {on.device}."
     )
 
 
@@ -277,7 +276,7 @@ def _tell(judged: Sequence[Judged], on: Bench) -> None:
 
     Console().print(tables.claims_table(judged))
     counted = Counter(one.verdict for one in judged)
-    seeds = planning.count(len(on.settings.seeds), "seed")
+    seeds = count(len(on.settings.seeds), "seed")
     summary = ", ".join(f"{number} {verdict}" for verdict, number in counted.most_common())
     typer.echo(f"{len(judged)} claims at profile {on.settings.profile.name}, {seeds}: {summary}.")
     if on.settings.profile.name == "mini":

@@ -14,6 +14,16 @@ class UserError(Exception):
         super().__init__(" ".join(text.splitlines()))
 
 
+def count(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> count(1, "run"), count(2, "process"), count(1000, "seed")
+    ('1 run', '2 processes', '1,000 seeds')
+    """
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """``, did you mean 'x'?`` where some known name is close, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -42,9 +42,9 @@ def study(name: str, effects: Mapping[str, float], *, half=2.0, seeds=3, base=50
     return Report(planned, profile, rows, contrasts, reference)
 
 
-def reading(*reports: Report, varies: str = "teacher") -> Reading:
+def reading(*reports: Report) -> Reading:
     """Studies read together."""
-    series = Series(reports[0].study.ablation, tuple(report.study for report in reports), varies=varies)
+    series = Series(reports[0].study.ablation, tuple(report.study for report in reports))
     return Reading(series, reports, (), "")
 
 
@@ -72,7 +72,6 @@ GAINS = {
             for n, g in (("deit_s", 24.0), ("dinov2_s", -3.0))
             for data in ("digits", "larger")
         ),
-        varies="data set",
     ),
     "data sets of one": reading(
         *(study("dinov2_s", {"copy": -3.0}, label=f"dinov2_s (mini), {data}") for data in ("digits", "larger"))
@@ -83,7 +82,6 @@ GAINS = {
             for n in ("deit_s", "dinov2_reg_s")
             for i, on in enumerate(("gaussian_noise:3", "jpeg_compression:5", "contrast:1"))
         ),
-        varies="test set",
     ),
     "reinit": reading(
         *(

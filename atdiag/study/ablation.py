@@ -114,14 +114,16 @@ class Study:
         return list({spec.id: spec for arm in arms for spec in arm.specs}.values())
 
 
+LEFT_OUT = "Left out: "
+"""How a note begins that names what an ablation refuses."""
+
+
 @dataclass(frozen=True)
 class Series:
     """Studies that are read together. Each has its own baseline; between them one thing differs."""
 
     ablation: str
     studies: tuple[Study, ...]
-    varies: str = "teacher"
-    """What differs between them."""
     figure: str = ""
     """Of all of them, from a :class:`Reading`; none: what the studies themselves name."""
     verdict: Callable[[Sequence[Report]], str] | None = None
@@ -139,6 +141,26 @@ class Series:
     def claims(self) -> tuple[Claim, ...]:
         """What papers say of these studies, each once."""
         return tuple(dict.fromkeys(claim for study in self.studies for claim in study.claims))
+
+    @staticmethod
+    def of_each(names: Iterable[str], make: Callable[[str], Study | Series], leave_out: bool) -> Series:
+        """The studies that ``make`` gives for some names; with ``leave_out`` those that it refuses are told in a note.
+
+        Raises the UserError of the first that is refused, where none may be, or none is left.
+        """
+        parts: list[Study | Series] = []
+        refused: list[UserError] = []
+        for name in names:
+            try:
+                parts.append(make(name))
+            except UserError as fault:
+                if not leave_out:
+                    raise
+                refused.append(fault)
+        if not parts:
+            raise refused[0]
+        series = Series.join(parts)
+        return replace(series, notes=(*series.notes, *(f"{LEFT_OUT}{fault}." for fault in refused)))
 
     @staticmethod
     def join(parts: Sequence[Study | Series]) -> Series:
@@ -196,6 +218,19 @@ class Report:
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Arm -> the teacher's weights that had no place in the student that started from it."""
     verdict: str = ""
+
+    @property
+    def estimates(self) -> list[tuple[str, Estimate]]:
+        """Every contrast by name: each arm minus the baseline, then what is asked beyond."""
+        arms = [(row.arm, row.contrast) for row in self.rows if row.contrast is not None]
+        return [*arms, *self.contrasts.items()]
+
+    def made_of(self, name: str) -> tuple[str | None, frozenset[tuple[tuple[str, ...], float]]]:
+        """What a contrast is made of: on which images, which runs with which weights."""
+        runs = {row.arm: row.runs for row in self.rows}
+        asked = {contrast.name: contrast.weights for contrast in self.study.contrasts}
+        weights: Mapping[str, float] = asked.get(name) or {name: 1, self.rows[0].arm: -1}
+        return self.study.test_set, frozenset((runs[arm], weight) for arm, weight in weights.items() if weight)
 
     def row(self, arm: str) -> Row:
         """The row of an arm."""

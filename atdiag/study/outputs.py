@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from atdiag import folders
 from atdiag.study import tables
 from atdiag.study.ablation import Reading, Report, Series
+from atdiag.words import count
 
 if TYPE_CHECKING:
     from atdiag.study.contrast import Estimate
@@ -63,15 +64,11 @@ def caption(reading: Reading) -> str:
     if estimates:
         one = estimates[0]
         of = f" of {one.clusters:,} clusters" if one.clusters != one.images else ""
-        lines.append(f"n = {one.images:,} test images{of}, {_seeds(report)}; intervals: 95 %, over {one.covers}.")
+        seeds = count(report.rows[0].seeds, "seed")
+        lines.append(f"n = {one.images:,} test images{of}, {seeds}; intervals: 95 %, over {one.covers}.")
     lines += tables.notes(reading)
     lines.append(f"Runs: {', '.join(reading.runs)}.")
     return "\n".join([*lines, ""])
-
-
-def _seeds(report: Report) -> str:
-    seeds = report.rows[0].seeds
-    return f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def _study(report: Report) -> dict[str, Any]:

@@ -46,12 +46,12 @@ def corrected(reports: Iterable[Report], equivalence: float | None = None) -> li
     from atdiag.study.contrast import equivalent, holm
 
     reports = list(reports)
-    alone = {_key(report, name): e for report in reports for name, e in _contrasts(report) if e.seeds > 1}
+    alone = {report.made_of(name): e for report in reports for name, e in report.estimates if e.seeds > 1}
     adjusted = dict(zip(alone, holm([e.p for e in alone.values()]), strict=True))
 
     def read_among(report: Report, name: str, estimate: Estimate) -> Estimate:
         within = equivalence if equivalence is not None and equivalent(estimate, equivalence) else None
-        return replace(estimate, adjusted=adjusted.get(_key(report, name)), within=within)
+        return replace(estimate, adjusted=adjusted.get(report.made_of(name)), within=within)
 
     return [
         replace(
@@ -64,18 +64,6 @@ def corrected(reports: Iterable[Report], equivalence: float | None = None) -> li
         )
         for report in reports
     ]
-
-
-def _contrasts(report: Report) -> list[tuple[str, Estimate]]:
-    return [(row.arm, row.contrast) for row in report.rows if row.contrast is not None] + list(report.contrasts.items())
-
-
-def _key(report: Report, name: str) -> tuple[Any, ...]:
-    """What a contrast is made of: which runs with which weights, on which images."""
-    runs = {row.arm: row.runs for row in report.rows}
-    asked = {contrast.name: contrast.weights for contrast in report.study.contrasts}
-    weights: Mapping[str, float] = asked.get(name) or {name: 1, report.rows[0].arm: -1}
-    return report.study.test_set, frozenset((runs[arm], weight) for arm, weight in weights.items() if weight)
 
 
 def _concluded(report: Report) -> Report:

@@ -265,14 +265,8 @@ def notes(reading: Reading) -> list[str]:
 
 
 def _corrected(reading: Reading) -> str:
-    count = len(_distinct(reading))
+    count = len({r.made_of(name) for r in reading.reports for name, e in r.estimates if e.adjusted is not None})
     return f"; p is corrected for {count} contrasts (Holm)." if count > 1 else "."
-
-
-def _distinct(reading: Reading) -> dict[tuple[float, float, float], Estimate]:
-    """All contrasts by value and interval: those that studies share count once."""
-    every = [e for r in reading.reports for e in (*(row.contrast for row in r.rows), *r.contrasts.values()) if e]
-    return {(e.value, e.low, e.p): e for e in every if e.seeds > 1}
 
 
 def _power(reading: Reading) -> list[str]:
@@ -282,7 +276,7 @@ def _power(reading: Reading) -> list[str]:
     open_ = [
         (" ".join(filter(None, (report.study.label if len(reading.reports) > 1 else "", name))), estimate)
         for report in reading.reports
-        for name, estimate in _all(report)
+        for name, estimate in report.estimates
         if estimate.seeds > 1 and not estimate.clear and estimate.within is None
     ]
     said = []
@@ -294,8 +288,3 @@ def _power(reading: Reading) -> list[str]:
     if not said:
         return []
     return [f"Seeds that would settle what is undecided, were it as estimated (80 % power): {'; '.join(said)}."]
-
-
-def _all(report: Report) -> list[tuple[str, Estimate]]:
-    arms = [(row.arm, row.contrast) for row in report.rows if row.contrast is not None]
-    return [*arms, *report.contrasts.items()]

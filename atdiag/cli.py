@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -221,18 +222,24 @@ def _options(
     pass
 
 
+@functools.cache  # a process may call main again; every command is there once
+def _complete(app: typer.Typer) -> None:
+    """Add the commands that other modules hold, and those that other packages bring."""
+    experiments.add_commands(app)
+    reproduction.add_commands(app)
+    inspection.add_commands(app)
+    probes.add_commands(app)
+    app.add_typer(teachers_app, name="teachers")
+    app.add_typer(records.app, name="runs")
+    app.add_typer(data_app, name="data")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Wrong input: one line, exit 2. A fault at run time: one line, exit 1."""
     signal.signal(signal.SIGTERM, _terminate)
     code: Any
     try:
-        experiments.add_commands(app)
-        reproduction.add_commands(app)
-        inspection.add_commands(app)
-        probes.add_commands(app)
-        app.add_typer(teachers_app, name="teachers")
-        app.add_typer(records.app, name="runs")
-        app.add_typer(data_app, name="data")
+        _complete(app)
         code = app(args=arguments, prog_name="atdiag", standalone_mode=False) or 0  # Ctrl-C comes back as 130
     except SystemExit as asked:  # SIGTERM
         code = asked.code

@@ -154,6 +154,19 @@ class Run:
             raise DamagedRunError(path, "it is not this run's result")
         return out
 
+    def sound(self, path: Path) -> Path:
+        """One of a finished run's files, after a look that it is the one that was written.
+
+        Raises DamagedRunError where it is gone, or its sha256 is not the one in ``result.json`` (older versions
+        recorded none there).
+        """
+        if not path.is_file():
+            raise DamagedRunError(path, "it is missing")
+        recorded = self.result().get("files")
+        if isinstance(recorded, dict) and path.name in recorded and file_sha256(path) != recorded[path.name]:
+            raise DamagedRunError(path, "its sha256 is not the one in result.json")
+        return path
+
     def failure(self) -> dict[str, Any] | None:
         """Step and cause of the fault that stopped the run, if one did. Raises DamagedRunError."""
         path = self.path / "failure.json"
@@ -164,6 +177,8 @@ class Run:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
+        if self.finished:
+            self.sound(path)
         try:
             return [json.loads(line) for line in small_file(path, GIB).splitlines()]
         except (ValueError, RecursionError) as fault:

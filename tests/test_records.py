@@ -8,11 +8,12 @@ import shutil
 import pytest
 import torch
 
+from atdiag.analysis import subjects
 from atdiag.networks import sources, students
-from atdiag.runs import FILES, Store
+from atdiag.runs import FILES, DamagedRunError, Store
 from atdiag.spec import Data, Network, Recipe, RunSpec, Seed, Teacher, Transfer
 from atdiag.study import audit, bookkeeping
-from atdiag.training import cohort
+from atdiag.training import cohort, evaluate, predictions
 from tests.commands import atdiag, ran, wrong
 
 NETWORK = Network(image_size=20, patch_size=4, channels=1, width=16, depth=2, heads=2, classes=10, mean=(0.2,))
@@ -52,6 +53,30 @@ def runs(trained, tmp_path, monkeypatch):
 
 def verdict(run):
     return audit.verify([run])[0]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+READERS = {
+    "weights.safetensors": (lambda run: evaluate.load_subject(run, load_teacher), subjects.of_run),
+    "predictions.npz": (predictions.correct,),
+    "metrics.jsonl": (lambda run: run.progress(),),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_was_changed_is_not_read(runs, name):
+    """Flipped weights are weights, another run's predictions are predictions: only the hash tells."""
+    for read in READERS[name]:
+        read(runs[0])
+    shutil.copy(runs[1].path / name, runs[0].path / name)
+    for read in READERS[name]:
+        with pytest.raises(DamagedRunError, match=f"{name} is damaged .its sha256 is not the one in result"):
+            read(runs[0])
+    older(runs[0])
+    if name != "predictions.npz":  # of what recorded no hashes nothing can be said
+        for read in READERS[name]:
+            read(runs[0])
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------

@@ -252,6 +252,8 @@ def _student(spec: RunSpec, file: Path) -> Subject:
     """
     run = Run(file.parent)
     own = run.id == spec.id and file in (run.weights, run.checkpoint)
+    if own and file == run.weights and run.finished:
+        run.sound(file)
     if not file.exists():
         raise _nothing_yet(spec, run)
     network = ViT(spec.network)
@@ -280,8 +282,6 @@ def _student(spec: RunSpec, file: Path) -> Subject:
 
 def _nothing_yet(spec: RunSpec, run: Run) -> Exception:
     """What to say of a run whose file with its state is not there."""
-    if run.finished:
-        return DamagedRunError(run.weights, "it is not there")
     if run.weights.exists():
         return UserError(
             f"run {spec.id} is not finished: {run.path / 'result.json'} is not there",

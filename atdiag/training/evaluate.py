@@ -47,10 +47,11 @@ class Subject:
 def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT | Foreign]) -> Subject:
     """A finished run's student, frozen, together with the teacher that it needs at test time, if it needs one.
 
-    Raises DamagedRunError where the run's weights can't be read.
+    Raises DamagedRunError where the run's weights can't be read, or are not those that it ended with.
     """
     spec = run.spec
     network = ViT(spec.network)
+    run.sound(run.weights)
     try:
         network.load_state_dict(files.tensors(run.weights))
     except (WeightsError, OSError, RuntimeError) as fault:  # RuntimeError: they are another network's

@@ -106,14 +106,14 @@ def _check(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
 def correct(run: Run) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
     """Which of its own test images a finished run got right, and their clusters, [n] each.
 
-    Raises DamagedRunError for predictions that can't be read, or disagree with the run's result.
+    Raises DamagedRunError for predictions that can't be read, were changed, or disagree with the run's result.
     """
+    run.sound(run.predictions)
     try:
         saved = arrays(run.predictions)
         said, label, clusters = (saved[name] for name in ("prediction", "label", "cluster"))
-    except (FileNotFoundError, ValueError, KeyError) as fault:
-        why = "it is missing" if isinstance(fault, FileNotFoundError) else fault
-        raise DamagedRunError(run.predictions, why) from None
+    except (ValueError, KeyError) as fault:
+        raise DamagedRunError(run.predictions, fault) from None
     if len({array.shape for array in saved.values()}) > 1 or label.ndim != 1 or not len(label):
         raise DamagedRunError(run.predictions, "its parts do not fit each other")
     right, top1 = said == label, run.result().get("top1")

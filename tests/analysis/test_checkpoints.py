@@ -102,7 +102,7 @@ def test_damaged_files_of_a_run_are_said_alike(trained, tmp_path):
         with pytest.raises(DamagedRunError, match=f"weights.safetensors {advice}"):
             subjects.find(reference, store=store)
     new.weights.unlink()
-    with pytest.raises(DamagedRunError, match="it is not there"):
+    with pytest.raises(DamagedRunError, match="it is missing"):
         subjects.find(run.id, store=store)
     new.weights.write_bytes(whole)
     (new.path / "result.json").unlink()

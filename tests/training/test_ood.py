@@ -194,9 +194,14 @@ def test_weights_that_can_not_be_read_or_are_not_finite(trained):
     run, (fog,) = trained["baseline"], sets("fog")
     state = load_file(run.weights)
     save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in state.items()}, run.weights)
+    with pytest.raises(DamagedRunError, match="its sha256 is not the one in result"):
+        ood.predictions_on(run, fog, CPU, load_teacher)
+    result = json.loads((run.path / "result.json").read_text())
+    run.write("result.json", json.dumps({**result, "files": run.hashes()}))
     with pytest.raises(DamagedRunError, match=r"its outputs on fog:3 are not finite"):
         ood.predictions_on(run, fog, CPU, load_teacher)
     run.weights.write_bytes(run.weights.read_bytes()[:50])
+    run.write("result.json", json.dumps({**result, "files": run.hashes()}))
     with pytest.raises(DamagedRunError, match=rf"{run.weights} is damaged"):
         ood.predictions_on(run, fog, CPU, load_teacher)
     assert not is_stored(run, fog)

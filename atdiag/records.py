@@ -35,7 +35,7 @@ def runs_list(runs: Runs = None, json_: Json = False) -> None:
     if json_:
         typer.echo(json.dumps(rows))
         return
-    table = Table(title=f"{len(rows)} runs in {store.root}", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=f"{count(len(rows), 'run')} in {store.root}", title_justify="left", box=box.SIMPLE_HEAD)
     table.collapse_padding, table.pad_edge = True, False
     for name in ("run", "state", "teacher", "student", "transfer", "data", "seed", "top-1"):
         table.add_column(name, no_wrap=name in ("run", "state", "seed", "top-1"), overflow="fold")

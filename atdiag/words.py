@@ -25,6 +25,11 @@ def count(number: int, what: str) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """``, did you mean 'x'?`` where some known name is close, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    """``, did you mean 'x'?`` where some known name is close, in whatever case, else nothing.
+
+    >>> suggest("Deit_B", ["deit_s", "deit_b"])
+    ", did you mean 'deit_b'?"
+    """
+    lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    return f", did you mean {lower[close[0]]!r}?" if close else ""

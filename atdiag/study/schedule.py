@@ -29,7 +29,7 @@ from typing import Any
 from atdiag.data import names
 from atdiag.runs import DamagedRunError, Store
 from atdiag.spec import Network, RunSpec
-from atdiag.words import UserError, suggest
+from atdiag.words import UserError, count, suggest
 
 _FLOPS_PER_SECOND = 50e9
 """What one CPU thread does, until finished runs say better (measured on an idle server core of 2025)."""
@@ -213,8 +213,7 @@ def execute(
         store.root.mkdir(parents=True, exist_ok=True)
         elsewhere = [spec for spec in todo if store.run(spec).state == "training"]
         if len(elsewhere) == len(todo):
-            runs = "1 run" if len(todo) == 1 else f"{len(todo)} runs"
-            tick(Tick(0, 0, 0, f"waiting for {runs} that another process is training"))
+            tick(Tick(0, 0, 0, f"waiting for {count(len(todo), 'run')} that another process is training"))
             time.sleep(1)
             continue
         ours = [spec for spec in todo if spec not in elsewhere]

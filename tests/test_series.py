@@ -30,8 +30,8 @@ from atdiag.spec import Seed, Transfer
 from atdiag.study import outputs, tables
 from atdiag.study.ablation import BASELINE, Reading, Series, judge
 from atdiag.study.claims import Claim, Judged
-from atdiag.study.claims import judge as judge_claim
 from atdiag.study.contrast import holm
+from atdiag.study.judging import judge as judge_claim
 from atdiag.study.reading import corrected, read
 from atdiag.words import UserError
 from tests.studies import arms, differences, estimate, fabricated, finished, lab

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ LIGHT = (
     "atdiag/study/audit.py",
     "atdiag/study/bookkeeping.py",
     "atdiag/study/claims.py",
+    "atdiag/study/judging.py",
     "atdiag/study/matching.py",
     "atdiag/study/outputs.py",
     "atdiag/study/reading.py",
@@ -183,3 +185,16 @@ def test_these_tests_see_what_they_should(tmp_path):
     }
     assert floor("atdiag.study.schedule") > floor("atdiag.networks.vit") > floor("atdiag.spec.RunSpec")
     assert floor("atdiag.specials") is None
+
+
+def test_no_circle_of_imports():
+    """Not for types either: what two modules need of each other is a third."""
+    known = {name(path) for path in MODULES}
+    graph = {}
+    for path in MODULES:
+        here = name(path)
+        package = here if path.name == "__init__.py" else here.rpartition(".")[0]
+        targets = imported(ast.walk(ast.parse(path.read_text())), package)
+        found = {target if target in known else target.rpartition(".")[0] for target in targets}
+        graph[here] = (found & known) - {here}
+    TopologicalSorter(graph).prepare()  # raises CycleError

@@ -1,28 +1,18 @@
-"""What papers claim, as data, and what became of it here: *holds*, *does not hold*, *undecided*, *not testable here*.
+"""What papers claim, as data, and the form of what became of it here.
 
-A claim names contrasts (of which teachers, in which direction); its verdict follows from their intervals alone, with
-the correction for the number of contrasts that they were read with. It holds where every one of them is clear of zero
-in the claimed direction, and does not hold where at least one is clear of zero in the other direction or was shown to
-be equivalent to zero. Everything else is undecided: too few seeds are not evidence against a paper.
+A claim names contrasts: of which teachers, in which direction.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
-from atdiag.networks import teachers
 from atdiag.spec import Spec
-
-if TYPE_CHECKING:
-    from atdiag.study.ablation import Report
-    from atdiag.study.contrast import Estimate
 
 Verdict = Literal["holds", "does not hold", "undecided", "not testable here"]
 
@@ -72,65 +62,3 @@ def read(path: Path) -> dict[str, tuple[Claim, ...]]:
     """A claims file: for each ablation a list of tables with the fields of :class:`Claim`."""
     content = tomllib.loads(path.read_text(encoding="utf-8"))
     return {ablation: tuple(Claim.model_validate(claim) for claim in claims) for ablation, claims in content.items()}
-
-
-def judge(claim: Claim, reports: Sequence[Report]) -> Judged:
-    """The verdict on a claim from the reports of the studies that it is of."""
-    found: list[Estimate] = []
-    tested: set[str] = set()
-    spared: list[str] = []
-    for report in reports:
-        family = teachers.family(report.study.teacher.name)
-        if claim.families and family not in claim.families:
-            continue
-        arms = {row.arm: row.contrast for row in report.rows if row.contrast is not None}
-        given = _matching(arms, claim.failing)
-        if claim.failing and not (given and all(e.clear and e.value < 0 for e in given)):
-            spared.append(report.study.label)
-            continue
-        matching = _matching(arms, claim.arms) + _matching(report.contrasts, claim.contrasts)
-        found += matching
-        if matching and family:
-            tested.add(family)
-    missing = [name for name in claim.families if name not in tested]
-    note = f"not tested: {', '.join(missing)}" if missing else ""
-    if spared:
-        note = f"no failure to reverse: {', '.join(spared)}"
-    if not found:
-        return Judged(claim, "not testable here", "", note=note or "no such contrast was measured")
-    return Judged(
-        claim,
-        _verdict(claim, found),
-        _ours(claim, found),
-        min(e.low for e in found),
-        max(e.high for e in found),
-        min(e.seeds for e in found),
-        note,
-    )
-
-
-def _matching(estimates: Mapping[str, Estimate], patterns: Sequence[str]) -> list[Estimate]:
-    return [one for name, one in estimates.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def _sign(claim: Claim) -> int:
-    return 1 if claim.direction == "above" else -1
-
-
-def _verdict(claim: Claim, estimates: Sequence[Estimate]) -> Verdict:
-    sign = _sign(claim)
-    if any((e.clear and e.value * sign < 0) or e.within is not None for e in estimates):
-        return "does not hold"
-    return "holds" if all(e.clear for e in estimates) else "undecided"
-
-
-def _ours(claim: Claim, estimates: Sequence[Estimate]) -> str:
-    """``+3.1``; of several contrasts ``+3.1 to +9.2 (5 of 6 clear)``."""
-    if len(estimates) == 1:
-        return f"{estimates[0].value:+.1f}"
-    sign = _sign(claim)
-    clear = sum(e.clear and e.value * sign > 0 for e in estimates)
-    against = sum(e.clear and e.value * sign < 0 for e in estimates)
-    span = f"{min(e.value for e in estimates):+.1f} to {max(e.value for e in estimates):+.1f}"
-    opposite = f", {against} the other way" if against else ""
-    return f"{span} ({clear} of {len(estimates)} clear{opposite})"

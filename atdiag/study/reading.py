@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from atdiag.data import testsets
 from atdiag.runs import Run, Store
-from atdiag.study import claims
+from atdiag.study import judging
 from atdiag.study.ablation import Arm, Measurement, Reading, Report, Row, Series, Study
 from atdiag.study.profile import Settings
 
@@ -25,7 +25,7 @@ def read(series: Series, settings: Settings, store: Store, equivalence: float | 
     """
     measured = corrected([_measured(study, settings, store) for study in series.studies], equivalence)
     reports = tuple(_concluded(report) for report in measured)
-    judged = tuple(claims.judge(claim, reports) for claim in series.claims)
+    judged = tuple(judging.judge(claim, reports) for claim in series.claims)
     if series.findings is not None:
         judged += tuple(series.findings(reports))
     together = series.verdict(reports) if series.verdict is not None else " ".join(r.verdict for r in reports)

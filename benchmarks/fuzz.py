@@ -1,0 +1,449 @@
+"""Give malformed files, settings and options to the commands, and look that each is refused in a line, or does no harm.
+
+    python benchmarks/fuzz.py [--cases 300] [--lanes 2] [--seed 0] [--json FILE]
+
+Hypothesis draws what is done to a file (flipped bits, a cut, bytes put in, emptied, deleted, another value in a JSON
+document) and what is typed. Every case gets a fresh copy of a folder with finished runs, an interrupted run, images,
+settings and weights. A case passes if every command ends within a minute with exit code 0 (and then with the numbers of
+the untouched folder), 1 or 2 (and then with one line that says why), without a traceback or a word of a bug, and if
+afterwards no run passes for finished whose files are not those that were written. ``atdiag runs verify`` has to name
+every finished run of which a hashed file was changed. Exit code 1 unless all pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+from ablations.benchmark import benchmark
+from atdiag import cli
+from atdiag.networks import weights
+from atdiag.runs import FILES, DamagedRunError, Store
+from atdiag.spec import RunSpec
+from atdiag.study import schedule
+from atdiag.study.ablation import Lab, Study
+from atdiag.study.profile import resolve
+from atdiag.training import cohort, provenance
+
+SETS = ("recipe.epochs=1", "data.train=256", "data.test_per_source=1", "recipe.warmup_epochs=0")
+EXPERIMENT = ("benchmark", "--teacher", "deit_s", "--methods", "copy", "--seeds", "1", "--json")
+EXPERIMENT += tuple(word for item in SETS for word in ("--set", item))
+VERIFY = ("runs", "verify")
+THEIRS = "timm:test_vit@theirs.safetensors"
+LOOK = ("trace", THEIRS, "--images", "one.png", "--layers", "0", "--out", "t.safetensors")
+SECONDS = 60
+ROOM = 8 * 2**30
+"""How much memory a command may ask for: what a malformed file says of its size is not believed."""
+
+
+# --- What is done ----------------------------------------------------------------------------------------------------
+
+
+def commands(typed: Sequence[str], where: Path, to: Path) -> int:
+    """One command in a process of its own. Its exit code, or -1 if it did not end in time."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            os.setsid()
+            os.chdir(where)
+            out = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1)
+            os.dup2(os.open(f"{to}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, resource.RLIM_INFINITY))
+            cli.main(list(typed))
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -1
+
+
+def numbers(printed: str) -> Any:
+    """What a command found, without what may differ: the last line's document, if it has one."""
+    with suppress(ValueError, IndexError):
+        found = json.loads(printed.strip().splitlines()[-1])
+        if isinstance(found, dict):
+            return {name: value for name, value in found.items() if name != "files"}
+    return None
+
+
+@dataclass
+class Case:
+    """What was done, and what is wrong with what came of it."""
+
+    kind: str
+    what: str
+    codes: list[int] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def run(self, folder: Path, typed: Sequence[str], meant: Any = None) -> None:
+        """One command, and a look at how it ended."""
+        code = commands(typed, folder, folder / "printed")
+        self.codes.append(code)
+        out, errors = ((folder / name).read_text(errors="replace") for name in ("printed", "printed.err"))
+        line = " ".join(typed[:3])
+        if code not in (0, 1, 2):
+            self.faults.append(f"{line}: {'no end' if code == -1 else f'exit code {code}'}: {errors[-200:]}")
+        if "Traceback" in out + errors or "this is a bug" in errors:
+            self.faults.append(f"{line}: {errors[-300:]}")
+        said = [one for one in errors.splitlines() if one.startswith("atdiag: ")]
+        told = tuple(typed[:2]) == VERIFY or typed[0] == "data"  # these say on standard output what they found
+        if code in (1, 2) and len(said) != 1 and not (told and out):
+            self.faults.append(f"{line}: exit code {code} with {len(said)} lines: {errors[-200:]}")
+        if code == 0 and meant is not None and numbers(out) != meant:
+            self.faults.append(f"{line}: other numbers, and not a word")
+
+
+def half_runs(store: Store) -> Iterator[str]:
+    """Runs that pass for finished and are not what was written; what reads them has to say so."""
+    for run in store.list():
+        if run.finished:
+            try:
+                recorded = run.result().get("files", {})
+                for name in FILES:
+                    run.sound(run.path / name)
+                if set(recorded) != set(FILES):
+                    yield f"{run.id} passes for finished with {sorted(recorded)}"
+            except (DamagedRunError, ValueError):
+                pass  # it is told
+
+
+# --- The folder that every case gets a copy of -----------------------------------------------------------------------
+
+
+def specs() -> list[RunSpec]:
+    """The experiment's runs."""
+    study = benchmark(Lab(resolve(sets=SETS, seeds=1, environment={}, folder=Path("/nonexistent"))), "deit_s", "copy")
+    assert isinstance(study, Study)
+    return study.specs
+
+
+def prepare(home: Path) -> Any:
+    """Make that folder. What the experiment says there."""
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    for group in schedule.cohorts(specs()):
+        cohort.train(group, Store(home / "runs"), weights.load, cpu)
+    steps = iter([False, True])
+    for group in schedule.cohorts(specs()):
+        cohort.train(group, Store(home / "half"), weights.load, cpu, should_stop=lambda: next(steps, True))
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 3), ("val", 2)):
+        for cls in ("ant", "bee"):
+            (home / "photos" / split / cls).mkdir(parents=True)
+            for index in range(number):
+                pixels = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).resize((24, 24), Image.Resampling.BICUBIC)
+                image.save(home / "photos" / split / cls / f"{index}.{'png' if index else 'jpg'}")
+    Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(home / "one.png")
+    (home / "settings").mkdir()  # a folder of its own: other commands are not to read it
+    (home / "settings" / "atdiag.toml").write_text('profile = "mini"\nseeds = 2\n\n[recipe]\nepochs = 3\nlr = 1e-3\n')
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), home / "theirs.safetensors")
+    for folder, typed in (
+        (home / "settings", ("layers", "--dry-run", "--runs", "new")),
+        (home, LOOK),
+        (home, ("data", "check", "folder:photos")),
+        (home, (*VERIFY, "--runs", "runs")),
+        (home, (*EXPERIMENT, "--runs", "runs", "--out", "out")),
+    ):
+        case = Case("", "")
+        case.run(folder, typed)
+        if case.codes != [0] or case.faults:
+            sys.exit(f"the untouched folder does not work: {(folder / 'printed.err').read_text()}")
+    return numbers((home / "printed").read_text())
+
+
+# --- What is drawn ---------------------------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("9" * 400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def in_json(content: bytes, draw: Callable[[Any], Any]) -> bytes:
+    """Another value, or none, or one more, somewhere in a JSON document."""
+    try:
+        document = json.loads(content.splitlines()[0] if content.count(b"\n") > 2 and b"\n{" in content else content)
+    except ValueError:
+        return b"{}"
+    here = document
+    while True:
+        name = draw(st.sampled_from(sorted(here) if isinstance(here, dict) else range(len(here))))
+        if isinstance(here[name], dict | list) and here[name] and draw(st.integers(0, 3)):
+            here = here[name]
+            continue
+        how = draw(st.sampled_from(["value", "value", "delete", "add"]))
+        if how == "value":
+            here[name] = draw(VALUES)
+        elif how == "delete":
+            del here[name]
+        elif isinstance(here, dict):
+            here[draw(st.text(max_size=5))] = draw(VALUES)
+        else:
+            here.append(draw(VALUES))
+        return json.dumps(document).encode()
+
+
+def malformed(content: bytes, draw: Callable[[Any], Any], document: bool = False) -> tuple[bytes | None, str]:
+    """A file's content after something happened to it (None: the file is gone), and what that was."""
+    ways = ["flips", "flips", "cut", "inserted", "replaced", "empty", "gone", *(["value"] * 6 if document else [])]
+    how = draw(st.sampled_from(ways))
+    place = st.integers(0, max(len(content) - 1, 0))
+    if how == "flips":
+        out = bytearray(content)
+        # Half of the flips lie at the beginning, where files say what they are.
+        near = st.integers(0, min(255, max(len(content) - 1, 0)))
+        for where in draw(st.lists(place | near, min_size=1, max_size=4)):
+            out[where] ^= 1 << draw(st.integers(0, 7))
+        return bytes(out), how
+    if how == "cut":
+        return content[: draw(place)], how
+    if how == "inserted":
+        at = draw(place)
+        return content[:at] + draw(st.binary(min_size=1, max_size=40)) + content[at:], how
+    if how == "replaced":
+        return draw(st.binary(max_size=200)), how
+    if how == "value":
+        return in_json(content, draw), how
+    return (b"", how) if how == "empty" else (None, how)
+
+
+def spoil(path: Path, draw: Callable[[Any], Any], document: bool = False) -> tuple[str, bool]:
+    """Do it to a file. What was done, and whether that changed anything."""
+    before = path.read_bytes()
+    after, how = malformed(before, draw, document)
+    path.unlink() if after is None else path.write_bytes(after)
+    return f"{how} in {path.name}", after != before
+
+
+def a_run_s_file(name: str, folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
+    """A file of a finished run."""
+    store = Store(folder / "runs")
+    victim = draw(st.sampled_from(sorted(run.id for run in store.list() if (run.path / name).stat().st_size)))
+    what, changed = spoil(store.root / victim / name, draw, document=name.endswith(("json", "jsonl")))
+    case = Case(name, f"{what} of {victim}")
+    for typed in (("runs", "list"), ("runs", "show", victim), ("runs", "export", "--out", "all.csv")):
+        case.run(folder, [*typed, "--runs", "runs"])
+    case.run(folder, [*VERIFY, "--runs", "runs"])
+    if changed and name != "result.json" and case.codes[-1] != 1:
+        case.faults.append("runs verify does not see it")
+    if name == "weights.safetensors":
+        case.run(folder, ["attention-stats", victim, "--images", "4", "--runs", "runs", "--out", "out"])
+        if changed and case.codes[-1] == 0:
+            case.faults.append("other weights are looked into, and not a word")
+    case.run(folder, [*EXPERIMENT, "--runs", "runs", "--out", "out"], meant)
+    case.faults += half_runs(store)
+    return case
+
+
+def a_checkpoint(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
+    """The checkpoint of an interrupted run; the experiment then goes on."""
+    store = Store(folder / "half")
+    victim = draw(st.sampled_from(sorted(run.id for run in store.list() if run.checkpoint.exists())))
+    case = Case("checkpoint", f"{spoil(store.root / victim / 'checkpoint', draw)[0]} of {victim}")
+    case.run(folder, [*EXPERIMENT, "--runs", "half", "--out", "out"], meant)
+    case.faults += half_runs(store)
+    return case
+
+
+def settings_file(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
+    """A file of settings: the untouched one after something happened to it, or one with values drawn."""
+    path = folder / "settings" / "atdiag.toml"
+    if draw(st.booleans()):
+        case = Case("atdiag.toml", spoil(path, draw)[0])
+    else:
+        name = draw(st.sampled_from(["seeds", "profile", "recipe.epochs", "recipe.lr", "recipe", "data", "data.train"]))
+        value = draw(st.integers() | st.floats() | st.booleans() | st.text(max_size=8) | st.just([]) | st.just({}))
+        path.write_text(f"{name} = {json.dumps(value)}\n")
+        case = Case("atdiag.toml", path.read_text().strip())
+    case.run(path.parent, ["layers", "--dry-run", "--runs", "new"])
+    return case
+
+
+TYPED = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+"""What a shell can pass on."""
+NUMBERS = (
+    st.integers().map(str) | st.floats().map(str) | st.sampled_from(["0", "-1", "1e9", "6,", ",", "3,3", "٣", "0x6"])
+)
+
+
+def overrides(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
+    """What is given with --set."""
+    known = [
+        "recipe.epochs",
+        "recipe.lr",
+        "recipe.betas",
+        "recipe.copy.lr",
+        "data.train",
+        "data.name",
+        "data.per_class",
+    ]
+    known += ["recipe.precision", "recipe.drop_path", "recipe.batch_size", "transfer.loss", "seeds", "network.depth"]
+    text = draw(TYPED | st.tuples(st.sampled_from(known), st.just("="), NUMBERS | TYPED).map("".join))
+    case = Case("--set", text)
+    case.run(folder, ["reinit", "--dry-run", "--runs", "new", "--set", text])
+    return case
+
+
+def options(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
+    """What is given with other options."""
+    line = draw(
+        st.sampled_from(
+            [
+                ["layers", "--dry-run", "--runs", "new", "--k"],
+                ["layers", "--dry-run", "--runs", "new", "--from"],
+                ["reinit", "--dry-run", "--runs", "new", "--module"],
+                ["rescue", "--dry-run", "--runs", "new", "--teacher"],
+                ["benchmark", "--dry-run", "--runs", "new", "--seeds"],
+                ["losses", "--dry-run", "--runs", "new", "--weights"],
+                ["epochs", "--dry-run", "--runs", "new", "--epochs"],
+                ["trace", "deit_s", "--out", "t.safetensors", "--images", "1", "--layers"],
+                ["trace", "deit_s", "--out", "t.safetensors", "--layers", "0", "--images"],
+                ["runs", "show", "--runs", "runs"],
+                ["runs", "remove", "--runs", "runs"],
+            ]
+        )
+    )
+    value = draw(NUMBERS | TYPED)
+    case = Case("options", " ".join([*line, value]))
+    case.run(folder, [*line, value])
+    return case
+
+
+def an_image(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
+    """An image of a data set, or one that is asked for by name."""
+    paths = [*sorted((folder / "photos").rglob("*.*")), folder / "one.png"]
+    path = draw(st.sampled_from(paths))
+    case = Case("image", spoil(path, draw)[0])
+    if path.parent == folder:
+        case.run(folder, LOOK)
+    else:
+        case.run(folder, ["data", "check", "folder:photos"])
+    return case
+
+
+def a_teacher_s_file(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
+    """Weights that a user brings."""
+    case = Case("teacher's file", spoil(folder / "theirs.safetensors", draw)[0])
+    case.run(folder, LOOK)
+    return case
+
+
+KINDS: tuple[tuple[str, float, Callable[[Path, Callable[[Any], Any], Any], Case]], ...] = (
+    *((name, share, partial(a_run_s_file, name)) for name, share in zip(FILES, (0.09, 0.05, 0.08, 0.08), strict=True)),
+    ("result.json", 0.1, partial(a_run_s_file, "result.json")),
+    ("checkpoint", 0.1, a_checkpoint),
+    ("atdiag.toml", 0.1, settings_file),
+    ("--set", 0.1, overrides),
+    ("options", 0.1, options),
+    ("image", 0.1, an_image),
+    ("teacher's file", 0.1, a_teacher_s_file),
+)
+
+
+def cases(kind: str, number: int, start: int, home: Path, meant: Any) -> list[Case]:
+    """So many cases of a kind."""
+    make = next(make for name, _, make in KINDS if name == kind)
+    found: list[Case] = []
+    work = home.parent / f"work-{kind.replace('/', '-')}"
+
+    @seed(start)
+    @settings(
+        max_examples=number,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def one(data: st.DataObject) -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(home, work)
+        found.append(make(work, data.draw, meant))
+
+    one()
+    return found
+
+
+def main() -> None:
+    """Draw, do and count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--lanes", type=int, default=2, help="How many kinds at once.")
+    parser.add_argument("--only", choices=[name for name, _, _ in KINDS])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    about = provenance.environment(torch.device("cpu"))
+    for name in ("ATDIAG_RUNS", "ATDIAG_DATA", "ATDIAG_PROFILE", "ATDIAG_DEBUG"):
+        os.environ.pop(name, None)
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name) / "home"
+        os.environ["ATDIAG_CACHE"] = f"{name}/cache"
+        home.mkdir()
+        meant = prepare(home)
+        kinds = [(kind, round(chosen.cases * share)) for kind, share, _ in KINDS if chosen.only in (None, kind)]
+        found: list[Case] = []
+        with ProcessPoolExecutor(chosen.lanes, multiprocessing.get_context("fork")) as pool:
+            jobs = [pool.submit(cases, kind, number, chosen.seed, home, meant) for kind, number in kinds]
+            for (kind, _), job in zip(kinds, jobs, strict=True):
+                of_kind = job.result()
+                found += of_kind
+                bad = [case for case in of_kind if case.faults]
+                ends = {code: sum(code == case.codes[-1] for case in of_kind) for code in (0, 1, 2)}
+                print(
+                    f"{kind:>20}: {len(of_kind) - len(bad)} of {len(of_kind)} as it should be; last exit codes {ends}"
+                )
+                for case in bad:
+                    print(f"    {case}", flush=True)
+    passed = sum(not case.faults for case in found)
+    print(f"{passed} of {len(found)} malformed inputs: a clear error or a correct result")
+    if chosen.json:
+        kinds_found = {kind: sum(case.kind == kind for case in found) for kind, _ in kinds}
+        failed = [vars(case) for case in found if case.faults]
+        report = {"machine": about, "seed": chosen.seed, "cases": len(found), "passed": passed}
+        chosen.json.write_text(json.dumps({**report, "kinds": kinds_found, "failed": failed}, indent=1) + "\n")
+    if passed < len(found):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

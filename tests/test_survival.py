@@ -1,0 +1,39 @@
+"""A small sample of the scripts that kill, fuzz and crowd: each counts, and fails unless all is as it should be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+
+
+def script(name: str, *arguments: str) -> str:
+    """What a script prints. It ends with 0 unless it found something."""
+    done = subprocess.run(
+        [sys.executable, PROJECT / "benchmarks" / f"{name}.py", *arguments],
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_kills():
+    out = script("kills", "--kills", "4", "--commands", "1", "--lanes", "1")
+    assert "training: 4 of 4 kills survived" in out
+    assert "command line: 1 of 1 kills survived" in out
+
+
+def test_malformed_inputs():
+    out = script("fuzz", "--cases", "22", "--lanes", "1")
+    assert out.splitlines()[-1].endswith("malformed inputs: a clear error or a correct result")
+
+
+@pytest.mark.slow
+def test_ten_processes_on_one_ablation():
+    assert "each run trained exactly once, every process shows the same table" in script("together")

@@ -340,7 +340,7 @@ class _Cohort:
 
     def _store(self, member: Training, predictions: evaluate.Predictions) -> None:
         run, spec = member.run, member.spec
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in member.student.state_dict().items()}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in member.outcome.state_dict().items()}
         run.write("weights.safetensors", to_safetensors(state, {"run": run.id}))
         run.write("predictions.npz", predictions.to_bytes())
         run.write_metrics(member.metrics)  # a checkpoint's lines, if the end came just after it was written

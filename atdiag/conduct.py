@@ -66,7 +66,12 @@ def check(series: Sequence[Series], store: Store) -> None:
 
 
 def execute(
-    specs: Sequence[RunSpec], settings: Settings, store: Store, device: str, micro_batch: int | None = None
+    specs: Sequence[RunSpec],
+    settings: Settings,
+    store: Store,
+    device: str,
+    micro_batch: int | None = None,
+    deterministic: bool = False,
 ) -> None:
     """Train what is not finished, and say how much that is and about how long it takes."""
     from atdiag.study import schedule
@@ -84,10 +89,17 @@ def execute(
         f"{count(len(specs), 'run')}, {len(specs) - len(todo)} finished before; "
         f"{len(todo)} to do{go_on} in {count(processes, 'process')} on {device}: about {cost}"
     )
-    train(list(specs), store, device, threads, micro_batch)
+    train(list(specs), store, device, threads, micro_batch, deterministic)
 
 
-def train(specs: list[RunSpec], store: Store, device: str, threads: int | None, micro_batch: int | None = None) -> None:
+def train(
+    specs: list[RunSpec],
+    store: Store,
+    device: str,
+    threads: int | None,
+    micro_batch: int | None = None,
+    deterministic: bool = False,
+) -> None:
     """Bring runs to their end, with a progress bar on a terminal and a line for each finished run elsewhere."""
     from rich.console import Console
     from rich.progress import (
@@ -128,7 +140,7 @@ def train(specs: list[RunSpec], store: Store, device: str, threads: int | None, 
                 said = text
                 console.print(f"{text} {rate}".rstrip(), highlight=False)
 
-        schedule.execute(specs, store, device, threads, tick, micro_batch)
+        schedule.execute(specs, store, device, threads, tick, micro_batch, deterministic)
 
 
 def wanted(series: Sequence[Series]) -> list[tuple[Measurement, list[RunSpec]]]:

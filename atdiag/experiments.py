@@ -47,6 +47,13 @@ _MicroBatch = Annotated[
         "[default: recipe.batch_size]",
     ),
 ]
+_Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="The same bits from a GPU each time, at some cost of speed. A CPU gives them anyway.",
+    ),
+]
 
 COMMON: dict[str, tuple[Any, Any]] = {
     "profile": (Profile, None),
@@ -59,6 +66,7 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "runs": (Runs, None),
     "device": (_Device, None),
     "micro_batch": (_MicroBatch, None),
+    "deterministic": (_Deterministic, False),
     "data_dir": (DataDir, None),
 }
 """The options that every experiment has: annotation and default."""
@@ -122,6 +130,7 @@ class Bench:
     device: str
     equivalence: float | None = None
     micro_batch: int | None = None
+    deterministic: bool = False
 
     def reading(self, series: Series) -> Reading:
         """What came out of a series, all of whose runs are finished and measured."""
@@ -139,6 +148,7 @@ def bench(
     device: str | None,
     data_dir: Path | None,
     micro_batch: int | None = None,
+    deterministic: bool = False,
 ) -> Bench:
     """Resolve what every experiment is told. Raises UserError for whatever is wrong with any of it."""
     from atdiag.runs import Store
@@ -155,7 +165,7 @@ def bench(
     settings = profiles.resolve(profile, seeds, set_, runs)
     device = schedule.choose_device(device or settings.profile.device)
     folders.writable(settings.runs, "--runs")
-    return Bench(settings, Store(settings.runs), device, equivalence, micro_batch)
+    return Bench(settings, Store(settings.runs), device, equivalence, micro_batch, deterministic)
 
 
 def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any) -> None:
@@ -172,7 +182,7 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
         return
     conduct.check([series], on.store)
     planning.header(series, on.settings)
-    conduct.execute(series.specs, on.settings, on.store, on.device, on.micro_batch)
+    conduct.execute(series.specs, on.settings, on.store, on.device, on.micro_batch, on.deterministic)
     conduct.measure([series], on.store, on.device)
     reading = on.reading(series)
     files = conduct.write(reading, folder)

@@ -48,9 +48,8 @@ class Plan:
 def add_commands(app: typer.Typer) -> None:
     """Both commands, with the options of the experiments."""
     app.command("reproduce")(joined(reproduce, experiments.COMMON, _reproduce))
-    common = {
-        name: option for name, option in experiments.COMMON.items() if name not in ("dry_run", "device", "micro_batch")
-    }
+    training = ("dry_run", "device", "micro_batch", "deterministic")
+    common = {name: option for name, option in experiments.COMMON.items() if name not in training}
     app.command("figures")(joined(figures, common, _figures))
 
 
@@ -115,7 +114,7 @@ def _reproduce(
         return
     conduct.check(list(plan.series.values()), on.store)
     begun = time.monotonic()
-    conduct.execute(plan.specs, on.settings, on.store, on.device, on.micro_batch)
+    conduct.execute(plan.specs, on.settings, on.store, on.device, on.micro_batch, on.deterministic)
     conduct.measure(list(plan.series.values()), on.store, on.device)
     readings = {name: on.reading(series) for name, series in plan.series.items()}
     files = _write_all(readings, folder)

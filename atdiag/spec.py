@@ -39,6 +39,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "recipe.crop": None,
     "recipe.flip": False,
     "recipe.erase": 0.0,
+    "recipe.ema": None,
 }
 """Fields added since version 1 -> the value under which nothing changed. A spec that holds that value hashes as if the
 field did not exist, so old runs stay finished. Frozen: rows are only ever added, and never edited."""
@@ -414,8 +415,17 @@ class Recipe(Spec):
     """Mirror images left to right with chance one half."""
     erase: Share = 0.0
     """Chance that a random rectangle of an image is erased (0.25 in DeiT; Zhong et al. 2020)."""
+    ema: BelowOne | None = None
+    """Decay per step of an exponential moving average of the weights, such as 0.9999 (MAE's recipe from scratch):
+    ``average = ema * average + (1 - ema) * weights`` after every update, from the initial weights on. The run trains as
+    it would without; what is tested and stored is the average. None: the weights themselves, as is 0."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: automatic mixed precision, weights and optimiser in float32."""
+
+    @model_validator(mode="after")
+    def _canonical(self) -> Self:
+        self._become(ema=self.ema or None)  # an average that forgets everything is the weights
+        return self
 
 
 _SHARED = {"batch_size", "mixup", "cutmix", "rand_augment", "crop", "flip", "erase", "precision"}

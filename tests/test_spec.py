@@ -117,12 +117,12 @@ def test_a_teachers_alias_is_no_part_of_the_run():
 
 def test_an_added_field_at_its_old_value_changes_nothing():
     old = content_hash(DOCUMENT, added={})
-    grown = {**DOCUMENT, "recipe": {**DOCUMENT["recipe"], "ema": 0.0}}
-    added = {"recipe.ema": 0.0}
+    grown = {**DOCUMENT, "recipe": {**DOCUMENT["recipe"], "later": 0.0}}
+    added = {"recipe.later": 0.0}
     assert content_hash(grown, added=added) == old
     assert content_hash(DOCUMENT, added=added) == old
-    assert content_hash({**grown, "recipe": {**grown["recipe"], "ema": 0.9}}, added=added) != old
-    assert content_hash({**grown, "ema": 0.0}, added=added) != old, "a field is named by its whole path"
+    assert content_hash({**grown, "recipe": {**grown["recipe"], "later": 0.9}}, added=added) != old
+    assert content_hash({**grown, "later": 0.0}, added=added) != old, "a field is named by its whole path"
 
 
 def test_added_fields_name_fields_and_their_defaults():
@@ -222,6 +222,7 @@ recipes = st.builds(
     lr=st.floats(0, 1),
     clip_grad=st.none() | st.floats(0.1, 10),
     drop_path=st.floats(0, 0.9),
+    ema=st.none() | st.floats(0, 0.9999),
     rand_augment=st.none() | st.text(),
     precision=st.sampled_from(["float32", "bfloat16"]),
 )
@@ -269,6 +270,7 @@ def test_json_round_trip(made):
         (lambda: Recipe(epochs=1, lr=float("nan")), "finite number"),
         (lambda: Recipe(epochs=1, drop_path=1.0), "less than 1"),
         (lambda: Recipe(epochs=1, betas=(0.9, 1.0)), "less than 1"),
+        (lambda: Recipe(epochs=1, ema=1.0), "less than 1"),
         (lambda: Recipe(epochs=1, clip_grad=0), "greater than 0"),
         (lambda: Recipe(epochs=-1), "greater than or equal to 0"),
         (lambda: Seed(data=-1, model=0), "greater than or equal to 0"),
@@ -324,6 +326,12 @@ def test_equal_transfers_have_equal_specs():
     assert every == run(teacher=TEACHER, transfer=distill(layers=(1,)))
     assert Transfer(method="logits").weight == 1.0
     assert distill(layers=(1,)).sources == (1,)
+
+
+def test_an_average_that_forgets_everything_is_none():
+    assert Recipe(epochs=1, ema=0.0) == Recipe(epochs=1)
+    assert run(recipe=Recipe(epochs=2, ema=0.9)).id != run().id
+    assert run(recipe=Recipe(epochs=2, ema=0.9)).stream == run().stream, "it may train beside one without"
 
 
 def test_fields_added_later_leave_old_hashes_alone():

@@ -315,7 +315,7 @@ def _state(file: Path) -> tuple[dict[str, Tensor], int | None]:
         found = checkpoint.read(file)
     except ValueError as fault:
         raise _UnreadableError(f"{file} is no checkpoint of a run ({fault})", str(fault), _SUBJECTS) from None
-    return found.student, found.step
+    return found.weights, found.step
 
 
 def _file(path: Path) -> Subject:

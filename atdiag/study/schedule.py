@@ -202,10 +202,11 @@ def execute(
     threads: int | None,
     tick: Callable[[Tick], None] = lambda t: None,
     micro_batch: int | None = None,
+    deterministic: bool = False,
 ) -> None:
     """Bring every run to its end. Finished ones cost nothing; one that another process is training is waited for.
 
-    ``micro_batch``: see :func:`atdiag.training.cohort.train`.
+    ``micro_batch``, ``deterministic``: see :func:`atdiag.training.cohort.train`.
 
     Raises FaultError (what is done is kept) or StoppedError.
     """
@@ -218,7 +219,7 @@ def execute(
             continue
         ours = [spec for spec in todo if spec not in elsewhere]
         jobs = plan(ours, processes_for(device, threads))
-        statuses = _Crew(jobs, store, device, threads, tick, micro_batch).work()
+        statuses = _Crew(jobs, store, device, threads, tick, micro_batch, deterministic).work()
         if failed := [spec for spec in ours if statuses.get(spec.id) == "failed"]:
             raise FaultError(_failures(failed, store))
         if "busy" not in statuses.values() and pending(ours, store):
@@ -243,6 +244,7 @@ class _Crew:
         threads: int | None,
         tick: Callable[[Tick], None],
         micro_batch: int | None,
+        deterministic: bool,
     ) -> None:
         self.jobs, self.store, self.tick = jobs, store, tick
         self.orders = [
@@ -253,6 +255,7 @@ class _Crew:
                 "processes": len(jobs),
                 "command": sys.argv,
                 "micro_batch": micro_batch,
+                "deterministic": deterministic,
                 "cohorts": [[spec.model_dump(mode="json") for spec in cohort] for cohort in job.cohorts],
             }
             for job in jobs

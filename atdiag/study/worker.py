@@ -77,6 +77,7 @@ def main() -> int:
             processes=order["processes"],
             command=order["command"],
             micro_batch=order["micro_batch"],
+            deterministic=order["deterministic"],
         )
         done, images = done + total, images + last.images
         tell({"status": status})

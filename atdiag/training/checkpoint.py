@@ -14,7 +14,11 @@ from torch import Tensor
 from atdiag.networks import files
 from atdiag.runs import Run
 
-VERSION = 1
+VERSION = 2
+"""2: the average of the weights beside them."""
+
+_READ = (1, VERSION)
+"""Versions that can be gone on from. What a later one added has the value under which nothing changed."""
 
 
 @dataclass
@@ -30,7 +34,14 @@ class Checkpoint:
     metrics: list[dict[str, Any]]
     sums: dict[str, float] = field(default_factory=dict)
     """Running sums of the epoch under way."""
+    ema: dict[str, Any] | None = None
+    """The average of the student's weights, where the recipe keeps one."""
     version: int = VERSION
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """What would be tested if the run ended here."""
+        return self.student if self.ema is None else self.ema
 
 
 def save(run: Run, checkpoint: Checkpoint) -> None:
@@ -53,9 +64,10 @@ def read(path: Path) -> Checkpoint:
                 raise zipfile.BadZipFile(broken)
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content["version"]
-        if version == VERSION:
+        if version in _READ:
             found = Checkpoint(**content)
-            if not isinstance(found.step, int) or not all(isinstance(x, Tensor) for x in found.student.values()):
+            tensors = (*found.student.values(), *(found.ema or {}).values())
+            if not isinstance(found.step, int) or not all(isinstance(x, Tensor) for x in tensors):
                 raise ValueError("its parts are not what they should be")
             return found
     except Exception as fault:  # a damaged archive raises whatever it happens to hit

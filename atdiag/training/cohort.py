@@ -26,7 +26,7 @@ from atdiag.networks.foreign import Foreign
 from atdiag.networks.vit import ViT
 from atdiag.runs import DamagedRunError, Run, RunBusyError, Store
 from atdiag.spec import RunSpec, Teacher
-from atdiag.training import compiled, evaluate, provenance
+from atdiag.training import compiled, determinism, evaluate, provenance
 from atdiag.training.member import Training
 from atdiag.transfer.observation import Observation, of_teacher
 from atdiag.transfer.ops import Averaged
@@ -60,13 +60,15 @@ def train(
     processes: int = 1,
     command: Sequence[str] | None = None,
     micro_batch: int | None = None,
+    deterministic: bool = False,
 ) -> dict[str, Status]:
     """Train, evaluate and store the runs of one cohort; finished ones are left alone, interrupted ones go on.
 
     All must have the same data stream and, where they have one, the same teacher. ``should_stop`` is asked after each
     step: when it says so, every run writes its checkpoint and the call returns. ``command``: the command line that is
     recorded; None: this process's. ``micro_batch``: at most so many images go through a network at once, their
-    gradients are added up, and what a step is stays the same, up to rounding. Returns each run's status by id.
+    gradients are added up, and what a step is stays the same, up to rounding. ``deterministic``: see
+    :mod:`atdiag.training.determinism`. Returns each run's status by id.
 
     Raises UserError or ValueError, with nothing written, for runs that can't be trained together or at all. What goes
     wrong with one run alone (a loss that is not finite, a checkpoint that can't be read) is that run's failure. Raises
@@ -79,6 +81,7 @@ def train(
         raise ValueError("the runs of a cohort share one data stream and one teacher")
     status: dict[str, Status] = {}
     with ExitStack() as locks:
+        locks.enter_context(determinism.algorithms(deterministic))
         todo: list[tuple[Run, RunSpec]] = []
         for spec in specs:
             try:
@@ -97,7 +100,7 @@ def train(
                 todo.append((run, spec))
         if todo:
             origin = provenance.origin(todo[0][1].data, device, command)
-            options = (processes, origin, micro_batch)
+            options = (processes, origin, micro_batch, deterministic)
             _Cohort(todo, load_teacher, device, report, should_stop, checkpoint_seconds, status, *options).work()
     return status
 
@@ -134,6 +137,7 @@ class _Cohort:
         processes: int,
         origin: dict[str, Any],
         micro_batch: int | None,
+        deterministic: bool,
     ) -> None:
         self.device, self.report, self.should_stop = device, report, should_stop
         self.checkpoint_seconds, self.status = checkpoint_seconds, status
@@ -159,6 +163,7 @@ class _Cohort:
         self.total = sum(m.total for m in self.members)
         self.images = 0
         self.processes, self.origin, self.micro_batch = processes, origin, micro_batch
+        self.deterministic = deterministic
         self._ahead: Generator[Batch, None, None] | None = None
 
     def work(self) -> None:
@@ -340,7 +345,7 @@ class _Cohort:
 
     def _store(self, member: Training, predictions: evaluate.Predictions) -> None:
         run, spec = member.run, member.spec
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in member.student.state_dict().items()}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in member.outcome.state_dict().items()}
         run.write("weights.safetensors", to_safetensors(state, {"run": run.id}))
         run.write("predictions.npz", predictions.to_bytes())
         run.write_metrics(member.metrics)  # a checkpoint's lines, if the end came just after it was written
@@ -359,6 +364,7 @@ class _Cohort:
                     **provenance.environment(self.device),
                     "compiled": self.compiled,
                     "micro_batch": self.micro_batch,
+                    "deterministic": self.deterministic,
                 },
                 "origin": {**self.origin, "from_step": member.began},
             }

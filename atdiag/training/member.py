@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -65,6 +66,7 @@ class Training:
             for layer in spec.transfer.layers:
                 for parameter in self.student.blocks[layer].attn.unused_parameters(spec.transfer.tensor).values():
                     parameter.requires_grad_(False)
+        self._ema = None if recipe.ema is None else _average(self.student, recipe.ema)
         self.optimizer = _optimizer(self.student, recipe, device)
         self.schedule = _schedule(self.optimizer, recipe, self.total, steps_per_epoch)
         self.step, self.seconds = 0, 0.0
@@ -85,7 +87,11 @@ class Training:
         self.cause: str | None = None
         self.board = Board(run)
         if (saved := checkpoints.load(run)) is not None:
+            if (saved.ema is None) != (self._ema is None):
+                raise ValueError(f"{run.checkpoint} is another recipe's: 'atdiag runs remove {run.id}' starts afresh")
             self.student.load_state_dict(saved.student)
+            if self._ema is not None:
+                self._ema.module.load_state_dict(saved.ema)
             self.optimizer.load_state_dict(saved.optimizer)
             self.step, self.seconds = saved.step, saved.seconds
             self.metrics, self.sums = saved.metrics, saved.sums
@@ -105,7 +111,13 @@ class Training:
         checkpoints.save(
             self.run,
             checkpoints.Checkpoint(
-                self.step, self.student.state_dict(), self.optimizer.state_dict(), self.seconds, self.metrics, self.sums
+                self.step,
+                self.student.state_dict(),
+                self.optimizer.state_dict(),
+                self.seconds,
+                self.metrics,
+                self.sums,
+                None if self._ema is None else self._ema.module.state_dict(),
             ),
         )
 
@@ -152,6 +164,8 @@ class Training:
         self.schedule.step_update(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None:  # of weights that a fault on a GPU left as they were, too: they are finite
+            self._ema.update(self.student)
         if self.spec.transfer.loss == "ce" and self.step % self.steps_per_epoch % LOG_EVERY == 0:
             self._kl.append(excess)
         self._latest += torch.stack([loss, task_loss, norm.detach().to(loss.dtype), transfer_loss])
@@ -212,9 +226,14 @@ class Training:
         self.run.write_metrics(self.metrics)
         self.board.write(self.metrics)
 
+    @property
+    def outcome(self) -> ViT:
+        """What is tested and stored: the student, or the average of its weights."""
+        return self.student if self._ema is None else self._ema.module
+
     def subject(self) -> evaluate.Subject:
-        """The student as something that can be evaluated."""
-        return evaluate.Subject(self.student, self.spec.transfer, self.teacher, self.averages)
+        """What came out as something that can be evaluated."""
+        return evaluate.Subject(self.outcome, self.spec.transfer, self.teacher, self.averages)
 
 
 def drop_path(rate: float, depth: int, seed: int, step: int, samples: np.ndarray) -> Tensor | None:
@@ -243,6 +262,17 @@ def _optimizer(student: ViT, recipe: Recipe, device: torch.device) -> torch.opti
     no_decay = student.no_weight_decay() | {"reg_token"}  # older versions of timm forget it
     groups = param_groups_weight_decay(student, recipe.weight_decay, no_weight_decay_list=tuple(no_decay))
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=device.type in ("cpu", "cuda"))
+
+
+def _average(student: ViT, decay: float) -> ModelEmaV3:
+    """A copy of the student that will hold the average of its weights: made before blocks are compiled.
+
+    No warm-up of the decay, which would be one more number in the meaning of a run. ``exclude_buffers``: parameter by
+    parameter. By its state dict our ViT's q, k and v would stay as they are: there they are fused into new tensors.
+    """
+    average = ModelEmaV3(student, decay=decay, exclude_buffers=True)
+    average.requires_grad_(False)
+    return average
 
 
 def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int, steps_per_epoch: int) -> CosineLRScheduler:

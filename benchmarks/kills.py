@@ -2,11 +2,11 @@
 
     python benchmarks/kills.py [--kills 200] [--commands 40] [--lanes 2] [--seed 0] [--json FILE]
 
-Each of ``--kills`` trains a small cohort of the miniature (scratch, copy, distill; with Mixup, CutMix and drop path) in
-a process of its own that writes checkpoints as often as it may, kills that process with SIGKILL, and lets another
-finish. Every fourth kill waits until a file is half-written. Each of ``--commands`` does the same to the
-whole command line, as a user types it, and kills, in turn, all of its processes, the command alone, or one process that
-trains.
+Each of ``--kills`` trains a small cohort of the miniature (scratch, copy, distill; with Mixup, CutMix, drop path and an
+average of the weights) in a process of its own that writes checkpoints as often as it may, kills that process with
+SIGKILL, and lets another finish. Every fourth kill waits until a file is half-written. Each of ``--commands`` does the
+same to the whole command line, as a user types it, and kills, in turn, all of its processes, the command alone, or one
+process that trains.
 
 A kill counts as survived if afterwards every file that is there is whole, what has a checkpoint goes on from its step,
 and weights and predictions are, byte for byte, those of the uninterrupted runs. Exit code 1 unless all are.
@@ -47,11 +47,13 @@ from atdiag.training import checkpoint, cohort, provenance
 
 SETS = (
     "recipe.epochs=2",
-    "data.train=2048",
+    "data.train=512",
+    "recipe.batch_size=32",
     "data.test_per_source=1",
     "recipe.mixup=0.8",
     "recipe.cutmix=1.0",
     "recipe.drop_path=0.1",
+    "recipe.ema=0.9",
 )
 OPTIONS = ("benchmark", "--teacher", "deit_s", "--methods", "copy,distill", "--seeds", "1", "--json")
 COMMAND = (sys.executable, "-m", "atdiag.cli", *OPTIONS, *(word for item in SETS for word in ("--set", item)))

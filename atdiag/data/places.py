@@ -103,25 +103,31 @@ def find(name: str) -> Path:
     return search(name, FACTS[name].folders)
 
 
-def search(name: str, wanted: tuple[str, ...]) -> Path:
-    """The folder of a set of images that may have any of some names. Raises UserError like :func:`find`."""
+def data_folder(name: str, wanted: tuple[str, ...]) -> Path:
+    """The folder of all data sets, which need not be there. Raises UserError where it is not said."""
     given = os.environ.get(folders.DATA)
     if not given:
         raise UserError(
             f"where the data set {name} lies is not said",
             f"give --data-dir FOLDER or set {folders.DATA} to the folder that holds {_either(wanted)}",
         )
-    root = Path(given).expanduser().absolute()
+    return Path(given).expanduser().absolute()
+
+
+def search(name: str, wanted: tuple[str, ...]) -> Path:
+    """The folder of a set of images that may have any of some names. Raises UserError like :func:`find`."""
+    root = data_folder(name, wanted)
     if root.name in wanted and not any((root / alias).is_dir() for alias in wanted):
         return root  # the data set's own folder was given
     for alias in wanted:
         if (root / alias).is_dir():
             return root / alias
-    seen = "which is no folder" if not root.is_dir() else f"which holds {listed(_names(root))}"
-    raise UserError(
-        f"no data set {name} in {root}, {seen}",
-        f"looked for a folder {_either(wanted)}; --data-dir or {folders.DATA} says where data sets lie",
-    )
+    seen, mend = "which is no folder", f"--data-dir or {folders.DATA} says where data sets lie"
+    if root.is_dir():
+        seen = f"which holds {listed(_names(root))}"
+        if name in FACTS and FACTS[name].archive is not None:
+            mend += f"; 'atdiag data check {name} --download' fetches it"
+    raise UserError(f"no data set {name} in {root}, {seen}", f"looked for a folder {_either(wanted)}; {mend}")
 
 
 def found(name: str) -> Path | None:

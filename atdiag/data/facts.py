@@ -16,7 +16,7 @@ class Archive:
     size: int
     """In bytes, exactly."""
     md5: str
-    """As its publishers give it."""
+    """Of what was published."""
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def data_list(context: typer.Context, data_dir: DataDir = None, json_: Json = Fa
 
 @data_app.command("check")
 def data_check(
-    name: Annotated[str, typer.Argument(help="A data set, such as cifar10 or folder:PATH.")],
+    name: Annotated[str, typer.Argument(help="A data set, such as cifar10, folder:PATH or timm:PATH.")],
     data_dir: DataDir = None,
     download: Annotated[
         bool, typer.Option("--download", help="Fetch imagenette, cifar10 or cifar100 if it is not there.")

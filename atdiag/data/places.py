@@ -131,7 +131,7 @@ def find(name: str) -> Path:
     """The folder of a data set. Raises UserError that says what was looked for, and where."""
     if name.startswith((ANY_FOLDER, tars.TIMM)):
         tars.check(name)
-        folder = Path(name.removeprefix(ANY_FOLDER).removeprefix(tars.TIMM)).expanduser()
+        folder = Path(name.partition(":")[2]).expanduser()
         if not folder.is_dir():
             raise UserError(f"{name}: there is no folder {folder.absolute()}")
         return folder.absolute()

@@ -171,8 +171,11 @@ def data_list(context: typer.Context, data_dir: DataDir = None, json_: Json = Fa
 
 @data_app.command("check")
 def data_check(
-    name: Annotated[str, typer.Argument(help="A data set, such as cifar10 or folder:PATH.")],
+    name: Annotated[str, typer.Argument(help="A data set, such as cifar10, folder:PATH or timm:PATH.")],
     data_dir: DataDir = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch imagenette, cifar10 or cifar100 if it is not there.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Read every image of a data set: name broken ones, write hashes.
@@ -187,11 +190,24 @@ def data_check(
     from atdiag.data import datasets, listing, manifest
     from atdiag.data.names import is_real
 
+    def progress() -> Progress:
+        console = Console(stderr=True)
+        return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+    if download:
+        from atdiag.data.download import fetch
+
+        with progress() as bar:
+            task = bar.add_task("", total=None)
+            place = fetch(
+                name, lambda what, done, all_: bar.update(task, description=what, completed=done, total=all_ or None)
+            )
+        typer.echo(f"{name}: {'already there, nothing downloaded' if place is None else f'downloaded to {place}'}")
     if not is_real(name):
         typer.echo(f"{name}: embedded scenes, made anew for each data seed; there is no folder to check")
         return
     splits = datasets.check_files(name)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress() as bar:
         task = bar.add_task(f"reading {name}", total=None)
         reading = manifest.read(splits, lambda done, total: bar.update(task, completed=done, total=total))
     for line in listing.text(reading):

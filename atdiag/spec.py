@@ -536,9 +536,9 @@ class RunSpec(Spec):
             )
 
     def _content(self) -> dict[str, Any]:
-        """What is hashed. A folder of one's own is what its fingerprint says, wherever it lies."""
+        """What is hashed. A folder of one's own is what its fingerprint says, wherever it lies, in tars or not."""
         document = self.model_dump(mode="json")
-        if self.data.name.startswith("folder:") and self.data.fingerprint:
+        if self.data.name.startswith(("folder:", "timm:")) and self.data.fingerprint:
             document["data"]["name"] = "folder:"
         return document
 

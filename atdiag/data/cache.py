@@ -7,6 +7,7 @@ written beside its place and moved there whole; what a killed process left half-
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import warnings
@@ -19,7 +20,7 @@ from filelock import FileLock
 from PIL import Image
 
 from atdiag import folders
-from atdiag.data.pictures import FORMATS, BrokenImageError, decode
+from atdiag.data.pictures import FORMATS, BrokenImageError, load
 from atdiag.data.places import Files
 
 MOST = 4 * 2**30
@@ -73,12 +74,12 @@ def _one_size(files: Files) -> tuple[int, int] | None:
     look = np.unique(np.linspace(0, len(files) - 1, _LOOK).astype(int))
     sizes = set()
     for index in look:
-        path = files.root / files.files[index]
+        stored = files.stored(int(index))
         try:
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(io.BytesIO(stored.read()), formats=FORMATS) as picture:
                 sizes.add(picture.size)
         except Exception:
-            decode(path)  # says what is wrong with it
+            load(stored)  # says what is wrong with it
             raise
         if len(sizes) > 1:
             return None
@@ -124,10 +125,10 @@ def _write(path: Path, files: Files, shape: tuple[int, ...]) -> bool:
 
 
 def _all_pixels(files: Files, shape: tuple[int, ...]) -> Iterator[bytes | None]:
-    def one(file: str) -> bytes | None:
-        picture = decode(files.root / file)
+    def one(index: int) -> bytes | None:
+        picture = load(files.stored(index))
         return picture.tobytes() if (picture.height, picture.width, 3) == shape else None
 
     with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes without holding the interpreter
         for start in range(0, len(files), _CHUNK):
-            yield from pool.map(one, files.files[start : start + _CHUNK])
+            yield from pool.map(one, range(start, min(start + _CHUNK, len(files))))

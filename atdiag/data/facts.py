@@ -9,6 +9,17 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
+class Archive:
+    """The file from which anyone may make a data set, with no account and no terms to agree to."""
+
+    url: str
+    size: int
+    """In bytes, exactly."""
+    md5: str
+    """Of what was published."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """One data set of real images.
 
@@ -46,6 +57,10 @@ class Facts:
     then holds the fingerprint of the files."""
     annotations: str | None = None
     """The year in ``train{year}.json``, the annotation files that it comes with in place of folders of classes."""
+    archive: Archive | None = None
+    """What ``atdiag data check NAME --download`` fetches."""
+    closed: str = ""
+    """Why there is none."""
 
 
 _WNID = r"n\d{8}"
@@ -80,6 +95,7 @@ def _inat(year: int, classes: int, train: int, test: int, folders: tuple[str, ..
         source="github.com/visipedia/inat_comp",
         licence="non-commercial",
         annotations=str(year),
+        closed="it is up to 200 GB, under terms that you have to agree to",
     )
 
 
@@ -98,6 +114,7 @@ FACTS: dict[str, Facts] = {
         source="image-net.org",
         licence="non-commercial",
         imagenet=tuple(range(1000)),
+        closed="it takes an account, and agreeing to its terms",
     ),
     "inat2017": _inat(2017, 5_089, 579_184, 95_986),
     "inat2018": _inat(2018, 8_142, 437_513, 24_426),
@@ -117,6 +134,11 @@ FACTS: dict[str, Facts] = {
         licence="Apache-2.0",
         imagenet=tuple(_IMAGENETTE.values()),
         in_forms=True,
+        archive=Archive(
+            "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",
+            341_663_724,
+            "3df6f0d01a2c9592104656642f5e78a3",
+        ),
     ),
     "cifar10": Facts(
         title="CIFAR-10",
@@ -135,6 +157,9 @@ FACTS: dict[str, Facts] = {
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
         in_forms=True,
+        archive=Archive(  # the binary version: the others are pickles
+            "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", 170_052_171, "c32a1d4ab5d03f1284b67883e8d87530"
+        ),
     ),
     "cifar100": Facts(
         title="CIFAR-100",
@@ -153,9 +178,12 @@ FACTS: dict[str, Facts] = {
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
         in_forms=True,
+        archive=Archive(  # the binary version: the others are pickles
+            "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", 168_513_733, "03b5dce01913d631647c71ecec9e9cb8"
+        ),
     ),
 }
-"""Data set -> what is known of it. atdiag downloads none of them: each is found in a folder that is given."""
+"""Data set -> what is known of it. Each is found in a folder that is given; none is downloaded unasked."""
 
 ANY_FOLDER = "folder:"
 """``folder:PATH`` is a data set of one's own: ``train`` and ``val`` (or ``test``) with a folder for each class."""

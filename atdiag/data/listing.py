@@ -11,6 +11,7 @@ from atdiag.data import places
 from atdiag.data.facts import ANY_FOLDER, CORRUPTIONS, FACTS, TEST_SETS
 from atdiag.data.manifest import Reading
 from atdiag.data.names import NAMES
+from atdiag.data.tars import TIMM
 from atdiag.words import UserError
 
 _EMBEDDED = "embedded"
@@ -88,7 +89,8 @@ def table(listed: list[dict[str, Any]]) -> Table:
         counts = [f"{row[split]:,}" if row[split] else "" for split in ("train", "test")]
         found = {None: "no", _EMBEDDED: _EMBEDDED}.get(row["folder"], "yes")
         out.add_row(row["name"], f"{row['classes']:,}", *counts, row["licence"], found)
-    out.add_row(f"{ANY_FOLDER}PATH", "", "", "", "", "")
+    for own in (ANY_FOLDER, TIMM):
+        out.add_row(f"{own}PATH", "", "", "", "", "")
     return out
 
 

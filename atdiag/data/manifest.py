@@ -12,14 +12,13 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from atdiag import folders
 from atdiag.data import cache, datasets
 from atdiag.data.names import known
 from atdiag.data.pictures import BrokenImageError, decode
-from atdiag.data.places import SPLITS, Files, SplitName
+from atdiag.data.places import SPLITS, Files, SplitName, Stored
 
 _CHUNK = 32
 
@@ -51,21 +50,21 @@ def read(
     ``report`` is told how many of how many are read.
     """
     root = splits["train"].root
-    files = [file for split in SPLITS for file in splits[split].files]
+    images = [splits[split].stored(i) for split in SPLITS for i in range(len(splits[split]))]
     state = _state(splits)
     lines, broken = [], []
     width = height = 0
     pool = ProcessPoolExecutor(processes or cache.cores())
     try:
-        for done, (file, (sha256, size, why)) in enumerate(
-            zip(files, pool.map(partial(_one, root), files, chunksize=_CHUNK), strict=True), 1
+        for done, (image, (sha256, size, why)) in enumerate(
+            zip(images, pool.map(_one, images, chunksize=_CHUNK), strict=True), 1
         ):
             if why is None:
-                lines.append(f"{sha256}  {file}\n")
+                lines.append(f"{sha256}  {image.path.relative_to(root).as_posix()}\n")
                 width, height = width + size[0], height + size[1]
             else:
-                broken.append((root / file, why))
-            report(done, len(files))
+                broken.append((image.path, why))
+            report(done, len(images))
     finally:
         pool.shutdown(cancel_futures=True)
     path, digest = None, None
@@ -109,15 +108,14 @@ def _folder() -> Path:
     return folders.cache() / "manifests"
 
 
-def _one(root: Path, file: str) -> tuple[str, tuple[int, int], str | None]:
+def _one(image: Stored) -> tuple[str, tuple[int, int], str | None]:
     """An image's sha256 and size, and why it is broken, if it is."""
-    path = root / file
     try:
-        content = path.read_bytes()
+        content = image.read()
     except OSError as fault:
         return "", (0, 0), fault.strerror or str(fault)
     sha256 = hashlib.sha256(content).hexdigest()
     try:
-        return sha256, decode(path, content).size, None
+        return sha256, decode(image.path, content).size, None
     except BrokenImageError as fault:
         return sha256, (0, 0), fault.why

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from atdiag.data import places
 from atdiag.data.facts import ANY_FOLDER, FACTS
+from atdiag.data.tars import TIMM
 from atdiag.spec import Data
 from atdiag.words import UserError, suggest
 
@@ -17,11 +18,12 @@ _HELD_OUT = 600
 
 def known(name: str) -> str:
     """The name itself. Raises UserError, with what may have been meant, for a name that is no data set."""
-    if name in NAMES or name in FACTS or (name.startswith(ANY_FOLDER) and name != ANY_FOLDER):
+    if name in NAMES or name in FACTS or (name.startswith((ANY_FOLDER, TIMM)) and not name.endswith(":")):
         return name
     everything = [*NAMES, *FACTS]
     raise UserError(
-        f"unknown data set {name!r}{suggest(name, everything)}", f"known: {', '.join(everything)}, {ANY_FOLDER}PATH"
+        f"unknown data set {name!r}{suggest(name, everything)}",
+        f"known: {', '.join(everything)}, {ANY_FOLDER}PATH, {TIMM}PATH",
     )
 
 
@@ -64,8 +66,8 @@ def complete(data: Data) -> Data:
     """The spec of a data set with what the set itself decides: of real images, ``train``, ``image_size``, fingerprint.
 
     ``train`` becomes the number of training images that the spec means: all, or ``per_class`` of each class. Where the
-    files decide (``folder:PATH``, and sets that are kept in several forms) their fingerprint is taken; it stays None
-    for a set that is not on this machine, which nothing trains with. Scenes come back as they are.
+    files decide (``folder:PATH``, ``timm:PATH``, sets that are kept in several forms) their fingerprint is taken; it
+    stays None for a set that is not on this machine, which nothing trains with. Scenes come back as they are.
 
     Raises UserError for an unknown name, a folder of one's own that is not there or not laid out as it should be, and
     one without ``image_size``, which only its owner can know.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from atdiag.data.places import Files
+from atdiag.data.places import Files, Stored
 
 
 class BrokenImageError(OSError):
@@ -43,6 +43,15 @@ def decode(path: Path, content: bytes | None = None) -> Image.Image:
         raise BrokenImageError(path, fault.strerror or str(fault)) from None
     except Exception as fault:  # Pillow's readers raise whatever a broken file leads them to
         raise BrokenImageError(path, f"{type(fault).__name__}: {fault}") from None
+
+
+def load(stored: Stored) -> Image.Image:
+    """The same of an image wherever it lies. Raises BrokenImageError."""
+    try:
+        content = stored.read()
+    except OSError as fault:
+        raise BrokenImageError(stored.path, fault.strerror or str(fault)) from None
+    return decode(stored.path, content)
 
 
 @dataclass(frozen=True)
@@ -109,13 +118,13 @@ class ImageFolder:
         return self._stored
 
     def path(self, index: int) -> Path:
-        """Where an image lies."""
-        return self.files.root / self.files.files[index]
+        """What an image is called: where it lies."""
+        return self.files.stored(index).path
 
     def picture(self, index: int) -> Image.Image:
         """An image at its stored size. Raises BrokenImageError."""
         stored = self._open()
-        return decode(self.path(index)) if stored is None else Image.fromarray(stored[index])
+        return load(self.files.stored(index)) if stored is None else Image.fromarray(stored[index])
 
     def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The test's view of some images, uint8 [b, 3, S, S]. Raises BrokenImageError."""

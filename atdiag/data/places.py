@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from atdiag import folders
+from atdiag.data import tars
 from atdiag.data.facts import ANY_FOLDER, FACTS, OWN_TESTS, Facts, TestFacts, is_class
 from atdiag.limits import GIB, small_file
 from atdiag.words import UserError
@@ -32,11 +33,30 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Where an image lies: ``size`` bytes of ``file`` from ``offset`` on, by default all of it.
+
+    ``path`` names it: the file itself, or for an image in a tar "train.tar/cat/0001.jpg".
+    """
+
+    path: Path
+    file: Path
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """Its bytes. Raises OSError."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
 class Files:
     """The images of one split, by class and then by name.
 
     ``files`` are paths below ``root``; ``keys`` name each image by class and file ("cat/0001.jpg") wherever it lies;
-    ``labels`` index ``classes``.
+    ``labels`` index ``classes``. ``spans``: for images in tars the tar's path below ``root``, offset and size of each.
     """
 
     root: Path
@@ -45,6 +65,7 @@ class Files:
     files: tuple[str, ...]
     keys: tuple[str, ...]
     labels: tuple[int, ...]
+    spans: tuple[tuple[str, int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -63,7 +84,16 @@ class Files:
             files=tuple(self.files[i] for i in rows),
             keys=tuple(self.keys[i] for i in rows),
             labels=tuple(self.labels[i] for i in rows),
+            spans=tuple(self.spans[i] for i in rows) if self.spans else (),
         )
+
+    def stored(self, index: int) -> Stored:
+        """Where an image lies."""
+        path = self.root / self.files[index]
+        if not self.spans:
+            return Stored(path, path)
+        tar, offset, size = self.spans[index]
+        return Stored(path, self.root / tar, offset, size)
 
     def subset(self, per_class: int | None = None, total: int | None = None) -> Files:
         """The ``per_class`` images of each class, or ``total`` of all, that come first by sha256 of their key.
@@ -86,42 +116,53 @@ class Files:
     def fingerprint(self, with_times: bool = False) -> str:
         """sha256 of the list of images and their sizes in bytes; ``with_times`` also of when each was last written."""
         digest = hashlib.sha256()
-        for file, key in zip(self.files, self.keys, strict=True):
-            status = os.stat(f"{self.root}/{file}")  # noqa: PTH116 - a Path for each of 60,000 files takes longer
+        spans = self.spans or ((file, 0, -1) for file in self.files)
+        last = ""
+        for (file, _, size), key in zip(spans, self.keys, strict=True):
+            if file != last:
+                status = os.stat(f"{self.root}/{file}")  # noqa: PTH116 - a Path for each of 60,000 files takes longer
+                last = file
             time = f"\t{status.st_mtime_ns}" if with_times else ""
-            digest.update(f"{self.split}/{key}\t{status.st_size}{time}\n".encode())
+            digest.update(f"{self.split}/{key}\t{status.st_size if size < 0 else size}{time}\n".encode())
         return digest.hexdigest()
 
 
 def find(name: str) -> Path:
     """The folder of a data set. Raises UserError that says what was looked for, and where."""
-    if name.startswith(ANY_FOLDER):
-        folder = Path(name.removeprefix(ANY_FOLDER)).expanduser()
+    if name.startswith((ANY_FOLDER, tars.TIMM)):
+        tars.check(name)
+        folder = Path(name.partition(":")[2]).expanduser()
         if not folder.is_dir():
             raise UserError(f"{name}: there is no folder {folder.absolute()}")
         return folder.absolute()
     return search(name, FACTS[name].folders)
 
 
-def search(name: str, wanted: tuple[str, ...]) -> Path:
-    """The folder of a set of images that may have any of some names. Raises UserError like :func:`find`."""
+def data_folder(name: str, wanted: tuple[str, ...]) -> Path:
+    """The folder of all data sets, which need not be there. Raises UserError where it is not said."""
     given = os.environ.get(folders.DATA)
     if not given:
         raise UserError(
             f"where the data set {name} lies is not said",
             f"give --data-dir FOLDER or set {folders.DATA} to the folder that holds {_either(wanted)}",
         )
-    root = Path(given).expanduser().absolute()
+    return Path(given).expanduser().absolute()
+
+
+def search(name: str, wanted: tuple[str, ...]) -> Path:
+    """The folder of a set of images that may have any of some names. Raises UserError like :func:`find`."""
+    root = data_folder(name, wanted)
     if root.name in wanted and not any((root / alias).is_dir() for alias in wanted):
         return root  # the data set's own folder was given
     for alias in wanted:
         if (root / alias).is_dir():
             return root / alias
-    seen = "which is no folder" if not root.is_dir() else f"which holds {listed(_names(root))}"
-    raise UserError(
-        f"no data set {name} in {root}, {seen}",
-        f"looked for a folder {_either(wanted)}; --data-dir or {folders.DATA} says where data sets lie",
-    )
+    seen, mend = "which is no folder", f"--data-dir or {folders.DATA} says where data sets lie"
+    if root.is_dir():
+        seen = f"which holds {listed(_names(root))}"
+        if name in FACTS and FACTS[name].archive is not None:
+            mend += f"; 'atdiag data check {name} --download' fetches it"
+    raise UserError(f"no data set {name} in {root}, {seen}", f"looked for a folder {_either(wanted)}; {mend}")
 
 
 def found(name: str) -> Path | None:
@@ -135,6 +176,8 @@ def found(name: str) -> Path | None:
 def read(name: str, split: SplitName) -> Files:
     """The images of a split, all of them. Raises UserError for a folder that is not laid out as it should be."""
     root, facts = find(name), FACTS.get(name)
+    if name.startswith(tars.TIMM):
+        return _in_tars(root, split)
     if facts is not None and facts.annotations is not None:
         stem = "train" if split == "train" else "val"
         annotations = root / f"{stem}{facts.annotations}.json"
@@ -158,7 +201,10 @@ def read(name: str, split: SplitName) -> Files:
 
 
 def fingerprint(name: str) -> str:
-    """sha256 of the list of all images of both splits and their sizes: what ``folder:PATH`` is, whatever its path."""
+    """sha256 of the list of all images of both splits and their sizes: what ``folder:PATH`` is, whatever its path.
+
+    Of ``timm:PATH`` it is that of a folder with the same images.
+    """
     return fingerprint_of([read(name, split) for split in SPLITS])
 
 
@@ -169,6 +215,8 @@ def fingerprint_of(splits: Iterable[Files]) -> str:
 
 def class_names(name: str) -> tuple[str, ...]:
     """The folders of the classes of a data set's training images, in the order of the labels."""
+    if name.startswith(tars.TIMM):
+        return read(name, "train").classes
     root, facts = find(name), FACTS.get(name)
     return class_folders(name, _split_folder(name, root, "train", facts), facts)
 
@@ -206,6 +254,28 @@ def class_folders(name: str, folder: Path, facts: Facts | TestFacts | None) -> t
         if len(folders) != facts.classes:
             raise UserError(f"{folder} has {len(folders)} classes, {name} {facts.classes}", f"expected {text}")
     return tuple(sorted(folders))
+
+
+def _in_tars(root: Path, split: SplitName) -> Files:
+    stems = ("train",) if split == "train" else OWN_TESTS
+    place = tars.place(root, stems)
+    if place is None:
+        wanted = _either(f"{stem}.tar" for stem in stems)
+        what = f"{root} has neither {wanted} nor a folder of tars {_either(stems)}"
+        raise UserError(what, f"it holds {listed(_names(root))}; folder:PATH is for images that are files")
+    images = tars.images(place)
+    classes = tuple(sorted({image.cls for image in images}))
+    label = {cls: i for i, cls in enumerate(classes)}
+    keys = tuple(f"{image.cls}/{image.file}" for image in images)
+    return Files(
+        root,
+        split,
+        classes,
+        tuple(f"{image.tar}/{key}" for image, key in zip(images, keys, strict=True)),
+        keys,
+        tuple(label[image.cls] for image in images),
+        tuple((image.tar, image.offset, image.size) for image in images),
+    )
 
 
 def _annotated(root: Path, split: SplitName, path: Path) -> Files:

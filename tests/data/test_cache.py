@@ -55,7 +55,7 @@ def test_a_second_time_nothing_is_decoded(uniform, spec, monkeypatch):
     def refuse(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(cache, "decode", refuse)
+    monkeypatch.setattr(cache, "load", refuse)
     monkeypatch.setattr(pictures, "decode", refuse)
     assert np.array_equal(datasets.train_split(data, 0).batch(0, 36), before)
 

@@ -1,0 +1,135 @@
+"""Images in tar files, as clusters keep them: found by timm's reader once, and from then on spans of bytes.
+
+The only module that knows of timm's readers, of which it uses the one for tars. That one reads through all of a tar to
+find what is in it (for ImageNet 150 GB), so what it found is kept in the cache folder, by the tars' names, sizes and
+times of writing. An image is then read by opening the tar, like any file, at its place: nothing is held open, and all
+that a worker process is given is two numbers for each image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import warnings
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+
+from atdiag import folders
+from atdiag.limits import GIB, small_file
+from atdiag.words import UserError
+
+TIMM = "timm:"
+"""``timm:PATH``: ``train.tar`` and ``val.tar`` in PATH, or folders ``train`` and ``val`` with tars in them."""
+
+_ITERABLE = "gives images in an order of its own, and here an image depends on seed, epoch and sample alone"
+_OTHERS = {
+    "wds": _ITERABLE,
+    "tfds": _ITERABLE,
+    "hfids": _ITERABLE,
+    "torch": "unpickles the files of some data sets, which can run any code in them",
+    "hfds": "downloads unasked, and its images need not have the names by which they are chosen and known",
+}
+_MEND = "give a folder of images as folder:PATH, or of tars as timm:PATH"
+
+
+class Packed(NamedTuple):
+    """An image in a tar: its class and file name, and where it begins in which tar, in bytes."""
+
+    cls: str
+    file: str
+    tar: str
+    """Its path below the folder that holds the split."""
+    offset: int
+    size: int
+
+
+def check(name: str) -> None:
+    """Raise UserError for what timm can read and atdiag can't, or must not."""
+    prefix, slash, _ = name.removeprefix(TIMM).partition("/")
+    if slash and (why := _OTHERS.get(prefix.lower())):
+        raise UserError(f"{name} can't be a data set: timm's reader {prefix}/ {why}", _MEND)
+
+
+def place(root: Path, stems: Iterable[str]) -> Path | None:
+    """The tar, or the folder of tars, of a split that may have any of some names."""
+    for stem in stems:
+        if (tar := root / f"{stem}.tar").is_file():
+            return tar
+        if any((root / stem).glob("*.tar")):
+            return root / stem
+    return None
+
+
+def images(path: Path) -> list[Packed]:
+    """All images of a split, by class and then by name; a class is the folder, or the tar, that an image lies in.
+
+    Hidden ones are passed over. Raises UserError for what is no tar of images in classes, and OSError.
+    """
+    tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
+    sizes = {}
+    digest = hashlib.sha256()
+    for tar in tars:
+        status = tar.stat()
+        sizes[tar.relative_to(path.parent).as_posix()] = status.st_size
+        digest.update(f"{tar.absolute()}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
+    kept = folders.cache() / "tars" / f"{digest.hexdigest()[:32]}.json"
+    found = _read(kept)
+    if found is None:
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(kept.with_suffix(".lock")):  # several processes start at once: one of them looks
+                found = _read(kept)
+                if found is None:
+                    found = _scan(path)
+                    part = kept.with_suffix(".part")
+                    part.write_text(json.dumps(found))
+                    part.replace(kept)
+        except OSError as fault:
+            warnings.warn(f"what is in {path} can't be kept in {kept.parent} ({fault})", stacklevel=2)
+            found = _scan(path) if found is None else found
+    if any(i.offset < 0 or i.size < 0 or i.offset + i.size > sizes.get(i.tar, 0) for i in found):
+        raise UserError(f"{path} is cut off, or not what {kept} says: copy the one again, or remove the other")
+    return found
+
+
+def _read(kept: Path) -> list[Packed] | None:
+    """What an earlier look found; None where there is none, or it can't be read."""
+    try:
+        rows: list[Any] = json.loads(small_file(kept, 4 * GIB))
+        return [Packed(str(c), str(file), str(tar), int(offset), int(size)) for c, file, tar, offset, size in rows]
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _scan(path: Path) -> list[Packed]:
+    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+    try:
+        # timm would keep what it found beside the tars as a pickle, and unpickle whatever lies there under that name.
+        # Its factory, create_reader, can't be told not to read a folder of tars as one of images: hence the reader.
+        reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+    except (tarfile.TarError, ValueError, EOFError, AssertionError, RecursionError) as fault:
+        reason = "no image in it" if "unpack" in str(fault) else str(fault) or type(fault).__name__
+        raise UserError(f"{path} can't be read as tars of images ({reason})") from None
+    found = []
+    for (entry, tar, outer), target in zip(reader.samples, reader.targets, strict=True):
+        cls, file = str(reader.class_idx_to_name[target]), os.path.basename(entry.name)  # noqa: PTH119
+        if cls in ("", "."):
+            raise UserError(f"{path} holds images in no folder, such as {file}", "expected a folder for each class")
+        if file.startswith(".") or cls.startswith("."):
+            continue
+        if not (cls + file).isprintable() or entry.issparse():
+            raise UserError(f"{path} holds an image that is not stored as it should be: {cls + '/' + file!r}")
+        offset = entry.offset_data + (outer.offset_data if outer is not None else 0)
+        name = path.name if tar is None else f"{path.name}/{tar}"
+        found.append(Packed(cls, file, name, int(offset), int(entry.size)))
+    found.sort()
+    if twice := next((a for a, b in pairwise(found) if a[:2] == b[:2]), None):
+        raise UserError(f"{path} holds two images {twice.cls}/{twice.file}", "each needs a name of its own")
+    return found

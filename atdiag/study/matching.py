@@ -12,6 +12,7 @@ A scratch run is the baseline of every teacher of the same student, so there is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 IMAGES = 256
 """Test images, spread evenly over the test set; all of a smaller one."""
-VERSION = 1
+VERSION = 2
 """Of what is measured and how it is written: another one is taken again."""
 _AT_A_TIME = 4
 """Students that are compared with the teacher in one pass."""
@@ -67,8 +68,8 @@ class Match:
     def take(self, runs: Sequence[Run], device: str, tick: Callable[[int, int], None]) -> None:
         """Compare finished runs with the teacher, and write what came out.
 
-        Raises ValueError for an unfinished run, UserError for one with other heads or tokens than the teacher's, and
-        for weights that can't be read.
+        Raises ValueError for an unfinished run, UserError for one with other heads or tokens than the teacher's,
+        DamagedRunError for one whose weights are not those that it ended with.
         """
         from atdiag.analysis import subjects
         from atdiag.analysis.similarity import similarity
@@ -145,7 +146,7 @@ class Match:
 
     def _save(self, run: Run, images: int, same: list[float], optimal: list[float]) -> None:
         (run.path / "match").mkdir(exist_ok=True)
-        content = {**self._about(), "teacher": self.teacher.label, "images": images}
+        content = {**self._about(), "teacher": self.teacher.label, "images": images, "digest": _digest(same, optimal)}
         run.write(self._file(), json.dumps({**content, "head_by_head": same, "heads_matched": optimal}, indent=1))
 
     def _saved(self, run: Run) -> tuple[list[float], list[float]] | None:
@@ -156,10 +157,17 @@ class Match:
             if {name: content[name] for name in self._about()} != self._about():
                 return None
             found = [[float(value) for value in content[name]] for name in ("head_by_head", "heads_matched")]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            if content["digest"] != _digest(*found):
+                return None
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return None
         fine = all(len(part) == run.spec.network.depth and all(map(isfinite, part)) for part in found)
         return (found[0], found[1]) if fine else None
+
+
+def _digest(same: list[float], optimal: list[float]) -> str:
+    """sha256 of the numbers as they are written: one that was changed is measured again."""
+    return hashlib.sha256(json.dumps([same, optimal]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

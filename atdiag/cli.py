@@ -136,9 +136,10 @@ def doctor(runs: Runs = None, json_: Json = False) -> None:
     """Check this machine: versions, device, disk, data, and that fused and explicit attention agree."""
     from rich.console import Console
 
+    from atdiag.study import profile as profiles
     from atdiag.training import checkup
 
-    findings = checkup.examine(records.store_of(runs).root)
+    findings = checkup.examine(profiles.resolve(None, None, (), runs).runs)
     for finding in findings:
         mark = "[green]ok[/green]  " if finding.ok else "[red]BAD[/red] "
         Console().print(f"{mark} {finding.what}: {finding.found}", highlight=False)

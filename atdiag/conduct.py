@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from atdiag import folders
 from atdiag.planning import duration
 from atdiag.planning import names as names_of
 from atdiag.words import count
@@ -53,6 +54,8 @@ def check(series: Sequence[Series], store: Store) -> None:
     from atdiag.words import UserError
 
     todo = schedule.pending([spec for one in series for spec in one.specs], store)
+    if todo:
+        folders.writable(store.root, "--runs")
     if sets := {spec.data: spec.network for spec in todo if names.is_real(spec.data.name)}:
         from atdiag.data import datasets
 
@@ -123,7 +126,7 @@ def train(
     )
     console = Console(stderr=True)
     said, looked = "", 0.0
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None, rate="")
 
         def tick(now: schedule.Tick) -> None:
@@ -158,7 +161,8 @@ def measure(series: Sequence[Series], store: Store, device: str) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         for measurement, specs in wanted(series):
             if missing := measurement.missing([store.run(spec) for spec in specs]):
                 task = bar.add_task(measurement.name, total=None)

@@ -164,7 +164,8 @@ def bench(
     compiled.choice()
     settings = profiles.resolve(profile, seeds, set_, runs)
     device = schedule.choose_device(device or settings.profile.device)
-    folders.writable(settings.runs, "--runs")
+    if not settings.runs.is_dir():  # one that is there may be read-only: finished runs are only read
+        folders.writable(settings.runs, "--runs")
     return Bench(settings, Store(settings.runs), device, equivalence, micro_batch, deterministic)
 
 

@@ -90,10 +90,16 @@ def _transfer_text(transfer: Transfer) -> str:
 
 
 def store_of(runs: Path | None) -> Store:
-    """The store that ``--runs``, the environment or a file of settings names."""
+    """The store that ``--runs``, the environment or a file of settings names.
+
+    Raises UserError for a ``--runs`` that is no folder: nothing found there would look like all being well.
+    """
     from atdiag.runs import Store
     from atdiag.study import profile as profiles
+    from atdiag.words import UserError
 
+    if runs is not None and not runs.expanduser().is_dir():
+        raise UserError(f"--runs {runs} is no folder", "give the folder that holds the runs")
     return Store(profiles.resolve(None, None, (), runs).runs)
 
 
@@ -161,8 +167,9 @@ def runs_verify(
     from atdiag.study import audit
 
     store = store_of(runs)
-    chosen = [_find(store, name) for name in run] if run else audit.everything(store)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    chosen = [_find(store, name) for name in run] if run else store.list()
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("hashing", total=len(chosen))
         verdicts = audit.verify(chosen, lambda done, total: bar.update(task, completed=done))
     damaged = [verdict for verdict in verdicts if verdict.state == "damaged"]
@@ -265,3 +272,5 @@ def runs_export(
     else:
         write_atomically(out, text)
         typer.echo(f"{count(len(rows), 'run')}\n  {out}")
+    if damaged := sum(row["state"] == "damaged" for row in rows):
+        typer.echo(f"atdiag: {count(damaged, 'run')} can't be read: 'atdiag runs verify' says why", err=True)

@@ -87,6 +87,11 @@ def _json(path: Path) -> dict[str, Any]:
     return out
 
 
+def _digest(document: dict[str, Any]) -> str:
+    """sha256 of what a JSON document says, however it is laid out."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's directory. Making this object touches no file."""
@@ -102,6 +107,8 @@ class Run:
     def spec(self) -> RunSpec:
         """What the run is. Raises DamagedRunError where the file is not a spec, or not this run's."""
         path = self.path / "spec.json"
+        if not path.is_file():
+            raise DamagedRunError(path, "it is missing")
         try:
             spec = RunSpec.model_validate_json(small_file(path))
         except ValueError as fault:
@@ -152,6 +159,8 @@ class Run:
         out: dict[str, Any] = _json(path)
         if out.get("id") != self.id:
             raise DamagedRunError(path, "it is not this run's result")
+        if "digest" in out and out.pop("digest") != _digest(out):  # older versions recorded none
+            raise DamagedRunError(path, "it was changed")
         return out
 
     def sound(self, path: Path) -> Path:
@@ -203,9 +212,11 @@ class Run:
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, which makes the run finished, and drop what only an unfinished run needs.
 
-        The result records the sha256 of the run's other files, so that they can be told from damaged ones later.
+        The result records the sha256 of the run's other files, and of itself, so that they can be told from damaged
+        ones later.
         """
-        self.write("result.json", json.dumps({"id": self.id, **result, "files": self.hashes()}, indent=1))
+        document = {"id": self.id, **result, "files": self.hashes()}
+        self.write("result.json", json.dumps({**document, "digest": _digest(document)}, indent=1))
         for name in ("checkpoint", "failure.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -269,11 +280,14 @@ class Store:
         return run
 
     def list(self) -> list[Run]:
-        """All runs, oldest first."""
-        if not self.root.is_dir():
-            return []
-        found = [Run(path.parent) for path in self.root.glob("*/spec.json")]
-        return sorted(found, key=lambda run: ((run.path / "spec.json").stat().st_mtime, run.id))
+        """All runs, oldest first; a folder that has lost its spec is one as long as it holds anything else of a run."""
+        made: dict[Path, float] = {}
+        for name in (*FILES, "result.json", "checkpoint"):  # what a run is begun with comes first
+            for path in self.root.glob(f"*/{name}"):
+                if path.parent not in made:
+                    with contextlib.suppress(FileNotFoundError):  # removed a moment ago
+                        made[path.parent] = path.stat().st_mtime
+        return [Run(path) for path in sorted(made, key=lambda path: (made[path], path.name))]
 
     def find(self, prefix: str) -> Run:
         """The run whose id starts with ``prefix`` (4 digits at least). Raises KeyError unless there is exactly one."""

@@ -4,9 +4,9 @@
 
 Each of ``--kills`` trains a small cohort of the miniature (scratch, copy, distill; with Mixup, CutMix, drop path and an
 average of the weights) in a process of its own that writes checkpoints as often as it may, kills that process with
-SIGKILL, and lets another finish. Every fourth kill waits until a file is half-written. Each of ``--commands`` does the
-same to the whole command line, as a user types it, and kills, in turn, all of its processes, the command alone, or one
-process that trains.
+SIGKILL, and lets another finish. Every second moment is counted from the first checkpoint, and every fourth kill waits
+until a file is half-written. Each of ``--commands`` does the same to the whole command line, as a user types it, and
+kills, in turn, all of its processes, the command alone, or one process that trains.
 
 A kill counts as survived if afterwards every file that is there is whole, what has a checkpoint goes on from its step,
 and weights and predictions are, byte for byte, those of the uninterrupted runs. Exit code 1 unless all are.
@@ -89,12 +89,20 @@ def forked(work: Callable[[], None]) -> int:
     return child
 
 
-def kill_training(folder: Path, moment: float, half_written: bool) -> bool:
-    """Train, and kill the process after ``moment`` seconds. Whether it was killed before it ended."""
+def kill_training(folder: Path, moment: float, begun: bool, half_written: bool) -> bool:
+    """Train, and kill the process after ``moment`` seconds, counted from its first checkpoint if it is to have
+    ``begun``. Whether it was killed before it ended."""
     child = forked(partial(train, folder))
+
+    def until(pattern: str) -> None:
+        while not any(folder.glob(pattern)) and os.waitid(os.P_PID, child, _ENDED | os.WNOHANG) is None:
+            time.sleep(0.0002)
+
+    if begun:
+        until("*/checkpoint")
     time.sleep(moment)
-    while half_written and not any(folder.glob("*/.*-*")) and os.waitid(os.P_PID, child, _ENDED | os.WNOHANG) is None:
-        pass
+    if half_written:
+        until("*/.*-*")
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
@@ -151,7 +159,8 @@ def _children(process: int) -> list[int]:
 
 def of_training(index: int, moment: float) -> Callable[[Path], bool]:
     """The kill of a number: of a process that trains."""
-    return partial(kill_training, moment=moment, half_written=index % 4 == 3)
+    begun = index % 2 == 1  # getting ready takes as long as training does
+    return partial(kill_training, moment=moment / 2 if begun else moment, begun=begun, half_written=index % 4 == 3)
 
 
 def of_command(index: int, moment: float) -> Callable[[Path], bool]:

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atdiag import cli
+from atdiag import cli, folders
 from atdiag.networks import sources, teachers, weights
 from atdiag.runs import Store
 from atdiag.study import profile, schedule
 from atdiag.study.contrast import Outcomes, estimate
+from atdiag.words import UserError
 from tests.commands import ran, wrong
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -278,6 +279,17 @@ def test_nothing_at_all_shows_the_help(group, capsys, folder):
     assert len(err.splitlines()) > 5
 
 
+def test_ctrl_c_while_it_starts(folder):
+    child = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "atdiag", "doctor"], stderr=subprocess.PIPE, text=True
+    )
+    with child:
+        assert any("typer" in line for line in child.stderr)  # in the middle of what cli imports
+        child.send_signal(signal.SIGINT)
+        assert "Traceback" not in child.stderr.read()
+    assert child.returncode == 130
+
+
 # --- teachers ------------------------------------------------------------------------------------------------------
 
 
@@ -488,6 +500,19 @@ def test_another_module_leaves_the_files_of_the_first(home, at_home, monkeypatch
     assert "7 runs, 3 finished before; 4 to do" in printed
     assert not set(answer(printed)["files"]) & {str(path) for path in files}
     assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_finished_runs_are_only_read(home, at_home, monkeypatch, capsys):
+    writable = folders.writable
+
+    def read_only(folder, option):
+        if option == "--runs":
+            raise UserError(f"--runs {folder} can't be written")
+        writable(folder, option)
+
+    monkeypatch.setattr(folders, "writable", read_only)
+    assert answer(ran(*LINES["reinit"], *SETS, "--seeds", "2", "--json")[1]) == answer(home[1]["reinit"])
+    assert "can't be written" in wrong(capsys, *LINES["reinit"], *SETS, "--seeds", "3")
 
 
 def test_one_seed_is_undecided(home, at_home):

@@ -109,11 +109,21 @@ def test_a_damaged_file_is_named_with_the_remedy(runs, name, how):
     first, last = out.splitlines()
     assert first.startswith(f"damaged {run.id}: ")
     assert str(path).removeprefix(f"{run.path.parent.parent}/") in first
-    if (name, how) == ("spec.json", "gone"):
-        assert "delete the folder" in first
-    else:
-        assert f"'atdiag runs remove {run.id}' starts that run afresh" in first
+    assert f"'atdiag runs remove {run.id}' starts that run afresh" in first
     assert last == "4 runs in runs: 2 sound, 1 damaged, 1 unfinished"
+
+
+@pytest.mark.parametrize("how", ["gone", "another's"])
+def test_a_run_without_its_spec_is_damaged_everywhere_and_can_be_removed(runs, how):
+    path = runs[0].path / "spec.json"
+    path.unlink() if how == "gone" else shutil.copy(runs[1].path / "spec.json", path)
+    run = type(runs[0])(runs[0].path)
+    with pytest.raises(DamagedRunError, match=r"spec\.json is damaged"):
+        predictions.correct(run)
+    states = {row["run"]: row["state"] for row in json.loads(atdiag("runs", "list", "--json"))}
+    assert states[run.id] == "damaged" and len(states) == 4
+    assert "removed" in atdiag("runs", "remove", run.id)
+    assert not run.path.exists()
 
 
 def test_only_the_runs_that_are_asked_for(runs):
@@ -131,14 +141,23 @@ def test_a_result_or_spec_of_another_run_is_damaged(runs):
 def test_an_accuracy_that_was_edited_is_found(runs):
     path = runs[0].path / "result.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "top1": 99.0}))
+    assert verdict(runs[0]).faults == ((path, "it was changed"),)
+    assert [row["state"] for row in json.loads(atdiag("runs", "list", "--json"))].count("damaged") == 1
+    rewritten(runs[0], lambda result: result.update(top1=99.0))
     assert verdict(runs[0]).faults == ((runs[0].predictions, "it does not agree with result.json"),)
 
 
-def older(run):
+def rewritten(run, change):
+    """A run whose result was changed, and written as by a version that recorded no hash of it."""
     path = run.path / "result.json"
     result = json.loads(path.read_text())
-    del result["files"]
+    change(result)
+    result.pop("digest", None)
     path.write_text(json.dumps(result))
+
+
+def older(run):
+    rewritten(run, lambda result: result.pop("files"))
 
 
 def test_a_run_of_an_older_version_is_not_called_sound(runs):
@@ -172,7 +191,15 @@ def test_predictions_on_another_set_are_made_again_and_not_the_run(runs):
 
 
 def test_nothing_to_verify(tmp_path):
+    (tmp_path / "none").mkdir()
     assert "0 runs" in atdiag("runs", "verify", "--runs", tmp_path / "none")
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "export"])
+def test_a_mistyped_folder_of_runs_does_not_look_like_all_being_well(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for name in ("nowhere", "file"):
+        assert "is no folder" in wrong(capsys, "runs", command, "--runs", tmp_path / name)
 
 
 @pytest.mark.parametrize("command", [("verify",), ("diff", "ID"), ("show",)])
@@ -205,10 +232,7 @@ def test_diff_of_a_run_with_a_teacher_and_one_without(runs):
 
 
 def test_diff_shows_what_they_were_computed_on(runs):
-    path = runs[0].path / "result.json"
-    result = json.loads(path.read_text())
-    result["environment"]["versions"]["torch"] = "1.0"
-    path.write_text(json.dumps(result))
+    rewritten(runs[0], lambda result: result["environment"]["versions"].update(torch="1.0"))
     now = runs[1].result()["environment"]["versions"]["torch"]
     assert bookkeeping.differences(runs[0], runs[1])["environment"] == [("environment.versions.torch", "1.0", now)]
 
@@ -217,8 +241,10 @@ def test_export_is_one_table_of_everything(runs, tmp_path, capsys):
     (runs[1].path / "result.json").write_text("{")
     out = atdiag("runs", "export", "-o", tmp_path / "all.csv")
     assert out.splitlines() == ["4 runs", f"  {tmp_path / 'all.csv'}"]
+    assert capsys.readouterr().err == "atdiag: 1 run can't be read: 'atdiag runs verify' says why\n"
     text = (tmp_path / "all.csv").read_text()
     assert atdiag("runs", "export") == text
+    capsys.readouterr()
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO(text))}
     assert len(rows) == 4
     states = {run.id: rows[run.id]["state"] for run in runs}

@@ -18,6 +18,7 @@ FLOORS: list[set[str]] = [
     {"atdiag.study"},
     {"ablations", "figures"},
     {
+        "atdiag.__main__",
         "atdiag.cli",
         "atdiag.options",
         "atdiag.desk",
@@ -47,6 +48,7 @@ HEAVY = {
 }
 LIGHT = (
     "atdiag/__init__.py",
+    "atdiag/__main__.py",
     "atdiag/cli.py",
     "atdiag/desk.py",
     "atdiag/conduct.py",

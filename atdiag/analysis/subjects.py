@@ -258,7 +258,7 @@ def _student(spec: RunSpec, file: Path) -> Subject:
         raise _nothing_yet(spec, run)
     network = ViT(spec.network)
     try:
-        state, step = _state(file)
+        state, step = _state(file, run.id if own else None)
         network.load_state_dict(state)
     except _UnreadableError as fault:
         raise DamagedRunError(file, fault.cause) if own else fault from None
@@ -304,7 +304,7 @@ def _kind(spec: RunSpec) -> str:
     return "scratch" if spec.init.source == "scratch" else "reinit" if spec.init.reinit else "fine-tuned"
 
 
-def _state(file: Path) -> tuple[dict[str, Tensor], int | None]:
+def _state(file: Path, run: str | None = None) -> tuple[dict[str, Tensor], int | None]:
     """A state dict and, of a checkpoint, the step. Raises UserError for a file that is neither."""
     try:
         if file.suffix == ".safetensors":
@@ -312,7 +312,7 @@ def _state(file: Path) -> tuple[dict[str, Tensor], int | None]:
     except (sources.WeightsError, OSError) as fault:
         raise _UnreadableError(f"{file} can't be read ({fault})", str(fault)) from None
     try:
-        found = checkpoint.read(file)
+        found = checkpoint.read(file, run)
     except ValueError as fault:
         raise _UnreadableError(f"{file} is no checkpoint of a run ({fault})", str(fault), _SUBJECTS) from None
     return found.weights, found.step

@@ -46,7 +46,7 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
     published or does not fit on the disk, OSError where it can't be written.
     """
     facts = FACTS.get(known(name))
-    if is_real(name) and places.found(name) is not None:
+    if is_real(name) and _is_there(name):
         return None
     if facts is None:
         raise UserError(f"{name} can't be downloaded", "that is for sets of real images that are published")
@@ -60,8 +60,10 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
         places.find(name)  # says so
     part, place = root / f".{name}-part", root / facts.folders[0]
     with _alone(root / f".{name}.lock", lambda: report(f"waiting for another download of {name}", 0, 0)):
-        if places.found(name) is not None:
+        if _is_there(name):
             return None
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
         if place.exists() or place.is_symlink():
             raise UserError(f"{place} is in the way of {name}, and is no folder", "move it away")
         _remove(part)  # of a process that was killed: the lock is ours
@@ -72,6 +74,12 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
         finally:
             _remove(part)
     return place
+
+
+def _is_there(name: str) -> bool:
+    """Whether the data set's folder is found, with anything in it."""
+    place = places.found(name)
+    return place is not None and any(place.iterdir())
 
 
 @contextmanager

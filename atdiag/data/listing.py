@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from atdiag.data import places
-from atdiag.data.facts import ANY_FOLDER, CORRUPTIONS, FACTS, TEST_SETS
+from atdiag.data.facts import ANY_FOLDER, CORRUPTIONS, FACTS, IMAGENET_MEAN, IMAGENET_STD, TEST_SETS
 from atdiag.data.manifest import Reading
 from atdiag.data.names import NAMES
 from atdiag.data.tars import TIMM
@@ -22,7 +22,7 @@ _SCENES = {
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row for each data set: name, title, classes, images, resolution, source, licence, and its folder or None.
+    """A row for each data set: name, title, classes, images, resolution, normalisation, source, licence, folder.
 
     Those without training images are other test sets, of ``atdiag ood``.
     """
@@ -34,6 +34,7 @@ def rows() -> list[dict[str, Any]]:
             "train": None,
             "test": None,
             "resolution": "20 x 20",
+            "normalisation": "own",
             "source": "scikit-learn",
             "licence": "CC BY 4.0",
             "folder": _EMBEDDED,
@@ -48,6 +49,7 @@ def rows() -> list[dict[str, Any]]:
             "train": facts.train,
             "test": facts.test,
             "resolution": facts.resolution,
+            "normalisation": "ImageNet" if (facts.mean, facts.std) == (IMAGENET_MEAN, IMAGENET_STD) else "own",
             "source": facts.source,
             "licence": facts.licence,
             "folder": None if (folder := places.found(name)) is None else str(folder),
@@ -61,7 +63,8 @@ def rows() -> list[dict[str, Any]]:
             "classes": facts.classes,
             "train": None,
             "test": facts.images,
-            "resolution": "",
+            "resolution": "mixed",
+            "normalisation": "ImageNet",
             "source": facts.source,
             "licence": facts.licence,
             "folder": _searched(name, facts.folders),
@@ -82,15 +85,15 @@ def table(listed: list[dict[str, Any]]) -> Table:
     """The rows as a table."""
     out = Table(box=box.SIMPLE_HEAD)
     out.collapse_padding, out.pad_edge = True, False
-    for name in ("name", "classes", "training", "test", "licence", "found"):
+    for name in ("name", "classes", "training", "test", "pixels", "mean, std", "found"):
         numbers = name in ("classes", "training", "test")
         out.add_column(name, justify="right" if numbers else "left", no_wrap=True)
     for row in listed:
         counts = [f"{row[split]:,}" if row[split] else "" for split in ("train", "test")]
-        found = {None: "no", _EMBEDDED: _EMBEDDED}.get(row["folder"], "yes")
-        out.add_row(row["name"], f"{row['classes']:,}", *counts, row["licence"], found)
+        found = "no" if row["folder"] is None else "yes"
+        out.add_row(row["name"], f"{row['classes']:,}", *counts, row["resolution"], row["normalisation"], found)
     for own in (ANY_FOLDER, TIMM):
-        out.add_row(f"{own}PATH", "", "", "", "", "")
+        out.add_row(f"{own}PATH", "", "", "", "", "", "")
     return out
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -238,6 +239,8 @@ def class_folders(name: str, folder: Path, facts: Facts | TestFacts | None) -> t
     folders, images = [], 0
     for entry in _entries(folder):
         if entry.is_dir():
+            if _UNWRITABLE.search(entry.name):
+                raise UserError(f"{folder} has a class whose name is no line of text: {entry.name!r}", "rename it")
             folders.append(entry.name)
         else:
             images += _is_image(entry.name)
@@ -314,9 +317,25 @@ def _names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(folder))
 
 
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+"""What no line of a manifest can hold: control characters, and bytes that are no text."""
+
+
 def images_in(folder: Path) -> Iterator[str]:
-    """Names of the images in a folder."""
-    return (entry.name for entry in _entries(folder) if _is_image(entry.name))
+    """Names of the images in a folder. Raises UserError where one would be lost, or could never be read."""
+    for entry in _entries(folder):
+        if _is_image(entry.name):
+            if not entry.is_file():
+                what = "a link to nothing, a folder or a pipe"
+                raise UserError(f"{folder / entry.name} is called an image and is no file, but {what}", "remove it")
+            if _UNWRITABLE.search(entry.name):
+                raise UserError(f"{folder} holds an image whose name is no line of text: {entry.name!r}", "rename it")
+            yield entry.name
+        elif entry.is_dir() and any(_is_image(file) for _, _, files in os.walk(entry.path) for file in files):
+            raise UserError(
+                f"{folder} has a folder with images in it, {entry.name}, and images of a class lie in one folder",
+                "move them up, or it away",
+            )
 
 
 def _is_image(name: str) -> bool:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from filelock import FileLock
 
@@ -107,10 +107,24 @@ def _read(kept: Path) -> list[Packed] | None:
         return None
 
 
+def _look(file: IO[bytes], size: int) -> None:
+    """Read the headers of a tar, and of the tars in it. Raises TarError where one promises more than there is: timm's
+    reader would look for it without end."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if member.size < 0 or member.offset_data + member.size > size:
+                raise tarfile.ReadError(f"{member.name} is said to have {member.size:,} bytes")
+            if member.isreg() and member.name.endswith(".tar") and (inner := tar.extractfile(member)) is not None:
+                _look(inner, member.size)
+
+
 def _scan(path: Path) -> list[Packed]:
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
     try:
+        for tar in [path] if path.is_file() else sorted(path.glob("*.tar")):
+            with tar.open("rb") as file:
+                _look(file, tar.stat().st_size)
         # timm would keep what it found beside the tars as a pickle, and unpickle whatever lies there under that name.
         # Its factory, create_reader, can't be told not to read a folder of tars as one of images: hence the reader.
         reader = ReaderImageInTar(str(path), cache_tarinfo=False)

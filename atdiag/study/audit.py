@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from atdiag.networks import sources, teachers
-from atdiag.runs import FILES, DamagedRunError, Run, Store, file_sha256
+from atdiag.runs import FILES, DamagedRunError, Run, file_sha256
 from atdiag.spec import Teacher
 from atdiag.training import predictions
 from atdiag.words import UserError
@@ -43,14 +43,6 @@ class Verdict:
         return f"{self.state} {self.run.id}: {what}: {self.mend}"
 
 
-def everything(store: Store) -> list[Run]:
-    """All runs of a store, oldest first, then those that have lost their ``spec.json`` and are not listed any more."""
-    found = store.list()
-    known = {run.id for run in found}
-    lost = {path.parent for name in (*FILES[1:], "result.json") for path in store.root.glob(f"*/{name}")}
-    return found + [Run(path) for path in sorted(lost) if path.name not in known]
-
-
 def verify(runs: Sequence[Run], report: Callable[[int, int], None] = lambda done, total: None) -> list[Verdict]:
     """Look at every file of some runs. ``report`` is told how many of how many are done."""
     weights = cache(_weights)  # a teacher of many runs is hashed once
@@ -64,9 +56,6 @@ def verify(runs: Sequence[Run], report: Callable[[int, int], None] = lambda done
 
 def _verify(run: Run, weights: Callable[[Teacher], tuple[Path, str] | None]) -> Verdict:
     afresh = f"'atdiag runs remove {run.id}' starts that run afresh"
-    if not (run.path / "spec.json").is_file():
-        mend = f"delete the folder {run.path}, and that run starts afresh"
-        return Verdict(run, "damaged", ((run.path / "spec.json", "it is missing"),), mend)
     try:
         spec = run.spec
         result = run.result() if run.finished else None

@@ -15,7 +15,7 @@ from atdiag.networks import files
 from atdiag.runs import Run
 
 VERSION = 2
-"""2: the average of the weights beside them."""
+"""2: the average of the weights beside them, and the run's id."""
 
 _READ = (1, VERSION)
 """Versions that can be gone on from. What a later one added has the value under which nothing changed."""
@@ -36,6 +36,8 @@ class Checkpoint:
     """Running sums of the epoch under way."""
     ema: dict[str, Any] | None = None
     """The average of the student's weights, where the recipe keeps one."""
+    run: str = ""
+    """The id of the run that it is of; version 1 did not say."""
     version: int = VERSION
 
     @property
@@ -47,12 +49,13 @@ class Checkpoint:
 def save(run: Run, checkpoint: Checkpoint) -> None:
     """Write a run's checkpoint, atomically."""
     buffer = io.BytesIO()
-    torch.save(vars(checkpoint), buffer)
+    torch.save(vars(checkpoint) | {"run": run.id}, buffer)
     run.write("checkpoint", buffer.getvalue())
 
 
-def read(path: Path) -> Checkpoint:
-    """The checkpoint in a file. Raises ValueError, with the reason in one line, for a damaged one or another version's.
+def read(path: Path, run: str | None = None) -> Checkpoint:
+    """The checkpoint in a file. Raises ValueError, with the reason in one line, for a damaged one or another version's,
+    and for one of another run than ``run`` if that is said.
 
     Read with ``weights_only``: nothing in the file is executed. What it says of its own size is checked before.
     """
@@ -69,12 +72,15 @@ def read(path: Path) -> Checkpoint:
             tensors = (*found.student.values(), *(found.ema or {}).values())
             if not isinstance(found.step, int) or not all(isinstance(x, Tensor) for x in tensors):
                 raise ValueError("its parts are not what they should be")
-            return found
     except Exception as fault:  # a damaged archive raises whatever it happens to hit
         raise ValueError(f"{path} can't be read ({type(fault).__name__})") from fault
-    raise ValueError(
-        f"{path} was written by another version of atdiag (checkpoint version {version}, this one reads {VERSION})"
-    )
+    if version not in _READ:
+        raise ValueError(
+            f"{path} was written by another version of atdiag (checkpoint version {version}, this one reads {VERSION})"
+        )
+    if run is not None and found.run not in ("", run):
+        raise ValueError(f"{path} is the checkpoint of run {found.run}")
+    return found
 
 
 def load(run: Run) -> Checkpoint | None:
@@ -82,7 +88,7 @@ def load(run: Run) -> Checkpoint | None:
     if not run.checkpoint.exists():
         return None
     try:
-        return read(run.checkpoint)
+        return read(run.checkpoint, run.id)
     except ValueError as fault:
         other = "finish the run with that version, or start" if "another version" in str(fault) else "start"
         raise ValueError(f"{fault}: {other} it afresh with 'atdiag runs remove {run.id}'") from fault

@@ -108,6 +108,7 @@ def correct(run: Run) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
 
     Raises DamagedRunError for predictions that can't be read, were changed, or disagree with the run's result.
     """
+    _ = run.spec  # of a run that is not what its folder is named by nothing is read
     run.sound(run.predictions)
     try:
         saved = arrays(run.predictions)

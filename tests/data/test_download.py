@@ -311,6 +311,13 @@ def test_no_room_is_told_before_anything_is_asked(data, publish, server, capfd, 
         fetch("imagenette")
 
 
+def test_an_empty_folder_of_its_name_is_no_data_set(data, publish, capfd):
+    publish("imagenette", imagenette(), 20, 10)
+    (data / "imagenette").mkdir()
+    assert fetch("imagenette") == data / "imagenette"
+    assert fetch("imagenette") is None
+
+
 # --- archives that are not what they should be ------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -175,6 +177,43 @@ def test_a_wrong_layout_is_told(cifar, how, says):
     ruin(cifar, how)
     with pytest.raises(UserError, match=says):
         datasets.check(data, network)
+
+
+def nested(cls):
+    (cls / "more").mkdir()
+    shutil.copy(next(cls.glob("*.jpg")), cls / "more")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda cls: (cls / "z.jpg").symlink_to("missing"), "is no file"),
+        (lambda cls: os.mkfifo(cls / "z.jpg"), "is no file"),
+        (lambda cls: (cls / "z.jpg").mkdir(), "is no file"),
+        (lambda cls: (cls / "two\nlines.jpg").touch(), "no line of text"),
+        (lambda cls: Path(os.fsdecode(os.fsencode(cls) + b"/\xff.jpg")).touch(), "no line of text"),
+        (lambda cls: (cls.parent / "two\nlines").mkdir(), "no line of text"),
+        (nested, "has a folder with images in it, more"),
+    ],
+)
+def test_an_image_that_would_be_lost_or_waited_for_is_refused(uniform, spoil, says):
+    cls = uniform / "train" / "bee"
+    spoil(cls)
+    with pytest.raises(UserError, match=says):
+        places.read(f"folder:{uniform}", "train")
+
+
+def test_other_files_and_folders_are_left_alone(uniform):
+    cls = uniform / "train" / "bee"
+    before = places.read(f"folder:{uniform}", "train")
+    (cls / "notes").mkdir()
+    (cls / "notes" / "README").touch()
+    (cls / ".thumbnails").mkdir()
+    shutil.copy(next(cls.glob("*.jpg")), cls / ".thumbnails")
+    linked = next((uniform / "train" / "ant").glob("*.jpg"))
+    linked.rename(uniform / "elsewhere.jpg")
+    linked.symlink_to(uniform / "elsewhere.jpg")
+    assert places.read(f"folder:{uniform}", "train") == before
 
 
 def test_both_splits_have_the_same_classes(uniform, spec):

@@ -307,3 +307,22 @@ def test_links_and_hostile_names_lead_nowhere(uniform, tmp_path):
     for i in range(len(files)):
         assert files.stored(i).file == tmp_path / "tars" / "train.tar"
     assert files.stored(files.keys.index("ant/up.jpg")).read() == b"here"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_header_that_promises_more_than_there_is_is_refused_at_once(tmp_path, inside):
+    """timm's reader would read on past the end, for 2^50 bytes."""
+    huge = tarfile.TarInfo("cat/huge.jpg")
+    huge.size = 2**50
+    content = huge.tobuf(tarfile.GNU_FORMAT) + bytes(10240)
+    if inside:
+        outer = io.BytesIO()
+        with tarfile.open(fileobj=outer, mode="w") as tar:
+            entry = tarfile.TarInfo("cat.tar")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+        content = outer.getvalue()
+    for name in ("train.tar", "val.tar"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"is said to have 1,125,899,906,842,624 bytes|unexpected end of data"):
+        places.read(f"timm:{tmp_path}", "train")

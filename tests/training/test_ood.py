@@ -197,6 +197,7 @@ def test_weights_that_can_not_be_read_or_are_not_finite(trained):
     with pytest.raises(DamagedRunError, match="its sha256 is not the one in result"):
         ood.predictions_on(run, fog, CPU, load_teacher)
     result = json.loads((run.path / "result.json").read_text())
+    del result["digest"]  # as of a version that recorded none
     run.write("result.json", json.dumps({**result, "files": run.hashes()}))
     with pytest.raises(DamagedRunError, match=r"its outputs on fog:3 are not finite"):
         ood.predictions_on(run, fog, CPU, load_teacher)

@@ -145,6 +145,10 @@ def incomplete(path):
     torch.save(content, path)
 
 
+def another_s(path):
+    torch.save({**torch.load(path, weights_only=True), "run": "0123456789abcdef"}, path)
+
+
 def code(path):
     class Evil:
         def __reduce__(self):
@@ -161,6 +165,7 @@ def code(path):
         (flipped, "can't be read"),
         (incomplete, "can't be read"),
         (code, "can't be read"),
+        (another_s, "is the checkpoint of run 0123456789abcdef"),
         (lambda path: path.write_bytes(b""), "can't be read"),
         (lambda path: torch.save([1, 2], path), "can't be read"),
     ],

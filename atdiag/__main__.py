@@ -1,0 +1,24 @@
+"""The start of the command line, also as ``python -m atdiag``: Ctrl-C ends it quietly from the first moment on."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+
+def _leave(*_: Any) -> None:
+    sys.exit(130)
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGINT, _leave)
+    from atdiag import cli
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

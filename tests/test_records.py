@@ -126,6 +126,18 @@ def test_a_run_without_its_spec_is_damaged_everywhere_and_can_be_removed(runs, h
     assert not run.path.exists()
 
 
+@pytest.mark.parametrize("how", ["a bit", "half", "nothing"])
+def test_a_damaged_checkpoint_is_found(runs, how):
+    run = Store(runs[0].path.parent).run(spec(7))
+    torch.save({"step": torch.arange(100)}, run.checkpoint)
+    assert verdict(run).state == "unfinished"
+    content = bytearray(run.checkpoint.read_bytes())
+    content[content.index(torch.arange(100).numpy().tobytes()) + 9] ^= 1
+    run.checkpoint.write_bytes({"a bit": content, "half": content[: len(content) // 2], "nothing": b""}[how])
+    assert verdict(run).state == "damaged"
+    assert verdict(run).faults[0][0] == run.checkpoint
+
+
 def test_only_the_runs_that_are_asked_for(runs):
     runs[0].weights.write_bytes(b"")
     assert atdiag("runs", "verify", runs[1].id[:6]).startswith("1 run in runs: 1 sound")

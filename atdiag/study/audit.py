@@ -1,10 +1,12 @@
-"""Whether finished runs are still what was written: every file hashed again, and what belongs together compared.
+"""Whether runs are still what was written: every file hashed again, checkpoints too, what belongs together compared.
 
 Needs no torch, and trains, mends and deletes nothing.
 """
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,7 +66,8 @@ def _verify(run: Run, weights: Callable[[Teacher], tuple[Path, str] | None]) -> 
     except OSError as fault:  # of a disk that fails, say: what can be read of other runs is looked at all the same
         return Verdict(run, "damaged", ((run.path, fault.strerror or str(fault)),), "look at that disk first")
     if result is None:
-        return Verdict(run, "unfinished")
+        why = _broken(run.checkpoint) if run.checkpoint.exists() else None
+        return Verdict(run, "unfinished") if why is None else Verdict(run, "damaged", ((run.checkpoint, why),), afresh)
     meant = result.get("files")
     faults = [] if meant is None else _files(run, meant)
     if run.predictions not in [path for path, _ in faults]:
@@ -88,6 +91,16 @@ def _verify(run: Run, weights: Callable[[Teacher], tuple[Path, str] | None]) -> 
     if faults:
         return Verdict(run, "damaged", tuple(faults), mend, here)
     return Verdict(run, "sound" if meant is not None else "not verifiable", teacher_here=here)
+
+
+def _broken(checkpoint: Path) -> str | None:
+    """What is wrong with the archive that a checkpoint is, by the checksums in it."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, zlib.error) as fault:
+        return str(fault)
+    return None if bad is None else f"{bad} in it is not what was written"
 
 
 def _files(run: Run, meant: object) -> list[tuple[Path, str]]:

@@ -24,9 +24,14 @@ def script(name: str, *arguments: str) -> str:
 
 
 def test_kills():
-    out = script("kills", "--kills", "4", "--commands", "1", "--lanes", "1")
+    out = script("kills", "--kills", "4", "--commands", "0", "--lanes", "1")
     assert "training: 4 of 4 kills survived" in out
-    assert "command line: 1 of 1 kills survived" in out
+
+
+@pytest.mark.slow
+def test_kills_of_the_command_line():
+    out = script("kills", "--kills", "0", "--commands", "3", "--lanes", "1")
+    assert "command line: 3 of 3 kills survived" in out
 
 
 def test_malformed_inputs():

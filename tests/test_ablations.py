@@ -307,7 +307,7 @@ def test_predictions_of_another_run_are_not_taken_for_its_own(tmp_path):
     finished(study, store, right)
     one, other = (store.run(spec) for spec in study.arms[2].specs)
     one.predictions.write_bytes(other.predictions.read_bytes())
-    with pytest.raises(DamagedRunError, match=r"does not agree with result\.json"):
+    with pytest.raises(DamagedRunError, match=r"its sha256 is not the one in result\.json"):
         read(study, lab().settings, store)
     one.predictions.write_bytes(b"nonsense")
     with pytest.raises(DamagedRunError, match=f"atdiag runs remove {one.id}"):

@@ -12,14 +12,22 @@ from typing import Annotated
 import typer
 
 from ablations import claims, gains
-from atdiag.study.ablation import Lab, Study, listed
+from atdiag.core.selection import comma_separated
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import Study
+from atdiag.study.registry import ablation
 
 
+@ablation(
+    order=10,
+    reproduce={"teacher": "all"},
+    quick={"teacher": "deit_s,dinov2_s,clip_b", "methods": "copy,distill"},
+)
 def benchmark(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(gains.METHODS)}.")] = "copy,distill,finetune",
 ) -> Study:
     """Copy, distill and fine-tune beside scratch: what does each teacher give a student?"""
-    wanted = listed(methods, "--methods", ",".join(gains.METHODS[:3]))
+    wanted = comma_separated(methods, "--methods", ",".join(gains.METHODS[:3]))
     return gains.study(lab, "benchmark", teacher, wanted, claims=claims.of("benchmark"))

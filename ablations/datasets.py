@@ -11,7 +11,10 @@ from typing import Annotated
 import typer
 
 from ablations import claims, gains
-from atdiag.study.ablation import Lab, Series, listed
+from atdiag.core.selection import comma_separated
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import Series
+from atdiag.study.registry import ablation
 
 USUAL = {
     "mini": "digits,larger",
@@ -20,6 +23,12 @@ USUAL = {
 }
 
 
+@ablation(
+    order=40,
+    reproduce={"teacher": "deit_s,dino_s,dinov2_s,dinov2_reg_s"},
+    mini={"teacher": "deit_s,dinov2_s,dinov2_reg_s"},  # DINO's architecture at this size is DeiT's
+    quick={"teacher": "deit_s,dinov2_s"},
+)
 def datasets(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_s,dinov2_s.")] = "dinov2_s",
@@ -29,8 +38,8 @@ def datasets(
     methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy",
 ) -> Series:
     """Transfer on several data sets, each beside its own baseline: does the outcome persist?"""
-    wanted = listed(USUAL[lab.settings.profile.name] if data is None else data, "--data", "digits,larger")
-    passed = listed(methods, "--methods", "copy,distill")
+    wanted = comma_separated(USUAL[lab.settings.profile.name] if data is None else data, "--data", "digits,larger")
+    passed = comma_separated(methods, "--methods", "copy,distill")
     studies = tuple(
         gains.study(
             lab.under("data.name", name),

@@ -11,10 +11,19 @@ from typing import Annotated
 import typer
 
 from ablations import claims, gains
-from atdiag.study.ablation import Lab, Series, listed
-from atdiag.words import UserError
+from atdiag.core.errors import UserError
+from atdiag.core.selection import comma_separated
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import Series
+from atdiag.study.registry import ablation
 
 
+@ablation(
+    order=30,
+    reproduce={"teacher": "deit_s,dino_s,dinov2_s,dinov2_reg_s"},
+    mini={"teacher": "deit_s,dinov2_s"},  # DINO's architecture at this size is DeiT's
+    quick={"teacher": "deit_s,dinov2_s", "epochs": "2,4"},
+)
 def epochs(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_s,dinov2_s.")] = "dinov2_s",
@@ -29,9 +38,9 @@ def epochs(
     lengths = (
         (usual // 2 or 1, usual, 2 * usual)
         if epochs is None
-        else tuple(map(_number, listed(epochs, "--epochs", "2,4,8")))
+        else tuple(map(_number, comma_separated(epochs, "--epochs", "2,4,8")))
     )
-    passed = listed(methods, "--methods", "copy,distill")
+    passed = comma_separated(methods, "--methods", "copy,distill")
     studies = tuple(
         gains.study(
             lab.under("recipe.epochs", length),

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from atdiag.spec import Init
-from atdiag.study.ablation import BASELINE, Arm, Lab, Report, Study, choose, judge
+from atdiag.core.selection import choose
+from atdiag.core.spec import Init
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import BASELINE, Arm, Report, Study
+from atdiag.study.verdicts import verb_phrase
 
 METHODS = ("copy", "distill", "finetune", "logits", "features")
 _SAID = {
@@ -38,7 +41,9 @@ def study(lab: Lab, ablation: str, teacher: str, methods: Sequence[str], where: 
     label = ", ".join(filter(None, (source.label, where)))
 
     def verdict(report: Report) -> str:
-        said = [f"{_SAID[name]} {judge(report.row(name).contrast_or_raise(), 'helps', 'hurts')}" for name in methods]
+        said = [
+            f"{_SAID[name]} {verb_phrase(report.row(name).contrast_or_raise(), 'helps', 'hurts')}" for name in methods
+        ]
         return f"{label}: {'; '.join(said)}."
 
     notes = [f"{BASELINE} and all but finetune train the standard student; finetune is the teacher itself, trained on."]

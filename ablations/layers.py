@@ -10,13 +10,22 @@ from typing import Annotated
 import typer
 
 from ablations import claims
-from atdiag.spec import Network
-from atdiag.study.ablation import BASELINE, Arm, Contrast, Lab, Report, Study, choose, judge, listed
-from atdiag.words import UserError
+from atdiag.core.errors import UserError
+from atdiag.core.selection import choose, comma_separated
+from atdiag.core.spec import Network
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import BASELINE, Arm, Contrast, Report, Study
+from atdiag.study.registry import ablation
+from atdiag.study.verdicts import verb_phrase
 
 ENDS = {"top": ("top",), "bottom": ("bottom",), "both": ("top", "bottom")}
 
 
+@ablation(
+    order=70,
+    reproduce={"from_": "both", "k": "3,6,9", "teacher": "dinov2_s"},
+    quick={"from_": "both", "k": "6", "teacher": "dinov2_s"},
+)
 def layers(
     lab: Lab,
     from_: Annotated[str, typer.Option("--from", help="Which end they are counted from: top, bottom or both.")] = "top",
@@ -36,7 +45,10 @@ def layers(
         range(depth + 1)
         if sweep
         else sorted(
-            {_number(part, source.label, depth) for part in listed("6" if k is None else str(k), "--k", "3,6,9")}
+            {
+                _number(part, source.label, depth)
+                for part in comma_separated("6" if k is None else str(k), "--k", "3,6,9")
+            }
         )
     )
     parts = [(end, count) for count in asked if 0 < count < depth for end in ends]
@@ -50,7 +62,7 @@ def layers(
 
     def verdict(report: Report) -> str:
         every = f"{transfer.capitalize()} of all {depth} blocks of {source.label} "
-        every += judge(report.row(whole.name).contrast_or_raise(), "helps", "hurts")
+        every += verb_phrase(report.row(whole.name).contrast_or_raise(), "helps", "hurts")
         if sweep:
             best = max(report.rows, key=lambda row: row.top1)
             return f"{every}; along the curve {best.arm} is highest ({best.top1:.1f} %), chosen after the fact."
@@ -95,11 +107,13 @@ def _contrasts(ends: tuple[str, ...], counts: list[int], whole: str) -> tuple[Co
 def _part(report: Report, end: str, count: int, depth: int) -> str:
     """What a part does, and whether it can be told from all blocks."""
     name = _name(end, count, depth)
-    said = judge(report.row(name).contrast_or_raise(), "helps", "hurts")
+    said = verb_phrase(report.row(name).contrast_or_raise(), "helps", "hurts")
     against = report.contrasts.get(f"{name} minus {_name(end, depth, depth)}")
     if against is None or against.seeds == 1:
         return said
-    return f"{said}, and " + judge(against, "is better than all", "is worse than all", "can't be told apart from all")
+    return f"{said}, and " + verb_phrase(
+        against, "is better than all", "is worse than all", "can't be told apart from all"
+    )
 
 
 def _name(end: str, count: int, depth: int) -> str:

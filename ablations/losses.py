@@ -13,24 +13,31 @@ from typing import Annotated
 import typer
 
 from ablations import claims
-from atdiag.study.ablation import BASELINE, Arm, Contrast, Lab, Report, Series, Study, choose, judge, listed
-from atdiag.words import UserError
+from atdiag.core.errors import UserError
+from atdiag.core.selection import choose, comma_separated
+from atdiag.core.spec.losses import distinct
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import BASELINE, Arm, Contrast, Report, Series, Study
+from atdiag.study.registry import ablation
+from atdiag.study.verdicts import verb_phrase
 
-LOSSES = ("ce", "mse", "jsd", "l1")
-"""Those of the 2026 paper; ``logits_mse`` is known beside them."""
 
-
+@ablation(
+    order=100,
+    reproduce={"teacher": "deit_s,dinov2_s"},
+    quick={"teacher": "dinov2_s", "losses": "ce,jsd", "weights": "0.3,30"},
+)
 def losses(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_s,dinov2_s.")] = "dinov2_s",
-    losses: Annotated[str, typer.Option("--losses", help="Some of ce, mse, jsd, l1 and logits_mse.")] = "ce,mse,jsd,l1",
+    losses: Annotated[str, typer.Option("--losses", help=f"Some of {', '.join(distinct())}.")] = "ce,mse,jsd,l1",
     weights: Annotated[str, typer.Option("--weights", help="Weights of the loss.")] = "0.3,3,30",
 ) -> Series:
     """Distill with several losses and weights of the loss: is the outcome the loss's?"""
-    names = listed(losses, "--losses", "ce,mse,jsd,l1")
+    names = comma_separated(losses, "--losses", "ce,mse,jsd,l1")
     for name in names:
-        choose(name, (*LOSSES, "logits_mse"), "--losses")
-    factors = sorted({_weight(text) for text in listed(weights, "--weights", "0.3,3,30")})
+        choose(name, distinct(), "--losses")
+    factors = sorted({_weight(text) for text in comma_separated(weights, "--weights", "0.3,3,30")})
     source = lab.teacher(teacher)
     student = lab.student(source)
 
@@ -41,7 +48,7 @@ def losses(
     def verdict(report: Report) -> str:
         arms = [row.contrast_or_raise() for row in report.rows[1:]]
         up, down = sum(e.clear and e.value > 0 for e in arms), sum(e.clear and e.value < 0 for e in arms)
-        said = [f"{name.partition(':')[0]} {judge(e, 'rises', 'falls')}" for name, e in report.contrasts.items()]
+        said = [f"{name.partition(':')[0]} {verb_phrase(e, 'rises', 'falls')}" for name, e in report.contrasts.items()]
         slopes = f" Accuracy per tenfold weight: {'; '.join(said)}." if said else ""
         noise = len(arms) - up - down
         return f"Distilling {source.label}: {up} of {len(arms)} arms help, {down} hurt, {noise} undecided.{slopes}"

@@ -12,9 +12,14 @@ from typing import Annotated, TypeVar
 import typer
 
 from ablations import claims, gains
-from atdiag.study.ablation import BASELINE, Lab, Report, Series, listed, outcome
+from atdiag.core.selection import comma_separated
+from atdiag.stats.paired import Gap, gap
+from atdiag.study.builder import Lab
 from atdiag.study.claims import Judged, Verdict
-from atdiag.study.matching import HEAD_BY_HEAD, HEADS_MATCHED, IMAGES, Gap, Match, gap
+from atdiag.study.matching import HEAD_BY_HEAD, HEADS_MATCHED, IMAGES, Match
+from atdiag.study.protocol import BASELINE, Report, Series
+from atdiag.study.registry import ablation
+from atdiag.study.verdicts import outcome
 
 PASSED = "distill"
 """The arm that the claims are about: its loss asks for the match, and copying leaves nothing to match."""
@@ -33,13 +38,18 @@ _NOTES = (
 )
 
 
+@ablation(
+    order=80,
+    reproduce={"teacher": "all"},
+    quick={"teacher": "deit_s,dinov2_s,clip_b"},
+)
 def match(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(gains.METHODS)}.")] = PASSED,
 ) -> Series:
     """How far each student's attention maps are from its teacher's, beside what it gains."""
-    passed = listed(methods, "--methods", "copy,distill")
+    passed = comma_separated(methods, "--methods", "copy,distill")
     measures = (Match(lab.teacher(teacher)),)
     study = gains.study(lab, "match", teacher, passed, measures=measures, claims=claims.of("match"))
     notes = _NOTES if "copy" in passed else _NOTES[:2]
@@ -102,7 +112,7 @@ def usable(reports: Sequence[Report]) -> Judged:
     fails is matched clearly better than some teacher that gains, which no account of failure by bad matching allows; it
     does not hold where a worse match clearly goes with a smaller gain; and everything else is undecided.
     """
-    from atdiag.study.association import spearman
+    from atdiag.stats.association import spearman
 
     claim = claims.stated("match", "matching is not the issue")
     seeds = {i: by_seed(r, PASSED, HEAD_BY_HEAD) for i, r in enumerate(reports)}
@@ -135,7 +145,7 @@ def usable(reports: Sequence[Report]) -> Judged:
 
 def _clear(gaps: Mapping[Key, Gap], among: int = 0) -> list[Key]:
     """Whose difference is settled, among so many."""
-    from atdiag.study.contrast import holm
+    from atdiag.stats.contrasts import holm
 
     rest = [1.0] * (among - len(gaps))
     adjusted = holm([*(one.p for one in gaps.values()), *rest])

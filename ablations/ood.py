@@ -14,20 +14,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ablations import claims, gains
+from atdiag.core.selection import comma_separated
 from atdiag.data import testsets
 from atdiag.data.testsets import TestSet
-from atdiag.study.ablation import Lab, Series, listed
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import Series
+from atdiag.study.registry import ablation
 
 if TYPE_CHECKING:
-    from atdiag.runs import Run
-    from atdiag.spec import RunSpec
+    from atdiag.core.runs import Run
+    from atdiag.core.spec import RunSpec
 
 _CORRUPTED = "clean,gaussian_noise,defocus_blur,contrast,occlusion"
 USUAL = {"mini": _CORRUPTED, "small": _CORRUPTED, "paper": "clean,imagenet-a,imagenet-r,imagenet-sketch,imagenet-v2"}
 
 
 @dataclass(frozen=True)
-class Tested:
+class TestSetPredictions:
     """Predictions on a test set, in a run's directory."""
 
     test_set: TestSet
@@ -50,19 +53,26 @@ class Tested:
 
         return [run for run in runs if not is_stored(run, self.test_set)]
 
-    def take(self, runs: Sequence[Run], device: str, tick: Callable[[int, int], None]) -> None:
+    def take(self, runs: Sequence[Run], device: str, on_progress: Callable[[int, int], None]) -> None:
         """Test them, those that see the same images together."""
         import torch
 
         from atdiag.training import ood
 
-        ood.evaluate_runs(runs, [self.test_set], torch.device(device), report=lambda p: tick(p.done, p.total))
+        ood.evaluate_runs(
+            runs, [self.test_set], torch.device(device), on_progress=lambda now: on_progress(now.done, now.total)
+        )
 
     def numbers(self, run: Run) -> Mapping[str, float]:
         """Nothing beside the accuracy."""
         return {}
 
 
+@ablation(
+    order=50,
+    reproduce={"teacher": "deit_s,dinov2_s,dinov2_reg_s,clip_b,beitv2_b"},
+    quick={"teacher": "deit_s,dinov2_s", "methods": "copy"},
+)
 def ood(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_s,dinov2_s.")] = "dinov2_s",
@@ -74,9 +84,9 @@ def ood(
 ) -> Series:
     """Evaluate transfer on other test sets: does the outcome persist out of distribution?"""
     wanted = testsets.expand(
-        listed(USUAL[lab.settings.profile.name] if on is None else on, "--on", "imagenet-r,gaussian_noise:5")
+        comma_separated(USUAL[lab.settings.profile.name] if on is None else on, "--on", "imagenet-r,gaussian_noise:5")
     )
-    passed = listed(methods, "--methods", "copy,finetune")
+    passed = comma_separated(methods, "--methods", "copy,finetune")
     studies = []
     for test_set in wanted:
         study = gains.study(
@@ -87,7 +97,7 @@ def ood(
             where=test_set.name,
             options={"on": test_set.name},
             test_set=None if test_set.name == testsets.CLEAN else test_set.name,
-            measures=() if test_set.name == testsets.CLEAN else (Tested(test_set),),
+            measures=() if test_set.name == testsets.CLEAN else (TestSetPredictions(test_set),),
             claims=claims.of("ood"),
         )
         studies.append(study)

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ablations import claims, gains
-from atdiag.networks import teachers
-from atdiag.spec import Teacher
-from atdiag.study.ablation import METHODS, Lab, Report, Series, choose, outcome
+from atdiag.core.selection import choose
+from atdiag.core.spec import Teacher
+from atdiag.networks.registry import teachers
+from atdiag.study.builder import Lab
 from atdiag.study.claims import Judged, Verdict
+from atdiag.study.protocol import METHODS, Report, Series
+from atdiag.study.registry import ablation
+from atdiag.study.verdicts import outcome
 
 if TYPE_CHECKING:
-    from atdiag.study.association import Fact, Kind, Tested
+    from atdiag.stats.association import Fact, Kind, TestedFact
 
 MILLIONS = {"ImageNet-1k": 1.28, "ImageNet-21k": 14, "LVD-142M": 142, "WIT-400M": 400, "WebLI": 10_000}
 """Size of the data sets of pre-training, in millions of images."""
@@ -56,6 +60,11 @@ class Unit:
         return found.pop() if len(found) == 1 else "sizes disagree"
 
 
+@ablation(
+    order=110,
+    reproduce={"teacher": "all"},
+    quick={"teacher": "deit_s,dinov2_s,clip_b"},
+)
 def recipes(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
@@ -84,7 +93,7 @@ def units(reports: Sequence[Report]) -> tuple[Unit, ...]:
 
 def facts(families: Sequence[Unit]) -> list[Fact]:
     """Every fact as yes or no, by family; those whose sizes differ in it, or whose recipe is not known, are missing."""
-    from atdiag.study.association import Fact
+    from atdiag.stats.association import Fact
 
     every = [teacher for family in families for teacher in family.teachers]
     names: list[tuple[Kind, str]] = [("recipe", name) for teacher in every for name in recipe(teacher)]
@@ -134,9 +143,9 @@ def _value(kind: Kind, name: str, teacher: Teacher) -> bool | None:
     return recipe(teacher).get(name) if kind == "recipe" else architecture(teacher).get(name, False)
 
 
-def tested(families: Sequence[Unit]) -> list[Tested]:
+def tested(families: Sequence[Unit]) -> list[TestedFact]:
     """Every fact against the families' outcomes."""
-    from atdiag.study.association import against
+    from atdiag.stats.association import against
 
     return against(facts(families), {family.name: family.outcome for family in families})
 
@@ -157,11 +166,13 @@ def findings(reports: Sequence[Report]) -> list[Judged]:
         if reason := _no_split(families, of_kind):
             out.append(Judged(claim, "not testable here", "", seeds=seeds, note=reason))
         else:
-            out.append(Judged(claim, judge(of_kind, kind), _closest(of_kind), seeds=seeds, note=_limits(families)))
+            out.append(
+                Judged(claim, judge_facts(of_kind, kind), _closest(of_kind), seeds=seeds, note=_limits(families))
+            )
     return out
 
 
-def judge(found: Sequence[Tested], kind: Kind) -> Verdict:
+def judge_facts(found: Sequence[TestedFact], kind: Kind) -> Verdict:
     """The verdict on a kind of facts where some families fail and some gain.
 
     A fact explains the split where it parts the two without exception and the corrected test is clear, unless a fact of
@@ -197,7 +208,7 @@ def _sides(families: Sequence[Unit]) -> dict[str, list[str]]:
     return {kind: [one.name for one in families if one.outcome == kind] for kind in kinds}
 
 
-def _no_split(families: Sequence[Unit], found: Sequence[Tested]) -> str:
+def _no_split(families: Sequence[Unit], found: Sequence[TestedFact]) -> str:
     """Why nothing can be said of a kind of facts here; empty where something can."""
     sides = _sides(families)
     reasons = [f"no family {kind}" for kind in ("fails", "gains") if not sides[kind]]
@@ -210,7 +221,7 @@ def _no_split(families: Sequence[Unit], found: Sequence[Tested]) -> str:
     return "; ".join(reasons)
 
 
-def _closest(found: Sequence[Tested], count: int = 1) -> str:
+def _closest(found: Sequence[TestedFact], count: int = 1) -> str:
     """The facts with the smallest p-values, with their counts; those that part alike are one."""
     said: list[str] = []
     seen: set[str] = set()
@@ -231,7 +242,7 @@ def _closest(found: Sequence[Tested], count: int = 1) -> str:
 
 def _limits(families: Sequence[Unit]) -> str:
     """What so few families can show at best, and which do not count."""
-    from atdiag.study.association import least
+    from atdiag.stats.association import least
 
     sides = _sides(families)
     fails, gains_ = len(sides["fails"]), len(sides["gains"])

@@ -13,12 +13,21 @@ from typing import Annotated
 import typer
 
 from ablations import claims
-from atdiag.spec import BlockModule, Init
-from atdiag.study.ablation import Contrast, Lab, Report, Study, choose, judge
+from atdiag.core.selection import choose
+from atdiag.core.spec import BlockModule, Init
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import Contrast, Report, Study
+from atdiag.study.registry import ablation
+from atdiag.study.verdicts import verb_phrase
 
 MODULES: dict[str, tuple[BlockModule, ...]] = {"attn": ("attn",), "mlp": ("mlp",), "all": ("attn", "mlp")}
 
 
+@ablation(
+    order=60,
+    reproduce={"module": ("mlp", "attn"), "teacher": "deit_s,dinov2_s,clip_b"},
+    quick={"module": ("mlp", "attn"), "teacher": "deit_s,dinov2_s"},
+)
 def reinit(
     lab: Lab,
     module: Annotated[str, typer.Option(help="What is re-initialised in every block: attn, mlp or all.")] = "attn",
@@ -33,8 +42,8 @@ def reinit(
     without, with_transfer = f"reinit {module}", f"reinit {module} + {transfer}"
 
     def verdict(report: Report) -> str:
-        start = judge(report.row(without).contrast_or_raise(), "helps", "hurts")
-        passed = judge(report.contrasts[f"{transfer}, given the start"], "helps", "hurts")
+        start = verb_phrase(report.row(without).contrast_or_raise(), "helps", "hurts")
+        passed = verb_phrase(report.contrasts[f"{transfer}, given the start"], "helps", "hurts")
         return (
             f"Starting a standard student from {source.label} with {module} re-initialised {start}; "
             f"{transfer} of its attention on top {passed}."

@@ -12,12 +12,20 @@ from typing import Annotated
 import typer
 
 from ablations import claims
-from atdiag.study.ablation import BASELINE, Contrast, Lab, Report, Study, effect, judge
-from atdiag.words import UserError
+from atdiag.core.errors import UserError
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import BASELINE, Contrast, Report, Study
+from atdiag.study.registry import ablation
+from atdiag.study.verdicts import effect, verb_phrase
 
 OF_INTEREST = "rescue: (native + transfer - native) - (standard + transfer - scratch)"
 
 
+@ablation(
+    order=90,
+    reproduce={"teacher": "dinov2_s,dinov2_reg_s,clip_b,beitv2_b"},
+    quick={"teacher": "dinov2_s"},
+)
 def rescue(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as clip_b; all: every one.")] = "clip_b",
@@ -46,10 +54,10 @@ def rescue(
     def verdict(report: Report) -> str:
         return (
             f"{transfer.capitalize()} from {source.label} into a standard student "
-            f"{judge(report.row(plain).contrast_or_raise(), 'helps', 'hurts')}; "
+            f"{verb_phrase(report.row(plain).contrast_or_raise(), 'helps', 'hurts')}; "
             f"native components change what it gains by {effect(report.contrasts[OF_INTEREST])} "
             f"{_said(report, plain)}; the components alone, from scratch, "
-            f"{judge(report.row(control).contrast_or_raise(), 'help', 'hurt', be='are')}."
+            f"{verb_phrase(report.row(control).contrast_or_raise(), 'help', 'hurt', be='are')}."
         )
 
     return Study(

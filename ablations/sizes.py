@@ -11,11 +11,19 @@ from typing import Annotated
 import typer
 
 from ablations import claims, gains
-from atdiag.networks import teachers
-from atdiag.study.ablation import Lab, Series, choose, listed
-from atdiag.words import UserError
+from atdiag.core.errors import UserError
+from atdiag.core.selection import choose, comma_separated
+from atdiag.networks.registry import teachers
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import Series
+from atdiag.study.registry import ablation
 
 
+@ablation(
+    order=20,
+    reproduce={"family": "all"},
+    quick={"family": "dinov2", "methods": "copy"},
+)
 def sizes(
     lab: Lab,
     family: Annotated[str, typer.Option(help="Families, such as deit,dinov2; all: every one with two sizes.")] = "all",
@@ -29,7 +37,7 @@ def sizes(
     wanted = (
         several
         if family == "all"
-        else [choose(name, tuple(by_family), "--family") for name in listed(family, "--family", "deit,dinov2")]
+        else [choose(name, tuple(by_family), "--family") for name in comma_separated(family, "--family", "deit,dinov2")]
     )
     for name in wanted:
         if name not in several:
@@ -38,7 +46,7 @@ def sizes(
                 f"{name} has one size at profile {profile} ({by_family[name][0]}): there is nothing to compare",
                 f"choose from: {', '.join(several)}",
             )
-    passed = listed(methods, "--methods", "copy,distill")
+    passed = comma_separated(methods, "--methods", "copy,distill")
     # Of all, a size may not fit the images, by its patches.
     series = Series.of_each(
         [name for one in wanted for name in by_family[one]],

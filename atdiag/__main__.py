@@ -14,10 +14,10 @@ def _leave(*_: Any) -> None:
 def main() -> None:
     """The console script."""
     signal.signal(signal.SIGINT, _leave)
-    from atdiag import cli
+    from atdiag.cli import app
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main()
+    app.main()
 
 
 if __name__ == "__main__":

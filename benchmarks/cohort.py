@@ -19,15 +19,18 @@ from typing import Any
 
 import torch
 
+from atdiag.core import progress
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Store
+from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed, Teacher, Transfer
 from atdiag.data.loader import Stream
 from atdiag.data.names import complete
-from atdiag.networks import students, weights
-from atdiag.networks.vit import ViT
-from atdiag.runs import Store
-from atdiag.spec import Data, Network, Recipe, RunSpec, Seed, Teacher, Transfer
-from atdiag.training import cohort, compiled, evaluate
-from atdiag.training.member import Training
+from atdiag.networks.model import students
+from atdiag.networks.model.vit import ViT
+from atdiag.networks.weights import loading
+from atdiag.training import cohort, compiled, evaluation
 from atdiag.training.provenance import environment
+from atdiag.training.trainer import RunTrainer
 from atdiag.transfer.observation import Observation, of_teacher
 
 
@@ -54,14 +57,14 @@ def train(specs: list[RunSpec], load: Any, device: torch.device) -> float:
     """Seconds of the steps of these runs, from the first step's end to the last one's, per step."""
     marks: list[tuple[int, float]] = []
 
-    def report(now: cohort.Progress) -> None:
+    def report(now: progress.Progress) -> None:
         if now.doing == "training":
             if device.type == "cuda":
                 torch.cuda.synchronize()
             marks.append((now.done, time.perf_counter()))
 
     with tempfile.TemporaryDirectory() as folder:
-        cohort.train(specs, Store(Path(folder)), load, device, report)
+        cohort.train(specs, Store(Path(folder)), load, ExecutionOptions(device=device.type), report)
     warm = len(marks) // 4  # the first steps pay for what is made once
     (first, begin), (last, end) = marks[warm], marks[-2]  # after the last step comes the test
     return (end - begin) / ((last - first) / len(specs))
@@ -75,7 +78,7 @@ def parts(specs: list[RunSpec], load: Any, device: torch.device, steps: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
         members = [
-            Training(store.create(s), s, teacher if s.teacher else None, {}, stream.steps_per_epoch, device)
+            RunTrainer(store.create(s), s, teacher if s.teacher else None, {}, stream.steps_per_epoch, device)
             for s in specs
         ]
         if compiled.wanted(device):
@@ -92,7 +95,7 @@ def parts(specs: list[RunSpec], load: Any, device: torch.device, steps: int) -> 
             laps["teacher"] = clock.lap()
             for i, member in enumerate(members):
                 none = member.spec.transfer.method == "none"
-                member.advance(batch, Observation() if none else evaluate.fit(shown, teacher, member.spec.network))
+                member.advance(batch, Observation() if none else evaluation.fit(shown, teacher, member.spec.network))
                 laps[str(i)] = clock.lap()
             if turn > 2:
                 for name, seconds in laps.items():
@@ -148,7 +151,7 @@ def main() -> None:
     batch = asked.batch or (32 if asked.device == "cpu" else 128)
     precision = "bfloat16" if asked.device == "cuda" else "float32"
     if asked.data == "digits":
-        source, load = weights.shipped("clip_b"), weights.load
+        source, load = loading.shipped("clip_b"), loading.load
         data = Data(train=batch * asked.steps, test_per_source=1, clutter=6)
         recipe = Recipe(epochs=1, batch_size=batch, precision=precision)
     else:

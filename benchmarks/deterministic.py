@@ -30,13 +30,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from atdiag import folders
+from atdiag.core import paths, progress
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Store
+from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed, Teacher, Transfer
 from atdiag.data.names import classes, complete
-from atdiag.networks import students, weights
-from atdiag.networks.foreign import Foreign
-from atdiag.networks.vit import ViT
-from atdiag.runs import Store
-from atdiag.spec import Data, Network, Recipe, RunSpec, Seed, Teacher, Transfer
+from atdiag.networks.model import students
+from atdiag.networks.model.vit import ViT
+from atdiag.networks.timm.wrapping import Foreign
+from atdiag.networks.weights import loading
 from atdiag.training import cohort, compiled
 from atdiag.training.provenance import environment, hardware
 
@@ -47,7 +49,7 @@ EPOCHS = 2
 def load(teacher: Teacher) -> ViT | Foreign:
     """A miniature, or a plain ViT with random weights: what rounding does does not depend on what a teacher knows."""
     if teacher.profile == "mini":
-        return weights.load(teacher)
+        return loading.load(teacher)
     return students.build(teacher.network, 99).eval().requires_grad_(False)
 
 
@@ -56,7 +58,7 @@ def arms(asked: argparse.Namespace) -> dict[str, RunSpec]:
     values = {"lr": 1e-3, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "ema": 0.9}
     images = asked.batch * asked.steps // EPOCHS
     if asked.data == "digits":
-        source = weights.shipped(asked.teacher)
+        source = loading.shipped(asked.teacher)
         data = Data(train=images, test_per_source=1, clutter=6)
     else:
         found = complete(Data(name=asked.data, train=1, image_size=asked.image_size))
@@ -91,7 +93,7 @@ def train(specs: Sequence[RunSpec], folder: Path, device: str, threads: int, opt
     torch.set_num_threads(threads)
     marks: list[float] = []
 
-    def report(now: cohort.Progress) -> None:
+    def report(now: progress.Progress) -> None:
         if now.doing == "training":
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -101,10 +103,9 @@ def train(specs: Sequence[RunSpec], folder: Path, device: str, threads: int, opt
         specs,
         Store(folder),
         load,
-        torch.device(device),
+        ExecutionOptions(device=device, deterministic=option),
         report,
         should_stop=lambda: len(marks) == stop,
-        deterministic=option,
     )
     expected = {"finished"} if stop is None else {"interrupted"}
     if set(status.values()) != expected:
@@ -175,7 +176,7 @@ def main() -> None:
         print("there is no CUDA device here (--device cpu tries the script)", file=sys.stderr)
         sys.exit(2)
     if asked.data_dir:
-        folders.look_in(asked.data_dir)
+        paths.look_in(asked.data_dir)
     asked.steps = max(asked.steps, 4)
     asked.precision = asked.precision or ("bfloat16" if asked.device == "cuda" else "float32")
     device = torch.device(asked.device)

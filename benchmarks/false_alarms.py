@@ -5,7 +5,7 @@
 1. How real runs vary: contrasts of finished mini runs, trained first where they are not in DIR. Two arms are the same
    condition where they differ in nothing but the model seeds. An arm's runs are paired by their *data* seed, as in
    every contrast: what the training images do to accuracy is in both arms and cancels.
-2. Studies simulated to vary in the same way (``atdiag.study.simulation``), through the shipped ``estimate``: false
+2. Studies simulated to vary in the same way (``atdiag.stats.simulation``), through the shipped ``estimate``: false
    alarms, families of contrasts under Holm's correction, equivalence claimed at the very margin, and effects of known
    size with the number of seeds that ``seeds_needed`` says.
 3. Real studies of two identical arms, trained with a shorter recipe so that there are many: disjoint runs, each pair
@@ -29,13 +29,14 @@ import torch
 from rich.progress import Progress
 from scipy import stats
 
-from atdiag.runs import Store
-from atdiag.spec import RunSpec, Seed
-from atdiag.study import schedule
-from atdiag.study.ablation import Lab
-from atdiag.study.contrast import Estimate, Outcomes, equivalent, estimate, holm, seeds_needed
-from atdiag.study.profile import resolve
-from atdiag.study.simulation import Moments, Population, moments
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Store
+from atdiag.core.spec import RunSpec, Seed
+from atdiag.execution import plan, run
+from atdiag.stats.contrasts import Estimate, Outcomes, equivalent, estimate, holm, seeds_needed
+from atdiag.stats.simulation import Moments, Population, moments
+from atdiag.study.builder import Lab
+from atdiag.study.settings import resolve
 from atdiag.training.provenance import environment
 
 TEACHER = "deit_s"
@@ -76,11 +77,11 @@ def train(specs: Sequence[RunSpec], store: Store, bar: Progress, what: str) -> N
     """Bring runs to their end, two side by side on two cores."""
     task = bar.add_task(what, total=len(specs))
 
-    def tick(_: Any) -> None:
-        bar.update(task, completed=len(specs) - len(schedule.pending(specs, store)))
+    def report(_: Any) -> None:
+        bar.update(task, completed=len(specs) - len(plan.pending(specs, store)))
 
-    schedule.execute(specs, store, "cpu", 1, tick)
-    tick(None)
+    run.execute(specs, store, ExecutionOptions(device="cpu", threads=1), report)
+    report(None)
 
 
 def outcomes(specs: Sequence[RunSpec], store: Store) -> Outcomes:

@@ -39,13 +39,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ablations.benchmark import benchmark
-from atdiag import cli
-from atdiag.networks import weights
-from atdiag.runs import FILES, DamagedRunError, Store
-from atdiag.spec import RunSpec
-from atdiag.study import schedule
-from atdiag.study.ablation import Lab, Study
-from atdiag.study.profile import resolve
+from atdiag.cli import app
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import FILES, DamagedRunError, Store
+from atdiag.core.spec import RunSpec
+from atdiag.execution import plan
+from atdiag.networks.weights import loading
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import Study
+from atdiag.study.settings import resolve
 from atdiag.training import cohort, provenance
 
 SETS = ("recipe.epochs=1", "data.train=256", "data.test_per_source=1", "recipe.warmup_epochs=0")
@@ -76,7 +78,7 @@ def commands(typed: Sequence[str], where: Path, to: Path) -> int:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, resource.RLIM_INFINITY))
-            cli.main(list(typed))
+            app.main(list(typed))
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
         finally:
@@ -156,12 +158,12 @@ def specs() -> list[RunSpec]:
 def prepare(home: Path) -> Any:
     """Make that folder. What the experiment says there."""
     torch.set_num_threads(1)
-    cpu = torch.device("cpu")
-    for group in schedule.cohorts(specs()):
-        cohort.train(group, Store(home / "runs"), weights.load, cpu)
+    cpu = ExecutionOptions(device="cpu")
+    for group in plan.cohorts(specs()):
+        cohort.train(group, Store(home / "runs"), loading.load, cpu)
     steps = iter([False, True])
-    for group in schedule.cohorts(specs()):
-        cohort.train(group, Store(home / "half"), weights.load, cpu, should_stop=lambda: next(steps, True))
+    for group in plan.cohorts(specs()):
+        cohort.train(group, Store(home / "half"), loading.load, cpu, should_stop=lambda: next(steps, True))
     rng = np.random.default_rng(0)
     for split, number in (("train", 3), ("val", 2)):
         for cls in ("ant", "bee"):

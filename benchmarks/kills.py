@@ -37,12 +37,14 @@ from typing import Any
 import torch
 
 from ablations.benchmark import benchmark
-from atdiag.networks import weights
-from atdiag.runs import Run, Store
-from atdiag.spec import RunSpec
-from atdiag.study import schedule
-from atdiag.study.ablation import Lab, Study
-from atdiag.study.profile import resolve
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Run, Store
+from atdiag.core.spec import RunSpec
+from atdiag.execution import plan
+from atdiag.networks.weights import loading
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import Study
+from atdiag.study.settings import resolve
 from atdiag.training import checkpoint, cohort, provenance
 
 SETS = (
@@ -56,7 +58,7 @@ SETS = (
     "recipe.ema=0.9",
 )
 OPTIONS = ("benchmark", "--teacher", "deit_s", "--methods", "copy,distill", "--seeds", "1", "--json")
-COMMAND = (sys.executable, "-m", "atdiag.cli", *OPTIONS, *(word for item in SETS for word in ("--set", item)))
+COMMAND = (sys.executable, "-m", "atdiag.cli.app", *OPTIONS, *(word for item in SETS for word in ("--set", item)))
 WHOM = ("all", "the command", "one that trains")
 
 
@@ -71,8 +73,8 @@ def specs() -> list[RunSpec]:
 def train(folder: Path) -> None:
     """Train the runs in this process."""
     torch.set_num_threads(1)
-    for group in schedule.cohorts(specs()):
-        cohort.train(group, Store(folder), weights.load, torch.device("cpu"), checkpoint_seconds=0.0)
+    for group in plan.cohorts(specs()):
+        cohort.train(group, Store(folder), loading.load, ExecutionOptions(device="cpu", checkpoint_seconds=0.0))
 
 
 def forked(work: Callable[[], None]) -> int:

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from atdiag import folders
-from atdiag.data import cache, loader, names, places
+from atdiag.core import paths, resources
+from atdiag.core.spec import Data, Network, Recipe
+from atdiag.data import image_folders, loader, names
+from atdiag.data.decoding import ImageFolder
 from atdiag.data.loader import Batch, Stream
-from atdiag.data.pictures import ImageFolder
-from atdiag.networks import students
-from atdiag.spec import Data, Network, Recipe
+from atdiag.networks.model import students
 from atdiag.training.provenance import environment
 
 NETWORKS = {
@@ -185,14 +185,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    options.workers = [count for count in options.workers if count <= cache.cores()]
+    options.workers = [count for count in options.workers if count <= resources.available_cores()]
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.data_dir:
-        folders.look_in(options.data_dir)
+        paths.look_in(options.data_dir)
     with tempfile.TemporaryDirectory() as folder:
         name = options.data
-        if names.is_real(name) and places.found(name) is None:
+        if names.is_real(name) and image_folders.found(name) is None:
             print(f"{name} is not found: made-up images of 128 x 128 in its place")
             name = make_up(Path(folder))
         data = names.complete(Data(name=name, train=1, image_size=options.size))

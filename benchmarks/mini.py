@@ -23,7 +23,7 @@ REINIT = ["reinit", "--module", "attn", "--teacher", "clip_b"]
 
 def seconds(arguments: list[str], folder: Path) -> float:
     """Wall seconds of one command in a folder. Raises CalledProcessError if it fails."""
-    command = [sys.executable, "-m", "atdiag.cli", *arguments]
+    command = [sys.executable, "-m", "atdiag.cli.app", *arguments]
     begin = time.perf_counter()
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - begin
@@ -31,11 +31,11 @@ def seconds(arguments: list[str], folder: Path) -> float:
 
 def scenes(count: int = 10_000) -> float:
     """Seconds to make ``count`` training scenes in this process, the source digits loaded."""
-    from atdiag.data import digits
+    from atdiag.data import scenes
 
-    digits.train_scenes("digits", 1, 0, 6)
+    scenes.train_scenes("digits", 1, 0, 6)
     begin = time.perf_counter()
-    digits.train_scenes("digits", count, 0, 6)
+    scenes.train_scenes("digits", count, 0, 6)
     return time.perf_counter() - begin
 
 

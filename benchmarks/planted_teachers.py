@@ -29,17 +29,18 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from atdiag.data import digits
-from atdiag.networks import weights
-from atdiag.networks.vit import ViT
-from atdiag.runs import Store
-from atdiag.spec import Network, RunSpec, Teacher
-from atdiag.study.ablation import Lab
-from atdiag.study.contrast import Estimate, Outcomes, estimate
-from atdiag.study.profile import resolve
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Store
+from atdiag.core.spec import Network, RunSpec, Teacher
+from atdiag.data import scenes
+from atdiag.networks.model.vit import ViT
+from atdiag.networks.weights import loading
+from atdiag.stats.contrasts import Estimate, Outcomes, estimate
+from atdiag.study.builder import Lab
+from atdiag.study.settings import resolve
 from atdiag.training import cohort
 from atdiag.training.provenance import environment
-from atdiag.transfer.observation import Observation, Wanted
+from atdiag.transfer.observation import CaptureRequest, Observation
 
 FORMS = ("own", "uniform", "shuffled")
 METHODS = ("copy", "distill")
@@ -70,7 +71,7 @@ class Shuffled(nn.Module):
         pixels = (images * 255).round().to(torch.uint8).cpu().numpy()
         return self.pool[[zlib.crc32(one.tobytes()) % len(self.pool) for one in pixels]]
 
-    def observe(self, images: Tensor, wanted: Wanted) -> Observation:
+    def observe(self, images: Tensor, wanted: CaptureRequest) -> Observation:
         """What the teacher shows of the other images."""
         return self.teacher.observe(self.others(images), wanted)
 
@@ -81,8 +82,8 @@ class Shuffled(nn.Module):
 
 def plant(source: Teacher, clutter: int) -> dict[str, tuple[Teacher, nn.Module]]:
     """Each form of a miniature: what it is in a run's spec, and the network. A form's sha256 is its own."""
-    teacher = weights.load(source)
-    pool = digits.train_scenes("digits", 4096, _POOL_SEED, clutter).images
+    teacher = loading.load(source)
+    pool = scenes.train_scenes("digits", 4096, _POOL_SEED, clutter).images
     networks = {"own": teacher, "uniform": uniform(teacher), "shuffled": Shuffled(teacher, pool)}
     return {
         form: (source if form == "own" else _renamed(source, form), network.eval().requires_grad_(False))
@@ -121,7 +122,7 @@ def study(
     measured = {}
     for name, (specs, where) in arms.items():
         for spec in specs:
-            status = cohort.train([spec], where, lambda t: networks[str(t.sha256)], torch.device("cpu"))
+            status = cohort.train([spec], where, lambda t: networks[str(t.sha256)], ExecutionOptions(device="cpu"))
             if status[spec.id] != "finished":
                 raise RuntimeError(f"{name}, seed {spec.seed.data}: {where.run(spec).failure() or status[spec.id]}")
         measured[name] = outcomes(specs, where)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from atdiag.runs import Store
+from atdiag.core.runs import Store
 from atdiag.training import provenance
 
 OPTIONS = ("layers", "--from", "top", "--k", "6", "--json")
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    command = [sys.executable, "-m", "atdiag.cli", *OPTIONS, *(word for item in SETS for word in ("--set", item))]
+    command = [sys.executable, "-m", "atdiag.cli.app", *OPTIONS, *(word for item in SETS for word in ("--set", item))]
     faults: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -40,7 +40,7 @@ def measure(model: str, batch: int, repeats: int, device: str) -> dict[str, floa
     shape = (batch, subject.network.channels, subject.network.image_size, subject.network.image_size)
     pictures = images.from_arrays(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     (pixels,) = (one.pixels for one in pictures.batches(batch, device))
-    want = tracing.wanted(subject)
+    want = tracing.request(subject)
     reader = tracing.Reader(subject)
 
     def traced() -> None:

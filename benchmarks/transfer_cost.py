@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atdiag.networks import students
-from atdiag.networks.vit import ViT
-from atdiag.spec import Network, Transfer
+from atdiag.core.spec import Network, Transfer
+from atdiag.networks.model import students
+from atdiag.networks.model.vit import ViT
+from atdiag.reports import writers
 from atdiag.training import compiled
 from atdiag.training.provenance import environment
-from atdiag.transfer import method
+from atdiag.transfer import methods
 from atdiag.transfer.observation import Observation, of_teacher
 
 SIZES = {"ti": (192, 3), "s": (384, 6), "b": (768, 12)}
@@ -112,7 +113,7 @@ class Case:
         def step() -> None:
             shown = self._show(transfer)
             with self.autocast():
-                logits, extra = method.forward(vit, transfer, self.images, shown)
+                logits, extra = methods.forward(vit, transfer, self.images, shown)
             self._update(logits, extra, optimizer)
 
         return step
@@ -363,7 +364,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
     axes.minorticks_off()
     axes.legend(frameon=False)
-    style.save({path: figure})
+    path.write_bytes(writers.draw(figure, path.suffix.removeprefix(".")))
 
 
 if __name__ == "__main__":

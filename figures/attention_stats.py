@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    from atdiag.analysis.attention_stats import Stats
+    from atdiag.analysis.statistics import Stats
 
 _NAMES = {
     "entropy": "entropy, bits",

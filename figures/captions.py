@@ -6,11 +6,11 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from atdiag.study.ablation import Reading, Report
+from atdiag.study.protocol import Reading, Report
 from figures import style
 
 if TYPE_CHECKING:
-    from atdiag.study.contrast import Estimate
+    from atdiag.stats.contrasts import Estimate
 
 _CHARACTERS = 62 / style.COLUMN
 """Of a title, for each inch of a figure's width."""

@@ -12,8 +12,8 @@ from figures.captions import caption, filling
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from atdiag.study.ablation import Report
-    from atdiag.study.contrast import Estimate
+    from atdiag.stats.contrasts import Estimate
+    from atdiag.study.protocol import Report
 
 
 def contrasts(report: Report) -> Figure:

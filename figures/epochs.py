@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from atdiag.study.ablation import Reading, Report
+    from atdiag.study.protocol import Reading, Report
 
 
 def epochs(reading: Reading) -> Figure:

@@ -9,7 +9,7 @@ from figures import captions, marks, rows, style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from atdiag.study.ablation import Reading
+    from atdiag.study.protocol import Reading
 
 
 def gains(reading: Reading) -> Figure:

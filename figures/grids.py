@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from atdiag.study.ablation import Reading, Report
+    from atdiag.study.protocol import Reading, Report
 
 
 def by_teacher(reading: Reading) -> dict[str, list[Report]]:

@@ -10,7 +10,7 @@ from figures import style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from atdiag.analysis.intervene import Outcome
+    from atdiag.analysis.interventions import Outcome
 
 
 def residual(found: Sequence[Outcome]) -> Figure:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    from atdiag.study.ablation import Reading, Report, Row
+    from atdiag.study.protocol import ArmResult, Reading, Report
 
 _ENDS = {"bottom": (style.BLUE, "o"), "top": (style.VERMILLION, "s")}
 
@@ -60,7 +60,7 @@ def _draw(axes: Axes, report: Report) -> None:
     grids.ticks(axes, list(report.study.curve.values()), log=False)
 
 
-def _curves(report: Report) -> dict[str, list[tuple[int, Row]]]:
+def _curves(report: Report) -> dict[str, list[tuple[int, ArmResult]]]:
     """Of each end that blocks are counted from, its arms by k; none and all blocks belong to both.
 
     Raises ValueError for arms without a place on the axis.

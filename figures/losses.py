@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from atdiag.study.ablation import Reading, Report, Row
+    from atdiag.study.protocol import ArmResult, Reading, Report
 
 
 def losses(reading: Reading) -> Figure:
@@ -46,9 +46,9 @@ def _draw(axes: Axes, report: Report, looks: dict[str, marks.Look]) -> None:
     grids.ticks(axes, weights, log=True)
 
 
-def _loss(row: Row) -> str:
+def _loss(row: ArmResult) -> str:
     return row.arm.rpartition(" x")[0]
 
 
-def _weight(row: Row) -> float:
+def _weight(row: ArmResult) -> float:
     return float(row.arm.rpartition(" x")[2])

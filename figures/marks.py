@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-    from atdiag.study.ablation import Report, Row
-    from atdiag.study.contrast import Estimate
+    from atdiag.stats.contrasts import Estimate
+    from atdiag.study.protocol import ArmResult, Report
 
 Look = tuple[str, str]
 """Colour and marker."""
@@ -38,7 +38,7 @@ def looks(places: Mapping[str, int] | Sequence[str], count: int | None = None) -
     return {name: (hues[i], shapes[i]) for name, i in placed.items()}
 
 
-def contrasted(report: Report) -> list[Row]:
+def contrasted(report: Report) -> list[ArmResult]:
     """The arms that have a contrast with the baseline."""
     return [row for row in report.rows if row.contrast is not None]
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from atdiag.study.ablation import Reading, Report, Row
+    from atdiag.study.protocol import ArmResult, Reading, Report
 
 _MEAN, _BLOCK, _MATCHED = "JSD", re.compile(r"JSD block (\d+)"), "JSD heads matched"
 """As ``ablations/match.py`` names what it measures, in bits."""
@@ -86,6 +86,6 @@ def _form(arm: str, arms: dict[str, marks.Look]) -> str:
     return ("-", "--", ":", "-.")[list(arms).index(arm) % 4]
 
 
-def _blocks(row: Row) -> dict[int, float]:
+def _blocks(row: ArmResult) -> dict[int, float]:
     found = {int(m[1]): value for name, value in row.numbers.items() if (m := _BLOCK.fullmatch(name))}
     return dict(sorted(found.items()))

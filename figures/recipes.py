@@ -6,15 +6,15 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from atdiag.networks import teachers
+from atdiag.networks.registry import teachers
 from figures import captions, marks, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from atdiag.study.ablation import Reading, Report, Row
-    from atdiag.study.contrast import Estimate
+    from atdiag.stats.contrasts import Estimate
+    from atdiag.study.protocol import ArmResult, Reading, Report
 
 _FACTS = ("labels", "text", "momentum", "masking", "target")
 _WORDS = {"target": "other target"}
@@ -76,7 +76,7 @@ def _parts(report: Report) -> tuple[str, ...]:
     return (*network.components, *network.differences, *(() if network.class_token else ("no_class_token",)))
 
 
-def _outcome(report: Report) -> Row:
+def _outcome(report: Report) -> ArmResult:
     return marks.contrasted(report)[0]
 
 

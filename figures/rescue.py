@@ -9,8 +9,8 @@ from figures import captions, marks, rows, style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from atdiag.study.ablation import Reading, Report
-    from atdiag.study.contrast import Estimate
+    from atdiag.stats.contrasts import Estimate
+    from atdiag.study.protocol import Reading, Report
 
 # As ``ablations/rescue.py`` names its arms and contrasts; the contrast of interest is the first.
 _PLAIN, _CONTROL, _PASSED = "standard + ", "native, scratch", "transfer in the native student"

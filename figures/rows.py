@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from atdiag.networks import teachers
+from atdiag.networks.registry import teachers
 from figures import captions, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from atdiag.study.ablation import Report
+    from atdiag.study.protocol import Report
 
 _LINE, _MARK, _GAP = 0.105, 0.08, 0.09
 """Heights of a line of a label, of a mark, and of what is between rows, in inches."""

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def scenes(task: str = "digits", clutter: int = 6) -> Figure:
     """25 training scenes of a task, each under its label."""
-    from atdiag.data import digits
+    from atdiag.data import scenes
 
-    made = digits.train_scenes(task, 25, 0, clutter)
+    made = scenes.train_scenes(task, 25, 0, clutter)
     figure, axes = style.canvas(height=style.COLUMN)
     axes.remove()
     for place, image, label in zip(figure.subplots(5, 5).flat, made.images, made.labels, strict=True):

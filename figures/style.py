@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from atdiag.runs import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,21 +115,6 @@ def finish(figure: Figure, title: str, keys: Sequence[Line2D], note: str = "") -
         labelspacing=0.3,
         borderpad=0.2,
     )
-
-
-def save(figures: Mapping[Path, Figure]) -> None:
-    """Write figures, each in the format that its file's name ends with: all are drawn before any is written.
-
-    The same figure is the same file, byte by byte: a PDF does not say when it was made.
-    """
-    drawn = {}
-    for path, figure in figures.items():
-        content = io.BytesIO()
-        kind = path.suffix.removeprefix(".")
-        figure.savefig(content, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
-        drawn[path] = content.getvalue()
-    for path, written in drawn.items():
-        write_atomically(path, written)
 
 
 def short(name: str, most: int = 26) -> str:

@@ -5,14 +5,14 @@ import io
 
 import pytest
 
-from atdiag import cli
+from atdiag.cli import app
 
 
 def ran(*arguments) -> tuple[int, str]:
     """Exit code and standard output of a command."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
+        app.main([str(argument) for argument in arguments])
     return end.value.code or 0, out.getvalue()
 
 
@@ -26,7 +26,7 @@ def atdiag(*arguments) -> str:
 def wrong(capsys, *arguments) -> str:
     """The one line that is said of a wrong command."""
     with pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
+        app.main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert end.value.code == 2, err
     assert out == ""

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from atdiag.study.contrast import Estimate
+from atdiag.stats.contrasts import Estimate
 from figures import style
 
 

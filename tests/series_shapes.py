@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from atdiag.networks import teachers
-from atdiag.spec import Network, Teacher
-from atdiag.study.ablation import BASELINE, Contrast, Reading, Report, Row, Series, Study
+from atdiag.core.spec import Network, Teacher
+from atdiag.networks.registry import teachers
+from atdiag.study.protocol import BASELINE, ArmResult, Contrast, Reading, Report, Series, Study
 from tests.drawings import estimate
 
 LONG = "timm:vit_so400m_patch14_reg4_siglip_gap_896"
@@ -29,16 +29,16 @@ def study(name: str, effects: Mapping[str, float], *, half=2.0, seeds=3, base=50
         **more,
     )
 
-    def row(arm: str, effect: float) -> Row:
+    def row(arm: str, effect: float) -> ArmResult:
         versus = estimate(effect, half, seeds, adjusted=adjusted)
-        return Row(arm, base + effect, seeds, (), versus, numbers.get(arm, {}))
+        return ArmResult(arm, base + effect, seeds, (), versus, numbers.get(arm, {}))
 
     rows = (
-        Row(BASELINE, base, seeds, (), None, numbers.get(BASELINE, {})),
+        ArmResult(BASELINE, base, seeds, (), None, numbers.get(BASELINE, {})),
         *(row(arm, effect) for arm, effect in effects.items()),
     )
     contrasts = {one: estimate(value, half, seeds, adjusted=adjusted) for one, value in asked.items()}
-    reference = None if own is None else Row("teacher", own, 1, ())
+    reference = None if own is None else ArmResult("teacher", own, 1, ())
     return Report(planned, profile, rows, contrasts, reference)
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from atdiag.runs import Store
-from atdiag.study.ablation import BASELINE, Lab, Report, Row, Study
-from atdiag.study.contrast import Estimate
-from atdiag.study.profile import resolve
-from atdiag.study.reading import report as read
+from atdiag.core.runs import Store
+from atdiag.stats.contrasts import Estimate
+from atdiag.study.aggregate import report as read
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import BASELINE, ArmResult, Report, Study
+from atdiag.study.settings import resolve
 
 
 def lab(*sets, seeds=2) -> Lab:
@@ -48,12 +49,12 @@ def estimate(value, half=1.0, seeds=3) -> Estimate:
 
 def fabricated(study: Study, effects, contrasts=None, teacher=90.0, base=50.0, seeds=3, half=1.0) -> Report:
     """A report in which the arms lie ``effects`` above the baseline."""
-    rows = [Row(BASELINE, base, seeds, ("0" * 16,))]
+    rows = [ArmResult(BASELINE, base, seeds, ("0" * 16,))]
     for arm, effect in zip(study.arms[1:], effects, strict=True):
-        rows.append(Row(arm.name, base + effect, seeds, ("1" * 16,), estimate(effect, half, seeds)))
+        rows.append(ArmResult(arm.name, base + effect, seeds, ("1" * 16,), estimate(effect, half, seeds)))
     found = contrasts or [0.0] * len(study.contrasts)
     asked = {c.name: estimate(v, half, seeds) for c, v in zip(study.contrasts, found, strict=True)}
-    return Report(study, "mini", tuple(rows), asked, Row("teacher", teacher, 1, ("2" * 16,)))
+    return Report(study, "mini", tuple(rows), asked, ArmResult("teacher", teacher, 1, ("2" * 16,)))
 
 
 def finished(study: Study, store: Store, right: dict[str, list[int]], images: int = 40) -> Report:

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atdiag import randomness
-from atdiag.words import UserError
+from atdiag.core import randomness
+from atdiag.core.errors import UserError
 
 PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 """The linear probe's choices of regularisation, strong to weak: see :func:`fit_linear`."""

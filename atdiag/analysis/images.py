@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from atdiag.data import datasets, digits, names
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data, Network
+from atdiag.data import datasets, names, scenes
 from atdiag.data.datasets import Images, Split
-from atdiag.data.pictures import BrokenImageError, View, decode, to_array
-from atdiag.spec import Data, Network
-from atdiag.words import UserError
+from atdiag.data.decoding import BrokenImageError, View, decode, to_array
 
 SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 """Of files that are taken for images in a folder: a PDF, say, can be written as one, and not read."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImageBatch:
     """Some images. pixels: [b, C, S, S] in [0, 1]; index: their places [b] among all; labels: [b], or None."""
 
     pixels: Tensor
@@ -34,7 +34,7 @@ class Batch:
 
 
 @dataclass
-class Pictures:
+class ImageSet:
     """Images in an order, read batch by batch. Those that can't be read are an error, or ``skipped`` with ``skip_bad``.
 
     names: what each is called (a path, or ``digits 17``); labels and clusters: int64 [n], or None where not known.
@@ -49,7 +49,7 @@ class Pictures:
     skip_bad: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     """Name -> why it can't be read, of those met so far."""
-    tick: Callable[[int], None] | None = field(default=None, repr=False)
+    on_progress: Callable[[int], None] | None = field(default=None, repr=False)
     """Is told how many have been gone through, after each batch."""
 
     def head_rows(self, network: Network) -> NDArray[np.int64] | None:
@@ -69,15 +69,22 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.names)
 
-    def reordered(self, order: NDArray[np.int64]) -> Pictures:
+    def reordered(self, order: NDArray[np.int64]) -> ImageSet:
         """The same images in another order; those that are skipped are noted here too."""
         labels, clusters = (None if x is None else x[order] for x in (self.labels, self.clusters))
         called = tuple(self.names[i] for i in order)
-        return Pictures(
-            called, _Reordered(self.source, order), labels, clusters, self.data, self.skip_bad, self.skipped, self.tick
+        return ImageSet(
+            called,
+            _Reordered(self.source, order),
+            labels,
+            clusters,
+            self.data,
+            self.skip_bad,
+            self.skipped,
+            self.on_progress,
         )
 
-    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[ImageBatch]:
         """The images in batches of at most ``size``.
 
         Raises UserError that names an image which can't be read, unless ``skip_bad``; and where none can be.
@@ -99,9 +106,9 @@ class Pictures:
             seen += len(kept)
             places = np.array(kept, np.int64)
             pixels = torch.from_numpy(np.stack(arrays)).to(device).float().div_(255)
-            yield Batch(pixels, places, None if self.labels is None else self.labels[places])
-            if self.tick is not None:
-                self.tick(min(start + size, len(self)))
+            yield ImageBatch(pixels, places, None if self.labels is None else self.labels[places])
+            if self.on_progress is not None:
+                self.on_progress(min(start + size, len(self)))
         if not seen:
             raise UserError(f"none of the {len(self)} images can be read")
 
@@ -152,7 +159,7 @@ class _Files:
 
 def choose(
     wanted: int | str | Path | Sequence[str | Path], data: Data | None, network: Network, skip_bad: bool = False
-) -> Pictures:
+) -> ImageSet:
     """The images that are meant, for a network's channels and image size.
 
     ====================  =============================================================================================
@@ -170,7 +177,7 @@ def choose(
     if isinstance(meant, list):
         return _of_split(data, network, None, meant)
     source = _Files(meant, network.image_size, network.channels)
-    return Pictures(tuple(map(str, meant)), source, skip_bad=skip_bad)
+    return ImageSet(tuple(map(str, meant)), source, skip_bad=skip_bad)
 
 
 def named(wanted: int | str | Path | Sequence[str | Path]) -> int | list[int] | tuple[Path, ...]:
@@ -198,7 +205,7 @@ def named(wanted: int | str | Path | Sequence[str | Path]) -> int | list[int] | 
 _INDICES = re.compile(r"[\d\s,-]+")
 
 
-def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> Pictures:
+def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> ImageSet:
     """Images uint8 [n, C, S, S] that are there already, as networks see them (not normalised), and their classes [n].
 
     Raises UserError for arrays of another kind or shape.
@@ -213,13 +220,13 @@ def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = No
     if known.shape != (len(pixels),):
         raise UserError(f"{len(pixels)} images have labels of shape {list(known.shape)}", "give one for each")
     rows = _Rows(Images(pixels, known, np.arange(len(pixels))), np.arange(len(pixels)))
-    return Pictures(tuple(f"image {i}" for i in range(len(pixels))), rows, None if labels is None else known)
+    return ImageSet(tuple(f"image {i}" for i in range(len(pixels))), rows, None if labels is None else known)
 
 
-def _of_split(data: Data | None, network: Network, count: int | None, rows: list[int] | None) -> Pictures:
+def _of_split(data: Data | None, network: Network, count: int | None, rows: list[int] | None) -> ImageSet:
     if data is None:
         raise UserError("nothing says which data set is meant", "name one with --data, or give files to --images")
-    channels, size = (3, network.image_size) if names.is_real(data.name) else (1, digits.CANVAS)
+    channels, size = (3, network.image_size) if names.is_real(data.name) else (1, scenes.CANVAS)
     if (channels, size) != (network.channels, network.image_size):
         raise UserError(
             f"{data.name} has images of {size} x {size} x {channels}, and the network sees "
@@ -239,7 +246,7 @@ def _of_split(data: Data | None, network: Network, count: int | None, rows: list
         if chosen.max() >= len(split):
             raise UserError(f"--images {chosen.max()}: {data.name} has test images 0 to {len(split) - 1}")
     called = tuple(f"{data.name} {row}" for row in chosen)
-    return Pictures(called, _Rows(split, chosen), split.labels[chosen], split.clusters[chosen], data)
+    return ImageSet(called, _Rows(split, chosen), split.labels[chosen], split.clusters[chosen], data)
 
 
 def _indices(text: str) -> list[int]:

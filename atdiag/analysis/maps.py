@@ -1,7 +1,7 @@
 """Where networks look: the attention of chosen queries laid over the image, by subject, layer and head.
 
 >>> from atdiag.analysis import images, maps, subjects
->>> from atdiag.spec import Data
+>>> from atdiag.core.spec import Data
 >>> teacher, data = subjects.find("deit_s"), Data(name="digits", train=1, clutter=6)
 >>> pictures = images.choose("0,1", data, teacher.network)
 >>> shown = maps.maps(teacher, pictures, layers=(0, 11), queries=("centre", "cls"), heads="all")
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atdiag.analysis import rollout, tracing
-from atdiag.analysis.images import Pictures
+from atdiag.analysis import rollout, streaming, tracing
+from atdiag.analysis.images import ImageSet
 from atdiag.analysis.subjects import Subject
-from atdiag.spec import Network
-from atdiag.words import UserError, suggest
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Network
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +119,7 @@ def place(query: str, network: Network, label: str = "the network") -> int:
 
 def maps(
     subject: Subject,
-    pictures: Pictures,
+    pictures: ImageSet,
     layers: Sequence[int] | None = None,
     queries: Sequence[str] = ("centre",),
     heads: Heads = "mean",
@@ -134,13 +134,13 @@ def maps(
     network = subject.network
     if layers is None:
         layers = sorted({0, (network.depth - 1) // 2, network.depth - 1})
-    chosen = tracing.wanted(subject, (), layers).layers
+    chosen = tracing.request(subject, (), layers).layers
     if isinstance(heads, int):
-        tracing.check_heads(subject, (heads,))
+        streaming.check_heads(subject, (heads,))
     places = [place(query, network, subject.label) for query in queries]
-    want = tracing.wanted(subject, ("map",), range(chosen[-1] + 1) if roll else chosen)
+    want = tracing.request(subject, ("map",), range(chosen[-1] + 1) if roll else chosen)
     attention, rolled, index, pixels = [], [], [], []
-    for (traced,) in tracing.stream([(subject, want)], pictures, batch):
+    for (traced,) in streaming.stream([(subject, want)], pictures, batch):
         images = len(traced.pixels)
         index.append(traced.index)
         pixels.append(traced.pixels.cpu())

@@ -1,7 +1,7 @@
 """What each layer knows: how well classes can be read from the residual stream after every block.
 
     >>> from atdiag.analysis import images, probing, subjects
-    >>> from atdiag.spec import Data
+    >>> from atdiag.core.spec import Data
     >>> teacher, data = subjects.find("deit_s"), Data(name="digits", train=400, clutter=6)
     >>> train = probing.training_pictures(data, teacher.network)
     >>> (found,) = probing.probe([teacher], train, images.choose(256, data, teacher.network), layers=(0, 11))
@@ -29,14 +29,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from atdiag.analysis import classifiers, tracing
-from atdiag.analysis.images import Pictures
+from atdiag.analysis import classifiers, streaming, tracing
+from atdiag.analysis.images import ImageSet
 from atdiag.analysis.sites import TracingError
 from atdiag.analysis.subjects import Outside, Subject
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data, Network
 from atdiag.data import datasets, names
 from atdiag.data.datasets import Split
-from atdiag.spec import Data, Network
-from atdiag.words import UserError
 
 Tokens = Literal["class", "patch", "both"]
 Probe = Literal["linear", "knn", "centroid", "head"]
@@ -96,7 +96,7 @@ class Probed:
         return found
 
 
-def training_pictures(data: Data, network: Network, count: int | None = None, skip_bad: bool = False) -> Pictures:
+def training_pictures(data: Data, network: Network, count: int | None = None, skip_bad: bool = False) -> ImageSet:
     """Training images to fit probes to: fresh scenes, or ``count`` (None: data.train) real ones spread over the set.
 
     Raises UserError for images that the network does not take, and for more than there are.
@@ -119,7 +119,7 @@ def training_pictures(data: Data, network: Network, count: int | None = None, sk
         raise UserError(f"--train {count}: {data.name} has {len(split)} training images", "give at most so many")
     rows = np.arange(count, dtype=np.int64) * len(split) // count
     called = tuple(f"{data.name} training image {row}" for row in rows)
-    return Pictures(called, _Rows(split, rows), split.labels[rows], split.clusters[rows], data, skip_bad)
+    return ImageSet(called, _Rows(split, rows), split.labels[rows], split.clusters[rows], data, skip_bad)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Rows:
 
 def features(
     subjects: Sequence[Subject],
-    pictures: Pictures,
+    pictures: ImageSet,
     layers: Sequence[int] | None = None,
     exits: bool = True,
     batch: int | None = None,
@@ -152,12 +152,12 @@ def features(
     heads = [pictures.head_rows(one.network) if exits else None for one in subjects]
     leave = [None if rows is None else _early_exit(one) for one, rows in zip(subjects, heads, strict=True)]
     wanted = [
-        tracing.wanted(one, ("residual",), layers, logits=rows is not None)
+        tracing.request(one, ("residual",), layers, logits=rows is not None)
         for one, rows in zip(subjects, heads, strict=True)
     ]
     parts: list[list[_Part]] = [[] for _ in subjects]
     places: list[NDArray[np.int64]] = []
-    for traced in tracing.stream(list(zip(subjects, wanted, strict=True)), pictures, batch):
+    for traced in streaming.stream(list(zip(subjects, wanted, strict=True)), pictures, batch):
         places.append(traced[0].index)
         for i, (subject, one) in enumerate(zip(subjects, traced, strict=True)):
             stream = torch.stack([layer.tensor("residual") for layer in one.layers.values()])  # [L, b, N, C]
@@ -226,8 +226,8 @@ def _check_exit(subject: Subject, early: Tensor, said: Tensor) -> None:
 
 def probe(
     subjects: Sequence[Subject],
-    train: Pictures,
-    test: Pictures,
+    train: ImageSet,
+    test: ImageSet,
     layers: Sequence[int] | None = None,
     neighbours: int = classifiers.NEIGHBOURS,
     penalties: Sequence[float] = classifiers.PENALTIES,
@@ -252,7 +252,7 @@ def probe(
     held_out = classifiers.hold_out(groups[kept])
     out = []
     for subject, one, other in zip(subjects, shown, asked, strict=True):
-        known = tracing.wanted(subject, (), layers).layers
+        known = tracing.request(subject, (), layers).layers
         correct: dict[tuple[Probe, Tokens | Literal[""]], NDArray[np.bool_]] = {}
         chosen: dict[Tokens, NDArray[np.float64]] = {}
         for tokens in one.kinds:

@@ -9,15 +9,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from atdiag.analysis import tracing
+from atdiag.analysis import streaming, tracing
 from atdiag.analysis.similarity import pair_layers
 from atdiag.analysis.sites import joined
 from atdiag.analysis.subjects import Subject
 from atdiag.analysis.tracing import Layer, Traced
+from atdiag.core.errors import UserError, suggest
 from atdiag.transfer import ops
-from atdiag.transfer.attention import Given, Heads, split_heads
+from atdiag.transfer.attention import AttentionOverride, Heads, split_heads
 from atdiag.transfer.ops import QK, Averaged, Map
-from atdiag.words import UserError, suggest
 
 Part = Literal["map", "q", "k", "v"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -94,14 +94,14 @@ def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
     """The pairs (block that is changed, block it takes from) of a replacement. Raises UserError."""
     if one.part not in PARTS:
         raise UserError(f"nothing named {one.part!r} can be replaced{suggest(one.part, PARTS)}", ", ".join(PARTS))
-    tracing.check_heads(subject, one.heads)
+    streaming.check_heads(subject, one.heads)
     source, network = one.source, subject.network
     if not isinstance(source, Subject):
         if source not in CHANGES:
             raise UserError(f"unknown change {source!r}{suggest(source, CHANGES)}", f"known: {', '.join(CHANGES)}")
         if one.part != "map" and source not in ("own", "shuffled"):
             raise UserError(f"{source} is a kind of map, not of {one.part}", "leave --what out")
-        layers = tracing.wanted(subject, (), one.layers).layers
+        layers = tracing.request(subject, (), one.layers).layers
         pairs = tuple((layer, layer) for layer in layers)
     else:
         _check_tokens(subject, source)
@@ -123,7 +123,7 @@ def _check_tokens(subject: Subject, source: Subject) -> None:
     """Raise UserError where a network's heads or tokens are not the other's: nothing of it has a place there then."""
     mine, theirs = subject.network, source.network
     wanted = f"{mine.heads} heads, {mine.grid} x {mine.grid} patches, {'a' if mine.class_token else 'no'} class token"
-    mend = f"put in what is of a network with {wanted}"
+    hint = f"put in what is of a network with {wanted}"
     lost = ""
     if mine.heads != theirs.heads:
         lost = f"has {theirs.heads} heads, and {subject.label} has {mine.heads}"
@@ -134,9 +134,9 @@ def _check_tokens(subject: Subject, source: Subject) -> None:
         lost += "one" if mine.class_token else "none"
     elif mine.registers not in (0, theirs.registers):
         lost = f"has {theirs.registers} registers, and {subject.label} has {mine.registers}"
-        mend += f" and {mine.registers} registers"
+        hint += f" and {mine.registers} registers"
     if lost:
-        raise UserError(f"{source.label} {lost}", mend)
+        raise UserError(f"{source.label} {lost}", hint)
 
 
 def _check_copied(subject: Subject, one: Replacement, layers: Sequence[int]) -> None:
@@ -156,18 +156,20 @@ def _check_copied(subject: Subject, one: Replacement, layers: Sequence[int]) -> 
     )
 
 
-def _given(subject: Subject, one: Replacement, layer: int, value: Map | Tensor, before: Mapping[int, Given]) -> Given:
+def _given(
+    subject: Subject, one: Replacement, layer: int, value: Map | Tensor, before: Mapping[int, AttentionOverride]
+) -> AttentionOverride:
     """What a block is given under a replacement, on top of what it takes from its teacher anyway."""
     if one.heads is None or len(one.heads) == subject.network.heads:
-        return Given(one.part, value)
+        return AttentionOverride(one.part, value)
     heads = split_heads(one.heads, subject.network.heads, subject.device)
     copied = before.get(layer)
     if copied is None:
-        return Given(one.part, _of_heads(value, heads), heads)
+        return AttentionOverride(one.part, _of_heads(value, heads), heads)
     assert not isinstance(value, Tensor) and not isinstance(copied.value, Tensor)
     part, rest = _of_heads(value, heads), copied.value.select_heads(heads.rest)
     assert not isinstance(part, Tensor)
-    return Given("map", joined(part, rest, heads))
+    return AttentionOverride("map", joined(part, rest, heads))
 
 
 def _of_heads(value: Map | Tensor, heads: Heads) -> Map | Tensor:
@@ -180,8 +182,8 @@ def givens(
     pairs: tuple[tuple[int, int], ...],
     own: Traced,
     shown: Mapping[int, Traced],
-    before: Mapping[int, Given],
-) -> dict[int, Given]:
+    before: Mapping[int, AttentionOverride],
+) -> dict[int, AttentionOverride]:
     """What the blocks of a network are given under a replacement, for a batch.
 
     own: what was traced of the network as it is; shown: of the other networks, by the identity of their subjects;

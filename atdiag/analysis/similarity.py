@@ -24,14 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atdiag.analysis import tracing
-from atdiag.analysis.images import Pictures
+from atdiag.analysis import streaming, tracing
+from atdiag.analysis.images import ImageSet
 from atdiag.analysis.subjects import Subject
 from atdiag.analysis.tracing import Traced
-from atdiag.spec import Network
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Network
 from atdiag.transfer import ops
 from atdiag.transfer.ops import QK, Map
-from atdiag.words import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,12 +177,12 @@ def pair_layers(
     else:
         _check_map(a, b, layer_map)
     chosen = sorted(layer_map) if layers is None else sorted(set(layers))
-    tracing.wanted(a, (), chosen)
+    tracing.request(a, (), chosen)
     for layer in chosen:
         if layer not in layer_map:
             raise UserError(f"layer {layer} of {a.label} is not in the layer map", "add it, or leave it out")
     pairs = tuple((layer, layer_map[layer]) for layer in chosen)
-    tracing.wanted(b, (), [other for _, other in pairs])
+    tracing.request(b, (), [other for _, other in pairs])
     return pairs
 
 
@@ -361,7 +361,7 @@ def check(
 def similarity(
     a: Subject,
     others: Subject | Sequence[Subject],
-    pictures: Pictures,
+    pictures: ImageSet,
     layers: Sequence[int] | None = None,
     layer_map: Mapping[int, int] | None = None,
     batch: int | None = None,
@@ -375,9 +375,9 @@ def similarity(
     check(a, others, layers, layer_map)
     pairs = [_Pair(a, b, pair_layers(a, b, layers, layer_map)) for b in others]
     what = ("map", "residual")
-    traces = [(a, tracing.wanted(a, what, [i for i, _ in pairs[0].pairs]))]
-    traces += [(p.b, tracing.wanted(p.b, what, [j for _, j in p.pairs])) for p in pairs]
-    for one, *rest in tracing.stream(traces, pictures, batch):
+    traces = [(a, tracing.request(a, what, [i for i, _ in pairs[0].pairs]))]
+    traces += [(p.b, tracing.request(p.b, what, [j for _, j in p.pairs])) for p in pairs]
+    for one, *rest in streaming.stream(traces, pictures, batch):
         for pair, other in zip(pairs, rest, strict=True):
             pair.add(one, other)
     return [pair.result() for pair in pairs]

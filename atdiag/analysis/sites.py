@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atdiag.spec import Network
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Network
 from atdiag.transfer import ops
-from atdiag.transfer.attention import Attention, Given, Heads
-from atdiag.transfer.observation import Seen
+from atdiag.transfer.attention import Attention, AttentionOverride, Heads
+from atdiag.transfer.observation import AttentionRecord
 from atdiag.transfer.ops import QK, Averaged, Map
-from atdiag.words import UserError
 
 
 class TracingError(UserError):
@@ -50,7 +50,7 @@ def locate(module: nn.Module, names: Sequence[str]) -> tuple[Kind, list[str]]:
     return kind, [name for name in names if re.search(_NODES[kind], name)]
 
 
-def seen(site: Site, node: Any, network: Network, images: int, layer: int) -> Seen:
+def seen(site: Site, node: Any, network: Network, images: int, layer: int) -> AttentionRecord:
     """The map and the values at a site. Raises TracingError for attention that is no map over all tokens."""
     arguments, output = node
     if site.kind == "ours":
@@ -58,11 +58,11 @@ def seen(site: Site, node: Any, network: Network, images: int, layer: int) -> Se
         seen = _ours(output[1], given)
         if isinstance(seen.map, Averaged):  # one for all images, heads or queries: the same numbers for each of them
             whole = images, network.heads, network.tokens, network.tokens
-            seen = Seen(Averaged(seen.map.p.expand(whole)), seen.v)
+            seen = AttentionRecord(Averaged(seen.map.p.expand(whole)), seen.v)
         return seen
     try:
         if site.kind == "explicit":
-            seen = Seen(Averaged(output))
+            seen = AttentionRecord(Averaged(output))
             shape = output.shape
         else:
             seen = _of_sdpa(network.heads, *arguments[0], **arguments[1])
@@ -75,12 +75,12 @@ def seen(site: Site, node: Any, network: Network, images: int, layer: int) -> Se
     return seen
 
 
-def _ours(seen: Seen, given: Given | None) -> Seen:
+def _ours(seen: AttentionRecord, given: AttentionOverride | None) -> AttentionRecord:
     """What our module used: where a map was given to some heads alone, both kinds as one map."""
     if given is None or given.tensor != "map" or given.heads is None:
-        return Seen(*seen)
+        return AttentionRecord(*seen)
     assert not isinstance(given.value, Tensor)
-    return Seen(joined(given.value, seen.map, given.heads), seen.v)
+    return AttentionRecord(joined(given.value, seen.map, given.heads), seen.v)
 
 
 def joined(part: Map, rest: Map, heads: Heads) -> Map:
@@ -113,7 +113,7 @@ def _of_sdpa(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Seen:
+) -> AttentionRecord:
     """The map and values of one call of scaled dot-product attention (its arguments, by their names)."""
     if is_causal or dropout_p:
         raise TracingError("it attends with a causal mask or dropout")
@@ -126,10 +126,10 @@ def _of_sdpa(
                 f"a mask of {attn_mask.dtype}, {tuple(attn_mask.shape)}, is no bias of the heads' logits"
             )
         bias = attn_mask.reshape(attn_mask.shape[-3:]).expand(query.shape[1], -1, -1)
-    return Seen(QK(query, key, query.shape[-1] ** -0.5 if scale is None else scale, bias), value)
+    return AttentionRecord(QK(query, key, query.shape[-1] ** -0.5 if scale is None else scale, bias), value)
 
 
-def attended(given: Given, seen: Seen) -> Tensor:
+def attended(given: AttentionOverride, seen: AttentionRecord) -> Tensor:
     """What attention puts out [B, H, N, d] where it is given something in place of its own."""
     qk, v = seen.qk, seen.v
     assert v is not None

@@ -10,20 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.resources import small_file
+from atdiag.core.runs import DamagedRunError, Run
+from atdiag.core.spec import Data, Network, RunSpec, Teacher, Transfer
 from atdiag.data import names
-from atdiag.limits import small_file
-from atdiag.networks import files, inspection, sources, students, teachers, weights
-from atdiag.networks.vit import ViT
-from atdiag.runs import DamagedRunError, Run
-from atdiag.spec import Data, Network, RunSpec, Teacher, Transfer
-from atdiag.training import checkpoint, evaluate
-from atdiag.transfer import method
-from atdiag.transfer.attention import Given
+from atdiag.networks.model import students
+from atdiag.networks.model.vit import ViT
+from atdiag.networks.registry import teachers
+from atdiag.networks.timm import inspection
+from atdiag.networks.weights import files, loading, sources
+from atdiag.training import checkpoint, evaluation
+from atdiag.transfer import methods
+from atdiag.transfer.attention import AttentionOverride
 from atdiag.transfer.observation import Observation, of_teacher
-from atdiag.words import UserError, suggest
 
 if TYPE_CHECKING:
-    from atdiag.runs import Store
+    from atdiag.core.runs import Store
 
 
 _START = "start:"
@@ -39,7 +42,7 @@ class Subject:
 
     label: str
     """How it is named in tables and figures, such as ``clip_b (mini)`` or ``1a2b3c copy``."""
-    body: evaluate.Subject | nn.Module
+    body: evaluation.Predictor | nn.Module
     """The network with its teacher, or a network that is not ours."""
     network: Network
     data: Data | None = None
@@ -52,12 +55,12 @@ class Subject:
     @property
     def module(self) -> nn.Module:
         """The network that runs: images [B, channels, S, S] in [0, 1] -> logits [B, classes]."""
-        return self.body.network if isinstance(self.body, evaluate.Subject) else self.body
+        return self.body.network if isinstance(self.body, evaluation.Predictor) else self.body
 
     @property
     def transfer(self) -> Transfer:
         """What passes to it from its teacher."""
-        return self.body.transfer if isinstance(self.body, evaluate.Subject) else Transfer()
+        return self.body.transfer if isinstance(self.body, evaluation.Predictor) else Transfer()
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +70,7 @@ class Subject:
     def to(self, device: torch.device | str) -> Subject:
         """Move it, and its teacher if it has one; returns itself."""
         self.module.to(device)
-        if isinstance(self.body, evaluate.Subject):
+        if isinstance(self.body, evaluation.Predictor):
             if self.body.teacher is not None:
                 self.body.teacher.to(device)
             self.body.averages = {
@@ -76,20 +79,20 @@ class Subject:
         return self
 
     @torch.no_grad()
-    def given(self, pixels: Tensor) -> dict[int, Given]:
+    def given(self, pixels: Tensor) -> dict[int, AttentionOverride]:
         """What its blocks take from its teacher for images [B, channels, S, S] in [0, 1]; empty unless it copies.
 
         Raises ValueError for a copy-student without its teacher.
         """
         body = self.body
-        if not isinstance(body, evaluate.Subject) or not method.needs_teacher_at_test(body.transfer):
+        if not isinstance(body, evaluation.Predictor) or not methods.needs_teacher_at_test(body.transfer):
             return {}
         if body.teacher is None:
             raise ValueError(f"{self.label} copies blocks {body.transfer.layers}: it needs its teacher, and has none")
         shown = body.teacher.observe(pixels, of_teacher([body.transfer]))
-        own = evaluate.fit(shown, body.teacher, self.network)
+        own = evaluation.fit(shown, body.teacher, self.network)
         own = Observation(own.seen, own.features, own.logits, body.averages)
-        return method.given(body.transfer, own, self.network, pixels.device) or {}
+        return methods.given(body.transfer, own, self.network, pixels.device) or {}
 
 
 def teacher_of(subject: Subject) -> Subject:
@@ -130,7 +133,7 @@ def of(model: nn.Module, label: str, network: Network | None = None) -> Subject:
     over all of its tokens.
     """
     if isinstance(model, ViT):
-        return Subject(label, evaluate.Subject(model.eval()), model.network)
+        return Subject(label, evaluation.Predictor(model.eval()), model.network)
     outside = model if isinstance(model, Outside) else Outside(model)
     return Subject(label, outside.eval(), network or outside.network)
 
@@ -214,10 +217,10 @@ def loaded(spec: Teacher, data: Data | None) -> Subject:
     if spec.sha256 is None:
         raise UserError(f"the weights of {spec.label} are not on this machine", teachers.how_to_get(spec))
     try:
-        found = weights.load(spec)
-    except (weights.WeightsMissingError, ValueError) as fault:
+        found = loading.load(spec)
+    except (loading.WeightsMissingError, ValueError) as fault:
         raise UserError(str(fault)) from None
-    body = evaluate.Subject(found) if isinstance(found, ViT) else found
+    body = evaluation.Predictor(found) if isinstance(found, ViT) else found
     # A published network is what it is at any profile. A path is too long for a table: two files have two hashes.
     name, _, own = spec.name.removeprefix(teachers.TIMM).partition("@")
     label = spec.label if teachers.is_miniature(spec) else f"{name} {spec.sha256[:6]}" if own else name
@@ -236,13 +239,13 @@ def of_start(run: Run) -> Subject:
     if spec.init.source == "teacher":
         assert spec.teacher is not None
         try:
-            source = weights.load(spec.teacher)
-        except (weights.WeightsMissingError, ValueError) as fault:
+            source = loading.load(spec.teacher)
+        except (loading.WeightsMissingError, ValueError) as fault:
             raise UserError(f"run {spec.id} starts from its teacher: {fault}") from None
         assert isinstance(source, ViT)
         students.start_from(network, source, spec.init)
     network.eval().requires_grad_(False)
-    return Subject(f"{spec.id[:6]} at its start", evaluate.Subject(network), spec.network, spec.data, spec.id, spec)
+    return Subject(f"{spec.id[:6]} at its start", evaluation.Predictor(network), spec.network, spec.data, spec.id, spec)
 
 
 def _student(spec: RunSpec, file: Path) -> Subject:
@@ -269,14 +272,14 @@ def _student(spec: RunSpec, file: Path) -> Subject:
         raise UserError(f"{file} does not fit the network of run {spec.id} ({cause})") from None
     network.eval().requires_grad_(False)
     label = f"{spec.id[:6]} {_kind(spec)}" + ("" if step is None else f" at step {step}")
-    body = evaluate.Subject(network, spec.transfer)
-    if method.needs_teacher_at_test(spec.transfer):
+    body = evaluation.Predictor(network, spec.transfer)
+    if methods.needs_teacher_at_test(spec.transfer):
         assert spec.teacher is not None
         try:
-            body.teacher = weights.load(spec.teacher)
-        except (weights.WeightsMissingError, ValueError) as fault:
+            body.teacher = loading.load(spec.teacher)
+        except (loading.WeightsMissingError, ValueError) as fault:
             raise UserError(f"run {spec.id} copies from its teacher: {fault}") from None
-        body.averages = evaluate.averages(spec, body.teacher)
+        body.averages = evaluation.averages(spec, body.teacher)
     return Subject(label, body, spec.network, spec.data, spec.id, spec)
 
 
@@ -293,8 +296,8 @@ def _nothing_yet(spec: RunSpec, run: Run) -> Exception:
 class _UnreadableError(UserError):
     """A file that holds no state."""
 
-    def __init__(self, problem: str, cause: str, mend: str | None = None) -> None:
-        super().__init__(problem, mend)
+    def __init__(self, problem: str, cause: str, hint: str | None = None) -> None:
+        super().__init__(problem, hint)
         self.cause = cause
 
 
@@ -338,7 +341,7 @@ def _file(path: Path) -> Subject:
     if file is None:
         raise UserError(f"{path} is not a run's folder: there is no spec.json in it")
     try:
-        network = Network.model_validate(weights.metadata(file)["network"])
+        network = Network.model_validate(loading.metadata(file)["network"])
     except (ValueError, KeyError):
         raise UserError(
             f"nothing says which network {path} belongs to (a run's spec.json would lie beside it)",
@@ -350,4 +353,4 @@ def _file(path: Path) -> Subject:
     except RuntimeError as fault:
         raise UserError(f"{file} does not fit the network in its header ({str(fault).splitlines()[-1]})") from None
     vit.eval().requires_grad_(False)
-    return Subject(file.stem, evaluate.Subject(vit), network, None, sources.sha256(file))
+    return Subject(file.stem, evaluation.Predictor(vit), network, None, sources.sha256(file))

@@ -1,13 +1,5 @@
 """Reading what a network computes while it runs: nnsight looks into the network as it is, whatever it is.
 
-    >>> from atdiag.analysis import images, subjects, tracing
-    >>> from atdiag.spec import Data
-    >>> teacher = subjects.find("deit_s")
-    >>> pictures = images.choose(4, Data(name="digits", train=1, clutter=6), teacher.network)
-    >>> found = tracing.trace(teacher, pictures, what=("map", "residual"), layers=(0, 11))
-    >>> found["map", 11].shape, found["residual", 0].shape
-    (torch.Size([4, 2, 26, 26]), torch.Size([4, 26, 32]))
-
 Nothing is switched in the network. Where its attention is fused, queries and keys are read as they enter the kernel,
 and a layer's map is computed from them when it is asked for. Shapes: B images, H heads, N tokens, d head width, C
 width.
@@ -15,26 +7,24 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from atdiag.analysis import instrument, sites
-from atdiag.analysis.images import Pictures
 from atdiag.analysis.sites import Site, TracingError
 from atdiag.analysis.subjects import Subject
-from atdiag.networks.vit import ViT
-from atdiag.spec import Network
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Network
+from atdiag.networks.model.vit import ViT
 from atdiag.transfer import ops
-from atdiag.transfer.attention import Given
-from atdiag.transfer.observation import Seen
+from atdiag.transfer.attention import AttentionOverride
+from atdiag.transfer.observation import AttentionRecord
 from atdiag.transfer.ops import QK, Map
-from atdiag.words import UserError, suggest
 
 What = Literal["map", "logits", "q", "k", "v", "attn", "mlp", "residual"]
 """``map`` [B, H, N, N], its ``logits`` before softmax [B, H, N, N]; ``q``, ``k``, ``v`` [B, H, N, d] as they enter the
@@ -108,7 +98,7 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TraceRequest:
     """What is asked of a tracing pass."""
 
     what: frozenset[What]
@@ -117,9 +107,9 @@ class Wanted:
     """Also the network's output."""
 
 
-def wanted(
+def request(
     subject: Subject, what: Iterable[str] = ("map",), layers: Sequence[int] | None = None, logits: bool = False
-) -> Wanted:
+) -> TraceRequest:
     """What is asked for, checked. layers: blocks counted from 0 at the input; None: all. Raises UserError."""
     names = frozenset(what)
     for name in sorted(names - set(WHAT)):
@@ -129,7 +119,7 @@ def wanted(
     for layer in chosen:
         if not 0 <= layer < depth:
             raise UserError(f"layer {layer} is out of range: {subject.label} has {depth} blocks, 0 to {depth - 1}")
-    return Wanted(names, chosen, logits)  # type: ignore[arg-type]
+    return TraceRequest(names, chosen, logits)  # type: ignore[arg-type]
 
 
 # --- the reader ----------------------------------------------------------------------------------------------------
@@ -164,7 +154,9 @@ class Reader:
         self._before, self._sites, self._root = {}, {}, None
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor, want: Wanted, given: Mapping[int, Given] | None = None) -> Traced:
+    def __call__(
+        self, pixels: Tensor, want: TraceRequest, given: Mapping[int, AttentionOverride] | None = None
+    ) -> Traced:
         """Trace images [B, channels, S, S] in [0, 1] on the subject's device.
 
         given: what blocks use instead of their own; by default what the subject takes from its teacher. Raises
@@ -192,7 +184,9 @@ class Reader:
         _check_finite(layers, self.subject.label)
         return Traced(layers, pixels, None, None, logits)
 
-    def _check_explicit(self, where: Mapping[int, Site], want: Wanted, put: Mapping[int, Given]) -> None:
+    def _check_explicit(
+        self, where: Mapping[int, Site], want: TraceRequest, put: Mapping[int, AttentionOverride]
+    ) -> None:
         """Raise UserError for what can't be had where attention is explicit: there only the map passes by."""
         lost = sorted(want.what & {*_OF_QK, "v"})
         for layer, site in where.items():
@@ -204,7 +198,7 @@ class Reader:
             if lost and layer in want.layers:
                 raise UserError(f"{off}: its map can be read there, its {', '.join(lost)} can't", _SWITCH)
 
-    def _seen(self, site: Site, nodes: Mapping[int, Any], images: int, layer: int) -> Seen:
+    def _seen(self, site: Site, nodes: Mapping[int, Any], images: int, layer: int) -> AttentionRecord:
         if layer not in nodes:
             raise TracingError(f"layer {layer} of {self.subject.label}: the forward pass never came to its attention")
         return sites.seen(site, nodes[layer], self.subject.network, images, layer)
@@ -212,10 +206,10 @@ class Reader:
     def _run(
         self,
         pixels: Tensor,
-        want: Wanted,
+        want: TraceRequest,
         where: Mapping[int, Site],
-        given: Mapping[int, Given],
-        put: Mapping[int, Given],
+        given: Mapping[int, AttentionOverride],
+        put: Mapping[int, AttentionOverride],
     ) -> tuple[dict[int, Any], dict[int, dict[str, Any]], Tensor | None]:
         """One pass: what was at each layer's site, what its modules put out, and the network's output.
 
@@ -322,98 +316,3 @@ def check_images(subjects: Sequence[Subject]) -> None:
     if len(kinds) > 1:
         told = " and ".join(f"{size} x {size} x {channels}" for size, channels in sorted(kinds))
         raise UserError(f"the subjects see different images ({told})", "compare networks of one image size")
-
-
-def stream(
-    traces: Sequence[tuple[Subject, Wanted]], pictures: Pictures, batch: int | None = None
-) -> Iterator[tuple[Traced, ...]]:
-    """Trace several subjects side by side, on the same images: one :class:`Traced` for each, batch by batch.
-
-    Nothing is kept from one batch to the next. All subjects are on one device and take images of one kind.
-    """
-    check_images([subject for subject, _ in traces])
-    networks = [subject.network for subject, _ in traces]
-    device = traces[0][0].device
-    with ExitStack() as stack:
-        readers = [stack.enter_context(Reader(subject)) for subject, _ in traces]
-        for one in pictures.batches(batch or batch_size(*networks), device):
-            yield tuple(
-                replace(reader(one.pixels, want), index=one.index, labels=one.labels)
-                for reader, (_, want) in zip(readers, traces, strict=True)
-            )
-
-
-class Reduction(Protocol):
-    """What is made of a stream without keeping it."""
-
-    def add(self, traced: Traced) -> None:
-        """Take in one batch."""
-
-
-def reduce(
-    subject: Subject, pictures: Pictures, want: Wanted, reductions: Sequence[Reduction], batch: int | None = None
-) -> None:
-    """Trace a subject once, and let every reduction take in every batch."""
-    for (traced,) in stream([(subject, want)], pictures, batch):
-        for reduction in reductions:
-            reduction.add(traced)
-
-
-class Mean:
-    """The mean over images of each thing and layer, summed in float64 (float32 where the device has none)."""
-
-    def __init__(self, what: Iterable[What], heads: Sequence[int] | None = None) -> None:
-        self.what, self.heads = tuple(what), heads
-        self.count = 0
-        self._sums: dict[tuple[What, int], Tensor] = {}
-
-    def add(self, traced: Traced) -> None:
-        """Take in one batch."""
-        self.count += len(traced.pixels)
-        wide = torch.float32 if traced.pixels.device.type == "mps" else torch.float64
-        for layer, found in traced.layers.items():
-            for what in self.what:
-                tensor = found.tensor(what, self.heads)
-                total = tensor.sum(0, dtype=wide)
-                self._sums[what, layer] = self._sums[what, layer] + total if (what, layer) in self._sums else total
-
-    def result(self) -> dict[tuple[What, int], Tensor]:
-        """(what, layer) -> its mean, on the CPU, shapes as in :data:`What` without B."""
-        return {key: (total / self.count).cpu() for key, total in self._sums.items()}
-
-
-def trace(
-    subject: Subject,
-    pictures: Pictures,
-    what: Iterable[str] = ("map",),
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    mean: bool = False,
-    batch: int | None = None,
-) -> dict[tuple[What, int], Tensor]:
-    """(what, layer) -> a tensor on the CPU, for all images (shapes as in :data:`What`) or their mean (without B).
-
-    With ``mean`` memory does not grow with the number of images. heads: of map, logits, q, k, v; None: all. Raises
-    UserError for what can't be asked for, TracingError for what can't be read.
-    """
-    want = wanted(subject, what, layers)
-    check_heads(subject, heads)
-    names: list[What] = [name for name in WHAT if name in want.what]
-    if mean:
-        average = Mean(names, heads)
-        reduce(subject, pictures, want, [average], batch)
-        return average.result()
-    parts: dict[tuple[What, int], list[Tensor]] = {}
-    for (traced,) in stream([(subject, want)], pictures, batch):
-        for layer, found in traced.layers.items():
-            for name in names:
-                parts.setdefault((name, layer), []).append(found.tensor(name, heads).cpu())
-    return {key: torch.cat(tensors) for key, tensors in parts.items()}
-
-
-def check_heads(subject: Subject, heads: Sequence[int] | None) -> None:
-    """Raise UserError for a head that a subject lacks."""
-    count = subject.network.heads
-    for head in heads or ():
-        if not 0 <= head < count:
-            raise UserError(f"head {head} is out of range: {subject.label} has {count} heads, 0 to {count - 1}")

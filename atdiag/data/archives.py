@@ -1,7 +1,8 @@
 """The archives that data sets are published in, and what is made of them. The only module that unpacks anything.
 
 Nothing is written under a path that an archive gives: of the regular files in it those are read that the data set is
-known to have, into folders of the classes that :mod:`atdiag.data.facts` knows, and no more than it is known to have.
+known to have, into folders of the classes that :mod:`atdiag.data.catalogue` knows, and no more than it is known to
+have.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from atdiag.data import places
-from atdiag.data.facts import Facts, is_class
-from atdiag.data.pictures import to_picture
-from atdiag.limits import MIB
+from atdiag.core.resources import MIB
+from atdiag.data import image_folders
+from atdiag.data.catalogue import Facts, is_class
+from atdiag.data.decoding import to_picture
 
 Report = Callable[[int], None]
 """Is told how many images are written."""
@@ -86,7 +87,7 @@ def _write_images(facts: Facts, members: Iterator[_Member], into: Path, report: 
     done = 0
     for path, _, content in members:
         split, cls, file = ("", "", "", *path.parts)[-3:]
-        image = re.fullmatch(r"[A-Za-z0-9][\w.-]*", file, re.ASCII) and path.suffix.lower() in places.IMAGES
+        image = re.fullmatch(r"[A-Za-z0-9][\w.-]*", file, re.ASCII) and path.suffix.lower() in image_folders.IMAGES
         if split not in due or not is_class(facts, cls) or not image:
             continue
         due[split] -= 1

@@ -19,20 +19,16 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from atdiag import folders
-from atdiag.data.pictures import FORMATS, BrokenImageError, load
-from atdiag.data.places import Files
+from atdiag.core import paths
+from atdiag.core.resources import available_cores
+from atdiag.data.decoding import FORMATS, BrokenImageError, load
+from atdiag.data.image_folders import Files
 
 MOST = 4 * 2**30
 """Bytes of pixels that are cached at most for one split (CIFAR-10: 0.15 GB; Imagenette-128: 0.47 GB)."""
 
 _LOOK = 64
 _CHUNK = 256
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decoded(files: Files) -> Path | None:
@@ -45,7 +41,7 @@ def decoded(files: Files) -> Path | None:
     if size is None:
         return None
     shape = (len(files), size[1], size[0], 3)
-    path = folders.cache() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}.npy"
+    path = paths.cache() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}.npy"
     mixed = path.with_suffix(".mixed")  # says that the images turned out to have several sizes
     if mixed.exists():
         return None
@@ -129,6 +125,6 @@ def _all_pixels(files: Files, shape: tuple[int, ...]) -> Iterator[bytes | None]:
         picture = load(files.stored(index))
         return picture.tobytes() if (picture.height, picture.width, 3) == shape else None
 
-    with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes without holding the interpreter
+    with ThreadPoolExecutor(available_cores()) as pool:  # Pillow decodes without holding the interpreter
         for start in range(0, len(files), _CHUNK):
             yield from pool.map(one, range(start, min(start + _CHUNK, len(files))))

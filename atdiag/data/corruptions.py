@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import fft, special
 
-from atdiag import randomness
+from atdiag.core import randomness
+from atdiag.data.catalogue import CORRUPTIONS, SEVERITIES, SMALLEST
 from atdiag.data.datasets import Split
-from atdiag.data.facts import CORRUPTIONS, SEVERITIES, SMALLEST
-from atdiag.data.pictures import to_array, to_picture
+from atdiag.data.decoding import to_array, to_picture
 
 _SEED = 0  # like the test scenes, a corruption is part of a test set's definition and not of a run
 _VALUES = 2**20  # pixel values that are worked on at a time

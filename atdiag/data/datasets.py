@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from atdiag import limits
-from atdiag.data import cache, digits, places
-from atdiag.data.facts import FACTS, crop_share
+from atdiag.core import resources
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data, Network
+from atdiag.data import cache, image_folders, scenes
+from atdiag.data.catalogue import FACTS, crop_share
+from atdiag.data.decoding import ImageFolder, View, to_picture
+from atdiag.data.image_folders import SPLITS, Files, SplitName
 from atdiag.data.names import classes, is_real, known, test_images
-from atdiag.data.pictures import ImageFolder, View, to_picture
-from atdiag.data.places import SPLITS, Files, SplitName
-from atdiag.spec import Data, Network
-from atdiag.words import UserError
 
 
 class Split(Protocol):
@@ -95,7 +95,7 @@ def check(data: Data, network: Network) -> None:
     classes, empty classes, numbers of images, fingerprint); ValueError for a network that does not fit it.
     """
     number = classes(data)
-    channels, size = (3, data.image_size) if is_real(data.name) else (1, digits.CANVAS)
+    channels, size = (3, data.image_size) if is_real(data.name) else (1, scenes.CANVAS)
     if size is None:
         raise ValueError(f"the data set {data.name} is of real images: its spec needs an image_size")
     for what, have, need in (
@@ -108,13 +108,13 @@ def check(data: Data, network: Network) -> None:
     if is_real(data.name):
         _check_folder(data)
     else:
-        scenes = data.train + test_images(data)
-        limits.room(scenes * digits.CANVAS**2, f"{scenes:,} scenes", "make data.train or data.test_per_source smaller")
+        count = data.train + test_images(data)
+        resources.room(count * scenes.CANVAS**2, f"{count:,} scenes", "make data.train or data.test_per_source smaller")
 
 
 def check_files(name: str) -> dict[SplitName, Files]:
     """The images of both splits of a data set. Raises UserError where the folder is not what the name says."""
-    files = {split: places.read(name, split) for split in SPLITS}
+    files = {split: image_folders.read(name, split) for split in SPLITS}
     train, test = files["train"], files["test"]
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
@@ -142,7 +142,7 @@ def _check_folder(data: Data) -> None:
     if data.fingerprint is None:
         if data.name not in FACTS:
             raise UserError(f"{data.name} needs a fingerprint of its files in its spec", "names.complete gives it")
-    elif (now := places.fingerprint_of([train, test])) != data.fingerprint:
+    elif (now := image_folders.fingerprint_of([train, test])) != data.fingerprint:
         raise UserError(
             f"the files in {train.root} are not those that the spec means "
             f"(fingerprint {now[:12]}, not {data.fingerprint[:12]})"
@@ -162,17 +162,17 @@ def _check_count(data: Data, have: int, number: int) -> None:
 def train_split(data: Data, seed: int) -> Images | ImageFolder:
     """The training images of a data set: of scenes for a data seed, of real images the same ones for every seed."""
     if is_real(data.name):
-        return _folder(data, places.read(data.name, "train").subset(data.per_class).subset(total=data.train))
-    scenes = digits.train_scenes(known(data.name), data.train, seed, data.clutter)
-    return Images(scenes.images, scenes.labels, scenes.clusters)
+        return _folder(data, image_folders.read(data.name, "train").subset(data.per_class).subset(total=data.train))
+    made = scenes.train_scenes(known(data.name), data.train, seed, data.clutter)
+    return Images(made.images, made.labels, made.clusters)
 
 
 def test_split(data: Data) -> Images | ImageFolder:
     """The test images of a data set, the same for every run."""
     if is_real(data.name):
-        return _folder(data, places.read(data.name, "test").subset(data.test_per_class))
-    scenes = digits.test_scenes(known(data.name), data.test_per_source, data.clutter)
-    return Images(scenes.images, scenes.labels, scenes.clusters)
+        return _folder(data, image_folders.read(data.name, "test").subset(data.test_per_class))
+    made = scenes.test_scenes(known(data.name), data.test_per_source, data.clutter)
+    return Images(made.images, made.labels, made.clusters)
 
 
 def _folder(data: Data, files: Files) -> ImageFolder:

@@ -18,11 +18,11 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from filelock import FileLock, Timeout
 
-from atdiag.data import archives, places
-from atdiag.data.facts import FACTS, Archive, Facts
+from atdiag.core.errors import UserError
+from atdiag.core.resources import GIB, MIB
+from atdiag.data import archives, image_folders
+from atdiag.data.catalogue import FACTS, Archive, Facts
 from atdiag.data.names import is_real, known
-from atdiag.limits import GIB, MIB
-from atdiag.words import UserError
 
 Report = Callable[[str, int, int], None]
 """Is told what is being done, and how much of how much is."""
@@ -55,9 +55,9 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
             f"{name} can't be downloaded, {facts.closed}",
             f"get it from {facts.source} and put it below --data-dir as '{facts.folders[0]}' (see docs/data.md)",
         )
-    root = places.data_folder(name, facts.folders)
+    root = image_folders.data_folder(name, facts.folders)
     if not root.is_dir():
-        places.find(name)  # says so
+        image_folders.find(name)  # says so
     part, place = root / f".{name}-part", root / facts.folders[0]
     with _alone(root / f".{name}.lock", lambda: report(f"waiting for another download of {name}", 0, 0)):
         if _is_there(name):
@@ -78,7 +78,7 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
 
 def _is_there(name: str) -> bool:
     """Whether the data set's folder is found, with anything in it."""
-    place = places.found(name)
+    place = image_folders.found(name)
     return place is not None and any(place.iterdir())
 
 

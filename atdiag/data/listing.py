@@ -7,12 +7,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from atdiag.data import places
-from atdiag.data.facts import ANY_FOLDER, CORRUPTIONS, FACTS, IMAGENET_MEAN, IMAGENET_STD, TEST_SETS
-from atdiag.data.manifest import Reading
+from atdiag.core.errors import UserError
+from atdiag.data import image_folders
+from atdiag.data.catalogue import ANY_FOLDER, CORRUPTIONS, FACTS, IMAGENET_MEAN, IMAGENET_STD, TEST_SETS
+from atdiag.data.manifest import Scan
 from atdiag.data.names import NAMES
 from atdiag.data.tars import TIMM
-from atdiag.words import UserError
 
 _EMBEDDED = "embedded"
 _SCENES = {
@@ -52,7 +52,7 @@ def rows() -> list[dict[str, Any]]:
             "normalisation": "ImageNet" if (facts.mean, facts.std) == (IMAGENET_MEAN, IMAGENET_STD) else "own",
             "source": facts.source,
             "licence": facts.licence,
-            "folder": None if (folder := places.found(name)) is None else str(folder),
+            "folder": None if (folder := image_folders.found(name)) is None else str(folder),
         }
         for name, facts in FACTS.items()
     ]
@@ -76,7 +76,7 @@ def rows() -> list[dict[str, Any]]:
 
 def _searched(name: str, folders: tuple[str, ...]) -> str | None:
     try:
-        return str(places.search(name, folders))
+        return str(image_folders.search(name, folders))
     except UserError:
         return None
 
@@ -107,7 +107,7 @@ def others() -> str:
     return f"'atdiag ood' also tests on corruptions of any of them: {', '.join(CORRUPTIONS)}"
 
 
-def text(reading: Reading) -> list[str]:
+def text(reading: Scan) -> list[str]:
     """What came of reading a data set, in lines."""
     counts = " + ".join(f"{count:,} {split}" for split, count in reading.counts.items())
     width, height = reading.mean_size
@@ -120,7 +120,7 @@ def text(reading: Reading) -> list[str]:
     return lines
 
 
-def document(reading: Reading) -> dict[str, Any]:
+def document(reading: Scan) -> dict[str, Any]:
     """The same for machines."""
     return {
         "folder": str(reading.folder),

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from atdiag import randomness
-from atdiag.data import cache, datasets
-from atdiag.data.augment import Augment
-from atdiag.data.pictures import ImageFolder
-from atdiag.spec import Data, Recipe
+from atdiag.core import randomness, resources
+from atdiag.core.spec import Data, Recipe
+from atdiag.data import datasets
+from atdiag.data.augmentation import Augment
+from atdiag.data.decoding import ImageFolder
 
 PREFETCH = 2
 """Batches that each worker makes ahead."""
@@ -180,7 +180,7 @@ def default_workers(
     """
     if isinstance(images, datasets.Images) and (recipe is None or not augments(recipe)):
         return 0
-    share = cache.cores() // max(processes, 1)
+    share = resources.available_cores() // max(processes, 1)
     return min(MOST_WORKERS, max(1, share)) if device.type == "cuda" else min(MOST_WORKERS, share // 4)
 
 

@@ -14,17 +14,17 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from atdiag import folders
-from atdiag.data import cache, datasets
+from atdiag.core import paths, resources
+from atdiag.data import datasets
+from atdiag.data.decoding import BrokenImageError, decode
+from atdiag.data.image_folders import SPLITS, Files, SplitName, Stored
 from atdiag.data.names import known
-from atdiag.data.pictures import BrokenImageError, decode
-from atdiag.data.places import SPLITS, Files, SplitName, Stored
 
 _CHUNK = 32
 
 
 @dataclass(frozen=True)
-class Reading:
+class Scan:
     """What came of reading every image of a data set.
 
     ``broken``: path and reason. ``manifest`` and its ``sha256`` are None where an image is broken. ``mean_size``: width
@@ -44,7 +44,7 @@ def read(
     splits: Mapping[SplitName, Files],
     report: Callable[[int, int], None] = lambda done, total: None,
     processes: int | None = None,
-) -> Reading:
+) -> Scan:
     """Read and hash every image of a data set (its splits by ``datasets.check_files``), in parallel processes.
 
     ``report`` is told how many of how many are read.
@@ -54,7 +54,7 @@ def read(
     state = _state(splits)
     lines, broken = [], []
     width = height = 0
-    pool = ProcessPoolExecutor(processes or cache.cores())
+    pool = ProcessPoolExecutor(processes or resources.available_cores())
     try:
         for done, (image, (sha256, size, why)) in enumerate(
             zip(images, pool.map(_one, images, chunksize=_CHUNK), strict=True), 1
@@ -76,7 +76,7 @@ def read(
         part.write_bytes(text)
         part.replace(path)
     sound = max(len(lines), 1)
-    return Reading(
+    return Scan(
         root,
         {split: len(splits[split]) for split in SPLITS},
         len(splits["train"].classes),
@@ -105,7 +105,7 @@ def _path(state: str) -> Path:
 
 
 def _folder() -> Path:
-    return folders.cache() / "manifests"
+    return paths.cache() / "manifests"
 
 
 def _one(image: Stored) -> tuple[str, tuple[int, int], str | None]:

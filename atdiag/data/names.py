@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from atdiag.data import places
-from atdiag.data.facts import ANY_FOLDER, FACTS
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Data
+from atdiag.data import image_folders
+from atdiag.data.catalogue import ANY_FOLDER, FACTS
 from atdiag.data.tars import TIMM
-from atdiag.spec import Data
-from atdiag.words import UserError, suggest
 
 NAMES: dict[str, int] = {"digits": 10, "larger": 9}
 """Embedded scenes -> number of classes."""
@@ -37,7 +37,7 @@ def classes(data: Data | str) -> int:
     name = known(data if isinstance(data, str) else data.name)
     if name in NAMES:
         return NAMES[name]
-    return FACTS[name].classes if name in FACTS else len(places.class_names(name))
+    return FACTS[name].classes if name in FACTS else len(image_folders.class_names(name))
 
 
 def image_size(name: str) -> int | None:
@@ -80,10 +80,10 @@ def complete(data: Data) -> Data:
     facts = FACTS.get(name)
     if facts is None and data.image_size is None:
         raise UserError(f"{name} needs data.image_size", "say which, such as --set data.image_size=224")
-    have = facts.train if facts else len(places.read(name, "train"))
+    have = facts.train if facts else len(image_folders.read(name, "train"))
     fingerprint = data.fingerprint
-    if facts is None or (facts.in_forms and places.found(name) is not None):
-        fingerprint = places.fingerprint(name)
+    if facts is None or (facts.in_forms and image_folders.found(name) is not None):
+        fingerprint = image_folders.fingerprint(name)
     values = {
         "train": classes(data) * data.per_class if data.per_class else have,
         "image_size": data.image_size or image_size(name),

@@ -20,9 +20,9 @@ from typing import IO, Any, NamedTuple
 
 from filelock import FileLock
 
-from atdiag import folders
-from atdiag.limits import GIB, small_file
-from atdiag.words import UserError
+from atdiag.core import paths
+from atdiag.core.errors import UserError
+from atdiag.core.resources import GIB, small_file
 
 TIMM = "timm:"
 """``timm:PATH``: ``train.tar`` and ``val.tar`` in PATH, or folders ``train`` and ``val`` with tars in them."""
@@ -78,7 +78,7 @@ def images(path: Path) -> list[Packed]:
         status = tar.stat()
         sizes[tar.relative_to(path.parent).as_posix()] = status.st_size
         digest.update(f"{tar.absolute()}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
-    kept = folders.cache() / "tars" / f"{digest.hexdigest()[:32]}.json"
+    kept = paths.cache() / "tars" / f"{digest.hexdigest()[:32]}.json"
     found = _read(kept)
     if found is None:
         try:
@@ -86,13 +86,13 @@ def images(path: Path) -> list[Packed]:
             with FileLock(kept.with_suffix(".lock")):  # several processes start at once: one of them looks
                 found = _read(kept)
                 if found is None:
-                    found = _scan(path)
+                    found = _scan(path, tars)
                     part = kept.with_suffix(".part")
                     part.write_text(json.dumps(found))
                     part.replace(kept)
         except OSError as fault:
             warnings.warn(f"what is in {path} can't be kept in {kept.parent} ({fault})", stacklevel=2)
-            found = _scan(path) if found is None else found
+            found = _scan(path, tars) if found is None else found
     if any(i.offset < 0 or i.size < 0 or i.offset + i.size > sizes.get(i.tar, 0) for i in found):
         raise UserError(f"{path} is cut off, or not what {kept} says: copy the one again, or remove the other")
     return found
@@ -118,11 +118,11 @@ def _look(file: IO[bytes], size: int) -> None:
                 _look(inner, member.size)
 
 
-def _scan(path: Path) -> list[Packed]:
+def _scan(path: Path, tars: Iterable[Path]) -> list[Packed]:
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
     try:
-        for tar in [path] if path.is_file() else sorted(path.glob("*.tar")):
+        for tar in tars:
             with tar.open("rb") as file:
                 _look(file, tar.stat().st_size)
         # timm would keep what it found beside the tars as a pickle, and unpickle whatever lies there under that name.

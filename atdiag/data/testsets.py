@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from atdiag.data import names, places
-from atdiag.data.facts import CORRUPTIONS, SEVERITIES, SMALLEST, TEST_SETS, crop_share
-from atdiag.data.places import Files
-from atdiag.spec import Data, Network
-from atdiag.words import UserError, suggest
+from atdiag.core import text
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Data, Network
+from atdiag.data import image_folders, names
+from atdiag.data.catalogue import CORRUPTIONS, SEVERITIES, SMALLEST, TEST_SETS, crop_share
+from atdiag.data.image_folders import Files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,12 +131,12 @@ def read(name: str) -> Files:
     ImageNet-1k's.
     """
     facts = TEST_SETS[name]
-    folder = places.search(name, facts.folders)
-    label = _labels(name, places.class_folders(name, folder, facts))
+    folder = image_folders.search(name, facts.folders)
+    label = _labels(name, image_folders.class_folders(name, folder, facts))
     files: list[str] = []
     labels: list[int] = []
     for cls in sorted(label, key=label.__getitem__):
-        here = sorted(places.images_in(folder / cls))
+        here = sorted(image_folders.images_in(folder / cls))
         if not here or (facts.per_class and len(here) != facts.per_class):
             need = f"{name} has {facts.per_class} of each class" if facts.per_class else "every class of a set has some"
             raise UserError(f"the class {cls} in {folder} has {len(here)} images", need)
@@ -154,7 +155,7 @@ def _labels(name: str, folders: tuple[str, ...]) -> dict[str, int]:
     if unknown := [cls for cls in folders if cls not in index]:
         raise UserError(
             f"{len(unknown)} of the {len(folders)} classes in the folder of {name} are none of ImageNet-1k's: "
-            f"{places.listed(unknown)}",
+            f"{text.shortlist(unknown)}",
             f"expected {TEST_SETS[name].classes_text}",
         )
     return {cls: index[cls] for cls in folders}
@@ -178,7 +179,7 @@ def open_images(test_set: TestSet, data: Data) -> Opened:
     import numpy as np
 
     from atdiag.data import cache, datasets
-    from atdiag.data.pictures import ImageFolder, View
+    from atdiag.data.decoding import ImageFolder, View
 
     if test_set.own_images:
         own = datasets.test_split(data)

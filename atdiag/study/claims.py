@@ -12,7 +12,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from atdiag.spec import Spec
+from atdiag.core.spec import Spec
 
 Verdict = Literal["holds", "does not hold", "undecided", "not testable here"]
 

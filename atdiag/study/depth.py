@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atdiag.study.contrast import Outcomes, estimate
+from atdiag.stats.contrasts import Outcomes, estimate
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from atdiag.networks import teachers
+from atdiag.networks.registry import teachers
 from atdiag.study.claims import Claim, Judged, Verdict
 
 if TYPE_CHECKING:
-    from atdiag.study.ablation import Report
-    from atdiag.study.contrast import Estimate
+    from atdiag.stats.contrasts import Estimate
+    from atdiag.study.protocol import Report
 
 
-def judge(claim: Claim, reports: Sequence[Report]) -> Judged:
+def judge_claim(claim: Claim, reports: Sequence[Report]) -> Judged:
     """The verdict on a claim from the reports of the studies that it is of."""
     found: list[Estimate] = []
     tested: set[str] = set()

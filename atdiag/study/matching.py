@@ -12,19 +12,18 @@ A scratch run is the baseline of every teacher of the same student, so there is 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from atdiag.runs import Run
-from atdiag.spec import Data, RunSpec, Teacher
-from atdiag.words import UserError
+from atdiag.core.errors import UserError
+from atdiag.core.runs import Run, digest
+from atdiag.core.spec import Data, RunSpec, Teacher
 
 if TYPE_CHECKING:
-    from atdiag.analysis.images import Pictures
+    from atdiag.analysis.images import ImageSet
 
 IMAGES = 256
 """Test images, spread evenly over the test set; all of a smaller one."""
@@ -39,7 +38,7 @@ HEADS_MATCHED = "JSD heads matched"
 
 @dataclass(frozen=True)
 class Match:
-    """The measurement of runs' maps against a teacher's (a :class:`~atdiag.study.ablation.Measurement`).
+    """The measurement of runs' maps against a teacher's (a :class:`~atdiag.study.protocol.Measurement`).
 
     A student that copies all maps of this teacher has them by construction, and the teacher itself is no student:
     neither is measured.
@@ -65,7 +64,7 @@ class Match:
         """The runs of which it has not been taken, or whose file is damaged or of another version."""
         return [run for run in runs if self._is_measured(run.spec) and self._saved(run) is None]
 
-    def take(self, runs: Sequence[Run], device: str, tick: Callable[[int, int], None]) -> None:
+    def take(self, runs: Sequence[Run], device: str, on_progress: Callable[[int, int], None]) -> None:
         """Compare finished runs with the teacher, and write what came out.
 
         Raises ValueError for an unfinished run, UserError for one with other heads or tokens than the teacher's,
@@ -79,7 +78,7 @@ class Match:
             self._check(run)
             by_data.setdefault(run.spec.data, []).append(run)
         done = 0
-        tick(done, len(runs))
+        on_progress(done, len(runs))
         for data, some in by_data.items():
             teacher = subjects.loaded(self.teacher, data).to(device)
             pictures = self._pictures(data, some[0].spec)
@@ -90,7 +89,7 @@ class Match:
                     same, optimal = found.matched("same"), found.matched("optimal")
                     self._save(run, found.images, same.tolist(), optimal.tolist())
                 done += len(part)
-                tick(done, len(runs))
+                on_progress(done, len(runs))
 
     def numbers(self, run: Run) -> dict[str, float]:
         """``JSD`` (head by head, mean over blocks), ``JSD heads matched``, and ``JSD block 0`` and on, head by head.
@@ -126,7 +125,7 @@ class Match:
                 f"run {run.id} has {own} heads and {self.teacher.label} {theirs}: they can't be compared head by head"
             )
 
-    def _pictures(self, data: Data, spec: RunSpec) -> Pictures:
+    def _pictures(self, data: Data, spec: RunSpec) -> ImageSet:
         import numpy as np
 
         from atdiag.analysis import images
@@ -146,7 +145,7 @@ class Match:
 
     def _save(self, run: Run, images: int, same: list[float], optimal: list[float]) -> None:
         (run.path / "match").mkdir(exist_ok=True)
-        content = {**self._about(), "teacher": self.teacher.label, "images": images, "digest": _digest(same, optimal)}
+        content = {**self._about(), "teacher": self.teacher.label, "images": images, "digest": digest([same, optimal])}
         run.write(self._file(), json.dumps({**content, "head_by_head": same, "heads_matched": optimal}, indent=1))
 
     def _saved(self, run: Run) -> tuple[list[float], list[float]] | None:
@@ -157,42 +156,9 @@ class Match:
             if {name: content[name] for name in self._about()} != self._about():
                 return None
             found = [[float(value) for value in content[name]] for name in ("head_by_head", "heads_matched")]
-            if content["digest"] != _digest(*found):
+            if content["digest"] != digest(found):  # a number was changed: it is measured again
                 return None
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return None
         fine = all(len(part) == run.spec.network.depth and all(map(isfinite, part)) for part in found)
         return (found[0], found[1]) if fine else None
-
-
-def _digest(same: list[float], optimal: list[float]) -> str:
-    """sha256 of the numbers as they are written: one that was changed is measured again."""
-    return hashlib.sha256(json.dumps([same, optimal]).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Gap:
-    """The mean of differences that are paired by seed, with Student's t over seeds; images are held fixed."""
-
-    value: float
-    low: float
-    high: float
-    p: float
-    seeds: int
-
-
-def gap(ones: Mapping[Any, float], others: Mapping[Any, float]) -> Gap | None:
-    """``ones`` minus ``others`` by seed, over the seeds that both have; None from fewer than two.
-
-    The interval is at 95 %. Where all differences are equal it has no width.
-    """
-    from scipy import stats
-
-    found = [ones[seed] - others[seed] for seed in ones if seed in others]
-    if (n := len(found)) < 2:
-        return None
-    value = sum(found) / n
-    se = sqrt(sum((one - value) ** 2 for one in found) / (n - 1) / n)
-    half = float(stats.t.ppf(0.975, n - 1)) * se
-    p = float(2 * stats.t.sf(abs(value) / se, n - 1)) if se > 0 else float(value == 0)
-    return Gap(value, value - half, value + half, p, n)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from atdiag.runs import Run
+from atdiag.core.runs import Run
 
 
 class Board:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atdiag.networks import files
-from atdiag.runs import Run
+from atdiag.core.runs import Run, broken_archive
+from atdiag.networks.weights import files
 
 VERSION = 2
 """2: the average of the weights beside them, and the run's id."""
@@ -62,9 +62,8 @@ def read(path: Path, run: str | None = None) -> Checkpoint:
     try:
         if files.check(path) != "zip":
             raise ValueError("it is no checkpoint")
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums in its archive
-            if broken := archive.testzip():
-                raise zipfile.BadZipFile(broken)
+        if broken := broken_archive(path):  # torch.load does not look at the checksums in its archive
+            raise zipfile.BadZipFile(broken)
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content["version"]
         if version in _READ:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from atdiag.core.spec import Data
 from atdiag.data import datasets
-from atdiag.networks import teachers, weights
-from atdiag.spec import Data
+from atdiag.networks.registry import teachers
+from atdiag.networks.weights import loading
 from atdiag.training import compiled
 from atdiag.training.provenance import best_device, device_name, versions
 from atdiag.transfer import divergences, ops, sdpa
@@ -59,7 +60,7 @@ def _miniatures() -> Finding:
     sound, bad = 0, []
     for name in teachers.miniatures():
         try:
-            weights.load(weights.shipped(name))
+            loading.load(loading.shipped(name))
             sound += 1
         except (OSError, ValueError, RuntimeError) as fault:
             bad.append(f"{name}: {fault}")

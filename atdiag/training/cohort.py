@@ -12,22 +12,24 @@ import gc
 import time
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.progress import OnProgress, Progress, ignore
+from atdiag.core.runs import DamagedRunError, Run, RunBusyError, Store
+from atdiag.core.spec import RunSpec, Teacher
 from atdiag.data import datasets, loader
 from atdiag.data.datasets import Split
 from atdiag.data.loader import Batch, Stream, WorkerDiedError, default_workers
-from atdiag.networks.foreign import Foreign
-from atdiag.networks.vit import ViT
-from atdiag.runs import DamagedRunError, Run, RunBusyError, Store
-from atdiag.spec import RunSpec, Teacher
-from atdiag.training import compiled, determinism, evaluate, provenance
-from atdiag.training.member import Training
+from atdiag.networks.model.vit import ViT
+from atdiag.networks.timm.wrapping import Foreign
+from atdiag.training import compiled, determinism, evaluation, provenance
+from atdiag.training.trainer import RunTrainer
 from atdiag.transfer.observation import Observation, of_teacher
 from atdiag.transfer.ops import Averaged
 
@@ -38,37 +40,23 @@ class OutOfMemoryError(RuntimeError):
     """A step does not fit on the device; the message says what would."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a cohort reports while it works: steps done and to do over all its runs, and what it is doing."""
-
-    done: int
-    total: int
-    images: int
-    """Images that went through a student since the start."""
-    doing: str
-
-
 def train(
     specs: Sequence[RunSpec],
     store: Store,
     load_teacher: Callable[[Teacher], ViT | Foreign],
-    device: torch.device,
-    report: Callable[[Progress], None] = lambda progress: None,
+    options: ExecutionOptions,
+    on_progress: OnProgress = ignore,
     should_stop: Callable[[], bool] = lambda: False,
-    checkpoint_seconds: float = 30.0,
+    *,
     processes: int = 1,
     command: Sequence[str] | None = None,
-    micro_batch: int | None = None,
-    deterministic: bool = False,
 ) -> dict[str, Status]:
     """Train, evaluate and store the runs of one cohort; finished ones are left alone, interrupted ones go on.
 
     All must have the same data stream and, where they have one, the same teacher. ``should_stop`` is asked after each
-    step: when it says so, every run writes its checkpoint and the call returns. ``command``: the command line that is
-    recorded; None: this process's. ``micro_batch``: at most so many images go through a network at once, their
-    gradients are added up, and what a step is stays the same, up to rounding. ``deterministic``: see
-    :mod:`atdiag.training.determinism`. Returns each run's status by id.
+    step: when it says so, every run writes its checkpoint and the call returns. ``processes``: how many such trainings
+    share the machine. ``command``: the command line that is recorded; None: this process's. Returns each run's status
+    by id.
 
     Raises UserError or ValueError, with nothing written, for runs that can't be trained together or at all. What goes
     wrong with one run alone (a loss that is not finite, a checkpoint that can't be read) is that run's failure. Raises
@@ -81,7 +69,7 @@ def train(
         raise ValueError("the runs of a cohort share one data stream and one teacher")
     status: dict[str, Status] = {}
     with ExitStack() as locks:
-        locks.enter_context(determinism.algorithms(deterministic))
+        locks.enter_context(determinism.algorithms(options.deterministic))
         todo: list[tuple[Run, RunSpec]] = []
         for spec in specs:
             try:
@@ -99,9 +87,8 @@ def train(
             else:
                 todo.append((run, spec))
         if todo:
-            origin = provenance.origin(todo[0][1].data, device, command)
-            options = (processes, origin, micro_batch, deterministic)
-            _Cohort(todo, load_teacher, device, report, should_stop, checkpoint_seconds, status, *options).work()
+            cohort = _Cohort(todo, load_teacher, options, processes)
+            status |= cohort.work(on_progress, should_stop, command)
     return status
 
 
@@ -120,39 +107,39 @@ class _Averages:
         tokens = self.teacher.network.tokens_shared_with(spec.network)
         key = transfer.sources, transfer.heads, tokens  # all that it depends on within a cohort
         if key not in self.made:
-            self.made[key] = evaluate.averages(spec, self.teacher, self.images)
+            self.made[key] = evaluation.averages(spec, self.teacher, self.images)
         return self.made[key]
 
 
 class _Cohort:
+    """The runs under way, their shared batches, and what became of those that ended (``status``)."""
+
     def __init__(
         self,
         todo: list[tuple[Run, RunSpec]],
         load_teacher: Callable[[Teacher], ViT | Foreign],
-        device: torch.device,
-        report: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
-        checkpoint_seconds: float,
-        status: dict[str, Status],
+        options: ExecutionOptions,
         processes: int,
-        origin: dict[str, Any],
-        micro_batch: int | None,
-        deterministic: bool,
     ) -> None:
-        self.device, self.report, self.should_stop = device, report, should_stop
-        self.checkpoint_seconds, self.status = checkpoint_seconds, status
+        self.device = device = provenance.best_device() if options.device is None else torch.device(options.device)
+        self.options, self.processes = options, processes
+        self.status: dict[str, Status] = {}
+        self.on_progress: OnProgress = ignore
+        self.should_stop: Callable[[], bool] = lambda: False
+        self.origin: dict[str, Any] = {}
+        self.data = todo[0][1].data
         spec = todo[0][1]
         teacher_spec = next((s.teacher for _, s in todo if s.teacher), None)
         self.teacher = load_teacher(teacher_spec).to(device) if teacher_spec else None
         self.stream = Stream(spec.data, spec.recipe, spec.seed.data) if any(s.recipe.epochs for _, s in todo) else None
         steps = self.stream.steps_per_epoch if self.stream else 1
         self.test = datasets.test_split(spec.data)
-        self.members: list[Training] = []
+        self.members: list[RunTrainer] = []
         averages = _Averages(self.teacher, self.stream.images if self.stream else None)
         for run, s in todo:
             try:
                 teacher = self.teacher if s.teacher else None
-                self.members.append(Training(run, s, teacher, averages.of(s), steps, device))
+                self.members.append(RunTrainer(run, s, teacher, averages.of(s), steps, device))
             except ValueError as fault:  # a checkpoint that can't be read, a teacher's weight that does not fit
                 self._fail(run, 0, str(fault))
         self.compiled = compiled.wanted(device)
@@ -162,14 +149,17 @@ class _Cohort:
                     compiled.compile_blocks(network)
         self.total = sum(m.total for m in self.members)
         self.images = 0
-        self.processes, self.origin, self.micro_batch = processes, origin, micro_batch
-        self.deterministic = deterministic
         self._ahead: Generator[Batch, None, None] | None = None
 
-    def work(self) -> None:
+    def work(
+        self, on_progress: OnProgress, should_stop: Callable[[], bool], command: Sequence[str] | None
+    ) -> dict[str, Status]:
         """Train all members from the earliest step that any of them still has to do, and finish each as it ends."""
+        self.on_progress, self.should_stop = on_progress, should_stop
+        self.origin = provenance.origin(self.data, self.device, command)
         try:
             self._work()
+            return self.status
         except RuntimeError as fault:
             if died := loader.worker_died(fault):
                 raise died from fault
@@ -179,7 +169,7 @@ class _Cohort:
 
     def _work(self) -> None:
         last_save = time.monotonic()
-        interval = self.checkpoint_seconds
+        interval = self.options.checkpoint_seconds
         self._tell("starting")
         self._finish()
         step = min((m.step for m in self.members), default=0)
@@ -200,7 +190,7 @@ class _Cohort:
                     member.save()
                 # Never more than a twentieth of the time, however slow the disk.
                 last_save = time.monotonic()
-                interval = max(self.checkpoint_seconds, 20 * (last_save - begin))
+                interval = max(self.options.checkpoint_seconds, 20 * (last_save - begin))
 
     def _step(self, step: int) -> None:
         # A member that is ahead (its checkpoint was written later than another's) waits for the others.
@@ -231,14 +221,14 @@ class _Cohort:
             if member.cause is None and member.step % member.steps_per_epoch == 0:
                 member.end_epoch()
 
-    def _advance(self, batch: Batch, active: list[Training]) -> None:
+    def _advance(self, batch: Batch, active: list[RunTrainer]) -> None:
         """One step of some members, in parts of the batch if it is to be."""
         learnt = 0
-        for part in batch.parts(self.micro_batch):
+        for part in batch.parts(self.options.micro_batch):
             learnt += len(part.labels)
             self._learn(part, len(part.labels) / len(batch.labels), active, last=learnt == len(batch.labels))
 
-    def _learn(self, part: Batch, share: float, active: list[Training], last: bool) -> None:
+    def _learn(self, part: Batch, share: float, active: list[RunTrainer], last: bool) -> None:
         begin = time.perf_counter()
         shown = self._teacher_shows(part, active)
         shared = (time.perf_counter() - begin) / len(active)
@@ -247,16 +237,16 @@ class _Cohort:
             own = Observation()
             if member.spec.transfer.method != "none":
                 assert member.teacher is not None
-                own = evaluate.fit(shown, member.teacher, member.spec.network)
+                own = evaluation.fit(shown, member.teacher, member.spec.network)
                 own = replace(own, averages=member.averages)
             member.learn(part, own, share)
             if last:  # each member at once, whose gradients then make room for the next one's
                 member.update()
             member.seconds += shared + time.perf_counter() - begin
 
-    def _too_large(self, batch: Batch, active: list[Training]) -> OutOfMemoryError:
+    def _too_large(self, batch: Batch, active: list[RunTrainer]) -> OutOfMemoryError:
         """The error of a step that does not fit, with the number of images that does: found out by trying."""
-        tried = min(self.micro_batch or len(batch.labels), len(batch.labels))
+        tried = min(self.options.micro_batch or len(batch.labels), len(batch.labels))
         size = tried // 2
         while size and not self._fits(batch, size, active):
             size //= 2
@@ -267,7 +257,7 @@ class _Cohort:
             return OutOfMemoryError(f"{where}, and even one does not fit: a device with more memory is needed")
         return OutOfMemoryError(f"{where}: --micro-batch {size} fits, and gives the same result up to rounding")
 
-    def _fits(self, batch: Batch, size: int, active: list[Training]) -> bool:
+    def _fits(self, batch: Batch, size: int, active: list[RunTrainer]) -> bool:
         """Whether a part of ``size`` images can be learnt from. What it gave is forgotten."""
         fits = True
         try:
@@ -286,7 +276,7 @@ class _Cohort:
         self._forget(active)
         return fits
 
-    def _forget(self, active: list[Training]) -> None:
+    def _forget(self, active: list[RunTrainer]) -> None:
         for member in active:
             member.forget()
         gc.collect()
@@ -308,7 +298,7 @@ class _Cohort:
             self._ahead.close()
             self._ahead = None
 
-    def _teacher_shows(self, batch: Batch, active: list[Training]) -> Observation:
+    def _teacher_shows(self, batch: Batch, active: list[RunTrainer]) -> Observation:
         wanted = of_teacher(member.spec.transfer for member in active)
         if not wanted:
             return Observation()
@@ -327,7 +317,7 @@ class _Cohort:
             precision = whole[0].spec.recipe.precision  # the same for all: it is part of the stream
             with compiled.eagerly() if self.compiled else nullcontext():
                 workers = default_workers(self.test, None, self.device, self.processes)
-                results = evaluate.predict([m.subject() for m in whole], self.test, self.device, precision, workers)
+                results = evaluation.predict([m.subject() for m in whole], self.test, self.device, precision, workers)
             for member, predictions in zip(whole, results, strict=True):
                 if np.isfinite(predictions.log_p).all():
                     self._store(member, predictions)
@@ -343,7 +333,7 @@ class _Cohort:
         run.fail(step, cause)
         self.status[run.id] = "failed"
 
-    def _store(self, member: Training, predictions: evaluate.Predictions) -> None:
+    def _store(self, member: RunTrainer, predictions: evaluation.Predictions) -> None:
         run, spec = member.run, member.spec
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in member.outcome.state_dict().items()}
         run.write("weights.safetensors", to_safetensors(state, {"run": run.id}))
@@ -363,8 +353,8 @@ class _Cohort:
                 "environment": {
                     **provenance.environment(self.device),
                     "compiled": self.compiled,
-                    "micro_batch": self.micro_batch,
-                    "deterministic": self.deterministic,
+                    "micro_batch": self.options.micro_batch,
+                    "deterministic": self.options.deterministic,
                 },
                 "origin": {**self.origin, "from_step": member.began},
             }
@@ -372,4 +362,4 @@ class _Cohort:
 
     def _tell(self, doing: str) -> None:
         to_do = sum(m.total - m.step for m in self.members)
-        self.report(Progress(self.total - to_do, self.total, self.images, doing))
+        self.on_progress(Progress(self.total - to_do, self.total, self.images, doing))

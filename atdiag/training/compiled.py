@@ -6,12 +6,12 @@ import os
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
-from atdiag.words import UserError
+from atdiag.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from atdiag.networks.vit import ViT
+    from atdiag.networks.model.vit import ViT
 
 VARIABLE = "ATDIAG_COMPILE"
 

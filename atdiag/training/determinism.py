@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from atdiag.words import UserError
+from atdiag.core.errors import UserError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 

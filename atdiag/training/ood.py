@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from atdiag.core.errors import UserError
+from atdiag.core.progress import OnProgress, Progress, ignore
+from atdiag.core.runs import DamagedRunError, Run, write_atomically
+from atdiag.core.spec import RunSpec, Teacher
 from atdiag.data import testsets
 from atdiag.data.testsets import Opened, TestSet
-from atdiag.networks import weights
-from atdiag.networks.foreign import Foreign
-from atdiag.networks.vit import ViT
-from atdiag.runs import DamagedRunError, Run, write_atomically
-from atdiag.spec import RunSpec, Teacher
-from atdiag.training import evaluate
+from atdiag.networks.model.vit import ViT
+from atdiag.networks.timm.wrapping import Foreign
+from atdiag.networks.weights import loading
+from atdiag.training import evaluation
 from atdiag.training.predictions import Predictions, is_stored
 from atdiag.training.provenance import environment
-from atdiag.words import UserError
 
 TOGETHER = 32
 """Runs that are in memory at a time, with the teachers that they need."""
@@ -27,16 +27,7 @@ TOGETHER = 32
 LoadTeacher = Callable[[Teacher], ViT | Foreign]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far it is: evaluations (a run on a test set) done of those to do, and the test set at hand."""
-
-    done: int
-    total: int
-    doing: str
-
-
-def predictions_on(run: Run, test_set: TestSet, device: torch.device, load_teacher: LoadTeacher = weights.load) -> Path:
+def predictions_on(run: Run, test_set: TestSet, device: torch.device, load_teacher: LoadTeacher = loading.load) -> Path:
     """The file with a finished run's predictions on a test set, made if need be. Raises as :func:`evaluate_runs`."""
     evaluate_runs([run], [test_set], device, load_teacher)
     return run.ood(test_set.file)
@@ -46,8 +37,8 @@ def evaluate_runs(
     runs: Sequence[Run],
     test_sets: Sequence[TestSet],
     device: torch.device,
-    load_teacher: LoadTeacher = weights.load,
-    report: Callable[[Progress], None] = lambda progress: None,
+    load_teacher: LoadTeacher = loading.load,
+    on_progress: OnProgress = ignore,
     should_stop: Callable[[], bool] = lambda: False,
     together: int = TOGETHER,
 ) -> int:
@@ -77,17 +68,17 @@ def evaluate_runs(
                 continue
             if should_stop():
                 return done
-            report(Progress(done, total, test_set.name))
+            on_progress(Progress(done, total, doing=test_set.name))
             spec = group[0].spec
             opened = testsets.open_images(test_set, spec.data)
-            results = evaluate.predict(
+            results = evaluation.predict(
                 [subjects[run] for run in todo], opened.images, device, spec.recipe.precision, among=opened.among
             )
             for run, result in zip(todo, results, strict=True):
                 _store(run, test_set, result, opened, device)
                 missing[run.path].remove(test_set)
                 done += 1
-    report(Progress(done, total, "done"))
+    on_progress(Progress(done, total, doing="done"))
     return done
 
 
@@ -119,7 +110,7 @@ def _groups(runs: Iterable[Run], together: int) -> Iterator[list[Run]]:
         yield from (group[start : start + together] for start in range(0, len(group), together))
 
 
-def _subjects(runs: list[Run], device: torch.device, load_teacher: LoadTeacher) -> Iterator[evaluate.Subject]:
+def _subjects(runs: list[Run], device: torch.device, load_teacher: LoadTeacher) -> Iterator[evaluation.Predictor]:
     """The runs' students on a device, each distinct teacher loaded once."""
     loaded: dict[Teacher, ViT | Foreign] = {}
 
@@ -127,12 +118,12 @@ def _subjects(runs: list[Run], device: torch.device, load_teacher: LoadTeacher) 
         if teacher not in loaded:
             try:
                 loaded[teacher] = load_teacher(teacher).to(device)
-            except (weights.WeightsMissingError, ValueError) as fault:
+            except (loading.WeightsMissingError, ValueError) as fault:
                 raise UserError(f"a run copies from its teacher: {fault}") from None
         return loaded[teacher]
 
     for run in runs:
-        subject = evaluate.load_subject(run, load)
+        subject = evaluation.load_subject(run, load)
         subject.network.to(device)
         yield subject
 

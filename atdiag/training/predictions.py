@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atdiag.core.runs import DamagedRunError, Run
 from atdiag.data import testsets
 from atdiag.data.testsets import TestSet
-from atdiag.runs import DamagedRunError, Run
 
 _ABOUT = "about"
 _AMONG = "among"

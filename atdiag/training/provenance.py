@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from atdiag import limits
-from atdiag.data import cache, manifest
+from atdiag.core import resources
+from atdiag.core.spec import Data
+from atdiag.data import manifest
 from atdiag.data.names import is_real
-from atdiag.spec import Data
 
 _PACKAGES = ("atdiag", "torch", "timm", "numpy", "scikit-learn")
 
@@ -97,9 +97,9 @@ def git_state(folder: Path = Path(__file__).parents[2]) -> dict[str, Any] | None
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """The processor's name, how many cores this process may use, the machine's memory, and the GPU if one is used."""
-    memory = limits.memory()
+    memory = resources.memory()
     gib = None if memory is None else round(memory / 2**30, 1)
-    out: dict[str, Any] = {"cpu": _cpu_name(), "cores": cache.cores(), "memory_gib": gib}
+    out: dict[str, Any] = {"cpu": _cpu_name(), "cores": resources.available_cores(), "memory_gib": gib}
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         out |= {"gpu": about.name, "gpu_memory_gib": round(about.total_memory / 2**30, 1)}

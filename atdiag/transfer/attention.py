@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atdiag.transfer import ops
-from atdiag.transfer.observation import Seen
+from atdiag.transfer.observation import AttentionRecord
 from atdiag.transfer.ops import QK, Map
 
 
@@ -38,7 +38,7 @@ def split_heads(part: tuple[int, ...], total: int, device: torch.device) -> Head
     return Heads(indices(part, device), indices(rest, device), indices(order, device))
 
 
-class Given(NamedTuple):
+class AttentionOverride(NamedTuple):
     """What a block takes from a teacher in place of its own.
 
     value: a map, or the queries, keys or values [B, h, N, d]; of some ``heads`` or of all (None).
@@ -113,17 +113,17 @@ class Attention(nn.Module):
     def _bias(self) -> Tensor | None:
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
-    def peek(self, x: Tensor, values: bool = False) -> Seen:
+    def peek(self, x: Tensor, values: bool = False) -> AttentionRecord:
         """The map for tokens [B, N, C], and the values if wanted, without computing what comes of them."""
         # q, k alone: a teacher's last needed block stops here, and gets the same bits wherever it stops.
         q, k, *v = self._heads(x, "qkv" if values else "qk")
-        return Seen(QK(q, k, self.scale, self._bias()), *v)
+        return AttentionRecord(QK(q, k, self.scale, self._bias()), *v)
 
-    def forward(self, x: Tensor, given: Given | None = None) -> Tensor:
+    def forward(self, x: Tensor, given: AttentionOverride | None = None) -> Tensor:
         """Tokens [B, N, C] -> [B, N, C]. given: what is used instead of the module's own, which is not computed."""
         return self.see(x, given)[0]
 
-    def see(self, x: Tensor, given: Given | None = None) -> tuple[Tensor, Seen]:
+    def see(self, x: Tensor, given: AttentionOverride | None = None) -> tuple[Tensor, AttentionRecord]:
         """As :meth:`forward`, and what was used on the way.
 
         Where a map is given to some heads alone, there is no one map by q and k: the others' own is handed out.
@@ -136,9 +136,9 @@ class Attention(nn.Module):
             used = QK(q, k, self.scale, self._bias())
             out = ops.attend(used, v)
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(x.shape))
-        return mixed, Seen(used, v)
+        return mixed, AttentionRecord(used, v)
 
-    def _under(self, x: Tensor, given: Given, v: Tensor) -> tuple[Map, Tensor]:
+    def _under(self, x: Tensor, given: AttentionOverride, v: Tensor) -> tuple[Map, Tensor]:
         """The values under a given map."""
         assert not isinstance(given.value, Tensor)
         if given.heads is None:
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         out = torch.cat([ops.attend(given.value, v[:, part]), ops.attend(own, v[:, rest])], dim=1)
         return own, out[:, order]
 
-    def _tensors(self, x: Tensor, given: Given | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _tensors(self, x: Tensor, given: AttentionOverride | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, one of which may be given."""
         if given is None:
             q, k, v = self._heads(x, "qkv")

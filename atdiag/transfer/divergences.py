@@ -87,16 +87,6 @@ def logits_mse(teacher: Map, student: QK) -> Tensor:
     return _loss(teacher, student, partial(_in_blocks, _logits_mse_term) if short else _gram_logits_mse)
 
 
-LOSSES: dict[str, Callable[[Map, QK], Tensor]] = {
-    "ce": cross_entropy,
-    "mse": mse,
-    "jsd": jsd,
-    "l1": l1,
-    "logits_mse": logits_mse,
-}
-"""By their names in a spec (:data:`atdiag.spec.MapLoss`)."""
-
-
 def entropy(map: Map) -> Tensor:
     """Mean entropy of a map's rows in nats: the least value that cross-entropy to it can take. A scalar.
 

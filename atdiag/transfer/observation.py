@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from atdiag.spec import Transfer
+from atdiag.core.spec import Transfer
 from atdiag.transfer.ops import QK, Averaged, Map
 
 
-class Seen(NamedTuple):
+class AttentionRecord(NamedTuple):
     """What a block's attention used for a batch: the map, and the values that it was applied to.
 
     v: [B, H, N, d], or None where the block was stopped before it computed any.
@@ -30,7 +30,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CaptureRequest:
     """What is asked of a forward pass, by block: a network runs no further than the last of it."""
 
     maps: frozenset[int] = frozenset()
@@ -39,9 +39,9 @@ class Wanted:
     """Blocks whose output, the residual stream, is wanted."""
     logits: bool = False
 
-    def __or__(self, other: Wanted) -> Wanted:
+    def __or__(self, other: CaptureRequest) -> CaptureRequest:
         """What serves both."""
-        return Wanted(
+        return CaptureRequest(
             self.maps | other.maps,
             self.values | other.values,
             self.features | other.features,
@@ -62,34 +62,34 @@ class Wanted:
         return max([0, *self.attention, *(layer + 1 for layer in self.features)])
 
 
-def of_teacher(transfers: Iterable[Transfer]) -> Wanted:
+def of_teacher(transfers: Iterable[Transfer]) -> CaptureRequest:
     """What these transfers need of a teacher at each step."""
-    wanted = Wanted()
+    wanted = CaptureRequest()
     for transfer in transfers:
         if transfer.average != "examples":  # which is one map for all images, made beforehand
             wanted |= _wanted(transfer, transfer.sources)
     return wanted
 
 
-def of_student(transfer: Transfer) -> Wanted:
+def of_student(transfer: Transfer) -> CaptureRequest:
     """What a transfer loss needs of the student, beside its logits."""
-    return _wanted(transfer, transfer.layers) if transfer.method != "copy" else Wanted()
+    return _wanted(transfer, transfer.layers) if transfer.method != "copy" else CaptureRequest()
 
 
-def _wanted(transfer: Transfer, layers: tuple[int, ...]) -> Wanted:
+def _wanted(transfer: Transfer, layers: tuple[int, ...]) -> CaptureRequest:
     blocks = frozenset(layers)
     if transfer.method == "logits":
-        return Wanted(logits=True)
+        return CaptureRequest(logits=True)
     if transfer.method == "features":
-        return Wanted(features=blocks)
-    return Wanted(values=blocks) if transfer.tensor == "v" else Wanted(maps=blocks)
+        return CaptureRequest(features=blocks)
+    return CaptureRequest(values=blocks) if transfer.tensor == "v" else CaptureRequest(maps=blocks)
 
 
 @dataclass(frozen=True)
 class Observation:
     """What was handed out, by block."""
 
-    seen: Mapping[int, Seen] = field(default_factory=dict)
+    seen: Mapping[int, AttentionRecord] = field(default_factory=dict)
     features: Mapping[int, Tensor] = field(default_factory=dict)
     """Block -> its output [B, N, C]."""
     logits: Tensor | None = None
@@ -101,7 +101,7 @@ class Observation:
         """As seen by a network that has only some of the tokens (indices [M]); ``averages`` are of those already."""
         return Observation(
             {
-                i: Seen(one.qk.select(tokens), None if one.v is None else one.v[:, :, tokens])
+                i: AttentionRecord(one.qk.select(tokens), None if one.v is None else one.v[:, :, tokens])
                 for i, one in self.seen.items()
             },
             {i: x[:, tokens] for i, x in self.features.items()},

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from atdiag.analysis import images, subjects
-from atdiag.networks import students
-from atdiag.spec import Network
+from atdiag.core.spec import Network
+from atdiag.networks.model import students
 
 PLAIN = Network(image_size=20, patch_size=4, channels=1, width=24, depth=3, heads=3, classes=10)
 

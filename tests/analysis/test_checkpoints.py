@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from atdiag.analysis import images, similarity, subjects
-from atdiag.runs import DamagedRunError, Store
-from atdiag.spec import Data, Recipe, RunSpec, Seed, Transfer
+from atdiag.core.errors import UserError
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import DamagedRunError, Store
+from atdiag.core.spec import Data, Recipe, RunSpec, Seed, Transfer
 from atdiag.training import checkpoint, cohort
-from atdiag.words import UserError
 
 DATA = Data(name="digits", train=64, test_per_source=1, clutter=6)
 
@@ -37,7 +38,9 @@ def trained(request, tmp_path_factory):
 
     status = "interrupted"
     while status == "interrupted":
-        status = cohort.train([spec], store, subjects.weights.load, torch.device("cpu"), should_stop=stop)[run.id]
+        status = cohort.train([spec], store, subjects.loading.load, ExecutionOptions(device="cpu"), should_stop=stop)[
+            run.id
+        ]
     assert set(asked[:-1]) == {"training"}  # it was looked at while it was at work
     return store, run, seen
 

@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
 from atdiag.analysis import classifiers
-from atdiag.words import UserError
+from atdiag.core.errors import UserError
 
 
 def draw(seed=0, rows=120, width=9, classes=4, spread=2.0):

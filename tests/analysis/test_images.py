@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atdiag.analysis import images, tracing
+from atdiag.analysis import images, streaming
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data
 from atdiag.data import datasets
-from atdiag.spec import Data
-from atdiag.words import UserError
 
 DIGITS = Data(name="digits", train=1, clutter=6)
 
@@ -65,13 +65,13 @@ def test_a_folder_and_files(folder, subject):
 def test_an_unreadable_image_is_named_and_skipped_only_on_request(folder, subject):
     one = subject()
     with pytest.raises(UserError, match=r"a/2.jpg can't be read.*--skip-bad"):
-        tracing.trace(one, images.choose(folder, None, one.network))
+        streaming.trace(one, images.choose(folder, None, one.network))
     some = images.choose(folder, None, one.network, skip_bad=True)
-    found = tracing.trace(one, some, layers=(0,), batch=2)
+    found = streaming.trace(one, some, layers=(0,), batch=2)
     assert found["map", 0].shape[0] == 3
     assert list(some.skipped) == [str(folder / "a/2.jpg")]
     with pytest.raises(UserError, match="none of the 1 images can be read"):
-        tracing.trace(one, images.choose(folder / "a/2.jpg", None, one.network, skip_bad=True))
+        streaming.trace(one, images.choose(folder / "a/2.jpg", None, one.network, skip_bad=True))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_rows_of_a_head_that_are_the_data_sets_classes(subject):
     some = images.choose(6, DIGITS, subject().network)
     assert some.head_rows(subject().network).tolist() == list(range(10))
     assert some.head_rows(subject(classes=7).network) is None
-    real = images.Pictures(some.names, some.source, np.arange(6), None, Data(name="imagenette", train=1, image_size=20))
+    real = images.ImageSet(some.names, some.source, np.arange(6), None, Data(name="imagenette", train=1, image_size=20))
     rows = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
     assert real.head_rows(subject(classes=1000).network).tolist() == rows
     assert images.from_arrays(np.zeros((2, 1, 20, 20), np.uint8)).head_rows(subject().network) is None

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from atdiag.analysis import maps, rollout, tracing
-from atdiag.words import UserError
+from atdiag.analysis import maps, rollout, streaming
+from atdiag.core.errors import UserError
 
 
 def test_the_rollout_is_the_product_of_half_attention_half_identity():
@@ -29,7 +29,7 @@ def test_the_rollout_is_the_product_of_half_attention_half_identity():
 def test_what_is_shown_is_what_is_traced(subject, pictures, fields):
     one = subject(2, **fields)
     some = pictures(one, 5)
-    traced = tracing.trace(one, some)
+    traced = streaming.trace(one, some)
     first = one.network.prefix_tokens
     shown = maps.maps(one, some, (0, 2), ("cls", "centre", "19,0"), "all", batch=2)
     assert shown.attention.shape == (5, 2, 3, 3, 5, 5) and shown.elsewhere.shape == (5, 2, 3, 3)

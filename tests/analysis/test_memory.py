@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from atdiag.analysis import attention_stats, images, intervene, maps, probing, similarity, tracing
+from atdiag.analysis import images, interventions, maps, probing, similarity, statistics, streaming, tracing
 from atdiag.analysis.replacements import Replacement
 
 FEW, MANY, BATCH = 100, 2000, 50
@@ -65,7 +65,7 @@ class Made:
 
 def made(network, count):
     names = tuple(f"image {i}" for i in range(count))
-    return images.Pictures(names, Made(network), np.arange(count) % network.classes, np.arange(count))
+    return images.ImageSet(names, Made(network), np.arange(count) % network.classes, np.arange(count))
 
 
 def peak(work):
@@ -91,10 +91,10 @@ def test_the_count_is_of_what_lives_at_once():
 
 
 WORK = {
-    "trace": lambda a, b, some: tracing.trace(a, some, tracing.WHAT, mean=True, batch=BATCH),
+    "trace": lambda a, b, some: streaming.trace(a, some, tracing.WHAT, mean=True, batch=BATCH),
     "similarity": lambda a, b, some: similarity.similarity(a, [b, a], some, batch=BATCH),
-    "attention-stats": lambda a, b, some: attention_stats.attention_stats([a, b], some, rank_images=8, batch=BATCH),
-    "intervene": lambda a, b, some: intervene.intervene(
+    "attention-stats": lambda a, b, some: statistics.attention_stats([a, b], some, rank_images=8, batch=BATCH),
+    "intervene": lambda a, b, some: interventions.intervene(
         a, [Replacement(b), Replacement("no-sinks"), Replacement("own", "q")], some, batch=BATCH
     ),
 }

@@ -11,14 +11,14 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
 from atdiag.analysis import classifiers, images, probing, subjects
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data, Transfer
 from atdiag.data import datasets
-from atdiag.data.pictures import BrokenImageError
-from atdiag.networks import students
-from atdiag.spec import Data, Transfer
-from atdiag.training import evaluate
-from atdiag.transfer import method
-from atdiag.transfer.observation import Wanted, of_teacher
-from atdiag.words import UserError
+from atdiag.data.decoding import BrokenImageError
+from atdiag.networks.model import students
+from atdiag.training import evaluation
+from atdiag.transfer import methods
+from atdiag.transfer.observation import CaptureRequest, of_teacher
 
 DATA = Data(name="digits", train=90, test_per_source=1, clutter=6)
 
@@ -28,7 +28,7 @@ def streams(subject, pictures):
     pixels = next(pictures.batches(len(pictures))).pixels
     depth = subject.network.depth
     with torch.no_grad():
-        seen = subject.module.observe(pixels, Wanted(features=frozenset(range(depth))), subject.given(pixels))
+        seen = subject.module.observe(pixels, CaptureRequest(features=frozenset(range(depth))), subject.given(pixels))
     return torch.stack([seen.features[i] for i in range(depth)])
 
 
@@ -120,7 +120,7 @@ def test_the_last_early_exit_is_the_network_itself():
     train = probing.training_pictures(DATA, teacher.network)
     (found,) = probing.probe([teacher], train, test, layers=(3, 11), neighbours=5)
     assert np.array_equal(found.correct["head", ""][-1], found.itself)
-    own = evaluate.predict([teacher.body], _Split(test), torch.device("cpu"))[0]
+    own = evaluation.predict([teacher.body], _Split(test), torch.device("cpu"))[0]
     assert np.array_equal(found.itself, own.prediction == own.label)
     exits = found.top1("head")
     assert exits[1] > exits[0] and found.layers == (3, 11)
@@ -152,17 +152,17 @@ def test_a_copy_student_goes_with_its_teacher(subject, pictures):
     teacher = subject(1)
     body = students.build(teacher.network, 5).eval().requires_grad_(False)
     transfer = Transfer(method="copy", layers=(0, 1, 2))
-    student = replace(subjects.of(body, "student"), body=evaluate.Subject(body, transfer, teacher.module))
+    student = replace(subjects.of(body, "student"), body=evaluation.Predictor(body, transfer, teacher.module))
     some = pictures(teacher, 6)
     (found,), _ = probing.features([student], some)
     pixels = next(some.batches(6)).pixels
     with torch.no_grad():
         shown = teacher.module.observe(pixels, of_teacher([transfer]))
-        given = method.given(transfer, shown, teacher.network, pixels.device)
-        expected = body.observe(pixels, Wanted(features=frozenset({2})), given).features[2]
+        given = methods.given(transfer, shown, teacher.network, pixels.device)
+        expected = body.observe(pixels, CaptureRequest(features=frozenset({2})), given).features[2]
     torch.testing.assert_close(found.tokens["class"][2], expected[:, 0])
 
-    alone = replace(student, body=evaluate.Subject(body, transfer))
+    alone = replace(student, body=evaluation.Predictor(body, transfer))
     with pytest.raises(ValueError, match=r"student copies blocks .* needs its teacher"):
         probing.features([alone], some)
 

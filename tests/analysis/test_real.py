@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from atdiag.analysis import images, intervene, similarity, subjects, tracing
+from atdiag.analysis import images, interventions, similarity, streaming, subjects
 from atdiag.analysis.replacements import Replacement
+from atdiag.core.spec import Data
 from atdiag.data import names
-from atdiag.spec import Data
 
 REAL = Path(os.environ.get("ATDIAG_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 FILE = REAL / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
@@ -44,11 +44,12 @@ def real(folder):
 def test_its_maps_are_what_hooks_on_timms_explicit_path_see(real):
     subject, some = real
     two = some.reordered(np.array([3, 17]))
-    found = tracing.trace(subject, two)
-    from atdiag.networks import sources, teachers, weights
+    found = streaming.trace(subject, two)
+    from atdiag.networks.registry import teachers
+    from atdiag.networks.weights import loading, sources
 
     source = teachers.source(f"timm:vit_tiny_patch16_224@{FILE}")
-    model, _ = weights.load_source(source, sources.find(source), 224)
+    model, _ = loading.load_source(source, sources.find(source), 224)
     for i, block in enumerate(model.blocks):
         block.attn.fused_attn = False
 
@@ -67,11 +68,11 @@ def test_what_it_knows_hangs_on_its_maps(real):
     rows = np.array(names.imagenet_rows("imagenette"))
     classes = set(some.labels)
     assert len(some) == 40 and len(classes) == 10
-    known = images.Pictures(
+    known = images.ImageSet(
         some.names, some.source, some.labels, some.clusters, Data(name="imagenette", train=1, image_size=224)
     )
     assert (known.head_rows(subject.network) == rows).all()
-    own, uniform = intervene.intervene(subject, [Replacement("own"), Replacement("uniform")], known)
+    own, uniform = interventions.intervene(subject, [Replacement("own"), Replacement("uniform")], known)
     assert own.top1[0] == own.top1[1] > 80 and own.logits < 1e-4
     assert uniform.top1[1] < 40 and uniform.residual[-1] > 0.1
 

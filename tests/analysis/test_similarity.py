@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
-from atdiag.analysis import similarity, subjects, tracing
+from atdiag.analysis import similarity, streaming, subjects
 from atdiag.analysis.similarity import MATCHINGS, Covariance, Similarity
-from atdiag.training import evaluate
-from atdiag.transfer.method import Transfer
-from atdiag.words import UserError
+from atdiag.core.errors import UserError
+from atdiag.training import evaluation
+from atdiag.transfer.methods import Transfer
 
 
 def maps(seed, *shape, sharpness=2.0):
@@ -120,7 +120,7 @@ def test_everything_is_what_it_says_on_whole_arrays(subject, pictures):
     one, other = subject(0), subject(1)
     some = pictures(one, 5)
     (found,) = similarity.similarity(one, [other], some)
-    a, b = (tracing.trace(s, some, ("map", "residual")) for s in (one, other))
+    a, b = (streaming.trace(s, some, ("map", "residual")) for s in (one, other))
     for i in range(3):
         by_row = oracle(a["map", i].numpy(), b["map", i].numpy()) / 5
         means = (x["map", i].mean(1, keepdim=True).numpy() for x in (a, b))
@@ -206,7 +206,7 @@ def test_registers_and_a_lacking_class_token_are_sliced_off_before_softmax(subje
     with_registers, without_token = similarity.similarity(plain, [native, bare], some)
     assert "2 registers sliced off before softmax" in with_registers.notes[0]
     assert "its class token" in without_token.notes[0] and set(without_token.heads) == {"all", "patch"}
-    a, b = tracing.trace(plain, some, ("map",)), tracing.trace(native, some, ("logits",))
+    a, b = streaming.trace(plain, some, ("map",)), streaming.trace(native, some, ("logits",))
     kept = [0, *range(3, 28)]
     q = b["logits", 1][:, :, kept][..., kept].softmax(-1)
     expected = oracle(a["map", 1].numpy(), q.numpy()).mean(-1) / 4
@@ -217,11 +217,11 @@ def test_a_student_that_copies_an_averaged_map_has_one_for_every_head(subject, p
     student, teacher = subject(0), subject(7, components=("registers",), registers=2)
     for average in ("heads", "queries", "layers"):
         transfer = Transfer(method="copy", layers=(0, 2), average=average)
-        body = evaluate.Subject(student.module, transfer, teacher.module)
+        body = evaluation.Predictor(student.module, transfer, teacher.module)
         copying = subjects.Subject("copy", body, student.network)
         some = pictures(student)
         (found,) = similarity.similarity(copying, subject(1, components=("registers",), registers=1), some)
-        a, b = tracing.trace(copying, some), tracing.trace(subject(1, components=("registers",), registers=1), some)
+        a, b = streaming.trace(copying, some), streaming.trace(subject(1, components=("registers",), registers=1), some)
         q = b["map", 2][..., [0, *range(2, 27)]][:, :, [0, *range(2, 27)]]
         expected = oracle(a["map", 2].numpy(), (q / q.sum(-1, keepdim=True)).numpy()).mean(-1) / 4
         np.testing.assert_allclose(found.heads["all"][2], expected, atol=3e-6)
@@ -254,7 +254,7 @@ def test_layers_of_different_depth_are_compared_as_mapped(subject, pictures):
     some = pictures(one)
     (found,) = similarity.similarity(one, other, some, layer_map={0: 0, 2: 4})
     assert found.layers == ((0, 0), (2, 4))
-    a, b = tracing.trace(one, some), tracing.trace(other, some)
+    a, b = streaming.trace(one, some), streaming.trace(other, some)
     np.testing.assert_allclose(
         found.heads["all"][1], oracle(a["map", 2].numpy(), b["map", 4].numpy()).mean(-1) / 4, atol=3e-6
     )

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atdiag.analysis import images, subjects, tracing
-from atdiag.networks import inspection, published, students, teachers
-from atdiag.spec import Data, Network
-from atdiag.training import evaluate
-from atdiag.transfer import method, ops
-from atdiag.transfer.observation import Wanted
-from atdiag.words import UserError
+from atdiag.analysis import images, streaming, subjects, tracing
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data, Network
+from atdiag.networks.model import students
+from atdiag.networks.registry import teachers
+from atdiag.networks.timm import conversion, inspection
+from atdiag.training import evaluation
+from atdiag.transfer import methods, ops
+from atdiag.transfer.observation import CaptureRequest
 
 DATA = Data(name="digits", train=1, clutter=6)
 TIMM = {
@@ -81,9 +83,11 @@ def test_of_every_miniature_is_what_hooks_and_our_own_module_see():
     for name in teachers.miniatures():
         subject = subjects.find(name)
         some = images.choose(3, DATA, subject.network)
-        found = tracing.trace(subject, some, tracing.WHAT)
+        found = streaming.trace(subject, some, tracing.WHAT)
         depth = subject.network.depth
-        seen = subject.module.observe(pixels(some), Wanted(frozenset(range(depth)), frozenset(range(depth)))).seen
+        seen = subject.module.observe(
+            pixels(some), CaptureRequest(frozenset(range(depth)), frozenset(range(depth)))
+        ).seen
         for i in range(depth):
             assert torch.equal(found["q", i], seen[i].qk.q) and torch.equal(found["k", i], seen[i].qk.k)
             assert torch.equal(found["v", i], seen[i].v)
@@ -103,7 +107,7 @@ def test_of_timms_networks_is_what_hooks_see(name, fused):
     subject = subjects.of(model, name)
     some = pictures(subject)
     what = tracing.WHAT if fused else ("map", "attn", "mlp", "residual")
-    found = tracing.trace(subject, some, what)
+    found = streaming.trace(subject, some, what)
     assert all(module.fused_attn == fused for module in model.modules() if hasattr(module, "fused_attn"))
     for key, value in hooked(subject, None, pixels(some)).items():
         assert torch.equal(found[key], value), key
@@ -136,11 +140,11 @@ def test_of_timms_networks_is_what_our_own_attention_sees(name):
     """The same weights in our own attention module, whose map is taken where it forms it: no nnsight, no hook."""
     subject = subjects.of(build(name), name)
     some = pictures(subject)
-    found = tracing.trace(subject, some, tracing.WHAT)
-    ours = published.convert(subject.module.model, subject.network).eval()
+    found = streaming.trace(subject, some, tracing.WHAT)
+    ours = conversion.convert(subject.module.model, subject.network).eval()
     every = frozenset(range(subject.network.depth))
     with torch.no_grad():
-        seen = ours.observe(pixels(some), Wanted(maps=every, features=every, values=every))
+        seen = ours.observe(pixels(some), CaptureRequest(maps=every, features=every, values=every))
     for i in every:
         p = ops.probabilities(seen.seen[i].qk)
         torch.testing.assert_close(found["map", i], p, atol=5e-6, rtol=1e-3)
@@ -153,17 +157,17 @@ def test_leaves_the_network_as_it_was():
     subject = subjects.of(model, "mine")
     some = pictures(subject)
     before, state = subject.module(pixels(some)), {m: set(m.__dict__) for m in model.modules()}
-    tracing.trace(subject, some)
+    streaming.trace(subject, some)
     assert torch.equal(before, subject.module(pixels(some)))
     assert {m: set(m.__dict__) for m in model.modules()} == state
 
 
 def test_leaves_the_process_as_it_was():
     code = """
-from atdiag.analysis import images, subjects, tracing
-from atdiag.spec import Data
+from atdiag.analysis import images, streaming, subjects
+from atdiag.core.spec import Data
 subject = subjects.find("deit_s")
-tracing.trace(subject, images.choose(1, Data(name="digits", train=1), subject.network))
+streaming.trace(subject, images.choose(1, Data(name="digits", train=1), subject.network))
 assert not hasattr(object(), "save")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -191,14 +195,14 @@ def pair():
 )
 def test_a_student_that_copies_uses_what_is_its_teachers(pair, form):
     student, teacher = pair
-    transfer = method.Transfer(method="copy", layers=(0, 2), **form)
-    subject = subjects.Subject("copy", evaluate.Subject(student, transfer, teacher), student.network)
+    transfer = methods.Transfer(method="copy", layers=(0, 2), **form)
+    subject = subjects.Subject("copy", evaluation.Predictor(student, transfer, teacher), student.network)
     some = pictures(subject, 3)
     tensor, average, heads = form["tensor"], form.get("average"), form.get("heads", (0, 1, 2))
-    shown = evaluate.fit(
-        teacher.observe(pixels(some), Wanted(frozenset((0, 2)), frozenset((0, 2)))), teacher, student.network
+    shown = evaluation.fit(
+        teacher.observe(pixels(some), CaptureRequest(frozenset((0, 2)), frozenset((0, 2)))), teacher, student.network
     )
-    found = tracing.trace(subject, some, ("map", "v", "attn"))
+    found = streaming.trace(subject, some, ("map", "v", "attn"))
     given = subject.given(pixels(some))
     expected = hooked(subject, given, pixels(some))
     for layer in (0, 2):
@@ -221,19 +225,19 @@ def test_a_student_that_copies_uses_what_is_its_teachers(pair, form):
 def test_streaming_equals_one_shot_and_means_equal_means():
     subject = subjects.find("dinov2_reg_s")
     some = images.choose(23, DATA, subject.network)
-    whole = tracing.trace(subject, some, tracing.WHAT, (3, 7), batch=23)
+    whole = streaming.trace(subject, some, tracing.WHAT, (3, 7), batch=23)
     for batch in (1, 5):
-        for key, value in tracing.trace(subject, some, tracing.WHAT, (3, 7), batch=batch).items():
+        for key, value in streaming.trace(subject, some, tracing.WHAT, (3, 7), batch=batch).items():
             torch.testing.assert_close(value, whole[key], atol=1e-5, rtol=1e-4)
-    for key, value in tracing.trace(subject, some, tracing.WHAT, (3, 7), mean=True, batch=4).items():
+    for key, value in streaming.trace(subject, some, tracing.WHAT, (3, 7), mean=True, batch=4).items():
         torch.testing.assert_close(value, whole[key].double().mean(0), atol=1e-5, rtol=1e-4)
 
 
 def test_heads_and_layers_are_those_asked_for():
     subject = subjects.find("clip_b")
     some = images.choose(2, DATA, subject.network)
-    whole = tracing.trace(subject, some, ("map", "residual"))
-    part = tracing.trace(subject, some, ("map", "residual"), (11, 2), heads=(2, 0))
+    whole = streaming.trace(subject, some, ("map", "residual"))
+    part = streaming.trace(subject, some, ("map", "residual"), (11, 2), heads=(2, 0))
     assert set(part) == {(what, layer) for what in ("map", "residual") for layer in (2, 11)}
     assert torch.equal(part["map", 2], whole["map", 2][:, [2, 0]])
     assert torch.equal(part["residual", 11], whole["residual", 11])
@@ -246,12 +250,12 @@ def live() -> int:
 
 def test_memory_is_flat_in_the_number_of_images():
     subject = subjects.find("deit_s")
-    want = tracing.wanted(subject, tracing.WHAT, (0, 5))
+    want = tracing.request(subject, tracing.WHAT, (0, 5))
     peaks = {}
     for count in (100, 2000):
-        some, mean = images.choose(count, DATA, subject.network), tracing.Mean(("map", "residual"))
+        some, mean = images.choose(count, DATA, subject.network), streaming.Mean(("map", "residual"))
         before, peak = live(), 0
-        for n, (traced,) in enumerate(tracing.stream([(subject, want)], some, 50)):
+        for n, (traced,) in enumerate(streaming.stream([(subject, want)], some, 50)):
             mean.add(traced)
             if n in (1, count // 50 - 1):
                 peak = max(peak, live() - before)
@@ -311,7 +315,7 @@ def test_a_scale_and_a_bias_of_its_own_are_in_the_map():
     tokens = subject.network.tokens
     bias = torch.randn(2, tokens, tokens, generator=torch.Generator().manual_seed(0))
     model.blocks[0].attn = Calls(model.blocks[0].attn, scale=0.7, attn_mask=bias[None])
-    found = tracing.trace(subject, pictures(subject), ("map", "q", "k", "v", "attn"))
+    found = streaming.trace(subject, pictures(subject), ("map", "q", "k", "v", "attn"))
     p = (0.7 * found["q", 0] @ found["k", 0].transpose(-2, -1) + bias).softmax(-1)
     torch.testing.assert_close(found["map", 0], p, atol=1e-6, rtol=1e-4)
     out = model.blocks[0].attn.proj((p @ found["v", 0]).transpose(1, 2).flatten(2))
@@ -333,7 +337,7 @@ def test_attention_that_is_no_map_over_all_tokens_is_named_with_its_layer(option
     assert subject.network.tokens == 5
     model.blocks[1].attn = Calls(model.blocks[1].attn, **options)
     with pytest.raises(tracing.TracingError, match=message):
-        tracing.trace(subject, pictures(subject))
+        streaming.trace(subject, pictures(subject))
 
 
 class Skips(nn.Module):
@@ -352,7 +356,7 @@ def test_the_wrong_kind_of_block_is_named_with_its_layer():
     subject = subjects.of(model, "mixes")
     model.blocks[1].attn = Mixes(model.blocks[1].attn)
     with pytest.raises(UserError, match=r"layer 1 of mixes \(Mixes\) has no softmax attention"):
-        tracing.trace(subject, pictures(subject))
+        streaming.trace(subject, pictures(subject))
 
 
 def test_a_block_that_is_not_run_is_named_with_its_layer():
@@ -360,8 +364,8 @@ def test_a_block_that_is_not_run_is_named_with_its_layer():
     subject = subjects.of(model, "skips")
     model.blocks[1] = Skips(model.blocks[1])
     with pytest.raises(tracing.TracingError, match="layer 1"):
-        tracing.trace(subject, pictures(subject))
-    assert tracing.trace(subject, pictures(subject), layers=(0, 2)).keys() == {("map", 0), ("map", 2)}
+        streaming.trace(subject, pictures(subject))
+    assert streaming.trace(subject, pictures(subject), layers=(0, 2)).keys() == {("map", 0), ("map", 2)}
 
 
 @pytest.mark.parametrize("what", ["q", "k", "v", "logits"])
@@ -371,20 +375,20 @@ def test_what_explicit_attention_does_not_show_is_named_with_its_layer(what):
     subject = subjects.of(model, "half")
     message = f"layer 1 of half has its fused attention off: its map can be read there, its {what} can't.*fused_attn"
     with pytest.raises(UserError, match=message):
-        tracing.trace(subject, pictures(subject), ("map", what))
-    assert set(tracing.trace(subject, pictures(subject), ("map", what), (0, 2))) == {
+        streaming.trace(subject, pictures(subject), ("map", what))
+    assert set(streaming.trace(subject, pictures(subject), ("map", what), (0, 2))) == {
         (name, layer) for name in ("map", what) for layer in (0, 2)
     }
-    assert ("map", 1) in tracing.trace(subject, pictures(subject))
+    assert ("map", 1) in streaming.trace(subject, pictures(subject))
 
 
 def test_a_map_that_was_given_as_it_is_has_no_queries(pair):
     student, teacher = pair
-    transfer = method.Transfer(method="copy", layers=(0, 2), average="heads")
-    subject = subjects.Subject("copy", evaluate.Subject(student, transfer, teacher), student.network)
+    transfer = methods.Transfer(method="copy", layers=(0, 2), average="heads")
+    subject = subjects.Subject("copy", evaluation.Predictor(student, transfer, teacher), student.network)
     with pytest.raises(tracing.TracingError, match="layer 0 of copy has no k, logits: it was given a map as it is"):
-        tracing.trace(subject, pictures(subject), ("logits", "k"))
-    assert ("q", 1) in tracing.trace(subject, pictures(subject), ("q",), (1,))
+        streaming.trace(subject, pictures(subject), ("logits", "k"))
+    assert ("q", 1) in streaming.trace(subject, pictures(subject), ("q",), (1,))
 
 
 def test_attention_that_is_never_called_is_no_map_but_an_error():
@@ -394,14 +398,14 @@ def test_attention_that_is_never_called_is_no_map_but_an_error():
     model.blocks[2] = Skips(model.blocks[2])
     for what in (("map",), ("attn",)):
         with pytest.raises(tracing.TracingError, match="layer 2: attn"):
-            tracing.trace(subject, pictures(subject), what, (2,))
+            streaming.trace(subject, pictures(subject), what, (2,))
 
 
 def test_images_of_another_size_are_refused_in_one_line():
     subject = subjects.find("deit_s")
     some = images.from_arrays(np.zeros((2, 3, 32, 32), np.uint8))
     with pytest.raises(UserError, match=r"deit_s .mini. sees images of 20 x 20 x 1, and these are \[3, 32, 32\]"):
-        tracing.trace(subject, some)
+        streaming.trace(subject, some)
 
 
 def test_nan_is_named_with_its_layer():
@@ -410,9 +414,9 @@ def test_nan_is_named_with_its_layer():
         model.blocks[1].mlp.fc2.bias[0] = float("nan")
     subject = subjects.of(model, "nan")
     with pytest.raises(tracing.TracingError, match="layer 1 of nan: its residual"):
-        tracing.trace(subject, pictures(subject), ("residual",))
+        streaming.trace(subject, pictures(subject), ("residual",))
     with pytest.raises(tracing.TracingError, match=r"layer 2 of nan: its [qkv] is"):
-        tracing.trace(subject, pictures(subject))
+        streaming.trace(subject, pictures(subject))
 
 
 def test_what_is_out_of_range_is_said_in_one_line():
@@ -423,4 +427,4 @@ def test_what_is_out_of_range_is_said_in_one_line():
         ({"what": ("maps",)}, "did you mean 'map'"),
     ):
         with pytest.raises(UserError, match=message):
-            tracing.trace(subject, pictures(subject), **arguments)
+            streaming.trace(subject, pictures(subject), **arguments)

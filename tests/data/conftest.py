@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atdiag.data import facts
+from atdiag.core.spec import Data
+from atdiag.data import catalogue
 from atdiag.data.names import complete
-from atdiag.spec import Data
 
 PER_CLASS = {"train": 6, "test": 3}
 REAL = Path(os.environ.get("ATDIAG_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
@@ -127,9 +127,9 @@ def cifar10_files(tmp_path_factory):
 
 def _fewer(monkeypatch, name):
     """A data set's facts, as if it had as many images as the tests unpack."""
-    row = facts.FACTS[name]
+    row = catalogue.FACTS[name]
     few = replace(row, train=PER_CLASS["train"] * row.classes, test=PER_CLASS["test"] * row.classes)
-    monkeypatch.setitem(facts.FACTS, name, few)
+    monkeypatch.setitem(catalogue.FACTS, name, few)
 
 
 @pytest.fixture

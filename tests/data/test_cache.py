@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atdiag import folders
-from atdiag.data import cache, datasets, pictures, places
+from atdiag.core import paths
+from atdiag.core.spec import Recipe
+from atdiag.data import cache, datasets, decoding, image_folders
 from atdiag.data.loader import Stream
-from atdiag.spec import Recipe
 
 
 def train(root):
-    return places.read(f"folder:{root}", "train")
+    return image_folders.read(f"folder:{root}", "train")
 
 
 def plain(files):
@@ -26,7 +26,7 @@ def plain(files):
 def test_a_cache_holds_what_decoding_gives(uniform):
     files = train(uniform)
     path = cache.decoded(files)
-    assert path.is_relative_to(folders.cache())
+    assert path.is_relative_to(paths.cache())
     assert np.array_equal(np.load(path), plain(files))
     assert not list(path.parent.glob("*.part"))
 
@@ -35,7 +35,7 @@ def test_a_cache_holds_what_decoding_gives(uniform):
 def test_images_are_the_same_with_and_without_it(uniform, spec, size):
     data = spec(uniform, image_size=size)
     images = datasets.train_split(data, 0)
-    without = pictures.ImageFolder(images.files, images.view)
+    without = decoding.ImageFolder(images.files, images.view)
     assert images.decoded is not None
     some = np.array([5, 0, 33])
     assert np.array_equal(images.take(some), without.take(some))
@@ -56,7 +56,7 @@ def test_a_second_time_nothing_is_decoded(uniform, spec, monkeypatch):
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(cache, "load", refuse)
-    monkeypatch.setattr(pictures, "decode", refuse)
+    monkeypatch.setattr(decoding, "decode", refuse)
     assert np.array_equal(datasets.train_split(data, 0).batch(0, 36), before)
 
 
@@ -85,7 +85,7 @@ def test_images_of_several_sizes_are_not_cached(mixed, uniform, draw, spec):
     files = train(uniform)
     assert cache._one_size(files) == (8, 8)
     assert cache.decoded(files) is None
-    assert not list(folders.cache().rglob("*.npy")) + list(folders.cache().rglob("*.part"))
+    assert not list(paths.cache().rglob("*.npy")) + list(paths.cache().rglob("*.part"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "_write", lambda *_: pytest.fail("tried again"))
         assert cache.decoded(files) is None
@@ -133,7 +133,7 @@ def test_a_half_written_cache_is_never_used(uniform):
         patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)  # a killed process tidies nothing
         with pytest.raises(KilledError):
             cache.decoded(files)
-    (half,) = folders.cache().rglob("*.part")
+    (half,) = paths.cache().rglob("*.part")
     assert half.stat().st_size > 0
     assert np.array_equal(np.load(cache.decoded(files)), plain(files))
     assert not half.exists()

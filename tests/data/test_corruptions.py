@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
 
-from atdiag.data import corruptions, datasets, digits
+from atdiag.core.randomness import uniform
+from atdiag.core.spec import Data
+from atdiag.data import corruptions, datasets, scenes
+from atdiag.data.catalogue import CORRUPTIONS, SEVERITIES
 from atdiag.data.corruptions import Corrupted, corrupt
-from atdiag.data.facts import CORRUPTIONS, SEVERITIES
 from atdiag.data.names import complete
-from atdiag.randomness import uniform
-from atdiag.spec import Data
 
 
-def scenes(count=120):
-    return digits.test_scenes("digits", 1, 3).images[:count]
+def some_scenes(count=120):
+    return scenes.test_scenes("digits", 1, 3).images[:count]
 
 
 def photographs(size, channels, count=6, seed=0):
@@ -50,7 +50,7 @@ def grows(values):
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_a_stronger_severity_does_more_to_scenes(name):
-    assert grows(distances(scenes(), name))
+    assert grows(distances(some_scenes(), name))
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -80,10 +80,10 @@ def test_an_image_is_corrupted_in_the_same_way_in_any_company(size, channels, na
 
 
 def test_many_images_are_worked_on_in_parts(monkeypatch):
-    whole = {name: corrupt(scenes(50), name, 4, np.arange(50)) for name in CORRUPTIONS}
+    whole = {name: corrupt(some_scenes(50), name, 4, np.arange(50)) for name in CORRUPTIONS}
     monkeypatch.setattr(corruptions, "_VALUES", 7 * 400)
     for name in CORRUPTIONS:
-        assert np.array_equal(corrupt(scenes(50), name, 4, np.arange(50)), whole[name]), name
+        assert np.array_equal(corrupt(some_scenes(50), name, 4, np.arange(50)), whole[name]), name
 
 
 @pytest.mark.parametrize("name", [n for n in CORRUPTIONS if n.endswith("noise") or n in ("fog", "motion_blur")])

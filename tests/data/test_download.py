@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atdiag.data import datasets, download, facts, places
+from atdiag.core.errors import UserError
+from atdiag.data import catalogue, datasets, download, image_folders
 from atdiag.data.archives import unpack
 from atdiag.data.download import DownloadError, fetch
-from atdiag.words import UserError
 from tests.commands import ran, wrong
 
 RNG = np.random.default_rng(0)
-SYNSETS = tuple(facts.FACTS["imagenette"].class_folders.split("|"))
+SYNSETS = tuple(catalogue.FACTS["imagenette"].class_folders.split("|"))
 FINE = [f"{word}_fish" for word in ("aa", "bb", "cc", "dd")]
 
 
@@ -110,12 +110,12 @@ def publish(server, monkeypatch):
 
     def make(name, entries, train, test, **changes):
         content = entries if isinstance(entries, bytes) else tar(entries)
-        file = facts.FACTS[name].archive.url.rpartition("/")[2]
+        file = catalogue.FACTS[name].archive.url.rpartition("/")[2]
         server.bodies[f"/{file}"] = content
         url = f"http://127.0.0.1:{server.server_port}/{file}"
-        archive = facts.Archive(url, len(content), hashlib.md5(content).hexdigest())
-        row = replace(facts.FACTS[name], train=train, test=test, archive=archive, **changes)
-        monkeypatch.setitem(facts.FACTS, name, row)
+        archive = catalogue.Archive(url, len(content), hashlib.md5(content).hexdigest())
+        row = replace(catalogue.FACTS[name], train=train, test=test, archive=archive, **changes)
+        monkeypatch.setitem(catalogue.FACTS, name, row)
         return content
 
     return make
@@ -164,7 +164,7 @@ def test_cifar10_s_records_become_images(data, publish):
     assert fetch("cifar10", lambda *report: seen.append(report)) == data / "cifar10"
     files = datasets.check_files("cifar10")
     assert files["train"].counts == [5] * 10
-    classes = facts.FACTS["cifar10"].class_folders.split("|")
+    classes = catalogue.FACTS["cifar10"].class_folders.split("|")
     for i in range(1, 6):
         for j, image in enumerate(pixels[i]):
             label = j if i % 2 else 9 - j
@@ -227,7 +227,7 @@ def test_what_can_t_be_downloaded_says_why(data, capsys, tmp_path, monkeypatch):
 
 
 def test_every_set_may_be_downloaded_or_says_why_not():
-    for row in facts.FACTS.values():
+    for row in catalogue.FACTS.values():
         assert (row.archive is None) == bool(row.closed)
         assert row.archive is None or row.archive.url.startswith("https://")
 
@@ -250,7 +250,7 @@ def failed(capfd, data, name="imagenette") -> str:
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("atdiag: ")]
     assert (code, out, len(said)) == (1, "", 1)
     assert left(data) == before
-    assert places.found(name) is None
+    assert image_folders.found(name) is None
     return said[0]
 
 
@@ -396,7 +396,7 @@ def test_a_label_without_a_class(data, publish, capfd):
 
 def test_flipped_archives_are_refused_or_right(tmp_path):
     entries = [entry for entry in imagenette() if f"/{SYNSETS[0]}/" in entry[0]]
-    row = replace(facts.FACTS["imagenette"], train=2, test=1)
+    row = replace(catalogue.FACTS["imagenette"], train=2, test=1)
     content, path = bytearray(tar(entries)), tmp_path / "archive"
     for i, place in enumerate(RNG.integers(0, len(content), 100)):
         wrong = bytearray(content)
@@ -433,11 +433,11 @@ def test_an_interruption_leaves_nothing(data, publish, during, fault):
 KILLED = """
 import os, signal, sys
 from dataclasses import replace
-from atdiag.data import download, facts
+from atdiag.data import catalogue, download
 download.SCHEMES = ("http",)
 url, size, md5, during = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-facts.FACTS["imagenette"] = replace(
-    facts.FACTS["imagenette"], train=20, test=10, archive=facts.Archive(url, size, md5)
+catalogue.FACTS["imagenette"] = replace(
+    catalogue.FACTS["imagenette"], train=20, test=10, archive=catalogue.Archive(url, size, md5)
 )
 def report(what, done, total):
     if what.startswith(during) and done > total // 2:
@@ -449,11 +449,11 @@ download.fetch("imagenette", report)
 @pytest.mark.parametrize("during", ["downloading", "unpacking"])
 def test_what_a_killed_one_left_is_no_data_set_and_goes(data, publish, during):
     publish("imagenette", imagenette(), 20, 10)
-    archive = facts.FACTS["imagenette"].archive
+    archive = catalogue.FACTS["imagenette"].archive
     command = [sys.executable, "-c", KILLED, archive.url, str(archive.size), archive.md5, during]
     assert subprocess.run(command, check=False).returncode == -9
     assert left(data) == [".imagenette-part"]
-    assert places.found("imagenette") is None
+    assert image_folders.found("imagenette") is None
     (data / ".imagenette-part" / "imagenette" / "train" / "n00000000").mkdir(parents=True, exist_ok=True)
     assert fetch("imagenette") is not None
     assert left(data) == ["imagenette"]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from timm.data.mixup import Mixup, rand_bbox
 from torch.nn import functional as F
 
+from atdiag.core.spec import Data, Recipe
 from atdiag.data.loader import Batch, Stream
-from atdiag.spec import Data, Recipe
 
 CPU = torch.device("cpu")
 DATA = Data(train=70)

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from atdiag import folders
+from atdiag.core import paths
 from atdiag.data import datasets, listing, manifest
 from atdiag.data.names import NAMES
 from tests.commands import ran
@@ -33,7 +33,7 @@ def test_a_sound_folder_gets_a_manifest(mixed):
         sha256, file = line.split("  ", 1)
         assert sha256 == hashlib.sha256((mixed / file).read_bytes()).hexdigest()
     assert reading.sha256 == hashlib.sha256(reading.manifest.read_bytes()).hexdigest()
-    assert reading.manifest.is_relative_to(folders.cache())
+    assert reading.manifest.is_relative_to(paths.cache())
     sizes = [(40, 30), (31, 57), (32, 32), (90, 20)]
     taken = [sizes[i % 4] for i in range(51)]
     assert reading.mean_size == pytest.approx([sum(size[i] for size in taken) / 51 for i in (0, 1)])

@@ -8,13 +8,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from atdiag.data import datasets, facts, manifest, names
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Store
+from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
+from atdiag.data import catalogue, datasets, manifest, names
 from atdiag.data.loader import Stream
-from atdiag.runs import Store
-from atdiag.spec import Data, Network, Recipe, RunSpec, Seed
 from atdiag.training import cohort
 
 CPU = torch.device("cpu")
+ON_CPU = ExecutionOptions(device="cpu")
 
 
 def network(size):
@@ -30,7 +32,7 @@ def test_imagenette(imagenette, size):
     assert stream.images.decoded is not None  # all are 128 x 128
     batch = stream.batch(1)
     assert batch.images.shape == (20, 3, size, size)
-    wnids = facts.FACTS["imagenette"].class_folders.split("|")
+    wnids = catalogue.FACTS["imagenette"].class_folders.split("|")
     for label, sample in zip(batch.labels, batch.samples, strict=True):
         assert stream.images.path(sample).parent.name == wnids[label]
     view = datasets.test_split(data).batch(0, 30)
@@ -88,9 +90,9 @@ def test_training_on_real_images_goes_on_bit_for_bit(cifar10, tmp_path, size):
     for stops in (0, 7):  # 7 steps: in the middle of the second epoch
         store, asked = Store(tmp_path / str(stops)), itertools.count(1)
         if stops:
-            status = cohort.train([spec], store, None, CPU, should_stop=lambda asked=asked: next(asked) == 7)
+            status = cohort.train([spec], store, None, ON_CPU, should_stop=lambda asked=asked: next(asked) == 7)
             assert status == {spec.id: "interrupted"}
-        assert cohort.train([spec], store, None, CPU) == {spec.id: "finished"}
+        assert cohort.train([spec], store, None, ON_CPU) == {spec.id: "finished"}
         assert store.run(spec).result()["test_images"] == 20
         weights.append(load_file(store.run(spec).weights))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -12,13 +12,13 @@ import pytest
 import torch
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-from atdiag import folders
-from atdiag.data import cache, datasets, manifest, names, places, tars
+from atdiag.core import paths
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
+from atdiag.data import cache, datasets, image_folders, manifest, names, tars
+from atdiag.data.decoding import BrokenImageError, ImageFolder, View, load
 from atdiag.data.loader import Stream
 from atdiag.data.names import complete
-from atdiag.data.pictures import BrokenImageError, ImageFolder, View, load
-from atdiag.spec import Data, Network, Recipe, RunSpec, Seed
-from atdiag.words import UserError
 from tests.commands import ran, wrong
 
 
@@ -71,8 +71,8 @@ def both(request, mixed, tmp_path):
 
 def test_tars_hold_the_same_data_set_as_a_folder(both):
     folder, packed = both
-    for split in places.SPLITS:
-        plain, tar = places.read(f"folder:{folder}", split), places.read(f"timm:{packed}", split)
+    for split in image_folders.SPLITS:
+        plain, tar = image_folders.read(f"folder:{folder}", split), image_folders.read(f"timm:{packed}", split)
         assert (tar.classes, tar.keys, tar.labels) == (plain.classes, plain.keys, plain.labels)
         assert tar.fingerprint() == plain.fingerprint()
         assert tar.subset(2).keys == plain.subset(2).keys
@@ -86,7 +86,7 @@ def test_tars_hold_the_same_data_set_as_a_folder(both):
 def test_timm_s_reader_gives_the_same_bytes(both):
     _, packed = both
     place = tars.place(packed, ["train"])
-    files = places.read(f"timm:{packed}", "train")
+    files = image_folders.read(f"timm:{packed}", "train")
     reader = ReaderImageInTar(str(place), cache_tarinfo=False)
     names_of = reader.class_idx_to_name
     theirs = {}
@@ -130,13 +130,13 @@ def test_worker_processes_and_augmentation_see_the_same_pixels(both, workers):
 
 def test_images_of_one_size_are_decoded_once(uniform, tmp_path):
     as_tar(uniform, tmp_path / "tars")
-    plain, tar = (places.read(name, "train") for name in (f"folder:{uniform}", f"timm:{tmp_path}/tars"))
+    plain, tar = (image_folders.read(name, "train") for name in (f"folder:{uniform}", f"timm:{tmp_path}/tars"))
     path = cache.decoded(tar)
     assert np.array_equal(np.load(path), np.load(cache.decoded(plain)))
     view = View(32, 1.0)
     assert np.array_equal(ImageFolder(tar, view, path).batch(0, 9), ImageFolder(plain, view).batch(0, 9))
     os.utime(tmp_path / "tars" / "train.tar", (1, 1))
-    assert cache.decoded(places.read(f"timm:{tmp_path}/tars", "train")) != path
+    assert cache.decoded(image_folders.read(f"timm:{tmp_path}/tars", "train")) != path
 
 
 def test_check_hashes_all_and_names_broken_ones(both):
@@ -157,7 +157,7 @@ def test_a_broken_image_in_a_tar_is_named(uniform, tmp_path):
     code, out = ran("data", "check", f"timm:{tmp_path}/tars")
     assert code == 1
     assert f"broken: {tmp_path}/tars/train.tar/bee/bee_3.jpg (it is no image of a known format)" in out
-    files = places.read(f"timm:{tmp_path}/tars", "train")
+    files = image_folders.read(f"timm:{tmp_path}/tars", "train")
     (tmp_path / "tars" / "train.tar").unlink()
     with pytest.raises(BrokenImageError, match=r"train\.tar/ant/ant_0\.jpg can't be read: No such file"):
         load(files.stored(0))
@@ -168,26 +168,26 @@ def test_a_broken_image_in_a_tar_is_named(uniform, tmp_path):
 
 def test_tars_are_looked_through_once(both, monkeypatch):
     name = f"timm:{both[1]}"
-    first = places.read(name, "train")
+    first = image_folders.read(name, "train")
     with monkeypatch.context() as patch:
         patch.setattr(tars, "_scan", lambda path: pytest.fail("looked again"))
-        assert places.read(name, "train") == first
-    (kept,) = (folders.cache() / "tars").glob("*.json")
+        assert image_folders.read(name, "train") == first
+    (kept,) = (paths.cache() / "tars").glob("*.json")
     for content in (b"", b"{", b"[[1]]", b"null", b"[" * 10_000, kept.read_bytes()[:-9]):
         kept.write_bytes(content)
-        assert places.read(name, "train") == first
+        assert image_folders.read(name, "train") == first
     rows = json.loads(kept.read_text())
     rows[0][4] = 2**60
     kept.write_text(json.dumps(rows))
     with pytest.raises(UserError, match="cut off, or not what"):
-        places.read(name, "train")
+        image_folders.read(name, "train")
 
 
 def test_a_tar_that_changes_is_looked_at_again(uniform, tmp_path):
     as_tar(uniform, tmp_path / "tars")
-    before = places.read(f"timm:{tmp_path}/tars", "train")
+    before = image_folders.read(f"timm:{tmp_path}/tars", "train")
     pack(tmp_path / "tars" / "train.tar", listed(uniform / "train")[:-1])
-    assert len(places.read(f"timm:{tmp_path}/tars", "train")) == len(before) - 1
+    assert len(image_folders.read(f"timm:{tmp_path}/tars", "train")) == len(before) - 1
 
 
 def test_a_cache_that_can_t_be_written_is_said(uniform, tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_cache_that_can_t_be_written_is_said(uniform, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("ATDIAG_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="can't be kept in"):
-        assert len(places.read(f"timm:{tmp_path}/tars", "train")) == 36
+        assert len(image_folders.read(f"timm:{tmp_path}/tars", "train")) == 36
 
 
 class _Bomb:
@@ -213,7 +213,7 @@ def test_no_pickle_beside_the_tars_is_read_or_written(both, tmp_path):
         if bomb.parent.exists():
             bomb.write_bytes(pickle.dumps(_Bomb(tmp_path / "exploded")))
     before = sorted(packed.rglob("*"))
-    assert len(places.read(f"timm:{packed}", "train")) == 36
+    assert len(image_folders.read(f"timm:{packed}", "train")) == 36
     assert not (tmp_path / "exploded").exists()
     assert sorted(packed.rglob("*")) == before
 
@@ -241,7 +241,7 @@ def test_names_of_data_sets_in_tars(tmp_path):
     with pytest.raises(UserError, match=r"unknown data set 'timm:'.*timm:PATH"):
         names.known("timm:")
     with pytest.raises(UserError, match="there is no folder /nowhere"):
-        places.read("timm:/nowhere", "train")
+        image_folders.read("timm:/nowhere", "train")
     with pytest.raises(UserError, match=r"needs data\.image_size"):
         complete(Data(name=f"timm:{tmp_path}", train=1))
 
@@ -288,7 +288,7 @@ def test_tars_that_are_not_what_they_should_be(uniform, tmp_path, how, says):
     as_tar(uniform, tmp_path / "tars")
     wrongly(tmp_path / "tars", how)
     with pytest.raises(UserError, match=says):
-        places.read(f"timm:{tmp_path}/tars", "train")
+        image_folders.read(f"timm:{tmp_path}/tars", "train")
 
 
 def test_links_and_hostile_names_lead_nowhere(uniform, tmp_path):
@@ -301,7 +301,7 @@ def test_links_and_hostile_names_lead_nowhere(uniform, tmp_path):
             entry = tarfile.TarInfo(name)
             entry.size = 4
             archive.addfile(entry, io.BytesIO(b"here"))
-    files = places.read(f"timm:{tmp_path}/tars", "train")
+    files = image_folders.read(f"timm:{tmp_path}/tars", "train")
     assert {"ant/up.jpg", "ant/absolute.jpg"} < set(files.keys)
     assert "ant/link.jpg" not in files.keys
     for i in range(len(files)):
@@ -325,4 +325,4 @@ def test_a_header_that_promises_more_than_there_is_is_refused_at_once(tmp_path, 
     for name in ("train.tar", "val.tar"):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=r"is said to have 1,125,899,906,842,624 bytes|unexpected end of data"):
-        places.read(f"timm:{tmp_path}", "train")
+        image_folders.read(f"timm:{tmp_path}", "train")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from timm.data import ImageNetInfo
 
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data, Network
 from atdiag.data import testsets
-from atdiag.data.facts import CORRUPTIONS, TEST_SETS
-from atdiag.data.pictures import decode, to_array
-from atdiag.spec import Data, Network
-from atdiag.words import UserError
+from atdiag.data.catalogue import CORRUPTIONS, TEST_SETS
+from atdiag.data.decoding import decode, to_array
 
 SYNSETS = sorted(ImageNetInfo("imagenet-1k").label_names())
 DATA = Data(name="imagenet", train=1000, image_size=24)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from atdiag.core.spec import Data, Recipe
 from atdiag.data import datasets, loader
+from atdiag.data.decoding import BrokenImageError
 from atdiag.data.loader import Stream
-from atdiag.data.pictures import BrokenImageError
-from atdiag.spec import Data, Recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 EVERYTHING = Recipe(
@@ -184,13 +184,13 @@ def test_pinning_without_cuda_is_refused(data):
     [(1, 1, CUDA, 1), (8, 1, CUDA, 8), (64, 1, CUDA, 16), (64, 8, CUDA, 8), (2, 1, CPU, 0), (16, 1, CPU, 4)],
 )
 def test_workers_by_rule(uniform, spec, monkeypatch, cores, processes, device, expected):
-    monkeypatch.setattr(loader.cache, "cores", lambda: cores)
+    monkeypatch.setattr(loader.resources, "available_cores", lambda: cores)
     images = datasets.train_split(spec(uniform), 0)
     assert loader.default_workers(images, EVERYTHING, device, processes) == expected
 
 
 def test_scenes_that_are_not_augmented_need_no_worker(monkeypatch):
-    monkeypatch.setattr(loader.cache, "cores", lambda: 64)
+    monkeypatch.setattr(loader.resources, "available_cores", lambda: 64)
     scenes = datasets.train_split(Data(train=5), 0)
     assert loader.default_workers(scenes, Recipe(epochs=1, mixup=0.8), CUDA) == 0
     assert loader.default_workers(scenes, None, CUDA) == 0  # as a test sees them

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from atdiag.networks import students, teachers, weights
+from atdiag.networks.model import students
+from atdiag.networks.registry import teachers
+from atdiag.networks.weights import loading
 
 SOURCES = ("drawn", "shipped")
 
@@ -28,9 +30,9 @@ def teacher(request, perturbed):
     name, source = request.param.split("-")
     if source == "drawn":
         return perturbed(teachers.miniature_network(name))
-    if not weights.shipped_path(name).exists():
+    if not loading.shipped_path(name).exists():
         pytest.skip(f"the miniature of {name} is not in the package")
-    return weights.load(weights.shipped(name))
+    return loading.load(loading.shipped(name))
 
 
 @pytest.fixture(scope="session")

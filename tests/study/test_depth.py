@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from atdiag.analysis.probing import Probed
+from atdiag.stats.contrasts import Outcomes, estimate
 from atdiag.study import depth
-from atdiag.study.contrast import Outcomes, estimate
 
 CLUSTERS = np.repeat(np.arange(20), 3)
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from atdiag.study import contrast
-from atdiag.study.contrast import Estimate, equivalent, estimate, holm, seeds_needed
-from atdiag.study.simulation import Moments, Population
+from atdiag.stats import contrasts
+from atdiag.stats.contrasts import Estimate, equivalent, estimate, holm, seeds_needed
+from atdiag.stats.simulation import Moments, Population
 
 MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "false_alarms.json").read_text())
 LIKE = {title: Moments(**one["moments"]) for title, one in MEASURED["simulated"].items()}
@@ -97,9 +97,9 @@ def test_small_levels_mean_what_they_say(seeds, of_seed, of_cluster):
     satterthwaite = (ms_seed + images) ** 2 / (ms_seed**2 / least + images**2 / (clusters - 1))
     df = least * (satterthwaite / least) ** min(1, least / 4)
     i = int(np.argmax(df))
-    assert contrast._degrees(ms_seed[i], images[i], seeds, clusters) == pytest.approx(df[i])
+    assert contrasts._degrees(ms_seed[i], images[i], seeds, clusters) == pytest.approx(df[i])
     for level in (0.05, 0.01, 0.005, 0.001):
-        alarms = np.mean(t > stats.t.isf(level / 2, contrast._degrees_at(level, df, least)))
+        alarms = np.mean(t > stats.t.isf(level / 2, contrasts._degrees_at(level, df, least)))
         assert alarms < 1.3 * level + 4 * (level / studies) ** 0.5, level
 
 

@@ -1,7 +1,7 @@
 """Runs small enough to train many times: depth 6, width 16, 2 epochs of 5 steps, with everything random switched on."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atdiag.networks import students
-from atdiag.runs import Run, Store
-from atdiag.spec import Data, Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Run, Store
+from atdiag.core.spec import Data, Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer
+from atdiag.networks.model import students
 from atdiag.training import cohort
 
 CPU = torch.device("cpu")
+EXECUTION = {field.name for field in fields(ExecutionOptions)}
 NETWORK = Network(image_size=20, patch_size=4, channels=1, width=16, depth=6, heads=2, classes=10, mean=(0.2,))
 NATIVE = Network.model_validate(
     {
@@ -59,7 +61,8 @@ class Bench:
     def train(self, *specs, load=load_teacher, **options):
         """Train a cohort; the global generators' state is another each time."""
         torch.seed(), np.random.seed(), random.seed()  # noqa: NPY002
-        return cohort.train(specs, self.store, load, CPU, **options)
+        execution = {name: options.pop(name) for name in EXECUTION if name in options}
+        return cohort.train(specs, self.store, load, ExecutionOptions(device="cpu", **execution), **options)
 
     def run(self, spec) -> Run:
         return self.store.run(spec)

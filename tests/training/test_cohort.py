@@ -10,11 +10,11 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional as F
 
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data, Init, Recipe, Transfer
 from atdiag.data.loader import Batch, Stream
-from atdiag.networks import students
-from atdiag.spec import Data, Init, Recipe, Transfer
-from atdiag.training import member
-from atdiag.words import UserError
+from atdiag.networks.model import students
+from atdiag.training import trainer
 
 CPU = torch.device("cpu")
 
@@ -89,7 +89,7 @@ def plain_timm(spec, steps):
     )
     for step in range(steps):
         batch = stream.batch(step).to(CPU)
-        keep = member.drop_path(recipe.drop_path, 6, spec.seed.model, step, batch.samples)
+        keep = trainer.drop_path(recipe.drop_path, 6, spec.seed.model, step, batch.samples)
         if keep is not None:
             for block, (attention, mlp) in zip(vit.blocks, keep, strict=True):
                 block.drop_path1.factor, block.drop_path2.factor = attention, mlp
@@ -126,7 +126,7 @@ def test_transfer_none_is_plain_timm_training(bench, rate, clip):
 
 def test_drop_path_is_timms():
     rate, samples = 0.4, np.arange(4000)
-    factors = member.drop_path(rate, 5, 0, 7, samples)
+    factors = trainer.drop_path(rate, 5, 0, 7, samples)
     assert factors.shape == (5, 2, 4000, 1, 1)
     timms = VisionTransformer(embed_dim=16, depth=5, num_heads=2, drop_path_rate=rate)
     for block, pair in zip(timms.blocks, factors, strict=True):
@@ -134,10 +134,10 @@ def test_drop_path_is_timms():
         for factor in pair:
             assert torch.isclose(factor.unique(), torch.tensor([0.0, 1 / (1 - p)][p == 0 :])).all()
             assert (factor == 0).float().mean().item() == pytest.approx(p, abs=0.03)
-    some = member.drop_path(rate, 5, 0, 7, samples[[30, 2]])
+    some = trainer.drop_path(rate, 5, 0, 7, samples[[30, 2]])
     assert torch.equal(some, factors[:, :, [30, 2]])
-    assert not torch.equal(member.drop_path(rate, 5, 0, 8, samples), factors)
-    assert member.drop_path(0.0, 5, 0, 7, samples) is None
+    assert not torch.equal(trainer.drop_path(rate, 5, 0, 8, samples), factors)
+    assert trainer.drop_path(0.0, 5, 0, 7, samples) is None
 
 
 def test_the_loss_of_a_mixed_batch_is_the_cross_entropy_to_its_soft_target():
@@ -145,7 +145,7 @@ def test_the_loss_of_a_mixed_batch_is_the_cross_entropy_to_its_soft_target():
     batch = Batch(torch.zeros(8, 1, 2, 2), labels, np.arange(8), partners, 0.3)
     target = 0.3 * F.one_hot(labels, 10) + 0.7 * F.one_hot(partners, 10)
     expected = F.cross_entropy(logits, 0.9 * target + 0.01)
-    assert torch.isclose(member.classification_loss(logits, batch, 0.1), expected)
+    assert torch.isclose(trainer.classification_loss(logits, batch, 0.1), expected)
 
 
 # --- Copy -------------------------------------------------------------------------------------------------------------
@@ -177,18 +177,18 @@ def test_copy_gives_unused_parameters_neither_gradient_nor_optimiser_state(bench
 
 def begin(bench, spec):
     """A run's training, its first batch and what the teacher shows of it."""
-    from atdiag.training import evaluate
+    from atdiag.training import evaluation
     from atdiag.transfer.observation import Observation, of_teacher
 
     run = bench.store.create(spec)
     stream = Stream(spec.data, spec.recipe, spec.seed.data)
     teacher = students.build(spec.teacher.network, 99).eval().requires_grad_(False) if spec.teacher else None
-    training = member.Training(run, spec, teacher, {}, stream.steps_per_epoch, CPU)
+    training = trainer.RunTrainer(run, spec, teacher, {}, stream.steps_per_epoch, CPU)
     batch = stream.batch(0).to(CPU)
     if teacher is None:
         return training, batch, Observation()
     shown = teacher.observe(batch.images, of_teacher([spec.transfer]))
-    return training, batch, evaluate.fit(shown, teacher, spec.network)
+    return training, batch, evaluation.fit(shown, teacher, spec.network)
 
 
 # --- What is not finite -----------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_a_run_that_diverges_stops_with_its_cause_and_leaves_the_others_going(be
     company = bench.company()
     wild = bench.spec(recipe=company["baseline"].recipe.model_copy(update={"lr": 1e30}))
     seen = []
-    status = bench.train(company["baseline"], wild, company["copy"], report=seen.append)
+    status = bench.train(company["baseline"], wild, company["copy"], on_progress=seen.append)
     assert status == {company["baseline"].id: "finished", wild.id: "failed", company["copy"].id: "finished"}
     for name in ("baseline", "copy"):
         assert_same(alone, bench, company[name])

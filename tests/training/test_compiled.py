@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from atdiag.networks import students
-from atdiag.spec import Network, Transfer
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Network, Transfer
+from atdiag.networks.model import students
 from atdiag.training import compiled
-from atdiag.transfer import method
+from atdiag.transfer import methods
 from atdiag.transfer.observation import of_teacher
-from atdiag.words import UserError
 
 NETWORK = Network(image_size=12, patch_size=4, channels=1, width=24, depth=3, heads=3, classes=5)
 NATIVE = NETWORK.model_copy(update={"components": ("layer_scale", "rel_pos_bias"), "layer_scale_init": 0.1})
@@ -34,7 +34,7 @@ def step(student, teacher, transfer, images):
     with torch.no_grad():
         shown = teacher.observe(images, of_teacher([transfer]))
     keep = torch.ones(3, 2, 2, 1, 1)
-    logits, loss = method.forward(student, transfer, images, shown, keep)
+    logits, loss = methods.forward(student, transfer, images, shown, keep)
     (logits.square().sum() + (0 if loss is None else loss)).backward()
     return logits, loss, [p.grad for p in student.parameters()]
 

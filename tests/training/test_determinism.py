@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from atdiag.runs import Store
-from atdiag.spec import Data, Network, Recipe, RunSpec, Seed, Transfer
-from atdiag.study import schedule
+from atdiag.core.errors import UserError
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Store
+from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed, Transfer
+from atdiag.execution import run
 from atdiag.training import determinism
 from atdiag.transfer import divergences, ops
-from atdiag.words import UserError
 from tests.commands import ran
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +123,7 @@ def test_a_training_process_is_told(tmp_path, monkeypatch):
     spec = RunSpec(network=network, data=Data(train=32, test_per_source=1), recipe=recipe, seed=seed)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     store = Store(tmp_path / "runs")
-    schedule.execute([spec], store, "cpu", 1, deterministic=True)
+    run.execute([spec], store, ExecutionOptions(device="cpu", threads=1, deterministic=True))
     assert store.run(spec).result()["environment"]["deterministic"] is True
 
 
@@ -135,11 +136,11 @@ class StopHereError(Exception):
 def test_every_experiment_passes_it_on(tmp_path, monkeypatch, command, asked):
     told = []
 
-    def execute(specs, store, device, threads, tick, micro_batch, deterministic):
-        told.append(deterministic)
+    def execute(specs, store, options, on_progress):
+        told.append(options.deterministic)
         raise StopHereError
 
-    monkeypatch.setattr(schedule, "execute", execute)
+    monkeypatch.setattr(run, "execute", execute)
     monkeypatch.chdir(tmp_path)
     assert ran(*command.split(), *(["--deterministic"] if asked else []))[0] == 1
     assert told == [asked]

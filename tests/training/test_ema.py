@@ -7,17 +7,17 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import load_file
 
 from atdiag.analysis import subjects
+from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed, Transfer
 from atdiag.data import datasets
 from atdiag.data.loader import Stream
 from atdiag.data.names import complete
-from atdiag.networks import students
-from atdiag.spec import Data, Network, Recipe, RunSpec, Seed, Transfer
-from atdiag.training import checkpoint, cohort, compiled, evaluate, member
+from atdiag.networks.model import students
+from atdiag.training import checkpoint, cohort, compiled, evaluation, trainer
 from atdiag.transfer.observation import Observation
+from tests.photos import draw
 
 CPU = torch.device("cpu")
 DECAY = 0.8
@@ -64,7 +64,7 @@ def test_the_average_is_its_formula_and_the_run_is_as_without_it(bench, alone, n
     teacher = None
     if spec.teacher:
         teacher = students.build(spec.teacher.network, 99).eval().requires_grad_(False)
-    initial = member.Training(begun, spec, teacher, {}, 5, CPU).student.state_dict()
+    initial = trainer.RunTrainer(begun, spec, teacher, {}, 5, CPU).student.state_dict()
     for key, value in initial.items():
         expected = value.double().numpy()
         for step, weights in enumerate([*(one.student for one in own), last]):
@@ -82,8 +82,8 @@ def test_what_is_tested_is_what_is_stored(bench):
     """The stored weights, evaluated, give the stored predictions, to the bit; and not the trained student's."""
     spec, plain = averaged(bench.spec()), bench.spec()
     bench.train(spec, plain)
-    subject = evaluate.load_subject(bench.run(spec), None)
-    (found,) = evaluate.predict([subject], datasets.test_split(spec.data), CPU)
+    subject = evaluation.load_subject(bench.run(spec), None)
+    (found,) = evaluation.predict([subject], datasets.test_split(spec.data), CPU)
     with np.load(bench.run(spec).predictions) as stored, np.load(bench.run(plain).predictions) as other:
         assert np.array_equal(found.log_p, stored["log_p"])
         assert not np.array_equal(found.log_p, other["log_p"])
@@ -104,13 +104,7 @@ def test_alone_and_in_company(bench, assert_same, tmp_path):
 def photos(tmp_path_factory):
     """Runs on a folder of JPEGs of several sizes with everything random switched on, trained uninterrupted."""
     root = tmp_path_factory.mktemp("photos")
-    draw = np.random.default_rng(0)
-    for split, count in (("train", 13), ("val", 4)):
-        for cls in ("ant", "bee"):
-            (root / split / cls).mkdir(parents=True)
-            for i in range(count):
-                pixels = draw.integers(0, 256, (24 + i, 30, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / cls / f"{i}.jpg")
+    draw(root, train=13)
     network = Network(image_size=20, patch_size=4, channels=3, width=16, depth=2, heads=2, classes=2)
     recipe = Recipe(
         epochs=3, batch_size=8, flip=True, crop=0.3, erase=0.5, rand_augment="rand-m9-mstd0.5-inc1",
@@ -150,7 +144,7 @@ def test_interrupted_at_any_step_with_everything_on_is_uninterrupted(
 def test_what_is_not_finite_does_not_touch_the_average(bench):
     spec = averaged(bench.spec())
     stream = Stream(spec.data, spec.recipe, 0)
-    training = member.Training(bench.store.create(spec), spec, None, {}, stream.steps_per_epoch, CPU)
+    training = trainer.RunTrainer(bench.store.create(spec), spec, None, {}, stream.steps_per_epoch, CPU)
     batch = stream.batch(0).to(CPU)
     training.advance(batch, Observation())
     before = {name: value.clone() for name, value in training.outcome.state_dict().items()}
@@ -164,7 +158,7 @@ def test_where_nothing_is_fetched_no_nan_comes_in_and_nothing_is_kept(bench):
     """As on a GPU, where a fault is learnt of later: the average goes on over weights that the optimiser left alone."""
     spec = averaged(bench.spec())
     stream = Stream(spec.data, spec.recipe, 0)
-    training = member.Training(bench.store.create(spec), spec, None, {}, stream.steps_per_epoch, CPU)
+    training = trainer.RunTrainer(bench.store.create(spec), spec, None, {}, stream.steps_per_epoch, CPU)
     training._fetches_at_once = False
     batch = stream.batch(0).to(CPU)
     training.advance(batch, Observation())
@@ -189,8 +183,8 @@ def test_the_average_is_no_copy_of_compiled_blocks(bench, assert_same, monkeypat
     compile_blocks, seen = compiled.compile_blocks, []
     monkeypatch.setenv(compiled.VARIABLE, "1")
     monkeypatch.setattr(compiled, "compile_blocks", lambda network: compile_blocks(network, "eager"))
-    subject = member.Training.subject
-    monkeypatch.setattr(member.Training, "subject", lambda self: seen.append(self) or subject(self))
+    subject = trainer.RunTrainer.subject
+    monkeypatch.setattr(trainer.RunTrainer, "subject", lambda self: seen.append(self) or subject(self))
     torch._dynamo.reset()
     other = bench.sibling(tmp_path / "compiled")
     with torch._dynamo.config.patch({}):

@@ -11,17 +11,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from atdiag.core import errors
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Store
+from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
+from atdiag.data.decoding import BrokenImageError
 from atdiag.data.loader import WorkerDiedError
 from atdiag.data.names import complete
-from atdiag.data.pictures import BrokenImageError
-from atdiag.runs import Store
-from atdiag.spec import Data, Network, Recipe, RunSpec, Seed
-from atdiag.study import schedule
+from atdiag.execution import run
 from atdiag.training import checkpoint, cohort
+from tests.photos import draw
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,18 +91,18 @@ def test_a_disk_without_room_in_a_training_process(tmp_path, monkeypatch):
     data, recipe = Data(train=32, test_per_source=1), Recipe(epochs=1, batch_size=16)
     spec = RunSpec(network=network, data=data, recipe=recipe, seed=Seed(data=0, model=0))
     store = Store(tmp_path / "runs")
-    with monkeypatch.context() as patch, pytest.raises(schedule.FaultError) as found:
+    with monkeypatch.context() as patch, pytest.raises(errors.FaultError) as found:
         patch.setenv("PYTHONPATH", f"{places}{os.pathsep}{ROOT}")
-        schedule.execute([spec], store, "cpu", 1)
+        run.execute([spec], store, ExecutionOptions(device="cpu", threads=1))
     says = rf"a training process failed: OSError: \[Errno {errno.EFBIG}\] File too large \(its last words are in .*\)"
     assert re.match(says + "; the same command goes on from there$", str(found.value))
-    run = store.run(spec)
-    assert not run.finished
-    assert not run.weights.exists()
-    assert litter(run) == []
+    mine = store.run(spec)
+    assert not mine.finished
+    assert not mine.weights.exists()
+    assert litter(mine) == []
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    schedule.execute([spec], store, "cpu", 1)
-    assert run.finished
+    run.execute([spec], store, ExecutionOptions(device="cpu", threads=1))
+    assert mine.finished
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
@@ -112,8 +113,8 @@ def test_a_fault_is_told_even_where_it_can_t_be_written_down(tmp_path, monkeypat
     monkeypatch.setattr(sys, "executable", str(script))
     network = Network(image_size=20, patch_size=4, channels=1, width=16, depth=3, heads=2, classes=10)
     spec = RunSpec(network=network, data=Data(train=64), recipe=Recipe(epochs=1), seed=Seed(data=0, model=0))
-    with pytest.raises(schedule.FaultError) as found:
-        schedule.execute([spec], Store(tmp_path / "runs"), "cpu", 1)
+    with pytest.raises(errors.FaultError) as found:
+        run.execute([spec], Store(tmp_path / "runs"), ExecutionOptions(device="cpu", threads=1))
     assert "a training process failed: OSError: the mount is gone; the same command" in str(found.value)
 
 
@@ -139,13 +140,7 @@ def photos(tmp_path, monkeypatch):
     """A spec on a folder of JPEGs of several sizes, which are decoded as they are needed."""
     monkeypatch.setenv("ATDIAG_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "photos"
-    draw = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 4)):
-        for cls in ("ant", "bee"):
-            (root / split / cls).mkdir(parents=True)
-            for i in range(count):
-                pixels = draw.integers(0, 256, (24 + i, 30, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / cls / f"{i}.jpg")
+    draw(root, train=12)
     network = Network(image_size=20, patch_size=4, channels=3, width=16, depth=2, heads=2, classes=2)
     data = complete(Data(name=f"folder:{root}", train=24, image_size=20))
     recipe = Recipe(epochs=3, batch_size=8, flip=True, crop=0.3)

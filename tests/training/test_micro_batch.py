@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from atdiag.core.spec import Init, Recipe, Transfer
 from atdiag.data.loader import Stream
-from atdiag.networks import students
-from atdiag.spec import Init, Recipe, Transfer
-from atdiag.training import cohort, evaluate, member
+from atdiag.networks.model import students
+from atdiag.training import cohort, evaluation, trainer
 from atdiag.transfer.observation import Observation, of_teacher
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ TRANSFERS = {
 def begin(bench, spec):
     stream = Stream(spec.data, spec.recipe, spec.seed.data)
     teacher = students.build(spec.teacher.network, 99).eval().requires_grad_(False) if spec.teacher else None
-    training = member.Training(bench.store.create(spec), spec, teacher, {}, stream.steps_per_epoch, CPU)
+    training = trainer.RunTrainer(bench.store.create(spec), spec, teacher, {}, stream.steps_per_epoch, CPU)
     return training, stream.batch(0).to(CPU), teacher
 
 
@@ -37,7 +37,7 @@ def learn(training, batch, teacher, size):
         if teacher is not None:
             with torch.no_grad():
                 shown = teacher.observe(part.images, of_teacher([training.spec.transfer]))
-            shown = evaluate.fit(shown, teacher, training.spec.network)
+            shown = evaluation.fit(shown, teacher, training.spec.network)
         training.learn(part, shown, len(part.labels) / len(batch.labels))
 
 
@@ -101,14 +101,14 @@ def room_for(monkeypatch):
     """Let a device have room for so many images: more of them are out of memory, as CUDA says it."""
 
     def set_(images: int) -> None:
-        learn = member.Training.learn
+        learn = trainer.RunTrainer.learn
 
         def limited(self, part, teacher, share=1.0):
             if len(part.labels) > images:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             learn(self, part, teacher, share)
 
-        monkeypatch.setattr(member.Training, "learn", limited)
+        monkeypatch.setattr(trainer.RunTrainer, "learn", limited)
 
     return set_
 

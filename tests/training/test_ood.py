@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from atdiag.core.errors import UserError
+from atdiag.core.runs import DamagedRunError, Run, Store
+from atdiag.core.spec import Data, Init, Network, Recipe, Transfer
 from atdiag.data import corruptions, datasets, testsets
-from atdiag.data.facts import CORRUPTIONS, TEST_SETS
-from atdiag.networks import students, weights
-from atdiag.networks.vit import ViT
-from atdiag.runs import DamagedRunError, Run, Store
-from atdiag.spec import Data, Init, Network, Recipe, Transfer
-from atdiag.training import evaluate, ood
+from atdiag.data.catalogue import CORRUPTIONS, TEST_SETS
+from atdiag.networks.model import students
+from atdiag.networks.model.vit import ViT
+from atdiag.networks.weights import loading
+from atdiag.training import evaluation, ood
 from atdiag.training.predictions import DamagedPredictionsError, is_stored, read
-from atdiag.words import UserError
 
 CPU = torch.device("cpu")
 FIELDS = ("prediction", "label", "cluster", "log_p")
@@ -67,8 +68,8 @@ def test_a_corruption_is_what_the_subject_says_of_corrupted_images(trained, name
     clean = datasets.test_split(trained["copy"].spec.data)
     pixels = corruptions.corrupt(clean.pixels, test_set.corruption, test_set.severity, np.arange(len(clean)))
     for name, run in trained.items():
-        subject = evaluate.load_subject(run, load_teacher)
-        (expected,) = evaluate.predict([subject], datasets.Images(pixels, clean.labels, clean.clusters), CPU)
+        subject = evaluation.load_subject(run, load_teacher)
+        (expected,) = evaluation.predict([subject], datasets.Images(pixels, clean.labels, clean.clusters), CPU)
         assert same(read(run, test_set).predictions, expected), name
         with np.load(run.predictions) as own:
             assert np.array_equal(own["cluster"], expected.cluster), "a scene's cluster is still its source digit"
@@ -102,7 +103,7 @@ def test_nothing_is_evaluated_twice_and_pixels_are_shared(trained, monkeypatch):
     runs, wanted, told = list(trained.values()), sets("contrast:2", "occlusion"), []
     assert ood.evaluate_runs(runs[:2], wanted[:1], CPU, load) == 2
     assert ood.evaluate_runs(runs, [*wanted, *wanted], CPU, load, told.append) == 10
-    batches = -(-len(datasets.test_split(runs[0].spec.data)) // evaluate.BATCH)
+    batches = -(-len(datasets.test_split(runs[0].spec.data)) // evaluation.BATCH)
     assert len(made) == 3 * batches, "once for all runs, and once more for those that came later"
     assert len(asked) == 2, "a teacher is loaded once for all"
     assert [(p.done, p.total, p.doing) for p in told] == [
@@ -183,7 +184,7 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is(trained, bench,
     assert not is_stored(trained["baseline"], fog)
 
     def missing(teacher):
-        raise weights.WeightsMissingError("no weights here")
+        raise loading.WeightsMissingError("no weights here")
 
     with pytest.raises(UserError, match="copies from its teacher: no weights here"):
         ood.evaluate_runs([trained["copy"]], [fog], CPU, missing)
@@ -256,9 +257,9 @@ def test_two_hundred_classes_are_chosen_among_themselves(photographs):
 def test_labels_outside_of_the_classes_are_refused(photographs):
     run, _ = photographs
     opened = testsets.open_images(*sets("imagenet-a"), run.spec.data)
-    subject = evaluate.Subject(ViT(run.spec.network), Transfer())
+    subject = evaluation.Predictor(ViT(run.spec.network), Transfer())
     with pytest.raises(ValueError, match="labels of some images are not among"):
-        evaluate.predict([subject], opened.images, CPU, among=opened.among[1:])
+        evaluation.predict([subject], opened.images, CPU, among=opened.among[1:])
 
 
 def test_the_file_is_a_plain_archive(photographs):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from atdiag.core.runs import file_sha256
+from atdiag.core.spec import Data, Recipe
 from atdiag.data import datasets, manifest
-from atdiag.runs import file_sha256
-from atdiag.spec import Data, Recipe
 from atdiag.training import provenance
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from atdiag.runs import Run
-from atdiag.spec import Recipe
+from atdiag.core.runs import Run
+from atdiag.core.spec import Recipe
 from atdiag.training import checkpoint, cohort
 
 SHORT = Recipe(epochs=1, batch_size=32)
@@ -53,8 +53,9 @@ CHILD = """
 import importlib.util, json, sys, time
 from pathlib import Path
 import torch
-from atdiag.runs import Store
-from atdiag.spec import RunSpec
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Store
+from atdiag.core.spec import RunSpec
 from atdiag.training import cohort
 
 torch.set_num_threads(1)
@@ -67,8 +68,9 @@ def report(progress):
     print(progress.done, flush=True)
     time.sleep(0.05)
 
+options = ExecutionOptions(device="cpu", checkpoint_seconds=0.0)
 specs = [RunSpec.model_validate(document) for document in json.load(sys.stdin)]
-cohort.train(specs, Store(Path(sys.argv[2])), conftest.load_teacher, conftest.CPU, report, checkpoint_seconds=0.0)
+cohort.train(specs, Store(Path(sys.argv[2])), conftest.load_teacher, options, report)
 """
 
 
@@ -99,7 +101,7 @@ def test_killed_in_the_middle_and_resumed_is_uninterrupted(bench, alone, assert_
 
 def test_checkpoints_are_written_by_the_clock(bench, monkeypatch):
     saved = []
-    monkeypatch.setattr(cohort.Training, "save", lambda training: (saved.append(training.step), time.sleep(0.01)))
+    monkeypatch.setattr(cohort.RunTrainer, "save", lambda training: (saved.append(training.step), time.sleep(0.01)))
     spec = bench.spec()
     bench.train(spec, checkpoint_seconds=1e9)
     assert not saved

@@ -8,7 +8,7 @@ import timm.layers
 import torch
 
 from atdiag.transfer import divergences, ops
-from atdiag.transfer.attention import Attention, Given, split_heads
+from atdiag.transfer.attention import Attention, AttentionOverride, split_heads
 from atdiag.transfer.ops import QK
 
 WIDTH, HEADS = 24, 3
@@ -112,7 +112,7 @@ def test_captured_is_what_is_used():
     torch.testing.assert_close(v, values)
     assert torch.equal(module(x), out)
     for tensor, value in (("map", qk), ("q", qk.q), ("k", qk.k), ("v", v)):
-        torch.testing.assert_close(module(x, Given(tensor, value)), out)
+        torch.testing.assert_close(module(x, AttentionOverride(tensor, value)), out)
     for seen in (module.peek(x), module.peek(x, values=True)):
         assert all(map(torch.equal, seen.qk[:2], qk[:2])) and torch.equal(seen.qk.bias, qk.bias)
     assert module.peek(x).v is None and torch.equal(module.peek(x, values=True).v, v)
@@ -130,7 +130,7 @@ def test_a_given_map_replaces_the_own_one():
     module, x = ours(), torch.randn(2, 6, WIDTH)
     module.rel_pos_bias = Bias(6)
     given = QK(torch.randn(2, HEADS, 6, 4), torch.randn(2, HEADS, 6, 4), 0.5)  # a teacher of another head width
-    given = Given("map", given)
+    given = AttentionOverride("map", given)
     out, seen = module.see(x, given)
     assert seen.map is given.value
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_no_gradient_reaches_what_a_given_tensor_replaces(tensor):
     unused = module.unused_parameters(tensor)
     q_and_k = {"q_weight", "q_bias", "k_weight", "k_bias", "rel_pos_bias.table"}
     assert set(unused) == (q_and_k if tensor == "map" else {f"{tensor}_weight", f"{tensor}_bias"})
-    module(x, Given(tensor, taken(ours(), x, tensor))).square().sum().backward()
+    module(x, AttentionOverride(tensor, taken(ours(), x, tensor))).square().sum().backward()
     for name, parameter in module.named_parameters():
         assert (parameter.grad is None) == (name in unused), name
     module(x).square().sum().backward()
@@ -171,7 +171,7 @@ def test_what_is_given_to_some_heads_leaves_the_others_alone(tensor, heads, bias
     theirs = taken(teacher, x, tensor)
     index = torch.tensor(heads)
     part = theirs.select_heads(index) if tensor == "map" else theirs[:, index]
-    out = module(x, Given(tensor, part, split_heads(heads, HEADS, x.device)))
+    out = module(x, AttentionOverride(tensor, part, split_heads(heads, HEADS, x.device)))
 
     own, v = module.peek(x, values=True)
     q, k = own.q.clone(), own.k.clone()
@@ -185,15 +185,15 @@ def test_what_is_given_to_some_heads_leaves_the_others_alone(tensor, heads, bias
     expected = module.proj((p @ v).transpose(1, 2).reshape(x.shape))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(out, module(x), atol=1e-2)
-    every = Given(tensor, theirs, split_heads((0, 1, 2), HEADS, x.device))
-    torch.testing.assert_close(module(x, every), module(x, Given(tensor, theirs)), rtol=1e-5, atol=1e-5)
+    every = AttentionOverride(tensor, theirs, split_heads((0, 1, 2), HEADS, x.device))
+    torch.testing.assert_close(module(x, every), module(x, AttentionOverride(tensor, theirs)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, HEADS, 6, 6), (2, 1, 6, 6), (2, HEADS, 1, 6)])
 def test_an_averaged_map_can_be_given(shape):
     module, x = ours(), torch.randn(2, 6, WIDTH)
     p = torch.rand(shape).softmax(-1)
-    out = module(x, Given("map", ops.Averaged(p)))
+    out = module(x, AttentionOverride("map", ops.Averaged(p)))
     v = module.peek(x, values=True).v
     expected = module.proj((p.expand(2, HEADS, 6, 6) @ v).transpose(1, 2).reshape(x.shape))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)

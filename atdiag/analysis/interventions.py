@@ -1,0 +1,255 @@
+"""Interventions: put other maps, queries, keys or values into a trained network, and see what it still knows.
+
+A map that agrees with the teacher's need not be one that *this* network can use, and one that differs need not hurt it.
+Nothing is trained: the network runs as it is and again with some of its attention replaced, and what changes in its
+accuracy, and in its residual stream block by block, is what the replaced part was good for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atdiag.analysis import tracing
+from atdiag.analysis.images import ImageSet
+from atdiag.analysis.replacements import Replacement, check, givens
+from atdiag.analysis.subjects import Subject
+from atdiag.analysis.tracing import Reader, Traced
+from atdiag.core import randomness
+from atdiag.core.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A network with something replaced, beside the same network as it is. n images, L blocks."""
+
+    subject: str
+    replaced: str
+    layers: tuple[int, ...]
+    heads: tuple[int, ...] | None
+    images: int
+    before: NDArray[np.int64]
+    """Predictions [n] as it is: among the data set's classes, as its labels count them, where those are known."""
+    after: NDArray[np.int64]
+    """Predictions [n] with the replacement."""
+    labels: NDArray[np.int64] | None
+    clusters: NDArray[np.int64] | None
+    """Images of one cluster are not independent."""
+    residual: NDArray[np.float64]
+    """Change of the residual stream that leaves each block [L]: the norm of the difference over all tokens, relative to
+    the norm as it is; mean over images. 0: no change; about 1.4: nothing in common."""
+    residual_class: NDArray[np.float64] | None
+    """The same of the class token alone."""
+    logits: float
+    """Largest change of any of the network's outputs."""
+
+    @property
+    def top1(self) -> tuple[float, float] | None:
+        """Accuracy in per cent, before and after; None without labels."""
+        if self.labels is None:
+            return None
+        return tuple(float(100 * np.mean(found == self.labels)) for found in (self.before, self.after))  # type: ignore[return-value]
+
+    @property
+    def change(self) -> tuple[float, float, float] | None:
+        """After minus before in points, with its 95 % interval over images (by cluster); None without labels.
+
+        Paired over images: sums by cluster, Student's t with one degree of freedom less than there are clusters.
+        """
+        if self.labels is None:
+            return None
+        from scipy.stats import t
+
+        difference = (self.after == self.labels).astype(float) - (self.before == self.labels)
+        clusters = np.arange(self.images) if self.clusters is None else self.clusters
+        _, index = np.unique(clusters, return_inverse=True)
+        value, count = difference.mean(), index.max() + 1
+        if count < 2:
+            return 100 * float(value), math.nan, math.nan
+        sums = np.bincount(index, difference - value)
+        error = math.sqrt(count / (count - 1) * (sums**2).sum()) / self.images
+        half = float(t.ppf(0.975, count - 1)) * error
+        return 100 * float(value), 100 * (float(value) - half), 100 * (float(value) + half)
+
+    @property
+    def flips(self) -> float:
+        """Predictions that changed, in per cent."""
+        return float(100 * np.mean(self.before != self.after))
+
+
+def frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """A line for each outcome and block: what was replaced, top-1 in per cent before and after, the change in points
+    with its interval, flips in per cent, and the change of the residual stream that leaves the block."""
+    import pandas as pd
+
+    lines = []
+    for one in outcomes:
+        before, after = one.top1 or (None, None)
+        change, low, high = one.change or (None, None, None)
+        for block, value in enumerate(one.residual):
+            lines.append(
+                {
+                    "subject": one.subject,
+                    "replaced": one.replaced,
+                    "layers": " ".join(map(str, one.layers)),
+                    "heads": "all" if one.heads is None else " ".join(map(str, one.heads)),
+                    "images": one.images,
+                    "top1_before": before,
+                    "top1_after": after,
+                    "change": change,
+                    "ci_low": low,
+                    "ci_high": high,
+                    "flips": one.flips,
+                    "block": block,
+                    "residual_change": float(value),
+                    "residual_change_class": None if one.residual_class is None else float(one.residual_class[block]),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+class _Sums:
+    """What is kept of one replacement while the images pass."""
+
+    def __init__(self, depth: int) -> None:
+        self.predictions: list[Tensor] = []
+        self.residual = np.zeros(depth)
+        self.residual_class = np.zeros(depth)
+        self.logits = 0.0
+
+
+def intervene(
+    subject: Subject,
+    replacements: Replacement | Sequence[Replacement],
+    pictures: ImageSet,
+    batch: int | None = None,
+    seed: int = 0,
+) -> list[Outcome]:
+    """Run a network as it is and under each replacement, in one pass over the images.
+
+    Images come in an order drawn with ``seed``, so that ``shuffled`` gives each one the map of an image of any class.
+    Raises UserError for a replacement that can't be made, and for ``shuffled`` of fewer than two images.
+    """
+    replacements = [replacements] if isinstance(replacements, Replacement) else list(replacements)
+    pairs = [check(subject, one) for one in replacements]
+    order = randomness.generator(seed, "intervene").permutation(len(pictures))
+    networks = [subject.network, *(one.source.network for one in replacements if isinstance(one.source, Subject))]
+    size = _even(len(pictures), batch or tracing.batch_size(*networks))
+    depth, rows = subject.network.depth, pictures.head_rows(subject.network)
+    sums = [_Sums(depth) for _ in replacements]
+    clean: list[Tensor] = []
+    index: list[NDArray[np.int64]] = []
+    with ExitStack() as stack:
+        reader = stack.enter_context(Reader(subject))
+        others = {
+            id(one.source): stack.enter_context(Reader(one.source))
+            for one in replacements
+            if isinstance(one.source, Subject)
+        }
+        wants = _wants(subject, replacements, pairs)
+        for one in pictures.reordered(order).batches(size, subject.device):
+            if len(one.pixels) < 2 and any(r.source == "shuffled" for r in replacements):
+                raise UserError("one image alone has no other to take its map from", "give --images at least 2")
+            before = subject.given(one.pixels)
+            own = reader(one.pixels, wants[id(subject)], before)
+            shown = {key: other(one.pixels, wants[key]) for key, other in others.items()}
+            assert own.logits is not None
+            clean.append(_predictions(own.logits, rows))
+            index.append(order[one.index])
+            for change, which, total in zip(replacements, pairs, sums, strict=True):
+                given = {**before, **givens(subject, change, which, own, shown, before)}
+                after = reader(one.pixels, tracing.request(subject, ("residual",), logits=True), given)
+                _take_in(total, own, after, subject.network.class_token)
+                total.predictions.append(_predictions(after.logits, rows))
+    return [
+        _outcome(subject, pictures, change, which, total, torch.cat(clean).numpy(), np.concatenate(index))
+        for change, which, total in zip(replacements, pairs, sums, strict=True)
+    ]
+
+
+def _even(images: int, batch: int) -> int:
+    """A batch size that leaves no image alone in the last batch."""
+    batch = max(2, batch)
+    while images > batch and images % batch == 1:
+        batch += 1
+    return batch
+
+
+def _wants(
+    subject: Subject, replacements: Sequence[Replacement], pairs: Sequence[tuple[tuple[int, int], ...]]
+) -> dict[int, tracing.TraceRequest]:
+    """What must be traced of each subject, by its identity: of the one that is changed, its residual stream too."""
+    parts: dict[int, set[str]] = {id(subject): {"residual"}}
+    layers: dict[int, set[int]] = {id(subject): set(range(subject.network.depth))}
+    names = {id(subject): subject}
+    for one, which in zip(replacements, pairs, strict=True):
+        source = one.source if isinstance(one.source, Subject) else subject
+        names[id(source)] = source
+        parts.setdefault(id(source), set()).add(one.part)
+        layers.setdefault(id(source), set()).update(layer for _, layer in which)
+    return {
+        key: tracing.request(names[key], parts[key], sorted(layers[key]), logits=key == id(subject)) for key in names
+    }
+
+
+def _predictions(logits: Tensor | None, rows: NDArray[np.int64] | None) -> Tensor:
+    """The likeliest class [B], among those that the images may have."""
+    assert logits is not None
+    among = logits if rows is None else logits[:, torch.from_numpy(rows).to(logits.device)]
+    return among.argmax(-1).cpu()
+
+
+def _take_in(total: _Sums, own: Traced, after: Traced, class_token: bool) -> None:
+    assert own.logits is not None and after.logits is not None
+    total.logits = max(total.logits, float((after.logits - own.logits).abs().max()))
+    for layer, found in after.layers.items():
+        x, y = own.layers[layer].tensor("residual"), found.tensor("residual")
+        total.residual[layer] += float(_relative(x.flatten(1), y.flatten(1)))
+        if class_token:
+            total.residual_class[layer] += float(_relative(x[:, 0], y[:, 0]))
+
+
+def _relative(x: Tensor, y: Tensor) -> Tensor:
+    """Sum over images of ``|y - x| / |x|``."""
+    x, y = x.float(), y.float()
+    total: Tensor = ((y - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)).sum()
+    return total
+
+
+def _outcome(
+    subject: Subject,
+    pictures: ImageSet,
+    one: Replacement,
+    pairs: tuple[tuple[int, int], ...],
+    total: _Sums,
+    clean: NDArray[np.int64],
+    index: NDArray[np.int64],
+) -> Outcome:
+    back = np.argsort(index)
+    where = index[back]
+    images, labels = len(where), None if pictures.head_rows(subject.network) is None else pictures.labels
+    return Outcome(
+        subject=subject.label,
+        replaced=one.label,
+        layers=tuple(layer for layer, _ in pairs),
+        heads=one.heads,
+        images=images,
+        before=clean[back],
+        after=torch.cat(total.predictions).numpy()[back],
+        labels=None if labels is None else labels[where],
+        clusters=None if pictures.clusters is None else pictures.clusters[where],
+        residual=total.residual / images,
+        residual_class=total.residual_class / images if subject.network.class_token else None,
+        logits=total.logits,
+    )

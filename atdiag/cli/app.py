@@ -1,0 +1,126 @@
+"""The command line. Imports nothing heavy: every command imports its work when it is called."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from atdiag.cli import data, doctor, experiments, inspect, looks, probes, reproduce, runs, teachers
+from atdiag.cli.messages import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, RESERVED, say, stopped
+
+
+class _Commands(TyperGroup):
+    """Commands in the order they are told, ablations from entry points first."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Experiments first, in the order in which they were added; then everything else."""
+        found = [name for name in self.commands if name not in RESERVED]
+        return [*found, *(name for name in RESERVED if name in self.commands)]
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Can this pre-trained teacher's attention be transferred to my ViT, and if not, what stands in the way?\n\n"
+    "Everything runs at profile mini unless told otherwise: miniature teachers, embedded data, a CPU, minutes.",
+)
+
+
+# --- entry ---------------------------------------------------------------------------------------------------------
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"atdiag {version('atdiag')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@functools.cache  # a process may call main again; every command is there once
+def _complete(app: typer.Typer) -> None:
+    """Add the commands that other modules hold, and those that other packages bring."""
+    experiments.add_commands(app)
+    reproduce.add_commands(app)
+    inspect.add_commands(app)
+    probes.add_commands(app)
+    looks.add_commands(app)
+    app.command("pretrain")(teachers.pretrain)
+    app.command("doctor")(doctor.doctor)
+    app.add_typer(teachers.app, name="teachers")
+    app.add_typer(runs.app, name="runs")
+    app.add_typer(data.app, name="data")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script. Wrong input: one line, exit 2. A fault at run time: one line, exit 1."""
+    signal.signal(signal.SIGTERM, _terminate)
+    code: Any
+    try:
+        _complete(app)
+        # In a context of its own: what a command sets there, such as where data sets lie, ends with it.
+        run = functools.partial(app, args=arguments, prog_name="atdiag", standalone_mode=False)
+        code = contextvars.copy_context().run(run) or 0  # Ctrl-C comes back as 130
+    except SystemExit as asked:  # SIGTERM
+        code = asked.code
+    except Exception as fault:
+        code = _explain(fault)
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        say(stopped(next(iter(sys.argv[1:] if arguments is None else arguments), "")))
+    sys.exit(code)
+
+
+def _terminate(*_: Any) -> None:
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def _explain(fault: Exception) -> int:
+    """Say what went wrong in one line, and give the exit code."""
+    from atdiag.core.errors import UserError
+
+    if isinstance(fault, UserError):
+        say(str(fault))
+        return EXIT_USAGE
+    if hasattr(fault, "format_message"):  # a usage error of the command-line library
+        if type(fault).__name__ == "NoArgsIsHelpError":
+            typer.echo(fault.format_message(), err=True)
+            return EXIT_USAGE
+        context = getattr(fault, "ctx", None)
+        hint = f" (see '{context.command_path} --help')" if context else ""
+        say(fault.format_message().replace("\n", " ").rstrip(".") + hint)
+        return EXIT_USAGE
+    from atdiag.core.errors import FaultError, StoppedError
+    from atdiag.core.runs import DamagedRunError
+
+    if isinstance(fault, StoppedError):
+        return EXIT_TERMINATED
+    if isinstance(fault, FaultError | DamagedRunError | OSError):
+        say(str(fault))
+        return EXIT_FAULT
+    if os.environ.get("ATDIAG_DEBUG"):
+        raise fault
+    say(f"{type(fault).__name__}: {fault} (this is a bug in atdiag; ATDIAG_DEBUG=1 shows where)")
+    return EXIT_FAULT
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""A command for each installed ablation: resolve the settings, train what is not finished, report, write, draw.
+
+Part of the command line: imports nothing heavy before a command is called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from atdiag.cli import planning
+from atdiag.cli.messages import RESERVED, say
+from atdiag.cli.options import EXPERIMENT, joined
+from atdiag.cli.session import ExperimentSession, open_session
+from atdiag.core import paths
+from atdiag.study import registry
+
+if TYPE_CHECKING:
+    from atdiag.core.runs import Store
+    from atdiag.core.spec import RunSpec
+    from atdiag.execution.plan import Plan
+    from atdiag.study.builder import Lab
+    from atdiag.study.protocol import Series, Study
+    from atdiag.study.settings import Settings
+
+    Make = partial[Study | Series]
+    """An ablation with its own options; what is missing is the lab."""
+
+
+def add_commands(app: typer.Typer) -> None:
+    """A command for each installed ablation: its own options, then those that all experiments have."""
+    taken: set[str] = set()
+    for one in registry.installed():
+        if one.name in taken or one.name in RESERVED:
+            say(f"the experiment {one.name!r} of {one.source} is left out: that name is taken")
+        elif one.function is None:
+            say(f"the experiment {one.name!r} of {one.source} can't be loaded ({one.fault})")
+        else:
+            taken.add(one.name)
+            app.command(one.name)(joined(one.function, EXPERIMENT, _run))
+
+
+def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any) -> None:
+    from atdiag.reports import console, document, writers
+    from atdiag.study.builder import Lab
+
+    session = open_session(set_=set_, **given)
+    series = spread(make, Lab(session.settings))
+    check_overrides(lambda lab: spread(make, lab).specs, series.specs, session.settings, set_)
+    folder = document.folder(series, session.settings.profile.name, out.expanduser() if out else None)
+    plan = session.plan(series.specs)
+    if dry_run:
+        planning.show(series, plan, session, json_)
+        return
+    check([series], plan, session)
+    planning.header(series, session.settings)
+    train([series], plan, session)
+    reading = session.reading(series)
+    files = writers.write_reading(reading, folder)
+    console.show_reading(reading, files)
+    if json_:
+        typer.echo(json.dumps({**document.as_json(reading), "files": [str(path) for path in files]}))
+
+
+def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:
+    """Raise UserError, before anything is trained, where something can't be trained or measured."""
+    from atdiag.execution import devices
+    from atdiag.study import pipeline
+
+    if plan.todo:
+        paths.writable(session.store.root, "--runs")
+        devices.resolve(plan.device)
+    pipeline.check(series, plan.todo)
+
+
+def train(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:
+    """Train and measure what has not been, with progress bars."""
+    from atdiag.execution import devices
+    from atdiag.execution.run import execute
+    from atdiag.reports import console
+    from atdiag.study import pipeline
+
+    planning.announce(plan, session.store)
+    if plan.todo:
+        with console.training(len(plan.specs), lambda: unfinished(plan, session.store)) as report:
+            execute(plan.specs, session.store, session.options, report)
+    with console.staged() as report:
+        pipeline.measure(series, session.store, devices.resolve(session.options.device), report)
+
+
+def unfinished(plan: Plan, store: Store) -> int:
+    """How many runs of a plan are not finished now."""
+    from atdiag.execution.plan import pending
+
+    return len(pending(plan.specs, store))
+
+
+def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
+    """An ablation's studies for the teacher that was asked for; for each of several (``a,b``), or of ``all``.
+
+    Of all teachers (with ``leave_out``: of several), those that the ablation refuses are left out, and the series says
+    so. Raises UserError for a refused teacher that was named, and where none is left.
+    """
+    from atdiag.core.selection import comma_separated
+    from atdiag.study.protocol import Series
+
+    asked = make.keywords.get("teacher")
+    if not isinstance(asked, str) or (asked != "all" and "," not in asked):
+        return Series.join([make(lab)])
+    names = lab.teachers if asked == "all" else comma_separated(asked, "--teacher", "clip_b,deit_b")
+    return Series.of_each(names, lambda name: make(lab, teacher=name), leave_out=leave_out or asked == "all")
+
+
+def check_overrides(
+    plan: Callable[[Lab], list[RunSpec]], specs: list[RunSpec], settings: Settings, sets: list[str]
+) -> None:
+    """Raise UserError for a setting given with --set that changes none of the runs (``specs``) that are planned."""
+    from atdiag.core.errors import UserError
+    from atdiag.study import settings as profiles
+    from atdiag.study.builder import Lab
+
+    ids = {spec.id for spec in specs}
+    for name in (item.partition("=")[0].strip() for item in sets):
+        plain = profiles.without(settings, name)
+        if plain is None or plain == settings.profile or _is_so(name, specs, settings):
+            continue  # it can't be left out, or says what is so anyway
+        others = {key: value for key, value in settings.overrides.items() if key != name}
+        try:
+            without = plan(Lab(replace(settings, profile=plain, overrides=others)))
+        except UserError:
+            continue
+        if ids == {spec.id for spec in without}:
+            raise UserError(f"{name} has no effect here: it changes none of this experiment's runs", "leave it out")
+
+
+def _is_so(name: str, specs: list[RunSpec], settings: Settings) -> bool:
+    """Whether a setting under ``transfer.`` names what some transfer is in any case."""
+    section, _, field = name.partition(".")
+    if section != "transfer":
+        return False
+    for spec in (spec for spec in specs if spec.transfer.method != "none"):
+        own = spec.transfer
+        asked = settings.profile.transfer.transfer(own.method, spec.network.depth, spec.network.heads)
+        if getattr(own, field) is not None and getattr(asked, field) == getattr(own, field):
+            return True
+        if field == "heads" and own.heads is None is asked.heads and own.takes_attention:
+            return True
+    return False

@@ -1,0 +1,218 @@
+"""Commands that show where networks look: attention-stats, maps.
+
+Part of the command line: imports nothing heavy before a command is called.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atdiag.cli.session import (
+    SUBJECT,
+    Images,
+    InspectionOptions,
+    InspectionSession,
+    Layers,
+    add,
+    chosen_of_all,
+    shown_on,
+    stem,
+    watched,
+)
+from atdiag.reports.console import table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from atdiag.analysis.maps import Shown
+    from atdiag.analysis.statistics import Stats
+
+
+# --- probe ---------------------------------------------------------------------------------------------------------
+
+
+Subjects = Annotated[
+    list[str],
+    typer.Argument(metavar="SUBJECT...", help=f"What to look into: {SUBJECT}; several are shown side by side."),
+]
+
+
+# --- attention-stats -----------------------------------------------------------------------------------------------
+
+
+def attention_stats(
+    given: InspectionOptions,
+    subjects: Subjects,
+    layers: Layers = None,
+    images: Images = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="The norm above which a token is high-norm. [default: 4 times the image's median]"),
+    ] = None,
+    rank_images: Annotated[int, typer.Option(help="Images for the effective rank, which is slow.")] = 64,
+) -> None:
+    """What attention looks like in numbers, by layer and head; several subjects side by side.
+
+    Entropy, attention distance, share on class token and registers, sinks, redundancy of heads, effective rank,
+    high-norm tokens: what each is, and its source, lies in the module atdiag.analysis.statistics.
+    """
+    import pandas as pd
+
+    from atdiag.analysis import statistics as work
+    from atdiag.core.errors import UserError
+    from atdiag.reports import writers
+    from figures import attention_stats as figures
+
+    if rank_images < 1 or (threshold is not None and not threshold > 0):
+        raise UserError("--rank-images and --threshold are positive numbers")
+    folder = given.folder("attention-stats")
+    session = InspectionSession(subjects, given)
+    asked = chosen_of_all(layers, session.subjects)
+    pictures = session.pictures(images)
+    with watched(images=pictures):
+        found = work.attention_stats(session.subjects, pictures, asked, threshold, rank_images)
+    frame = pd.concat([one.frame() for one in found], ignore_index=True)
+    document = {
+        "command": "attention-stats",
+        "profile": session.profile,
+        "subjects": [{"label": one.label, "id": one.id} for one in found],
+        "images": found[0].images,
+        "left_out": list(pictures.skipped),
+        "rank_images": found[0].rank_images,
+        "threshold": threshold,
+        "rows": json.loads(frame.to_json(orient="records")),
+    }
+    labels = "+".join(one.label for one in found)
+    described = [*(one.id for one in found), str(asked), str(threshold), str(rank_images), *pictures.names]
+    drawn = {"": figures.attention_stats(found)}
+    files = writers.write(
+        folder, stem(labels, shown_on(pictures), *described), {"csv": frame.to_csv(index=False)}, document, drawn
+    )
+    high = f"above {threshold:g}" if threshold is not None else f"above {work.HIGH_NORM:g} x the median of the image's"
+    notes = [
+        f"{shown_on(pictures)} (effective rank: {found[0].rank_images}); means over heads, each head in the CSV",
+        f"entropy and divergence of heads in bits, distance in pixels; high-norm: share of tokens whose norm is {high}",
+    ]
+    session.tell([_stats_table(one) for one in found], notes, files, document, pictures)
+
+
+_SHORT = {
+    "entropy": "entropy",
+    "distance": "dist",
+    "class_share": "cls",
+    "register_share": "regs",
+    "sink": "sink",
+    "redundancy": "heads",
+    "rank": "rank",
+    "high_norm": "high",
+    "norm": "norm",
+}
+
+
+def _stats_table(one: Stats) -> Table:
+    """A line for each layer: the mean over heads of each number that there is."""
+    import numpy as np
+
+    columns = {name: values.mean(1) for name, values in one.heads.items()} | dict(one.layers_only)
+    columns = {name: values for name, values in columns.items() if not np.isnan(values).all()}
+    out = table(f"attention-stats - {one.label}", "layer", *(_SHORT[name] for name in columns))
+    for i, layer in enumerate(one.layers):
+        out.add_row(str(layer), *(f"{values[i]:.3g}" for values in columns.values()))
+    return out
+
+
+# --- maps ----------------------------------------------------------------------------------------------------------
+
+
+def maps(
+    given: InspectionOptions,
+    subjects: Subjects,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--images", help="Test images by index, as 0,1; files, or a folder. Repeatable. [default: the first]"
+        ),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Blocks, such as 0,5,11. [default: first, middle, last]")] = None,
+    query: Annotated[
+        list[str] | None,
+        typer.Option(help="Whose attention: centre, cls, or x,y in pixels. Repeatable. [default: centre]"),
+    ] = None,
+    head: Annotated[str, typer.Option(help="mean, all, or a head's number.")] = "mean",
+    no_rollout: Annotated[bool, typer.Option("--no-rollout", help="Leave the attention rollout out.")] = False,
+) -> None:
+    """Pictures of where networks look: subjects down, layers across, for each image and query a figure.
+
+    At the end of a row the attention rollout up to its last layer.
+    """
+    import pandas as pd
+
+    from atdiag.analysis import images as choosing
+    from atdiag.analysis import maps as work
+    from atdiag.core.errors import UserError
+    from atdiag.reports import writers
+    from figures import attention_maps as figures
+
+    if head not in ("mean", "all") and not head.isdecimal():
+        raise UserError(f"--head {head!r}", "give mean, all, or a number")
+    folder = given.folder("maps")
+    wanted = images or ["0"]
+    if all(re.fullmatch(r"[\d\s,-]+", text) and not Path(text).exists() for text in wanted):
+        wanted = [",".join([*wanted, ""])]  # indices, and no number of images
+    meant = choosing.named(wanted)
+    assert not isinstance(meant, int)
+    if len(meant) > _MOST_IMAGES:  # said before networks are loaded
+        raise UserError(f"{len(meant)} images are {len(meant)} figures", f"give at most {_MOST_IMAGES}")
+    session = InspectionSession(subjects, given)
+    asked = chosen_of_all(layers, session.subjects)
+    which: Any = int(head) if head.isdecimal() else head
+    queries = tuple(query or ["centre"])
+    found: list[Shown] = []
+    for one in session.subjects:
+        # Each sees the images at its own size: networks of different token grids can be laid side by side.
+        pictures = choosing.choose(wanted, session.data, one.network, given.skip_bad)
+        with watched(images=pictures):
+            found.append(work.maps(one, pictures, asked, queries, which, not no_rollout))
+    frame = pd.concat([shown.frame() for shown in found], ignore_index=True)
+    drawn = {
+        f"-{i}" + (f"-{name.replace(',', '_')}" if len(queries) > 1 else ""): figures.attention_maps(found, i, q)
+        for i in range(len(found[0].names))
+        for q, name in enumerate(queries)
+    }
+    document = {
+        "command": "maps",
+        "profile": session.profile,
+        "subjects": [{"label": one.label, "id": one.id} for one in session.subjects],
+        "images": list(found[0].names),
+        "left_out": list(pictures.skipped),
+        "queries": list(queries),
+        "heads": list(found[0].heads),
+        "rows": json.loads(frame.to_json(orient="records")),
+    }
+    labels = "+".join(shown.label for shown in found)
+    described = [*(one.id for one in session.subjects), str(asked), head, str(no_rollout), *queries, *found[0].names]
+    files = writers.write(
+        folder, stem(labels, queries[0], *described), {"csv": frame.to_csv(index=False)}, document, drawn
+    )
+    summary = table("maps", "subject", "layers", "largest weight", "not on patches")
+    for shown in found:
+        largest = shown.attention.max((-2, -1)).mean((0, 2, 3))
+        elsewhere = shown.elsewhere.mean((0, 2, 3))
+        spread = [" ".join(f"{value:.2f}" for value in values) for values in (largest, elsewhere)]
+        summary.add_row(shown.label, " ".join(map(str, shown.layers)), *spread)
+    notes = ["each map from 0 to its own largest weight; by layer, means over images, queries and heads"]
+    session.tell([summary], notes, files, document, pictures)
+
+
+_MOST_IMAGES = 100
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    add(app, "attention-stats", attention_stats)
+    add(app, "maps", maps)

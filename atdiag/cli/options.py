@@ -1,0 +1,115 @@
+"""Options that commands share, and how a command comes to them beside its own.
+
+Part of the command line: imports nothing heavy before a command is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atdiag.core.options import ExecutionOptions
+
+Runs = Annotated[
+    Path | None, typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print a last line that a machine can read.")]
+Profile = Annotated[str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]")]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="The folder of all real data sets. [default: $ATDIAG_DATA]")
+]
+
+_Seeds = Annotated[int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be run, what is finished, and the cost.")]
+_Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for table and figure. [default: ./results/<ablation>-<teacher>-<profile>]"),
+]
+_Equivalence = Annotated[
+    float | None,
+    typer.Option(help="Margin in points within which a contrast is said to make no difference (two one-sided tests)."),
+]
+_Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the profile's; mini: cpu]")]
+_MicroBatch = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Images that go through a network at once, for want of memory: the result stays the same up to rounding. "
+        "[default: recipe.batch_size]",
+    ),
+]
+_Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="The same bits from a GPU each time, at some cost of speed. A CPU gives them anyway.",
+    ),
+]
+
+Common = Mapping[str, tuple[Any, Any]]
+"""Options by the names of their parameters: annotation and default."""
+
+EXECUTION: Common = {
+    "device": (_Device, None),
+    "micro_batch": (_MicroBatch, None),
+    "deterministic": (_Deterministic, False),
+    "data_dir": (DataDir, None),
+}
+"""How runs are executed: fields of :class:`ExecutionOptions` by name."""
+
+EXPERIMENT: Common = {
+    "profile": (Profile, None),
+    "set_": (Set, []),
+    "seeds": (_Seeds, None),
+    "equivalence": (_Equivalence, None),
+    "dry_run": (_DryRun, False),
+    "json_": (Json, False),
+    "out": (_Out, None),
+    "runs": (Runs, None),
+    **EXECUTION,
+}
+"""The options that every experiment has."""
+
+
+def execution_options(given: Mapping[str, Any]) -> ExecutionOptions:
+    """The execution options among some that were typed."""
+    named = {field.name for field in fields(ExecutionOptions)}
+    values = {name: value for name, value in given.items() if name in named}
+    if values.get("data_dir") is not None:
+        values["data_dir"] = str(values["data_dir"])
+    return ExecutionOptions(**values)
+
+
+def joined(function: Callable[..., Any], common: Common, call: Callable[..., None]) -> Callable[..., None]:
+    """A command with a function's own options (its parameters but the first), then the ``common`` ones.
+
+    ``call`` does the work: it is given the function with its own options filled in, which asks for nothing but its
+    first parameter, and each common option by name.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in common.items()
+    ]
+
+    def command(**options: Any) -> None:
+        chosen = {p.name: options.pop(p.name) for p in own}
+        call(partial(function, **chosen), **options)
+
+    command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    return command

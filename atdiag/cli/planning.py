@@ -1,0 +1,165 @@
+"""What an experiment says before it trains: what would be run, on what, at which cost.
+
+Part of the command line: imports nothing heavy before a command is called.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from atdiag.core.text import count, duration
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from atdiag.cli.session import ExperimentSession
+    from atdiag.core.runs import Store
+    from atdiag.core.spec import Network, RunSpec, Teacher
+    from atdiag.execution.plan import Plan
+    from atdiag.study.protocol import Series, Study
+    from atdiag.study.settings import Settings
+
+
+def header(series: Series, settings: Settings) -> None:
+    """Say what an experiment is about, and at which scale."""
+    from atdiag.reports import tables
+
+    typer.echo(f"atdiag {series.ablation}: {tables.subject(series)}")
+    scale(series.studies, settings)
+
+
+def scale(studies: tuple[Study, ...], settings: Settings) -> None:
+    """Say on what is trained, for how long, and whose the teachers are."""
+    from atdiag.networks.registry import teachers
+
+    arms = [arm.specs[0] for study in studies for arm in study.arms]
+    data = ", ".join(f"{one.name}, {one.train:,} training images" for one in dict.fromkeys(s.data for s in arms))
+    epochs = sorted({spec.recipe.epochs for spec in arms})
+    typer.echo(
+        f"profile {settings.profile.name}: {data} x {' or '.join(map(str, epochs))} epochs, "
+        f"{count(len(settings.seeds), 'seed')}"
+    )
+    distinct = list({study.teacher.label: study.teacher for study in studies}.values())
+    if minis := [teacher for teacher in distinct if teachers.is_miniature(teacher)]:
+        whose = f"{teachers.row(minis[0].name).title}'s architecture" if len(minis) == 1 else "their architectures"
+        what = "this teacher is a miniature" if len(minis) == 1 else "these teachers are miniatures"
+        typer.echo(f"{what} of {whose}; the published one{'s'[: len(minis) - 1]}: --profile small, or paper")
+    if missing := [teacher for teacher in distinct if teacher.sha256 is None]:
+        if len(distinct) == 1:
+            typer.echo(f"its weights are not on this machine: {teachers.how_to_get(missing[0])}")
+        else:
+            typer.echo(f"the weights of {names(missing)} are not on this machine: {teachers.how_to_get(missing[0])}")
+    if settings.overrides:
+        typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(settings.overrides.items())))
+
+
+def announce(plan: Plan, store: Store) -> None:
+    """Say how much is to be trained, and about how long it takes."""
+    if not plan.todo:
+        typer.echo(f"{count(len(plan.specs), 'run')}, all finished before: nothing to train")
+        return
+    begun = sum(store.run(spec).checkpoint.exists() for spec in plan.todo)
+    go_on = f" ({begun} go on from their checkpoints)" if begun else ""
+    where = f"in {count(min(plan.processes, len(plan.todo)), 'process')} on {plan.device}"
+    typer.echo(
+        f"{count(len(plan.specs), 'run')}, {len(plan.specs) - len(plan.todo)} finished before; "
+        f"{len(plan.todo)} to do{go_on} {where}: about {duration(plan.seconds)}"
+    )
+
+
+def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) -> None:
+    """The plan of an experiment, in full."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from atdiag.execution import cost
+
+    settings, store = session.settings, session.store
+    header(series, settings)
+    table = Table(title=f"{series.ablation}: what would be run", title_justify="left")
+    for name in ("arm", "seed", "run", "state", "thread-s"):
+        table.add_column(name, justify="right" if name in ("seed", "thread-s") else "left", no_wrap=name != "arm")
+    planned = _planned(series)
+    for name, spec in planned:
+        seconds = f"{cost.seconds(spec, plan.speed):.0f}"
+        table.add_row(name, str(spec.seed.model), spec.id, store.run(spec).state, seconds)
+    Console().print(table)
+    typer.echo(
+        f"{count(len(plan.specs), 'run')}, {len(plan.todo)} to do, about {duration(plan.seconds)} in "
+        f"{count(plan.processes, 'process')} on {plan.device}."
+    )
+    for measure in measures(series):
+        typer.echo(f"Then, of finished runs: {measure}.")
+    for note in dict.fromkeys([*series.notes, *(note for study in series.studies for note in study.notes)]):
+        typer.echo(f"- {note}")
+    if any(study.teacher.sha256 is None for study in series.studies):
+        typer.echo("The names of runs that need the teacher will be others: its weights' sha256 is part of them.")
+    for name, document in _resolved(series, settings).items():
+        typer.echo(f"{name}: " + ", ".join(f"{k}={_short(v)}" for k, v in document.items() if v not in (None, [], ())))
+    networks = {spec.network: name for name, spec in reversed(planned) if spec.recipe.epochs}
+    for network, name in sorted(networks.items(), key=lambda pair: len(pair[0].components)):
+        typer.echo(f"network of {name}: {_size(network)}")
+    if json_:
+        runs = [
+            {"arm": name, "run": s.id, "state": store.run(s).state, "spec": s.model_dump(mode="json")}
+            for name, s in planned
+        ]
+        typer.echo(json.dumps({"ablation": series.ablation, "seconds": round(plan.seconds), "runs": runs}))
+
+
+def measures(series: Series) -> list[str]:
+    """What is taken of finished runs, by name."""
+    return list(dict.fromkeys(measure.name for study in series.studies for measure in study.measures))
+
+
+def _planned(series: Series) -> list[tuple[str, RunSpec]]:
+    """Every run once, with the name of the first arm that has it."""
+    several = len(series.studies) > 1
+    named: dict[str, tuple[str, RunSpec]] = {}
+    for study in series.studies:
+        for arm in [*study.arms, *([study.reference] if study.reference else [])]:
+            for spec in arm.specs:
+                named.setdefault(spec.id, (f"{study.label}: {arm.name}" if several else arm.name, spec))
+    return list(named.values())
+
+
+def _resolved(series: Series, settings: Settings) -> dict[str, dict[str, Any]]:
+    """The settings that its runs are made of: data, transfer, recipes, student."""
+    profile = settings.profile
+    scenes = {"test_per_source", "clutter"} if profile.data.image_size else set()
+    form = profile.transfer.model_dump(mode="json", exclude_defaults=True)
+    resolved = {
+        "data": profile.data.model_dump(mode="json", exclude=scenes),
+        "transfer": form or {"layers": "all", "heads": "all", "tensor": "map"},
+    }
+    trained = {spec.recipe for study in series.studies for arm in study.arms for spec in arm.specs}
+    for recipe in dict.fromkeys(profile.recipe.values()):
+        if recipe in trained:
+            of = [method for method, one in profile.recipe.items() if one == recipe]
+            name = "recipe" if len(trained) == 1 else f"recipe of {', '.join(of)}"
+            resolved[name] = recipe.model_dump(mode="json")
+    resolved["student"] = series.studies[0].arms[0].specs[0].network.model_dump(mode="json")
+    return resolved
+
+
+def _size(network: Network) -> str:
+    """``standard, 22.1 M parameters, 4.6 GFLOPs per image``."""
+    from atdiag.networks.model import students
+
+    parts = ", ".join(network.components) or "standard"
+    parameters, flops = students.parameters(network), students.flops(network)
+    return f"{parts}; {parameters / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOPs per image"
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def names(teachers: Sequence[Teacher], most: int = 6) -> str:
+    """``deit_s, dino_s and 9 others``."""
+    labels = [teacher.label for teacher in teachers]
+    rest = len(labels) - most
+    return ", ".join(labels) if rest <= 1 else f"{', '.join(labels[:most])} and {rest} others"

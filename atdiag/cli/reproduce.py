@@ -1,0 +1,268 @@
+"""``atdiag reproduce``: all analyses as one set of runs, and one table of claims. ``atdiag figures``: what is finished.
+
+Part of the command line: imports nothing heavy before a command is called.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atdiag.cli import experiments, planning
+from atdiag.cli.options import EXECUTION, EXPERIMENT, joined
+from atdiag.cli.session import ExperimentSession, open_session
+from atdiag.core import paths, text
+from atdiag.core.text import count
+from atdiag.study import registry
+from atdiag.study.builder import Lab  # light: every ablation has it
+from atdiag.study.protocol import LEFT_OUT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from atdiag.core.errors import UserError
+    from atdiag.core.runs import Store
+    from atdiag.core.spec import RunSpec
+    from atdiag.execution.plan import Plan
+    from atdiag.study.claims import Judged
+    from atdiag.study.protocol import Reading, Series
+
+_Quick = Annotated[bool, typer.Option("--quick", help="Fewer teachers, fewer variants of each analysis.")]
+
+
+@dataclass(frozen=True)
+class Analyses:
+    """The analyses that can be made at a profile, and why the others can't."""
+
+    series: dict[str, Series]
+    refused: dict[str, UserError]
+
+    @property
+    def specs(self) -> list[RunSpec]:
+        """All runs, each once."""
+        return list({spec.id: spec for series in self.series.values() for spec in series.specs}.values())
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Both commands, with the options of the experiments."""
+    app.command("reproduce")(joined(reproduce, EXPERIMENT, _reproduce))
+    training = {*EXECUTION, "dry_run"} - {"data_dir"}
+    common = {name: option for name, option in EXPERIMENT.items() if name not in training}
+    app.command("figures")(joined(figures, common, _figures))
+
+
+def reproduce(lab: Lab, quick: _Quick = False) -> Analyses:
+    """Make all analyses of the 2026 paper, and say what became of its claims.
+
+    What several analyses share is trained once, and what is finished never again. Stopped at any point, the same line
+    goes on.
+    """
+    return _made(lab, quick, registry.placed())
+
+
+def figures(
+    lab: Lab,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Analyses, such as benchmark; or all.")],
+    quick: _Quick = False,
+) -> tuple[Analyses, list[str]]:
+    """Draw figures and write tables of finished analyses; trains nothing."""
+    from atdiag.core.selection import choose
+
+    placed = registry.placed()
+    wanted = [choose(name, ("all", *placed), "figures") for name in names]
+    chosen = placed if "all" in wanted else {name: placed[name] for name in wanted}
+    return _made(lab, quick, chosen), wanted
+
+
+def _made(lab: Lab, quick: bool, ablations: Mapping[str, tuple[Any, registry.Placement]]) -> Analyses:
+    from ablations.reproduction import combinations
+    from atdiag.core.errors import UserError
+    from atdiag.study.protocol import Series
+
+    series: dict[str, Series] = {}
+    refused: dict[str, UserError] = {}
+    for name, (ablation, placement) in ablations.items():
+        options = placement.options(lab.settings.profile.name, quick)
+        try:
+            parts = [experiments.spread(partial(ablation, **one), lab, leave_out=True) for one in combinations(options)]
+        except UserError as fault:
+            refused[name] = fault
+        else:
+            series[name] = Series.join(parts)
+    return Analyses(series, refused)
+
+
+def _reproduce(
+    make: partial[Analyses], dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any
+) -> None:
+    from atdiag.reports import console
+
+    session = open_session(set_=set_, **given)
+    analyses = make(Lab(session.settings))
+    if not analyses.series:
+        raise next(iter(analyses.refused.values()))
+    experiments.check_overrides(lambda lab: make(lab).specs, analyses.specs, session.settings, set_)
+    folder = _folder("reproduce", session, out)
+    plan, every = session.plan(analyses.specs), list(analyses.series.values())
+    if not dry_run:
+        experiments.check(every, plan, session)
+    _show(analyses, plan, session)
+    if dry_run:
+        if json_:
+            typer.echo(json.dumps(_as_json(analyses, session.store)))
+        return
+    begun = time.monotonic()
+    experiments.train(every, plan, session)
+    readings = {name: session.reading(series) for name, series in analyses.series.items()}
+    files = _write_all(readings, folder)
+    judged = [*_judged(readings), *_untestable(analyses)]
+    summary = _write_summary(judged, readings, folder)
+    _tell(judged, session)
+    typer.echo(f"{text.duration(time.monotonic() - begun)} in all\n")
+    console.show_files([path for path in (*files, *summary) if path.suffix in (".md", ".png")])
+    if json_:
+        typer.echo(json.dumps(json.loads((folder / "summary.json").read_text())))
+
+
+def _figures(
+    make: partial[tuple[Analyses, list[str]]], json_: bool, out: Path | None, set_: list[str], **given: Any
+) -> None:
+    from atdiag.core.errors import UserError
+    from atdiag.execution.plan import pending
+    from atdiag.reports import console
+    from atdiag.study.pipeline import unmeasured
+
+    session = open_session(set_=set_, **given)
+    analyses, wanted = make(Lab(session.settings))
+    folder = _folder("figures", session, out)
+    readings: dict[str, Reading] = {}
+    left: list[str] = [f"{name}: {fault}" for name, fault in analyses.refused.items()]
+    for name, series in analyses.series.items():
+        missing = len(pending(series.specs, session.store)) or len(unmeasured([series], session.store))
+        if missing:
+            left.append(f"{name}: {count(missing, 'run')} of {len(series.specs)} not finished or not measured")
+        else:
+            readings[name] = session.reading(series)
+    if not readings or (left and "all" not in wanted):
+        raise UserError("; ".join(left), "the same line with 'reproduce' for 'figures NAME' trains them")
+    files = _write_all(readings, folder)
+    console.show_files([path for path in files if path.suffix in (".png", ".pdf", ".txt")])
+    for line in left:
+        typer.echo(f"not drawn: {line}")
+    if json_:
+        typer.echo(json.dumps({"files": [str(path) for path in files], "left": left}))
+
+
+def _folder(name: str, session: ExperimentSession, out: Path | None) -> Path:
+    folder = out.expanduser() if out else Path("results") / f"{name}-{session.settings.profile.name}"
+    paths.writable(folder, "--out")
+    return folder
+
+
+def _show(analyses: Analyses, plan: Plan, session: ExperimentSession) -> None:
+    """What would be run: for each analysis its runs, those that no earlier one has, and the time that they take."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from atdiag.execution import cost
+    from atdiag.study.pipeline import unmeasured
+
+    table = Table(title="reproduce: all analyses as one set of runs", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("analysis")
+    for name in ("studies", "runs", "of its own", "to do", "thread time"):
+        table.add_column(name, justify="right")
+    typer.echo("atdiag reproduce: the analyses of Qin et al. 2026")
+    planning.scale(tuple(study for series in analyses.series.values() for study in series.studies), session.settings)
+    open_ = {spec.id for spec in plan.todo}
+    seen: set[str] = set()
+    for name, series in analyses.series.items():
+        own = [spec for spec in series.specs if spec.id not in seen]
+        seen |= {spec.id for spec in own}
+        todo = [spec for spec in own if spec.id in open_]
+        time_ = text.duration(sum(cost.seconds(spec, plan.speed) for spec in todo)) if todo else ""
+        cells = (len(series.studies), len(series.specs), len(own), len(todo), time_)
+        table.add_row(name, *map(str, cells))
+    Console().print(table)
+    for name, fault in analyses.refused.items():
+        typer.echo(f"- {name} is not testable here: {fault}")
+    for note in dict.fromkeys(note for series in analyses.series.values() for note in series.notes):
+        if note.startswith(LEFT_OUT):
+            typer.echo(f"- {note}")
+    measured = unmeasured(list(analyses.series.values()), session.store)
+    wall = plan.seconds + sum(cost.testing_seconds(spec, plan.speed) for spec in measured)
+    then = f", {count(len(measured), 'measurement')} of finished runs" if measured else ""
+    typer.echo(
+        f"{count(len(plan.specs), 'run')}, {len(plan.todo)} to do{then}: about {text.duration(wall)} in "
+        f"{count(plan.processes, 'process')} on {plan.device}."
+    )
+
+
+def _as_json(analyses: Analyses, store: Store) -> dict[str, Any]:
+    return {
+        name: [{"run": spec.id, "state": store.run(spec).state} for spec in series.specs]
+        for name, series in analyses.series.items()
+    }
+
+
+def _write_all(readings: dict[str, Reading], folder: Path) -> list[Path]:
+    from atdiag.reports import writers
+
+    return [path for name, reading in readings.items() for path in writers.write_reading(reading, folder / name)]
+
+
+def _judged(readings: dict[str, Reading]) -> list[Judged]:
+    return [one for reading in readings.values() for one in reading.judged]
+
+
+def _untestable(analyses: Analyses) -> list[Judged]:
+    """The claims of analyses that can't be made at the profile, with the reason."""
+    from ablations import claims
+    from atdiag.study.claims import Judged
+
+    return [
+        Judged(claim, "not testable here", "", note=str(fault))
+        for name, fault in analyses.refused.items()
+        for claim in claims.of(name)
+    ]
+
+
+def _write_summary(judged: Sequence[Judged], readings: dict[str, Reading], folder: Path) -> list[Path]:
+    """The table of claims in every form, with the runs that it stands on."""
+    import pandas as pd
+
+    from atdiag.reports import tables, writers
+
+    cells, records = [tables.claim_cells(one) for one in judged], [tables.claim_record(one) for one in judged]
+    runs = list(dict.fromkeys(run for reading in readings.values() for run in reading.runs))
+    texts = {
+        "md": "\n".join([*tables.claims_markdown(judged), "", f"{len(runs)} runs: {', '.join(runs)}", ""]),
+        "tex": tables.booktabs(tables.CLAIMS, cells),
+        "csv": pd.DataFrame(records).to_csv(index=False),
+    }
+    verdicts = {name: reading.verdict for name, reading in readings.items()}
+    report = {"claims": records, "verdicts": verdicts, "runs": runs}
+    return writers.write(folder, "summary", texts, report, figures={})
+
+
+def _tell(judged: Sequence[Judged], session: ExperimentSession) -> None:
+    from collections import Counter
+
+    from rich.console import Console
+
+    from atdiag.reports import tables
+
+    Console().print(tables.claims_table(judged))
+    counted = Counter(one.verdict for one in judged)
+    seeds = count(len(session.settings.seeds), "seed")
+    summary = ", ".join(f"{number} {verdict}" for verdict, number in counted.most_common())
+    typer.echo(f"{len(judged)} claims at profile {session.settings.profile.name}, {seeds}: {summary}.")
+    if session.settings.profile.name == "mini":
+        typer.echo("Profile mini is a working example: miniatures are no evidence about the published teachers.")

@@ -1,0 +1,273 @@
+"""``atdiag runs``: list, show, compare, verify, export and remove what was trained.
+
+Part of the command line: imports nothing heavy before a command is called.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atdiag.cli.messages import say
+from atdiag.cli.options import Json, Runs
+from atdiag.core import paths
+from atdiag.core.text import count
+from atdiag.reports import console
+
+if TYPE_CHECKING:
+    from atdiag.core.runs import Run, Store
+    from atdiag.core.spec import Transfer
+    from atdiag.training.audit import Verdict
+
+app = typer.Typer(no_args_is_help=True, help="List, show, compare, verify, export and remove runs.")
+
+
+@app.command("list")
+def runs_list(runs: Runs = None, json_: Json = False) -> None:
+    """List all runs, oldest first."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    store = store_of(runs)
+    rows = [_listed(run) for run in store.list()]
+    if json_:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(title=f"{count(len(rows), 'run')} in {store.root}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.collapse_padding, table.pad_edge = True, False
+    for name in ("run", "state", "teacher", "student", "transfer", "data", "seed", "top-1"):
+        table.add_column(name, no_wrap=name in ("run", "state", "seed", "top-1"), overflow="fold")
+    for row in rows:
+        top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
+        student = row["student"].replace(" ", "\n") + ("" if row["start"] == "scratch" else f"\nfrom {row['start']}")
+        table.add_row(
+            row["run"][:12], row["state"], row["teacher"], student, row["transfer"], row["data"], row["seed"], top1
+        )
+    Console().print(table)
+
+
+def _listed(run: Run) -> dict[str, Any]:
+    try:
+        spec = run.spec
+        return {
+            "run": run.id,
+            "state": run.state,
+            "teacher": spec.teacher.label if spec.teacher else "",
+            "student": " ".join(spec.network.components) or "standard",
+            "start": spec.init.source + (f" less {'+'.join(spec.init.reinit)}" if spec.init.reinit else ""),
+            "transfer": _transfer_text(spec.transfer),
+            "data": f"{spec.data.name} {spec.data.train}x{spec.recipe.epochs}",
+            "seed": f"{spec.seed.data}/{spec.seed.model}",
+            "top1": run.result()["top1"] if run.finished else None,
+        }
+    except (ValueError, KeyError):  # a file is damaged, or of another version: the others are listed all the same
+        nothing = dict.fromkeys(("teacher", "student", "start", "transfer", "data", "seed"), "")
+        return {"run": run.id, "state": "damaged", **nothing, "top1": None}
+
+
+def _transfer_text(transfer: Transfer) -> str:
+    """``copy 0-11``, ``distill q 6-11 x3``, ``distill 0-5 heads 0,2 mean over queries, mse x3``."""
+    from atdiag.core.selection import ranges
+
+    words: list[str] = [transfer.method]
+    if transfer.tensor != "map":
+        words.append(transfer.tensor)
+    if transfer.layers:
+        words.append(ranges(transfer.layers))
+    if transfer.teacher_layers:
+        words.append(f"from {ranges(transfer.teacher_layers)}")
+    if transfer.heads is not None:
+        words.append(f"heads {ranges(transfer.heads)}")
+    if transfer.average is not None:
+        words.append(f"mean over {transfer.average}")
+    if transfer.method == "distill" and transfer.tensor == "map" and transfer.loss != "ce":
+        words.append(str(transfer.loss))
+    if transfer.weight is not None:
+        words.append(f"x{transfer.weight:g}")
+    return " ".join(words)
+
+
+def store_of(runs: Path | None) -> Store:
+    """The store that ``--runs``, the environment or a file of settings names.
+
+    Raises UserError for a ``--runs`` that is no folder: nothing found there would look like all being well.
+    """
+    from atdiag.core.errors import UserError
+    from atdiag.core.runs import Store
+    from atdiag.study import settings as profiles
+
+    if runs is not None and not runs.expanduser().is_dir():
+        raise UserError(f"--runs {runs} is no folder", "give the folder that holds the runs")
+    return Store(profiles.resolve(None, None, (), runs).runs)
+
+
+def _find(store: Store, name: str) -> Run:
+    from atdiag.core.errors import UserError, suggest
+
+    try:
+        return store.find(name)
+    except KeyError as fault:
+        raise UserError(f"{fault.args[0]}{suggest(name, [run.id for run in store.list()])}") from None
+
+
+@app.command("show")
+def runs_show(run: Annotated[str, typer.Argument(help="A run's id, or its first digits.")], runs: Runs = None) -> None:
+    """Show one run: what it is, where it stands, and what came out."""
+    from atdiag.core.errors import UserError
+
+    found = _find(store_of(runs), run)
+    document: dict[str, Any] = {"run": found.id, "state": found.state}
+    try:
+        document["spec"] = found.spec.model_dump(mode="json")
+    except ValueError:
+        raise UserError(
+            f"{found.path / 'spec.json'} can't be read, or is not this run's",
+            f"'atdiag runs remove {found.id}' deletes it",
+        ) from None
+    document["metrics"] = found.progress()
+    if found.finished:
+        document["result"] = found.result()
+    if failure := found.failure():
+        document["failure"] = failure
+    typer.echo(json.dumps(document, indent=1))
+
+
+@app.command("remove")
+def runs_remove(
+    run: Annotated[list[str], typer.Argument(help="Ids of runs, or their first digits.")], runs: Runs = None
+) -> None:
+    """Delete runs. Their numbers can then only be had by training again."""
+    from atdiag.core.errors import UserError
+    from atdiag.core.runs import RunBusyError
+
+    store = store_of(runs)
+    for one in [_find(store, name) for name in run]:  # all are found before any is removed
+        try:
+            store.remove(one)
+        except RunBusyError as fault:
+            raise UserError(str(fault), "wait until it ends") from None
+        typer.echo(f"removed {one.id}")
+
+
+@app.command("verify")
+def runs_verify(
+    run: Annotated[list[str] | None, typer.Argument(help="Ids of runs, or their first digits. [default: all]")] = None,
+    runs: Runs = None,
+    json_: Json = False,
+) -> None:
+    """Hash every file of finished runs again, and name what is damaged.
+
+    Exit code 1 if anything is. Also checked: that spec, predictions, accuracy and teacher's weights belong together.
+    """
+    from atdiag.training import audit
+
+    store = store_of(runs)
+    chosen = [_find(store, name) for name in run] if run else store.list()
+    with console.counted("hashing", len(chosen)) as report:
+        verdicts = audit.verify(chosen, report)
+    damaged = [verdict for verdict in verdicts if verdict.state == "damaged"]
+    for verdict in damaged:
+        typer.echo(str(verdict))
+    typer.echo(f"{count(len(verdicts), 'run')} in {store.root}: {_tally(verdicts)}")
+    if json_:
+        rows = [
+            {
+                "run": verdict.run.id,
+                "state": verdict.state,
+                "faults": [{"file": str(path), "why": why} for path, why in verdict.faults],
+                "mend": verdict.remedy,
+            }
+            for verdict in verdicts
+        ]
+        typer.echo(json.dumps(rows))
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _tally(verdicts: list[Verdict]) -> str:
+    """``3 sound, 1 damaged, 1 not verifiable (older version: no hashes recorded)``."""
+    notes = {
+        "sound": "",
+        "damaged": "",
+        "not verifiable": " (finished by an older version, which recorded no hashes)",
+        "unfinished": "",
+    }
+    states = [verdict.state for verdict in verdicts]
+    parts = [f"{states.count(state)} {state}{note}" for state, note in notes.items() if state in states]
+    if away := sum(verdict.teacher_here is False for verdict in verdicts):
+        parts.append(f"the teacher's weights of {away} are not on this machine")
+    return ", ".join(parts) or "nothing to look at"
+
+
+@app.command("diff")
+def runs_diff(
+    a: Annotated[str, typer.Argument(help="A run's id, or its first digits.")],
+    b: Annotated[str, typer.Argument(help="Another's.")],
+    runs: Runs = None,
+    json_: Json = False,
+) -> None:
+    """Show by what two runs differ: specs, then what they were computed on, then results."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from atdiag.reports import run_table
+
+    store = store_of(runs)
+    one, other = _find(store, a), _find(store, b)
+    found = run_table.differences(one, other)
+    if json_:
+        typer.echo(json.dumps({"runs": [one.id, other.id], **found}))
+        return
+    from rich import box
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", f"{one.id[:12]} ({one.state})", f"{other.id[:12]} ({other.state})"):
+        table.add_column(name, overflow="fold", no_wrap=not name)
+    for title, rows in found.items():
+        table.add_section()
+        table.add_row(f"[bold]{title}[/bold]", *([] if rows else ["no difference"]))
+        for name, *values in rows:
+            table.add_row(f"  {name}", *("" if v is None else _escaped(v) for v in values))
+    Console().print(table, highlight=False)
+
+
+def _escaped(value: Any) -> str:
+    from rich.markup import escape
+
+    return escape(value if isinstance(value, str) else json.dumps(value))
+
+
+@app.command("export")
+def runs_export(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write. [default: the terminal]")] = None,
+    runs: Runs = None,
+) -> None:
+    """Write all runs as one CSV: specs, states, results, what they were computed on.
+
+    Runs that can't be read are in it with the state damaged; 'atdiag runs verify' looks closer.
+    """
+    from atdiag.core.errors import UserError
+    from atdiag.core.runs import write_atomically
+    from atdiag.reports import run_table
+
+    if out is not None:
+        out = out.expanduser()
+        if out.is_dir():
+            raise UserError(f"-o {out} is a folder", f"name a file in it, such as {out / 'runs.csv'}")
+        if not out.parent.is_dir():
+            raise UserError(f"-o {out}: there is no folder {out.parent}")
+        paths.writable(out.parent, "-o")
+    store = store_of(runs)
+    rows = [run_table.row(one) for one in store.list()]
+    text = run_table.to_csv(rows)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_atomically(out, text)
+        typer.echo(f"{count(len(rows), 'run')}\n  {out}")
+    if damaged := sum(row["state"] == "damaged" for row in rows):
+        say(f"{count(damaged, 'run')} can't be read: 'atdiag runs verify' says why")

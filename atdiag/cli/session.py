@@ -1,0 +1,292 @@
+"""What a command works with: settings, store, device; of commands that look inside also subjects and images.
+
+Part of the command line: imports nothing heavy before a command is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atdiag.cli.options import DataDir, Json, Profile, Runs, Set, execution_options, joined
+from atdiag.core import paths
+from atdiag.core.errors import UserError
+from atdiag.reports import console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
+
+    from atdiag.analysis.images import ImageSet
+    from atdiag.analysis.subjects import Subject
+    from atdiag.core.options import ExecutionOptions
+    from atdiag.core.runs import Store
+    from atdiag.core.spec import RunSpec
+    from atdiag.execution.plan import Plan
+    from atdiag.study.protocol import Reading, Series
+    from atdiag.study.settings import Settings
+
+SUBJECT = "a teacher (clip_b), a run's id (start:ID: before its first step), a file of a run, or timm:MODEL[@FILE]"
+"""What names a network."""
+
+Images = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--images",
+        help="A number of test images (0: all), indices as 3,17,40-43, a folder, or files. Repeatable. [default: 256]",
+    ),
+]
+Layers = Annotated[str | None, typer.Option(help="Blocks, such as 0,5,11 or 3-5 or top:4. [default: all]")]
+_DataName = Annotated[
+    str | None, typer.Option("--data", help="The data set. [default: the one that a run was trained on, else mini's]")
+]
+_SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that can't be read, and count them.")]
+_Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the best that is here]")]
+_Out = Annotated[Path | None, typer.Option(help="Folder for tables and figures. [default: ./results/<command>]")]
+
+_COMMON: dict[str, tuple[Any, Any]] = {
+    "skip_bad": (_SkipBad, False),
+    "data": (_DataName, None),
+    "set_": (Set, []),
+    "data_dir": (DataDir, None),
+    "profile": (Profile, None),
+    "runs": (Runs, None),
+    "device": (_Device, None),
+    "out": (_Out, None),
+    "json_": (Json, False),
+}
+
+
+@dataclass(frozen=True)
+class InspectionOptions:
+    """The options that all of these commands have, as they were typed."""
+
+    skip_bad: bool = False
+    data: str | None = None
+    set_: Sequence[str] = ()
+    data_dir: Path | None = None
+    profile: str | None = None
+    runs: Path | None = None
+    device: str | None = None
+    out: Path | None = None
+    json_: bool = False
+
+    def folder(self, command: str) -> Path:
+        """Where tables and figures go. Raises UserError where nothing can be written."""
+
+        out = self.out.expanduser() if self.out else Path("results") / command
+        paths.writable(out, "--out")
+        return out
+
+
+def add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
+    """Make a function a command: its own options, then those of :class:`InspectionOptions` that it does not replace."""
+    own = inspect.signature(function).parameters
+    common = {name: option for name, option in _COMMON.items() if name not in own}
+
+    def call(work: Callable[[InspectionOptions], None], **options: Any) -> None:
+        work(InspectionOptions(**options))
+
+    app.command(name)(joined(function, common, call))
+
+
+def resolve(given_data_dir: Path | None = None, **given: Any) -> Settings:
+    """Resolve settings from options as they were typed, and look for data sets where they say.
+
+    Raises UserError for whatever is wrong with any of them.
+    """
+    from atdiag.study import settings as profiles
+
+    if given_data_dir is not None and not given_data_dir.expanduser().is_dir():
+        raise UserError(f"--data-dir {given_data_dir} is no folder", "give the folder of all data sets")
+    settings = profiles.resolve(data_dir=given_data_dir, **given)
+    if settings.data_dir is not None:
+        paths.look_in(settings.data_dir)
+    return settings
+
+
+@dataclass(frozen=True)
+class ExperimentSession:
+    """What an experiment works with: resolved settings, where runs lie, and how they are executed."""
+
+    settings: Settings
+    store: Store
+    options: ExecutionOptions
+    equivalence: float | None = None
+
+    def reading(self, series: Series) -> Reading:
+        """What came out of a series, all of whose runs are finished and measured."""
+        from atdiag.study.aggregate import read
+
+        return read(series, self.settings, self.store, self.equivalence)
+
+    def plan(self, specs: Sequence[RunSpec]) -> Plan:
+        """Which of some runs are to do, and what they cost."""
+        from atdiag.execution import plan
+
+        return plan.make(specs, self.store, self.options)
+
+
+def open_session(
+    profile: str | None,
+    set_: list[str],
+    seeds: int | None,
+    equivalence: float | None,
+    runs: Path | None,
+    data_dir: Path | None,
+    **given: Any,
+) -> ExperimentSession:
+    """Resolve what every experiment is told. Raises UserError for whatever is wrong with any of it."""
+    from atdiag.core.runs import Store
+    from atdiag.execution import devices
+    from atdiag.training import compiled
+
+    if equivalence is not None and not 0 < equivalence < 100:
+        raise UserError(f"--equivalence {equivalence:g} is no margin", "give points above 0, such as 0.5")
+    compiled.choice()
+    settings = resolve(data_dir, profile=profile, seeds=seeds, sets=set_, runs=runs)
+    options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
+    options = replace(options, device=devices.named(options.device or settings.profile.device))
+    if not settings.runs.is_dir():  # one that is there may be read-only: finished runs are only read
+        paths.writable(settings.runs, "--runs")
+    return ExperimentSession(settings, Store(settings.runs), options, equivalence)
+
+
+class InspectionSession:
+    """Subjects by their references, and images for them."""
+
+    def __init__(self, references: Sequence[str], given: InspectionOptions) -> None:
+        from atdiag.analysis import subjects
+        from atdiag.core.runs import Store
+        from atdiag.execution import devices
+
+        overrides = [*([f"data.name={given.data}"] if given.data is not None else []), *given.set_]
+        settings = resolve(given.data_dir, profile=given.profile, sets=overrides, runs=given.runs)
+        self.given = given
+        self.profile = settings.profile.name
+        self.store = Store(settings.runs)
+        self.device = devices.resolve(given.device)
+        data = settings.profile.data
+        self.subjects: list[Subject] = [
+            subjects.find(reference, self.profile, data, self.store).to(self.device) for reference in references
+        ]
+        # A run's student is looked into with the images that it was trained for, unless others are asked for.
+        trained = next((one.data for one in self.subjects if one.spec is not None), None)
+        own = trained is None or any(item.startswith("data.") for item in overrides)
+        self.data = data if own else trained
+
+    def pictures(self, images: Sequence[str] | None, default: int = 256) -> ImageSet:
+        """The images that are asked for; else ``default`` of the data set's. Raises UserError where the subjects do not
+        see images of one kind."""
+        import numpy as np
+
+        from atdiag.analysis.images import choose
+        from atdiag.analysis.tracing import check_images
+
+        check_images(self.subjects)  # before images are asked for, which could be of none of the kinds
+        network = self.subjects[0].network
+        if images:
+            return choose(list(images), self.data, network, self.given.skip_bad)
+        every = choose(0, self.data, network)
+        count = min(default, len(every))
+        return every.reordered(np.arange(count, dtype=np.int64) * len(every) // count)
+
+    def tell(
+        self, tables: Sequence[Table], notes: Sequence[str], files: Sequence[Path], document: Any, pictures: ImageSet
+    ) -> None:
+        """Say what came out."""
+        from rich.console import Console
+
+        terminal = Console()
+        for one in tables:
+            terminal.print(one)
+        for note in [*notes, *left_out(pictures)]:
+            terminal.print(f"- {note}", style="dim", highlight=False)
+        console.show_files(files)
+        if self.given.json_:
+            typer.echo(json.dumps({**document, "files": [str(path) for path in files]}))
+
+
+def chosen(text: str | None, count: int, option: str) -> tuple[int, ...] | None:
+    """Blocks or heads as they are typed; None for all. Raises UserError."""
+    from atdiag.core.selection import indices
+
+    return None if text is None else indices(text, count, option)
+
+
+def chosen_of_all(text: str | None, subjects: Sequence[Subject]) -> tuple[int, ...] | None:
+    """Blocks as they are typed, which every subject has. None: all of each. Raises UserError."""
+    depths = sorted({one.network.depth for one in subjects})
+    if text is not None and len(depths) > 1 and ":" in text:
+        told = " and ".join(map(str, depths))
+        raise UserError(f"--layers {text}: the subjects have {told} blocks", "name blocks by number, as 0,5,11")
+    return chosen(text, depths[0], "--layers")
+
+
+def layer_pairs(text: str | None) -> dict[int, int] | None:
+    """``0:0,5:11`` -> a mapping. Raises UserError."""
+    from atdiag.core.errors import UserError
+
+    if text is None:
+        return None
+    out: dict[int, int] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", part)
+        if not found:
+            raise UserError(f"--layer-map {text!r} is no list of pairs", "write it as 0:0,5:11")
+        if int(found[1]) in out:
+            raise UserError(
+                f"--layer-map {text!r} has layer {int(found[1])} of A twice", "each is compared with one of B's"
+            )
+        out[int(found[1])] = int(found[2])
+    return out
+
+
+def stem(*parts: str) -> str:
+    """A file name for what was looked at: readable, and another one for anything else."""
+    words = [re.sub(r"[^\w.-]+", "_", part).strip("_")[:40] for part in parts[:2]]
+    return f"{'-'.join(words)}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:6]}"
+
+
+@contextlib.contextmanager
+def watched(**several: ImageSet) -> Iterator[None]:
+    """On a terminal a bar for each set of images, under its name, while they are gone through."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with console.bar(*columns) as bar:
+        for name, pictures in several.items():
+            pictures.on_progress = _ticker(bar, bar.add_task(name.replace("_", " "), total=len(pictures)))
+        yield
+
+
+def _ticker(bar: Progress, task: TaskID) -> Callable[[int], None]:
+    return lambda done: bar.update(task, completed=done)
+
+
+def left_out(pictures: ImageSet, kind: str = "images") -> list[str]:
+    """A note on the images that can't be read, with the names of the first; nothing where all can."""
+    names = list(pictures.skipped)
+    if not names:
+        return []
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    told = f"{', '.join(names[:_NAMED])}{more}"
+    return [f"{len(names)} of {len(pictures)} {kind} can't be read and are left out: {told}"]
+
+
+_NAMED = 10
+
+
+def shown_on(pictures: ImageSet) -> str:
+    """``256 test images of digits``."""
+    seen = len(pictures) - len(pictures.skipped)
+    return f"{seen} images" if pictures.data is None else f"{seen} test images of {pictures.data.name}"

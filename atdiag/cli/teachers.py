@@ -1,0 +1,103 @@
+"""``atdiag teachers``: list them, fetch their weights. ``atdiag pretrain``: rebuild a miniature.
+
+Part of the command line: imports nothing heavy before a command is called.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atdiag.cli.options import Json, Profile, Runs
+from atdiag.core import paths
+
+app = typer.Typer()
+
+
+@app.callback(invoke_without_command=True)
+def teachers(
+    context: typer.Context,
+    profile: Profile = None,
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    json_: Json = False,
+) -> None:
+    """List the teachers: weights and their licence, native components, tokens, and whether they are here now."""
+    if context.invoked_subcommand is not None:
+        return
+    from atdiag.networks.registry import listing
+    from atdiag.study.settings import profile_name
+
+    name = profile_name(profile)
+    rows = listing.rows(name, family)
+    if json_:
+        typer.echo(json.dumps(rows))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(listing.table(rows, name))
+    if others := listing.stand_ins(rows):
+        console.print(
+            "The same architecture at this size:", *(f"  {line}" for line in others), sep="\n", highlight=False
+        )
+    if name != "mini":
+        console.print(
+            "'atdiag teachers pull NAME' fetches weights; --json shows all that is known. Also: NAME@/path/file,",
+            "timm:MODEL and timm:MODEL@/path/file for any softmax-attention ViT of timm.",
+            sep="\n",
+            highlight=False,
+        )
+
+
+@app.command("pull")
+def teachers_pull(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Teachers, such as mocov3_s or timm:MODEL.")],
+) -> None:
+    """Fetch published weights ahead of time, and check that they load."""
+    from atdiag.networks.registry import teachers as registry
+    from atdiag.networks.weights import pull
+
+    for name in names:  # all are known before any is fetched
+        registry.source(name)
+    for name in names:
+        got = pull.pull(name)
+        state = "was here" if got.was_here else "fetched"
+        left = f", {got.dropped} keys beside it" if got.dropped else ""
+        typer.echo(f"{name} {state}: {got.path}\n  sha256 {got.sha256}, {got.branch}{left}")
+
+
+def pretrain(
+    name: Annotated[str, typer.Argument(help="The miniature to rebuild, such as clip_b.")],
+    runs: Runs = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write. [default: ./<name>.safetensors]")] = None,
+    install: Annotated[bool, typer.Option("--install", help="Put it in the shipped one's place.")] = False,
+) -> None:
+    """Pre-train a miniature teacher again and compare its accuracy with the shipped one's."""
+    from atdiag.core.errors import UserError
+    from atdiag.core.options import ExecutionOptions
+    from atdiag.core.runs import Store
+    from atdiag.execution.run import execute
+    from atdiag.networks.weights import loading
+    from atdiag.reports import console
+    from atdiag.study import settings as profiles
+    from atdiag.training import pretraining
+
+    spec = pretraining.spec(name)
+    path = loading.shipped_path(name) if install else out.expanduser() if out else Path(f"{name}.safetensors")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder", f"name a file in it, such as {path / name}.safetensors")
+    paths.writable(path.parent, "--out")
+    settings = profiles.resolve("mini", None, (), runs)
+    paths.writable(settings.runs, "--runs")
+    store = Store(settings.runs)
+    typer.echo(f"atdiag pretrain: {name} (mini), {spec.data.train} scenes x {spec.recipe.epochs} epochs, run {spec.id}")
+    options = ExecutionOptions(device="cpu", threads=1)
+    with console.training(1, lambda: int(not store.run(spec).finished)) as report:
+        execute([spec], store, options, report)
+    old = loading.metadata(loading.shipped_path(name))["top1"] if loading.shipped_path(name).exists() else None
+    pretraining.export(store.run(spec), path)
+    shipped = "none" if old is None else f"{old:.1f} %"
+    typer.echo(f"top-1 {store.run(spec).result()['top1']:.1f} % (shipped: {shipped})\n  {path}")

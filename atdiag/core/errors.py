@@ -1,0 +1,33 @@
+"""Errors that say what to do about them, and "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A wrong input: one line that says what was wrong and what to type instead. Exit code 2, nothing written."""
+
+    def __init__(self, problem: str, hint: str | None = None) -> None:
+        text = problem if hint is None else f"{problem}{' ' if problem.endswith('?') else ': '}{hint}"
+        super().__init__(" ".join(text.splitlines()))
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``, did you mean 'x'?`` where some known name is close, in whatever case, else nothing.
+
+    >>> suggest("Deit_B", ["deit_s", "deit_b"])
+    ", did you mean 'deit_b'?"
+    """
+    lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    return f", did you mean {lower[close[0]]!r}?" if close else ""
+
+
+class FaultError(RuntimeError):
+    """Something failed at run time; what is done is kept, and the next start goes on from there."""
+
+
+class StoppedError(RuntimeError):
+    """The user or the system asked to stop; every run under way wrote its checkpoint."""

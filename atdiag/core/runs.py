@@ -1,0 +1,320 @@
+"""A run is a directory, named by its spec's hash. It is the only truth: no database, no index.
+
+    <runs>/<id>/spec.json            what the run is
+                metrics.jsonl        one line per epoch
+                checkpoint           while it trains
+                tensorboard/         the same numbers as events
+                failure.json         if it stopped on a fault
+                weights.safetensors  the trained student
+                predictions.npz      per test image: prediction, label, cluster, log-probability of the label
+                ood/<set>.npz        the same of other test sets, for a finished run that was evaluated on them
+                result.json          written last and atomically: a run is finished if and only if this file is there
+
+Every file (but events) appears whole or not at all: written beside, flushed, renamed, which also holds on NFS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from atdiag.core.resources import GIB, small_file
+from atdiag.core.spec import RunSpec
+
+FILES = ("spec.json", "metrics.jsonl", "weights.safetensors", "predictions.npz")
+"""What a finished run consists of beside its result: nothing of it changes any more."""
+
+State = Literal["finished", "training", "interrupted", "failed", "new"]
+
+
+class RunBusyError(RuntimeError):
+    """Another process is training this run."""
+
+
+class DamagedRunError(ValueError):
+    """A file of a run is not what was written there; the message says how to start the run afresh."""
+
+    def __init__(self, path: Path, cause: object) -> None:
+        self.path, self.cause = path, str(cause).split("\n", 1)[0]
+        super().__init__(
+            f"{path} is damaged ({self.cause}): 'atdiag runs remove {path.parent.name}' starts that run afresh"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def broken_archive(path: Path) -> str | None:
+    """What is wrong with a zip archive, such as a checkpoint, by the checksums in it; None: nothing. Raises OSError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    # What zipfile raises depends on where a bit was flipped: NotImplementedError in the method of compression.
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, zlib.error) as fault:
+        return str(fault) or type(fault).__name__
+    return None if bad is None else f"{bad} in it is not what was written"
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The JSON object in one of a run's files. Raises DamagedRunError."""
+    try:
+        out = json.loads(small_file(path))
+    except (ValueError, RecursionError) as fault:  # RecursionError: brackets within brackets
+        raise DamagedRunError(path, fault) from None
+    if not isinstance(out, dict):
+        raise DamagedRunError(path, "it is no JSON object")
+    return out
+
+
+def digest(document: Any) -> str:
+    """sha256 of what a JSON document says, however it is laid out."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's directory. Making this object touches no file."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits: the spec's hash."""
+        return self.path.name
+
+    @cached_property
+    def spec(self) -> RunSpec:
+        """What the run is. Raises DamagedRunError where the file is not a spec, or not this run's."""
+        path = self.path / "spec.json"
+        if not path.is_file():
+            raise DamagedRunError(path, "it is missing")
+        try:
+            spec = RunSpec.model_validate_json(small_file(path))
+        except ValueError as fault:
+            cause = fault.errors()[0]["msg"] if isinstance(fault, ValidationError) else fault
+            raise DamagedRunError(path, cause) from None
+        if spec.id != self.id:
+            raise DamagedRunError(path, f"it describes run {spec.id}")
+        return spec
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result is there."""
+        return (self.path / "result.json").is_file()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state of an unfinished run is kept."""
+        return self.path / "checkpoint"
+
+    @property
+    def weights(self) -> Path:
+        """The trained student's weights."""
+        return self.path / "weights.safetensors"
+
+    @property
+    def predictions(self) -> Path:
+        """The per-image test predictions."""
+        return self.path / "predictions.npz"
+
+    def ood(self, test_set: str) -> Path:
+        """The per-image predictions on another test set, by the name of its file."""
+        return self.path / "ood" / f"{test_set}.npz"
+
+    @property
+    def state(self) -> State:
+        """Where the run stands."""
+        if self.finished:
+            return "finished"
+        if self._locked():
+            return "training"
+        if (self.path / "failure.json").exists():
+            return "failed"
+        return "interrupted" if self.checkpoint.exists() else "new"
+
+    def result(self) -> dict[str, Any]:
+        """The finished run's result. Raises FileNotFoundError for an unfinished one, DamagedRunError for a damaged."""
+        path = self.path / "result.json"
+        out: dict[str, Any] = _json(path)
+        if out.get("id") != self.id:
+            raise DamagedRunError(path, "it is not this run's result")
+        if "digest" in out and out.pop("digest") != digest(out):  # older versions recorded none
+            raise DamagedRunError(path, "it was changed")
+        return out
+
+    def sound(self, path: Path) -> None:
+        """Look whether one of a finished run's files is the one that was written.
+
+        Raises DamagedRunError where it is gone, or its sha256 is not the one in ``result.json`` (older versions
+        recorded none there).
+        """
+        if not path.is_file():
+            raise DamagedRunError(path, "it is missing")
+        recorded = self.result().get("files")
+        if isinstance(recorded, dict) and path.name in recorded and file_sha256(path) != recorded[path.name]:
+            raise DamagedRunError(path, "its sha256 is not the one in result.json")
+
+    def failure(self) -> dict[str, Any] | None:
+        """Step and cause of the fault that stopped the run, if one did. Raises DamagedRunError."""
+        path = self.path / "failure.json"
+        return _json(path) if path.exists() else None
+
+    def progress(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``: one for each epoch done so far. Raises DamagedRunError."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        if self.finished:
+            self.sound(path)
+        try:
+            return [json.loads(line) for line in small_file(path, GIB).splitlines()]
+        except (ValueError, RecursionError) as fault:
+            raise DamagedRunError(path, fault) from None
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write one of the run's files, atomically."""
+        write_atomically(self.path / name, content)
+
+    def write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Replace ``metrics.jsonl`` (an interrupted run goes on from its checkpoint's lines)."""
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def fail(self, step: int, cause: str) -> None:
+        """Record the fault that stopped the run."""
+        self.write("failure.json", json.dumps({"step": step, "cause": cause}))
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the files that a finished run consists of beside its result, as they lie there now, by name."""
+        return {name: file_sha256(self.path / name) for name in FILES if (self.path / name).is_file()}
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result, which makes the run finished, and drop what only an unfinished run needs.
+
+        The result records the sha256 of the run's other files, and of itself, so that they can be told from damaged
+        ones later.
+        """
+        document = {"id": self.id, **result, "files": self.hashes()}
+        self.write("result.json", json.dumps({**document, "digest": digest(document)}, indent=1))
+        for name in ("checkpoint", "failure.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _locked(self) -> bool:
+        if not (self.path / "lock").exists():
+            return False
+        try:
+            with FileLock(self.path / "lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for training. The operating system lets go when the process dies, however it dies.
+
+        Raises RunBusyError if another process holds it.
+        """
+        lock = FileLock(self.path / "lock")
+        try:
+            # A moment's patience: someone who asks for this run's state holds the lock as long as that takes.
+            lock.acquire(timeout=0.1, poll_interval=0.01)
+        except Timeout:
+            raise RunBusyError(f"run {self.id} is being trained by another process") from None
+        try:
+            self._tidy()
+            yield
+        finally:
+            lock.release()
+
+    def _tidy(self) -> None:
+        """Delete half-written files that a killed process left; spec.json needs no lock, so its own may be alive."""
+        for path in self.path.glob(".*-*"):
+            if not path.name.startswith(".spec.json"):
+                path.unlink(missing_ok=True)
+
+
+class Store:
+    """A folder of runs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def run(self, spec: RunSpec) -> Run:
+        """The run of a spec, which need not exist yet."""
+        return Run(self.root / spec.id)
+
+    def create(self, spec: RunSpec) -> Run:
+        """The run of a spec, its directory made.
+
+        Raises ValueError if another spec is in there, or if the spec is a plan for weights that are not here.
+        """
+        if spec.teacher is not None and spec.teacher.sha256 is None:
+            raise ValueError(f"the weights of {spec.teacher.label} are not on this machine")
+        run = self.run(spec)
+        run.path.mkdir(parents=True, exist_ok=True)
+        if (run.path / "spec.json").exists():
+            _ = run.spec
+        else:
+            run.write("spec.json", spec.model_dump_json(indent=1))
+        return run
+
+    def list(self) -> list[Run]:
+        """All runs, oldest first; a folder that has lost its spec is one as long as it holds anything else of a run."""
+        made: dict[Path, float] = {}
+        for name in (*FILES, "result.json", "checkpoint"):  # what a run is begun with comes first
+            for path in self.root.glob(f"*/{name}"):
+                if path.parent not in made:
+                    with contextlib.suppress(FileNotFoundError):  # removed a moment ago
+                        made[path.parent] = path.stat().st_mtime
+        return [Run(path) for path in sorted(made, key=lambda path: (made[path], path.name))]
+
+    def find(self, prefix: str) -> Run:
+        """The run whose id starts with ``prefix`` (4 digits at least). Raises KeyError unless there is exactly one."""
+        if len(prefix) < 4:
+            raise KeyError(f"{prefix!r} is too short for a run's id: give at least 4 of its digits")
+        matches = [run for run in self.list() if run.id.startswith(prefix)]
+        if not matches:
+            raise KeyError(f"no run in {self.root} named {prefix!r}")
+        if len(matches) > 1:
+            some = ", ".join(run.id for run in matches[:4]) + (" ..." if len(matches) > 4 else "")
+            raise KeyError(f"{len(matches)} runs in {self.root} have ids that begin with {prefix!r}: {some}")
+        return matches[0]
+
+    def remove(self, run: Run) -> None:
+        """Delete a run's directory. Raises RunBusyError while it is being trained."""
+        with run.lock():
+            (run.path / "result.json").unlink(missing_ok=True)  # first: what is left of it must not pass for finished
+            shutil.rmtree(run.path)

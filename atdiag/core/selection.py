@@ -1,0 +1,73 @@
+"""Choices as they are typed: one of several names, lists of names, blocks and heads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from atdiag.core.errors import UserError, suggest
+
+_ENDS = {"bottom": "first", "first": "first", "top": "last", "last": "last"}
+
+
+def choose(value: str, allowed: Sequence[str], option: str) -> str:
+    """``value`` if it is allowed. Raises UserError, with "did you mean", if not."""
+    if value not in allowed:
+        raise UserError(f"{option} {value!r}{suggest(value, allowed)} (choose from: {', '.join(allowed)})")
+    return value
+
+
+def comma_separated(text: str, option: str, example: str) -> tuple[str, ...]:
+    """``a, b`` -> its parts, each once. Raises UserError where there are none."""
+    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise UserError(f"{option} names none", f"write it as '{example}'")
+    return parts
+
+
+def indices(text: str | int | tuple[int, ...] | None, count: int, name: str) -> tuple[int, ...]:
+    """``3,5,7-9``, ``top:6``, ``bottom:6`` (also ``last:6``, ``first:6``) or None (all) -> indices below ``count``.
+
+    Raises UserError that says what was wrong with it.
+
+    >>> indices("0,3-5", 12, "transfer.layers"), indices("top:2", 12, "transfer.layers")
+    ((0, 3, 4, 5), (10, 11))
+    """
+    if text is None:
+        return tuple(range(count))
+    text = ",".join(map(str, text)) if isinstance(text, tuple) else str(text)
+    ends = ("first:2", "last:2") if name.endswith("heads") else ("top:6", "bottom:6")
+    hint = f"write it as '3,5,7-9', '{ends[0]}' or '{ends[1]}'"
+    if end := re.fullmatch(r"\s*([a-z]+)\s*:\s*(\d+)\s*", text):
+        word, number = end[1], int(end[2])
+        if word not in _ENDS:
+            raise UserError(f"{name}={text}: unknown word {word!r}{suggest(word, _ENDS)}", hint)
+        if not 1 <= number <= count:
+            raise UserError(f"{name}={text}: there are {count}", f"give a number from 1 to {count}")
+        return tuple(range(number) if _ENDS[word] == "first" else range(count - number, count))
+    found: set[int] = set()
+    for part in text.split(","):
+        if not (match := re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)):
+            raise UserError(f"{name}={text}: {part.strip()!r} is neither a number nor a range", hint)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"{name}={text}: the range {part.strip()} runs backwards", f"write it as '{last}-{first}'")
+        if last >= count:
+            raise UserError(f"{name}={text}: {last} is out of range", f"they are counted from 0 to {count - 1}")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """Indices as :func:`indices` reads them; those that follow one another are a range.
+
+    >>> ranges((0, 1, 2, 5, 7, 8))
+    '0-2,5,7-8'
+    """
+    out: list[tuple[int, int]] = []
+    for index in indices:
+        if out and out[-1][1] == index - 1:
+            out[-1] = out[-1][0], index
+        else:
+            out.append((index, index))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in out)

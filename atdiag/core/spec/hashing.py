@@ -1,0 +1,60 @@
+"""The content hash that names a run, and what it leaves out. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+SEMANTICS = 1
+"""Raised when the *meaning* of a spec changes (a fixed bug in a loss, say). Contrasts refuse to mix semantics."""
+
+NOT_HASHED: frozenset[str] = frozenset({"teacher.name", "teacher.profile"})
+"""Fields that say by which name a thing was asked for, not what it is (a teacher *is* its network and weights)."""
+
+ADDED_FIELDS: dict[str, Any] = {
+    "network.differences": [],
+    "teacher.network.differences": [],
+    "init.head_rows": [],
+    "transfer.teacher_layers": [],
+    "transfer.tensor": "map",
+    "transfer.heads": None,
+    "transfer.average": None,
+    "transfer.reduce": "sum",
+    "transfer.temperature": None,
+    **dict.fromkeys(("data.image_size", "data.per_class", "data.test_per_class", "data.fingerprint")),
+    "recipe.crop": None,
+    "recipe.flip": False,
+    "recipe.erase": 0.0,
+    "recipe.ema": None,
+}
+"""Fields added since version 1 -> the value under which nothing changed. A spec that holds that value hashes as if the
+field did not exist, so old runs stay finished. Frozen: rows are only ever added, and never edited."""
+
+
+def content_hash(
+    document: dict[str, Any], *, added: dict[str, Any] = ADDED_FIELDS, ignored: frozenset[str] = NOT_HASHED
+) -> str:
+    """sha256 of the canonical JSON of ``document``, without ``ignored`` fields and ``added`` ones at their old value.
+
+    Fields are named by dotted paths. Key order and white space do not matter.
+
+    >>> content_hash({"a": 1, "b": {"c": 2}}) == content_hash({"b": {"c": 2}, "a": 1})
+    True
+    >>> content_hash({"a": 1, "new": 0}, added={"new": 0}) == content_hash({"a": 1})
+    True
+    """
+
+    def kept(node: Any, path: str) -> Any:
+        if not isinstance(node, dict):
+            return node
+        out = {}
+        for key, value in node.items():
+            here = f"{path}.{key}" if path else key
+            if here in ignored or (here in added and added[here] == value):
+                continue
+            out[key] = kept(value, here)
+        return out
+
+    text = json.dumps(kept(document, ""), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

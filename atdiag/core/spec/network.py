@@ -1,0 +1,142 @@
+"""Which network: the architecture of a ViT, and a teacher as an architecture with weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from atdiag.core.spec.base import Spec, sorted_set
+
+PLAIN_NORM_EPS = 1e-6
+"""Epsilon of the LayerNorms of ViT and DeiT, in their authors' code and in timm."""
+
+
+class Network(Spec):
+    """The architecture of a ViT: a plain one (``components`` empty) or one with any set of native components.
+
+    Token grid = ``image_size / patch_size``; tokens are ordered class token, registers, patches.
+    """
+
+    image_size: Annotated[int, Field(gt=0, le=2**14)]
+    patch_size: Annotated[int, Field(gt=0, le=2**14)]
+    channels: Annotated[int, Field(gt=0, le=2**10)] = 3
+    width: Annotated[int, Field(gt=0, le=2**17)]
+    depth: Annotated[int, Field(gt=0, le=2**10)]
+    """Bounds like this one are far beyond any ViT: a damaged or malicious file is refused before it is built."""
+    heads: Annotated[int, Field(gt=0, le=2**17)]
+    mlp_ratio: Annotated[float, Field(gt=0, le=2**10)] = 4.0
+    class_token: bool = True
+    classes: Annotated[int, Field(gt=0, le=2**24)]
+    norm_eps: Annotated[float, Field(gt=0)] = PLAIN_NORM_EPS
+    """Epsilon of every LayerNorm; the plain ViT's without the component `ln_eps`."""
+    mean: tuple[float, ...] = (0.5,)
+    """Per-channel mean that the network subtracts from pixels in [0, 1] (one value serves all channels)."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
+    components: Annotated[tuple[str, ...], AfterValidator(sorted_set)] = ()
+    layer_scale_init: float | None = None
+    """Initial value of LayerScale's factors; None without the component `layer_scale`."""
+    registers: int = Field(default=0, ge=0, le=2**14)
+    """Number of register tokens; 0 without the component `registers`."""
+    differences: Annotated[tuple[str, ...], AfterValidator(sorted_set)] = ()
+    """What else tells a published network from the plain ViT and can't be added to a student yet (``rope``): such a
+    network can teach, and no student has it."""
+
+    def canonical(self) -> dict[str, Any]:
+        """Take the number of a component out with it, and write equal values of all channels once."""
+        changed: dict[str, Any] = {}
+        if "components" in self.model_fields_set:
+            without = {"layer_scale_init": None, "registers": 0, "norm_eps": PLAIN_NORM_EPS}
+            owners = {"layer_scale_init": "layer_scale", "registers": "registers", "norm_eps": "ln_eps"}
+            changed |= {field: without[field] for field, owner in owners.items() if owner not in self.components}
+        pixels = {"mean": self.mean, "std": self.std}
+        return changed | {name: values[:1] for name, values in pixels.items() if len(set(values)) == 1}
+
+    def check(self) -> None:
+        """Raise ValueError for sizes that do not fit each other, and for a component without its number."""
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if len(self.mean) not in (1, self.channels) or len(self.std) not in (1, self.channels):
+            raise ValueError(f"mean and std need 1 or {self.channels} values")
+        if ("layer_scale" in self.components) != (self.layer_scale_init is not None):
+            raise ValueError("layer_scale_init belongs to the component layer_scale: give both or neither")
+        if ("registers" in self.components) != (self.registers > 0):
+            raise ValueError("a number of registers belongs to the component registers: give both or neither")
+        if ("ln_eps" in self.components) != (self.norm_eps != PLAIN_NORM_EPS):
+            raise ValueError(
+                f"a norm_eps other than {PLAIN_NORM_EPS} belongs to the component ln_eps: give both or neither"
+            )
+        if "mean_pool" in self.components:
+            if "attention_pool" in self.components:
+                raise ValueError("mean_pool and attention_pool are two ways to pool: choose one")
+            if not self.class_token:
+                raise ValueError("mean_pool is the plain way to pool where there is no class token: leave it out")
+
+    def student(self, components: tuple[str, ...] = (), classes: int | None = None) -> Network:
+        """The architecture of a student for this teacher: its grid, width, depth, heads and class token.
+
+        ``components`` are the native components that the student is given: none for the standard student, all of the
+        teacher's for the native one. Raises ValueError for one that the teacher lacks.
+        """
+        if foreign := [name for name in components if name not in self.components]:
+            have = ", ".join(self.components) or "none"
+            raise ValueError(f"{', '.join(foreign)}: not a native component of this teacher (it has: {have})")
+        same = self.model_dump(exclude={"differences"})
+        return Network.model_validate({**same, "components": components, "classes": classes or self.classes})
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches: class token and registers."""
+        return int(self.class_token) + self.registers
+
+    @property
+    def tokens(self) -> int:
+        """Length of the token sequence."""
+        return self.grid**2 + self.prefix_tokens
+
+    @property
+    def parameters(self) -> int:
+        """About how many parameters it has, biases and norms left out: enough to tell what can't be built."""
+        c, n = self.width, self.tokens
+        maps = n * n if "rel_pos_bias" in self.components else 0  # its table of indices
+        block = int((4 + 3 * self.mlp_ratio) * c * c)  # a gated MLP has three matrices
+        return self.depth * (block + maps) + c * (n + self.classes + self.channels * self.patch_size**2)
+
+    def tokens_shared_with(self, other: Network) -> tuple[int, ...] | None:
+        """Indices of this network's tokens that a network with fewer registers also has; None if all.
+
+        Raises ValueError where the two differ in more than their registers.
+        """
+        if (self.grid, self.class_token) != (other.grid, other.class_token) or self.registers < other.registers:
+            raise ValueError(f"the tokens of two networks do not line up: {self.tokens} and {other.tokens}")
+        if self.registers == other.registers:
+            return None
+        first = int(self.class_token)
+        return (*range(first + other.registers), *range(first + self.registers, self.tokens))
+
+
+class Teacher(Spec):
+    """A frozen pre-trained ViT: which network with which weights."""
+
+    name: str
+    """What the user calls it, such as ``clip_b``."""
+    profile: str
+    """The profile whose weights are meant: ``clip_b`` at mini is not CLIP."""
+    network: Network
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    """Of the weight file; None in a plan for weights that are not on this machine, which nothing trains with."""
+
+    @property
+    def label(self) -> str:
+        """How it is shown: ``clip_b (mini)``, its plain name at paper scale, ``deit_s (own file)``."""
+        name, at, _ = self.name.partition("@")
+        if at:
+            return f"{name} (own file)"
+        return name if self.profile == "paper" or ":" in name else f"{name} ({self.profile})"

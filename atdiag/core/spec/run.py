@@ -1,0 +1,129 @@
+"""One arm with one seed: the unit that is trained, stored, and never trained twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atdiag.core.spec.base import Spec
+from atdiag.core.spec.data import Data
+from atdiag.core.spec.hashing import SEMANTICS, content_hash
+from atdiag.core.spec.network import Network, Teacher
+from atdiag.core.spec.recipe import Recipe, Seed
+from atdiag.core.spec.transfer import Init, Transfer
+
+_SHARED = {"batch_size", "mixup", "cutmix", "rand_augment", "crop", "flip", "erase", "precision"}
+
+
+class RunSpec(Spec):
+    """One arm with one seed: the unit that is trained, stored, and never trained twice."""
+
+    network: Network
+    teacher: Teacher | None = None
+    init: Init = Init()
+    transfer: Transfer = Transfer()
+    data: Data
+    recipe: Recipe
+    seed: Seed
+    semantics: int = SEMANTICS
+
+    def canonical(self) -> dict[str, Any]:
+        """Drop a teacher that nothing depends on; write all heads as None."""
+        if self.transfer.method == "none" and self.init.source == "scratch":
+            return {"teacher": None}
+        changed: dict[str, Any] = {}
+        if self.teacher is not None and not self._folds(self.teacher.network):
+            changed["init"] = self.init.model_copy(update={"layer_scale": "fold"})
+        if self.transfer.heads == tuple(range(self.network.heads)):
+            changed["transfer"] = self.transfer.model_copy(update={"heads": None})
+        return changed
+
+    def _folds(self, teacher: Network) -> bool:
+        """Whether the teacher has a LayerScale that the student has no place for."""
+        return "layer_scale" in teacher.components and "layer_scale" not in self.network.components
+
+    def check(self) -> None:
+        """Raise ValueError where student and teacher do not fit what passes between them."""
+        needs = self.transfer.method != "none" or self.init.source == "teacher"
+        if needs and self.teacher is None:
+            raise ValueError("a transfer, or a start from a teacher, needs a teacher")
+        if self.teacher is None:
+            return
+        student, teacher = self.network, self.teacher.network
+        for field in ("heads", "image_size", "channels", "grid", "class_token"):
+            if getattr(student, field) != getattr(teacher, field):
+                raise ValueError(
+                    f"the student's {field} ({getattr(student, field)}) must be "
+                    f"the teacher's ({getattr(teacher, field)}): they see the same images, and their maps must line up"
+                )
+        if student.registers not in (0, teacher.registers):
+            raise ValueError(f"the student has {student.registers} registers, the teacher {teacher.registers}")
+        self._check_start(student, teacher)
+        self._check_transfer(student, teacher)
+
+    def _check_start(self, student: Network, teacher: Network) -> None:
+        if self.init.source == "scratch":
+            return
+        if teacher.differences:
+            raise ValueError(
+                f"no student can start from this teacher: what it has of {', '.join(teacher.differences)} "
+                "can't be given to a student (its maps can)"
+            )
+        for field in ("width", "mlp_ratio", "depth"):
+            if getattr(student, field) != getattr(teacher, field):
+                raise ValueError(
+                    f"a student that starts from its teacher needs the teacher's {field} "
+                    f"({getattr(teacher, field)}, not {getattr(student, field)})"
+                )
+        if not self.init.head:
+            return
+        rows = self.init.head_rows
+        if rows and (len(rows) != student.classes or max(rows) >= teacher.classes):
+            raise ValueError(
+                f"head_rows must name one of the teacher's {teacher.classes} classes for each of the student's"
+            )
+        if not rows and student.classes != teacher.classes:
+            raise ValueError(f"the teacher's head has {teacher.classes} classes, the student {student.classes}")
+
+    def _check_transfer(self, student: Network, teacher: Network) -> None:
+        transfer = self.transfer
+        if student.depth != teacher.depth and transfer.layers and not transfer.teacher_layers:
+            raise ValueError(
+                f"the student's depth ({student.depth}) is not the teacher's ({teacher.depth}): "
+                "say in teacher_layers which of its blocks passes to which of the student's"
+            )
+        for layers, network, whose in (
+            (transfer.layers, student, ""),
+            (transfer.teacher_layers, teacher, "teacher's "),
+        ):
+            if layers and max(layers) >= network.depth:
+                raise ValueError(f"layer {max(layers)} is out of range: the {whose}network has {network.depth} blocks")
+        if transfer.heads is not None and transfer.heads[-1] >= student.heads:
+            raise ValueError(f"head {transfer.heads[-1]} is out of range: there are {student.heads}")
+        what = "features" if transfer.method == "features" else transfer.tensor
+        if what != "map" and student.width != teacher.width:
+            raise ValueError(
+                f"{what} pass between networks of one width: teacher {teacher.width}, student {student.width}"
+            )
+        if transfer.method == "logits" and student.classes != teacher.classes:
+            raise ValueError(
+                f"logit distillation needs a teacher with the student's classes "
+                f"(teacher {teacher.classes}, student {student.classes})"
+            )
+
+    def _content(self) -> dict[str, Any]:
+        """What is hashed. A folder of one's own is what its fingerprint says, wherever it lies, in tars or not."""
+        document = self.model_dump(mode="json")
+        if self.data.name.startswith(("folder:", "timm:")) and self.data.fingerprint:
+            document["data"]["name"] = "folder:"
+        return document
+
+    @property
+    def id(self) -> str:
+        """The run's name: 16 hexadecimal digits of the content hash."""
+        return content_hash(self._content())[:16]
+
+    @property
+    def stream(self) -> str:
+        """A hash of what a cohort shares: runs with equal streams see the same batches, in the same precision."""
+        recipe = self.recipe.model_dump(mode="json", include=_SHARED)
+        return content_hash({"data": self._content()["data"], "recipe": recipe, "seed": self.seed.data})[:16]

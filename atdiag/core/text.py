@@ -1,0 +1,45 @@
+"""Numbers and names as a reader likes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def count(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> count(1, "run"), count(2, "process"), count(1000, "seed")
+    ('1 run', '2 processes', '1,000 seeds')
+    """
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"
+
+
+def shortlist(names: Iterable[str], most: int = 5) -> str:
+    """The first few of some names, and how many more there are.
+
+    >>> shortlist(["a", "b", "c"], most=2), shortlist(["a"]), shortlist([])
+    ('a, b and 1 more', 'a', 'nothing')
+    """
+    some = list(names)
+    if not some:
+        return "nothing"
+    return ", ".join(some[:most]) + (f" and {len(some) - most} more" if len(some) > most else "")
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3.5 h``, ``4 days``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:,.0f} days"
+
+
+def byte_size(count: int) -> str:
+    """A number of bytes for a reader.
+
+    >>> byte_size(5_408), byte_size(12_345_678)
+    ('5.4 kB', '12.3 MB')
+    """
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,158 @@
+"""Cluttered digits: the embedded data, made from scikit-learn's 1,797 real handwritten digits (8 x 8, no download).
+
+Two tasks on one canvas, after the cluttered-MNIST task of Mnih et al. 2014 ("Recurrent Models of Visual Attention"):
+
+- ``digits``: one digit lies at random among fragments of others; the label is the digit (10 classes). A network has
+  to find the digit before it can read it, which is why attention matters here.
+- ``larger``: two different digits lie without overlap among fragments; the label is the larger one's value less one
+  (9 classes: 1 to 9).
+
+The source digits are split into train and test *before* scenes are made, so no handwriting of the test set is ever
+seen in training. Test scenes that share a source digit are not independent: each scene carries the cluster (its source
+digit, or its pair of source digits; the pairs are disjoint) by which intervals must be computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atdiag.core import randomness
+
+CANVAS = 20
+"""Side of a scene in pixels."""
+
+DIGIT = 8
+"""Side of a source digit in pixels."""
+
+FRAGMENT = 5
+"""Side of a fragment of clutter in pixels."""
+
+STEP = 4
+"""Digits lie at multiples of this many pixels, fragments anywhere."""
+
+_TEST_SHARE = 1 / 3
+_SPLIT_SEED = 0  # the split of the source digits is part of the data set's definition, not of a run
+_TEST_SEED = 0  # likewise the test scenes: every run is measured on the same images
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes of one split.
+
+    images: uint8 [n, 1, 20, 20]; labels: int64 [n]; clusters: int64 [n], in a test split equal for scenes that share
+    source digits; sources: int64 [n, s], the source digits (indices into scikit-learn's set) that decide the label,
+    s = 1 or 2.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    clusters: NDArray[np.int64]
+    sources: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@cache
+def _sources() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """scikit-learn's digits as uint8 [1797, 8, 8] in 0..255 and their labels."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
+
+
+@cache
+def source_split() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the source digits for training and for test (a third of every class), fixed for all runs."""
+    _, labels = _sources()
+    order = randomness.generator(_SPLIT_SEED, "digits/split").permutation(len(labels))
+    test: list[NDArray[np.int64]] = []
+    for digit in range(10):
+        members = order[labels[order] == digit]
+        test.append(members[: round(len(members) * _TEST_SHARE)])
+    held_out = np.sort(np.concatenate(test))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def _paste(
+    canvas: NDArray[np.uint8], patches: NDArray[np.uint8], top: NDArray[np.int64], left: NDArray[np.int64]
+) -> None:
+    """Lay patches [n, p, p] on canvas [n, 20, 20] at (top, left), the brighter pixel winning, all scenes at once."""
+    side = patches.shape[-1]
+    scene = np.arange(len(canvas))[:, None, None]
+    rows = top[:, None, None] + np.arange(side)[None, :, None]
+    columns = left[:, None, None] + np.arange(side)[None, None, :]
+    canvas[scene, rows, columns] = np.maximum(canvas[scene, rows, columns], patches)
+
+
+def _clutter(canvas: NDArray[np.uint8], pool: NDArray[np.int64], count: int, draw: np.random.Generator) -> None:
+    images, _ = _sources()
+    n = len(canvas)
+    for _ in range(count):
+        source = draw.choice(pool, n)
+        cut = draw.integers(0, DIGIT - FRAGMENT + 1, (2, n, 1, 1))
+        inside = np.arange(FRAGMENT)
+        patches = images[source[:, None, None], cut[0] + inside[None, :, None], cut[1] + inside[None, None, :]]
+        top, left = draw.integers(0, CANVAS - FRAGMENT + 1, (2, n))
+        _paste(canvas, patches, top, left)
+
+
+def _make(sources: NDArray[np.int64], pool: NDArray[np.int64], clutter: int, draw: np.random.Generator) -> Scenes:
+    """Scenes of the given source digits [n] or pairs [n, 2], with clutter cut from ``pool``."""
+    images, labels = _sources()
+    sources = sources.reshape(len(sources), -1)
+    canvas = np.zeros((len(sources), CANVAS, CANVAS), np.uint8)
+    _clutter(canvas, pool, clutter, draw)
+    free = CANVAS - DIGIT
+    if sources.shape[1] == 1:
+        top, left = STEP * draw.integers(0, free // STEP + 1, (2, len(sources)))
+        _paste(canvas, images[sources[:, 0]], top, left)
+        label = labels[sources[:, 0]]
+    else:
+        # The two digits lie apart along one axis (chosen by a coin) and anywhere along the other.
+        gap = free - DIGIT  # what is left along the axis once both lie side by side
+        first = draw.integers(0, gap + 1, len(sources))
+        second = first + DIGIT + np.floor(draw.random(len(sources)) * (gap - first + 1)).astype(np.int64)
+        across = draw.integers(0, free + 1, (2, len(sources)))
+        swap, turn = draw.random((2, len(sources))) < 0.5
+        for i, along in enumerate((np.where(swap, second, first), np.where(swap, first, second))):
+            top, left = np.where(turn, along, across[i]), np.where(turn, across[i], along)
+            _paste(canvas, images[sources[:, i]], top, left)
+        label = labels[sources].max(axis=1) - 1
+    clusters = np.unique(sources[:, 0], return_inverse=True)[1].astype(np.int64)
+    return Scenes(canvas[:, None], label, clusters, sources)
+
+
+def _pairs(pool: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
+    """Disjoint pairs [m, 2] of source digits: random ones, but for those (a tenth) whose labels are the same."""
+    _, labels = _sources()
+    pairs = draw.permutation(pool)[: len(pool) // 2 * 2].reshape(-1, 2)
+    differ: NDArray[np.bool_] = labels[pairs[:, 0]] != labels[pairs[:, 1]]
+    return pairs[differ]
+
+
+def train_scenes(task: str, count: int, seed: int, clutter: int) -> Scenes:
+    """``count`` training scenes of ``task`` with ``clutter`` fragments each, a pure function of the arguments."""
+    draw = randomness.generator(seed, f"digits/{task}/train", count, clutter)
+    pool, _ = source_split()
+    if task == "digits":
+        sources = draw.choice(pool, count)
+    else:
+        _, labels = _sources()
+        sources = draw.choice(pool, (count, 2))
+        while len(same := np.flatnonzero(labels[sources[:, 0]] == labels[sources[:, 1]])):
+            sources[same, 1] = draw.choice(pool, len(same))
+    return _make(sources, pool, clutter, draw)
+
+
+def test_scenes(task: str, per_source: int, clutter: int) -> Scenes:
+    """The test scenes: every held-out digit (or pair) in ``per_source`` scenes, the same for every run."""
+    draw = randomness.generator(_TEST_SEED, f"digits/{task}/test", per_source, clutter)
+    _, pool = source_split()
+    sources = pool if task == "digits" else _pairs(pool, draw)
+    return _make(np.repeat(sources, per_source, axis=0), pool, clutter, draw)

@@ -1,0 +1,51 @@
+"""Devices, asked of the system and not of torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from shutil import which
+
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.resources import available_cores
+
+KNOWN = ("cuda", "mps", "cpu")
+"""Devices by name, the best first."""
+
+
+def named(wanted: str | None) -> str | None:
+    """Return the name of a device, which need not be on this machine. Raises UserError for an unknown one."""
+    if wanted is not None and wanted not in KNOWN:
+        raise UserError(f"unknown device {wanted!r}{suggest(wanted, KNOWN)} (known: {', '.join(KNOWN)})")
+    return wanted
+
+
+def resolve(wanted: str | None) -> str:
+    """Return the device to train on here: the wanted one, or the best that seems to be on this machine.
+
+    Raises UserError for an unknown device, and for one that is not here.
+    """
+    if named(wanted) is None:
+        return next(device for device in KNOWN if _is_here(device))
+    assert wanted is not None
+    if not _is_here(wanted):
+        raise UserError(f"there is no {wanted} device on this machine", f"leave the device out to use {resolve(None)}")
+    return wanted
+
+
+def _is_here(device: str) -> bool:
+    if device == "cuda":
+        nvidia = Path("/proc/driver/nvidia/gpus")
+        found = (nvidia.is_dir() and any(nvidia.iterdir())) or (sys.platform == "win32" and bool(which("nvidia-smi")))
+        return found and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    if device == "mps":
+        return sys.platform == "darwin" and os.uname().machine == "arm64"
+    return True
+
+
+def processes_for(device: str, threads: int | None) -> int:
+    """Return how many training processes a device gets: one, or on a CPU as many as its cores have room for."""
+    if device != "cpu":
+        return 1
+    return max(1, available_cores() // (threads or available_cores()))

@@ -1,0 +1,77 @@
+"""Execute jobs in a thread of this process: for notebooks and debuggers, and where processes can't be started."""
+
+from __future__ import annotations
+
+import contextvars
+import sys
+import threading
+from collections.abc import Sequence
+from queue import Empty, SimpleQueue
+
+from atdiag.core.errors import StoppedError
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.progress import Progress
+from atdiag.core.runs import Store
+from atdiag.execution import devices
+from atdiag.execution.executor import Update
+from atdiag.execution.order import Order
+from atdiag.execution.plan import Job
+from atdiag.execution.turns import train_in_turn
+
+
+class InProcessExecutor:
+    """One thread that does all jobs one after another."""
+
+    def __init__(self) -> None:
+        self._news: SimpleQueue[Update | BaseException | None] = SimpleQueue()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._latest = Progress(0, 0)
+
+    def processes(self, options: ExecutionOptions) -> int:
+        """Return 1. Raises UserError for a device that is not here."""
+        devices.resolve(options.device)
+        return 1
+
+    def submit(self, jobs: Sequence[Job], store: Store, options: ExecutionOptions) -> None:
+        """Start the thread."""
+        cohorts = tuple(cohort for job in jobs for cohort in job.cohorts)
+        order = Order(store.root.resolve(), options, processes=1, command=tuple(sys.argv), cohorts=cohorts)
+        self._stop.clear()
+        context = contextvars.copy_context()  # where data sets are looked for
+        self._thread = threading.Thread(target=context.run, args=(self._work, order), daemon=True)
+        self._thread.start()
+
+    def poll(self) -> Update | None:
+        """Wait half a second for news."""
+        if self._thread is None:
+            return None
+        try:
+            news = self._news.get(timeout=0.5)
+        except Empty:
+            return Update(self._latest)
+        if isinstance(news, Update):
+            self._latest = news.progress
+            return news
+        self._thread.join()
+        self._thread = None
+        if news is not None:
+            raise news
+        if self._stop.is_set():
+            raise StoppedError("the training was asked to stop")
+        return None
+
+    def cancel(self) -> None:
+        """Ask the thread to stop, which writes checkpoints first, and wait for it."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _work(self, order: Order) -> None:
+        try:
+            train_in_turn(order, self._news.put, self._stop.is_set)
+        except BaseException as fault:  # told where it is polled
+            self._news.put(fault)
+        else:
+            self._news.put(None)

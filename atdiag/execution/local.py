@@ -1,0 +1,141 @@
+"""Execute jobs in processes of this machine, one for each job."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from atdiag.core.errors import FaultError, StoppedError
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.progress import Progress
+from atdiag.core.runs import Store
+from atdiag.execution import devices
+from atdiag.execution.executor import Update
+from atdiag.execution.order import Order
+from atdiag.execution.plan import Job
+
+_LAST_WORDS = 30
+"""Lines of a worker's standard error that are kept."""
+
+
+class LocalExecutor:
+    """Worker processes on this machine. They stop, with checkpoints written, when this process is gone."""
+
+    def __init__(self) -> None:
+        self._workers: list[subprocess.Popen[str]] = []
+        self._messages: SimpleQueue[tuple[int, dict[str, Any] | None]] = SimpleQueue()
+        self._errors: list[list[str]] = []
+        self._latest: dict[int, Progress] = {}
+        self._open: set[int] = set()
+        self._store: Store | None = None
+
+    def processes(self, options: ExecutionOptions) -> int:
+        """Return how many training processes the device has room for. Raises UserError for one that is not here."""
+        return devices.processes_for(devices.resolve(options.device), options.threads)
+
+    def submit(self, jobs: Sequence[Job], store: Store, options: ExecutionOptions) -> None:
+        """Start a process for each job."""
+        options = replace(options, device=devices.resolve(options.device))
+        runs, command = store.root.resolve(), tuple(sys.argv)
+        self._store, self._latest, self._errors = store, {}, [[] for _ in jobs]
+        self._open, self._workers = set(), []
+        for index, job in enumerate(jobs):
+            order = Order(runs, options, processes=len(jobs), command=command, cohorts=job.cohorts)
+            self._workers.append(self._start(index, order))
+            self._open.add(index)
+
+    def poll(self) -> Update | None:
+        """Wait half a second for a message of any worker."""
+        if not self._open:
+            return None
+        statuses: dict[str, str] = {}
+        doing = ""
+        with contextlib.suppress(Empty):
+            index, message = self._messages.get(timeout=0.5)
+            if message is None:
+                self._open.discard(index)
+                self._ended(index, self._workers[index].wait())
+            else:
+                self._latest[index] = Progress(**message["progress"])
+                statuses, doing = message["statuses"], self._latest[index].doing
+        latest = self._latest.values()
+        done, total, images = (sum(getattr(one, what) for one in latest) for what in ("done", "total", "images"))
+        return Update(Progress(done, total, images, doing), statuses)
+
+    def cancel(self) -> None:
+        """Ask every worker to stop, which writes its checkpoints first, and wait for it."""
+        for worker in self._workers:
+            if worker.poll() is None:
+                worker.terminate()
+        for worker in self._workers:
+            try:
+                worker.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+        self._open = set()
+
+    def _start(self, index: int, order: Order) -> subprocess.Popen[str]:
+        worker = subprocess.Popen(
+            [sys.executable, "-P", "-m", "atdiag.execution.worker"],  # -P: import nothing from the working folder
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches the workers through us, once
+        )
+        assert worker.stdin is not None
+        worker.stdin.write(order.to_json() + "\n")
+        worker.stdin.flush()  # left open: its end tells the worker that we are gone
+
+        def keep_errors() -> None:
+            assert worker.stderr is not None
+            for line in worker.stderr:
+                self._errors[index] = [*self._errors[index][-_LAST_WORDS:], line.rstrip()]
+
+        errors = threading.Thread(target=keep_errors, daemon=True)
+        errors.start()
+
+        def listen() -> None:
+            assert worker.stdout is not None
+            try:
+                for line in worker.stdout:
+                    with contextlib.suppress(json.JSONDecodeError):  # what a library printed in passing
+                        self._messages.put((index, json.loads(line)))
+            finally:
+                errors.join()  # its last words are read before its end is told
+                self._messages.put((index, None))
+
+        threading.Thread(target=listen, daemon=True).start()
+        return worker
+
+    def _ended(self, index: int, code: int) -> None:
+        """Raise what a worker's exit code means; nothing for 0."""
+        if code == 0:
+            return
+        if code == 143:
+            raise StoppedError("a training process was asked to stop")
+        words = [line for line in self._errors[index] if line.strip()]
+        if code < 0:
+            last = f"it was ended by {signal.Signals(-code).name}"
+            last += " (out of memory?)" if code == -signal.SIGKILL else ""
+        else:
+            # The exception's first line: what it goes on to say is indented, as is the traceback.
+            last = next((line for line in reversed(words) if not line[0].isspace()), f"exit code {code}")
+            last = re.sub(r"^atdiag\.[\w.]+Error: ", "", last)  # our own errors say all in their message
+        assert self._store is not None
+        log = self._store.root / "last-fault.log"
+        try:
+            log.write_text("\n".join([*words, last]) + "\n")
+            where = f" (its last words are in {log})"
+        except OSError:  # the fault may be that nothing can be written there
+            where = ""
+        raise FaultError(f"a training process failed: {last}{where}; the same command goes on from there")

@@ -1,0 +1,97 @@
+"""Which runs are still to do, in which cohorts, shared out over how many processes, at which cost. Needs no torch.
+
+On a CPU independent cohorts run in parallel processes of one thread each: at miniature size two such processes are far
+faster than one process with two threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Store
+from atdiag.core.spec import RunSpec
+from atdiag.execution import cost, devices
+
+_STARTUP_SECONDS = 8.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does: cohorts one after another."""
+
+    cohorts: tuple[tuple[RunSpec, ...], ...]
+
+    @property
+    def specs(self) -> list[RunSpec]:
+        """All runs of the job."""
+        return [spec for cohort in self.cohorts for spec in cohort]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Runs, which of them are not finished, and what those cost on a device, which need not be on this machine."""
+
+    specs: tuple[RunSpec, ...]
+    todo: tuple[RunSpec, ...]
+    device: str
+    processes: int
+    """That the device has room for."""
+    speed: float
+    """FLOP/s of one training process."""
+
+    @property
+    def seconds(self) -> float:
+        """Estimated wall seconds."""
+        return estimate(self.todo, self.processes, self.speed)
+
+
+def make(specs: Sequence[RunSpec], store: Store, options: ExecutionOptions) -> Plan:
+    """Plan some runs: look once at which are finished. Raises UserError for an unknown device."""
+    device = devices.named(options.device) or devices.resolve(None)
+    todo = tuple(pending(specs, store))
+    processes = devices.processes_for(device, options.threads)
+    return Plan(tuple(specs), todo, device, processes, cost.measured_speed(store, device))
+
+
+def pending(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:
+    """Return the runs that are not finished."""
+    return [spec for spec in specs if not store.run(spec).finished]
+
+
+def cohorts(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
+    """Group runs that can share a data stream and a teacher. A run without a teacher joins any of its stream."""
+    groups: dict[tuple[str, str | None], list[RunSpec]] = {}
+    for spec in sorted(specs, key=lambda s: s.teacher is None):  # those with a teacher found the groups
+        if spec.teacher is not None:
+            key = (spec.stream, spec.teacher.sha256)
+        else:
+            key = next((k for k in groups if k[0] == spec.stream), (spec.stream, ""))
+        groups.setdefault(key, []).append(spec)
+    return list(groups.values())
+
+
+def share_out(specs: Sequence[RunSpec], processes: int) -> list[Job]:
+    """Share runs out over processes so that all end at about the same time, splitting as few cohorts as possible.
+
+    Cohorts are laid end to end by estimated cost and cut into equal parts; a run goes to the part its middle lies in.
+    """
+    laid = [(spec, index) for index, cohort in enumerate(cohorts(specs)) for spec in cohort]
+    total = sum(cost.seconds(spec) for spec, _ in laid)
+    bins: list[dict[int, list[RunSpec]]] = [{} for _ in range(max(1, min(processes, len(laid))))]
+    position = 0.0
+    for spec, index in laid:
+        own = cost.seconds(spec)
+        place = min(int((position + own / 2) / total * len(bins)) if total else 0, len(bins) - 1)
+        bins[place].setdefault(index, []).append(spec)
+        position += own
+    return [Job(tuple(tuple(cohort) for cohort in part.values())) for part in bins if part]
+
+
+def estimate(specs: Sequence[RunSpec], processes: int, flops_per_second: float = cost.FLOPS_PER_SECOND) -> float:
+    """Estimate the wall seconds that these runs take."""
+    if not specs:
+        return 0.0
+    jobs = share_out(specs, processes)
+    return max(sum(cost.seconds(spec, flops_per_second) for spec in job.specs) for job in jobs) + _STARTUP_SECONDS

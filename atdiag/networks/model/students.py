@@ -1,0 +1,203 @@
+"""A student that fits a teacher, and how it starts: from scratch, or from the teacher's weights module by module.
+
+The *standard* student is a ViT as DeiT has it (Touvron et al. 2021, Training data-efficient image transformers), of the
+teacher's width, depth, heads, MLP width, token grid and class token (``components`` states what is followed and what is
+ablated). Its choices, and where they come from:
+
+- blocks: norms before each branch, one bias for every projection, GELU, no LayerScale (Dosovitskiy et al. 2021, section
+  3.1); LayerNorm's epsilon 1e-6 (the authors' code of ViT and DeiT);
+- pooling: the class token, after the last norm (Dosovitskiy et al. 2021, section 3.1). For a teacher without one, the
+  mean of the patch tokens (Beyer et al. 2022, Better plain ViT baselines), normed after pooling as in timm;
+- position embedding: learned, one vector for each patch and the class token, added to the input (Dosovitskiy et al.
+  2021, section 3.1; its appendix D.4 compares others);
+- initialisation: see :func:`initialise`;
+- head: one linear layer on the pooled token, with no hidden layer (as when ViT is fine-tuned, and as DeiT's).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from atdiag.core import randomness
+from atdiag.core.spec import Init, Network
+from atdiag.networks.model import components
+from atdiag.networks.model.vit import ViT
+
+_TOKENS = ("pos_embed", "cls_token", "reg_token", "latent")
+_BRANCHES = {"attn": ("ls1", "attn.proj"), "mlp": ("ls2", "mlp.fc2")}
+"""A block's module -> the LayerScale of its branch, and the projection that this scales."""
+
+
+def build(network: Network, seed: int) -> ViT:
+    """A network that starts from scratch."""
+    vit = ViT(network)
+    initialise(vit, seed)
+    return vit
+
+
+def parameters(network: Network) -> int:
+    """How many parameters a network has. Builds none of them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ViT(network).parameters())
+
+
+def flops(network: Network) -> int:
+    """Floating-point operations of one forward pass for one image, without allocating anything.
+
+    Matrix products and convolutions only, a multiplication and an addition counted as two (papers that quote "GFLOPs"
+    of ViTs often count one, half of this).
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        vit = ViT(network).requires_grad_(False)
+        vit(torch.empty(1, network.channels, network.image_size, network.image_size))
+    return int(counter.get_total_flops())
+
+
+def initialise(vit: ViT, seed: int) -> None:
+    """Draw every parameter afresh, each from a generator of its own name.
+
+    So students with different components share all that they have in common. Matrices are Xavier-uniform (q, k and v
+    each on its own, the patch embedding as a matrix), as in MAE and MoCo v3 and in the 2024 paper, which at the widths
+    of the miniatures also trains well where DeiT's fixed 0.02 does not; biases zero; norms one and zero;
+    tokens and position embeddings normal with 0.02; relative position biases normal with 0.02; what a component gives a
+    constant (LayerScale) that.
+    """
+    constants: dict[str, float | None] = {}
+    for component in components.resolve(vit.network.components):
+        constants |= component.initial(vit.network)
+    for name, parameter in vit.named_parameters():
+        constant = constants.get(name.rsplit(".", 1)[-1])
+        if constant is None:
+            _draw(name, parameter, vit.network, seed)
+        else:
+            nn.init.constant_(parameter, constant)
+
+
+@torch.no_grad()
+def _draw(name: str, parameter: nn.Parameter, network: Network, seed: int) -> None:
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in _TOKENS:
+        parameter.copy_(_token_values(name, parameter, network, seed))
+    elif leaf == "relative_position_bias_table":
+        draw = randomness.generator(seed, "init", name)
+        parameter.copy_(torch.from_numpy(0.02 * draw.standard_normal(parameter.shape, dtype=np.float32)))
+    elif parameter.ndim >= 2:
+        fan_in, fan_out = parameter[0].numel(), parameter.shape[0]
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        draw = randomness.generator(seed, "init", name)
+        parameter.copy_(torch.from_numpy(bound * (2 * draw.random(parameter.shape, dtype=np.float32) - 1)))
+    elif leaf.endswith("bias"):
+        parameter.zero_()
+    elif leaf == "weight":  # of a LayerNorm
+        parameter.fill_(1.0)
+    else:
+        raise ValueError(f"no rule to initialise parameter {name!r} of shape {tuple(parameter.shape)}")
+
+
+def _token_values(name: str, parameter: Tensor, network: Network, seed: int) -> Tensor:
+    """Normal values [1, n, C]. The last grid^2 of a position embedding are the patches', whatever is before them."""
+    patches = network.grid**2 if name == "pos_embed" else 0
+    prefix = parameter.shape[1] - patches
+    parts = []
+    for stream, rows in (("init/prefix", prefix), ("init", patches)):
+        values = randomness.generator(seed, stream, name).standard_normal(
+            (1, rows, parameter.shape[2]), dtype=np.float32
+        )
+        parts.append(torch.from_numpy(0.02 * values))
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What became of a teacher's weights in a student: parameter names, for the output and the run's record."""
+
+    taken: tuple[str, ...]
+    """The student's parameters that come from the teacher."""
+    folded: tuple[str, ...]
+    """The teacher's parameters that live on in a parameter of another name: LayerScale in the projection that follows
+    it, the biases of q and v in that of q, k, v, the norm after a pooled mean in the last norm."""
+    dropped: tuple[str, ...]
+    """The teacher's parameters without a place in the student, and without an exact equivalent."""
+    fresh: tuple[str, ...]
+    """The student's parameters that were drawn afresh."""
+
+
+@torch.no_grad()
+def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
+    """Copy the teacher's weights into a freshly initialised student, except what ``init`` re-initialises.
+
+    A module that is re-initialised (``attn``: q, k, v, output projection and position bias of every block; ``mlp``:
+    both layers) keeps its fresh values, and the LayerScale of its branch goes with it. Norms, embeddings and tokens
+    are taken. The head is fresh unless ``init.head``; ``init.head_rows`` chooses the teacher's classes.
+
+    What the teacher lacks and is zero in effect stays so, exactly: the bias of its keys, and of its patch embedding
+    (every bias starts at zero).
+
+    Raises ValueError for shapes that do not fit and for rows that the teacher's head lacks.
+    """
+    have, own = teacher.state_dict(), student.state_dict()
+    drawn = [f".{part}." for module in init.reinit for part in (module, _BRANCHES[module][0])]
+
+    def stays_fresh(name: str) -> bool:
+        if name.startswith("head."):
+            return not init.head
+        return name.startswith("blocks.") and any(part in name for part in drawn)
+
+    folded: list[str] = []
+    for block, (scale, projection) in product(range(teacher.network.depth), _BRANCHES.values()):
+        name = f"blocks.{block}.{scale}.gamma"
+        if name in have and name not in own and init.layer_scale == "fold" and not stays_fresh(name):
+            key = f"blocks.{block}.{projection}"
+            have[f"{key}.weight"] = have[name][:, None] * have[f"{key}.weight"]
+            have[f"{key}.bias"] = have[name] * have[f"{key}.bias"]
+            folded.append(name)
+
+    for block in range(teacher.network.depth):
+        q, v, fused = (f"blocks.{block}.attn.{name}" for name in ("q_bias", "v_bias", "qkv.bias"))
+        if q in have and q not in own and not stays_fresh(fused):
+            have[fused] = torch.cat([have[q], torch.zeros_like(have[q]), have[v]])
+            folded += [q, v]
+
+    if "mean_pool" in teacher.network.components and "norm.weight" in own:
+        for kind in ("weight", "bias"):
+            have[f"norm.{kind}"] = have[f"fc_norm.{kind}"]
+            folded.append(f"fc_norm.{kind}")
+
+    # The student's position embedding covers class token and patches, a teacher's with registers only patches.
+    if "pos_embed" in have and "pos_embed" in own and have["pos_embed"].shape != own["pos_embed"].shape:
+        rows = min(have["pos_embed"].shape[1], own["pos_embed"].shape[1])
+        position = torch.zeros_like(own["pos_embed"])
+        position[:, -rows:] = have["pos_embed"][:, -rows:]
+        have["pos_embed"] = position
+
+    if init.head_rows:
+        have |= _head_rows(have, init.head_rows)
+
+    taken = [n for n in have if n in own and not stays_fresh(n)]
+    for name in taken:
+        if have[name].shape != own[name].shape:
+            raise ValueError(f"{name}: teacher {tuple(have[name].shape)}, student {tuple(own[name].shape)}")
+        own[name] = have[name]
+    student.load_state_dict(own)
+    return Start(
+        taken=tuple(taken),
+        folded=tuple(folded),
+        dropped=tuple(n for n in teacher.state_dict() if n not in own and n not in folded),
+        fresh=tuple(n for n in own if n not in taken),
+    )
+
+
+def _head_rows(have: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+    """The head with some of its classes alone, in the given order."""
+    classes = have["head.weight"].shape[0]
+    if outside := [row for row in rows if not 0 <= row < classes]:
+        raise ValueError(f"head_rows {outside}: the teacher's head has {classes} classes")
+    return {name: have[name][list(rows)] for name in ("head.weight", "head.bias")}

@@ -1,0 +1,168 @@
+"""The teachers as a table. Needs no torch, except for one's own teachers, which timm has to build."""
+
+from __future__ import annotations
+
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+from atdiag.core.errors import UserError, suggest
+from atdiag.networks.registry import teachers
+from atdiag.networks.weights import sources
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def rows(profile: str, family: str | None = None) -> list[dict[str, Any]]:
+    """A row for each teacher, with all that the registry knows of it.
+
+    name, family, title, size, source, licence, components, follows, tokens, available and top1 (a miniature's own, on
+    its test scenes), and of the published network: model, image_size, patch, width, depth, heads, classes, class_token,
+    registers, mean, std, interpolation, formats, objective, data, paper2026, labels, text, momentum, masking, target,
+    augmentation. At mini ``source``, ``licence``, ``components`` and ``tokens`` are the miniature's.
+    """
+    families = sorted({row.family for row in teachers.registry().values()})
+    if family is not None and family not in families:
+        raise UserError(f"unknown family {family!r}{suggest(family, families)} (known: {', '.join(families)})")
+    found = [row for row in teachers.registry().values() if family in (None, row.family)]
+    return [_mini(row) if profile == "mini" else _published(row) for row in found]
+
+
+def _published(row: teachers.TeacherEntry) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "family": row.family,
+        "title": row.title,
+        "size": row.size.upper(),
+        "source": row.weights,
+        "licence": row.licence,
+        "components": None if row.components is None else list(row.components),
+        "follows": list(row.follows),
+        "tokens": row.tokens,
+        "available": _is_here(row),
+        "top1": None,
+        "model": row.model,
+        "arguments": dict(row.arguments),
+        "formats": list(row.formats or ()),
+        **{name: getattr(row, name) for name in _FACTS},
+    }
+
+
+_FACTS = (
+    *("image_size", "patch", "width", "depth", "heads", "classes", "class_token", "registers"),
+    *("mean", "std", "interpolation", "objective", "data", "paper2026"),
+    *("labels", "text", "momentum", "masking", "target", "augmentation"),
+)
+
+
+def _is_here(row: teachers.TeacherEntry) -> bool:
+    try:
+        return sources.find(teachers.source(row.name)) is not None
+    except (sources.WeightsMissingError, UserError):  # one's own, and its file or architecture is not there
+        return False
+
+
+def _mini(row: teachers.TeacherEntry) -> dict[str, Any]:
+    if not teachers.is_published(row.name):  # one's own has no miniature: it sees real images at every profile
+        return _published(row)
+    path = sources.shipped_path(row.name)
+    own = row.name in teachers.miniatures()
+    network = teachers.miniature_network(row.name) if own else None
+    source = ("shipped" if path.exists() else "missing") if own else f"use {teachers.stand_in(row.name)}"
+    return {
+        **_published(row),
+        "source": source,
+        "licence": "Apache-2.0" if own else "",
+        **({"components": list(network.components)} if network else {}),
+        "tokens": network.tokens if network else None,
+        "available": own and path.exists(),
+        "top1": sources.metadata(path)["top1"] if own and path.exists() else None,
+    }
+
+
+def table(listed: list[dict[str, Any]], profile: str) -> Table:
+    """The rows for a terminal of 80 columns; at mini, those that have a miniature of their own."""
+    return _mini_table(listed) if profile == "mini" else _published_table(listed, profile)
+
+
+def _empty(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title=title, title_justify="left")
+
+
+def _mini_table(listed: list[dict[str, Any]]) -> Table:
+    shown = [row for row in listed if row["tokens"] is not None]
+    out = _empty(f"{len(shown)} teachers, profile mini")
+    out.add_column("name", no_wrap=True)
+    out.add_column("family", max_width=12)
+    out.add_column("weights, licence", overflow="fold")
+    out.add_column("native components", min_width=14)
+    out.add_column("tokens", justify="right", no_wrap=True)
+    out.add_column("here", no_wrap=True)
+    out.add_column("top-1", justify="right", no_wrap=True, min_width=5)
+    for row in shown:
+        out.add_row(
+            row["name"],
+            row["title"],
+            f"{row['source']}, {row['licence']}",
+            "\n".join(row["components"]) or "none",
+            str(row["tokens"]),
+            "yes" if row["available"] else "no",
+            "" if row["top1"] is None else f"{row['top1']:.1f}",
+            style=None if row["available"] else "dim",
+        )
+    return out
+
+
+_ABOUT = 25
+"""Columns for what a family's rows have in common: 80, less the others."""
+
+
+def _published_table(listed: list[dict[str, Any]], profile: str) -> Table:
+    out = _empty(f"{len(listed)} teachers, profile {profile}")
+    out.add_column("name", no_wrap=True)
+    out.add_column("native components; pre-training", width=_ABOUT)
+    for name in ("px/patch", "tokens"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for name in ("weights", "licence"):
+        out.add_column(name, no_wrap=True)
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in listed:
+        families.setdefault(row["family"], []).append(row)
+    for members in families.values():
+        # What is common to a family is laid beside its rows, one line each, and the rest beside the last.
+        lines = wrap(_about(members[0]), _ABOUT)
+        last = len(members) - 1
+        beside = [*lines[:last], *[""] * (last - len(lines)), "\n".join(lines[last:])]
+        for row, text in zip(members, beside, strict=True):
+            out.add_row(
+                row["name"],
+                text,
+                f"{row['image_size']}/{row['patch']}" if row["image_size"] else "any",
+                "" if row["tokens"] is None else str(row["tokens"]),
+                "here" if row["available"] else _kind(row["source"]),
+                row["licence"].replace("CC-BY-NC-4.0", "CC-BY-NC"),
+                style=None if row["available"] else "dim",
+                end_section=row is members[last],
+            )
+    return out
+
+
+def _kind(source: str) -> str:
+    return "hub" if source.startswith(teachers.TIMM) else "authors" if "://" in source else "missing"
+
+
+def _about(row: dict[str, Any]) -> str:
+    parts = "found when built" if row["components"] is None else ", ".join(row["components"]) or "none"
+    return "; ".join(filter(None, (parts, row["objective"] and f"{row['objective']}, {row['data']}".rstrip(", "))))
+
+
+def stand_ins(listed: list[dict[str, Any]]) -> list[str]:
+    """``use deit_s for augreg_s, dino_s``: the teachers without a miniature, by what stands for their architecture."""
+    by_stand_in: dict[str, list[str]] = {}
+    for row in listed:
+        if row["tokens"] is None and row["source"].startswith("use "):
+            by_stand_in.setdefault(row["source"], []).append(row["name"])
+    return [f"{use} for {', '.join(names)}" for use, names in by_stand_in.items()]

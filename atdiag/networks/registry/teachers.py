@@ -1,0 +1,376 @@
+"""The registry of teachers: a table (``teachers.toml``), and what can be asked of it.
+
+A teacher is asked for by a *reference*:
+
+=========================  ============================================================================================
+``clip_b``                 a row of the registry: its miniature at profile mini, else its published network
+``clip_b@/path/file``      the published network with the weights of that file
+``timm:MODEL``             any softmax-attention ViT of timm, with its weights from the hub
+``timm:MODEL@/path/file``  the same with the weights of that file
+=========================  ============================================================================================
+
+One's own teachers join by :func:`register_teacher` or by an entry point. Imports nothing heavy; whoever asks for a
+published network pays for importing timm.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Network, Teacher
+from atdiag.networks.weights import files, sources
+from atdiag.networks.weights.sources import Source
+
+_SIZES: dict[str, dict[str, int]] = {"s": {"width": 32, "heads": 2}, "b": {"width": 48, "heads": 3}}
+
+ENTRY_POINTS = "atdiag.teachers"
+TIMM = "timm:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherEntry:
+    """One teacher of the registry. What a published network's numbers say is None for one's own until it is built."""
+
+    name: str
+    family: str
+    size: str
+    title: str
+    licence: str
+    objective: str
+    data: str
+    paper2026: bool = False
+    """Whether the 2026 paper is known to name the family (else it is our choice)."""
+    model: str
+    """timm's name of the architecture."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What its constructor takes beside timm's defaults."""
+    hub: str | None = None
+    """The repository on the hub that has its weights."""
+    url: str | None = None
+    """The checkpoint that its authors publish, where the hub has none."""
+    file: Path | None = None
+    """The file that an own teacher was registered with."""
+    formats: tuple[str, ...] | None = None
+    """Key layouts that its file may have; None: any."""
+    image_size: int | None = None
+    """The resolution that it was pre-trained at (or last tuned at), in pixels."""
+    patch: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    classes: int | None = None
+    """Rows of its head; 0: it has none."""
+    class_token: bool = True
+    registers: int = 0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str = "bicubic"
+    components: tuple[str, ...] | None = None
+    """Native components."""
+    follows: tuple[str, ...] = ()
+    """What the standard student has too, because tokens must line up."""
+    labels: bool = False
+    text: bool = False
+    momentum: bool = False
+    masking: str = ""
+    target: str = ""
+    augmentation: str = ""
+
+    @property
+    def tokens(self) -> int | None:
+        """Length of the token sequence at the native resolution."""
+        if self.image_size is None or self.patch is None:
+            return None
+        return (self.image_size // self.patch) ** 2 + int(self.class_token) + self.registers
+
+    @property
+    def weights(self) -> str:
+        """Where its weights come from, in one word: ``timm:MODEL``, a URL or a file."""
+        return str(self.file or self.url or f"{TIMM}{self.model}")
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads((Path(__file__).parent / "teachers.toml").read_text())
+
+
+@cache
+def _published() -> dict[str, TeacherEntry]:
+    table, rows = _table(), {}
+    for family, facts in table["family"].items():
+        shared = {key: value for key, value in facts.items() if key not in ("teacher", "pixels", "timm_names")}
+        formats = (*facts.get("formats", ()), *(["timm"] if facts.get("timm_names", True) else []))
+        for size, own in facts["teacher"].items():
+            merged: dict[str, Any] = {
+                **shared,
+                **table["size"][size],
+                **table["pixels"][facts["pixels"]],
+                "classes": 0,
+                **({} if "url" in own else {"hub": f"timm/{own['model']}"}),
+                **own,
+                "formats": formats,
+            }
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+            token = "no_class_token" not in values.get("follows", ())
+            name = f"{family}_{size}"
+            rows[name] = TeacherEntry(name=name, family=family, size=size, class_token=token, **values)
+    return rows
+
+
+_OWN: dict[str, TeacherEntry] = {}
+
+
+def register_teacher(
+    name: str,
+    model: str,
+    *,
+    file: str | Path | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    title: str | None = None,
+    licence: str = "unknown",
+    objective: str = "",
+    data: str = "",
+) -> None:
+    """Add a teacher of one's own to the registry, for this process::
+
+        register_teacher("pathology_s", "vit_small_patch16_224", file="/data/pathology.safetensors", title="Pathology")
+
+    model: timm's name of its architecture, one that you registered with timm included. file: its weights (safetensors
+    or a torch checkpoint, timm's names or an authors' layout); else those that timm's hub has. arguments: what the
+    constructor takes beside timm's defaults, such as ``{"num_classes": 10}``. mean, std: of pixels in [0, 1]; else
+    timm's for the model.
+
+    An entry point does the same for every process, the workers of an experiment included. It names a dictionary of
+    these arguments, or a function that returns one::
+
+        # my_package/teachers.py
+        pathology_s = {"model": "vit_small_patch16_224", "file": "/data/pathology.safetensors"}
+
+        # pyproject.toml
+        [project.entry-points."atdiag.teachers"]
+        pathology_s = "my_package.teachers:pathology_s"
+
+    Raises ValueError for a name that is taken or can't be typed as a reference.
+    """
+    if name in registry():
+        raise ValueError(f"there is already a teacher {name!r}")
+    _OWN[name] = _own_row(
+        name,
+        model=model,
+        file=file,
+        arguments=arguments,
+        mean=mean,
+        std=std,
+        title=title,
+        licence=licence,
+        objective=objective,
+        data=data,
+    )
+
+
+def _own_row(
+    name: str, model: str, file: str | Path | None = None, title: str | None = None, **facts: Any
+) -> TeacherEntry:
+    if not name or any(character in name for character in ":@/ "):
+        raise ValueError(f"{name!r} can't be a teacher's name: no ':', '@', '/' or space")
+    known = {"licence": "unknown", "objective": "", "data": "", **{k: v for k, v in facts.items() if v is not None}}
+    path = None if file is None else Path(file).expanduser()
+    return TeacherEntry(name=name, family=name, size="", title=title or name, model=model, file=path, **known)
+
+
+@cache
+def _installed() -> dict[str, TeacherEntry]:
+    """The teachers that other packages bring by entry points."""
+    rows = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            if entry.name in _published():
+                raise ValueError("that name is taken")
+            given: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = entry.load()
+            rows[entry.name] = _own_row(entry.name, **(given() if callable(given) else given))
+        except Exception as fault:  # another package's fault must not take these teachers away
+            warnings.warn(f"the teacher {entry.name!r} of {entry.value} is left out ({fault})", stacklevel=2)
+    return rows
+
+
+def registry() -> dict[str, TeacherEntry]:
+    """All teachers by name: the published ones, those of other packages, and those registered in this process."""
+    return {**_published(), **_installed(), **_OWN}
+
+
+def is_published(name: str) -> bool:
+    """Whether a name is of the registry's table, and not of timm or one's own."""
+    return name in _published()
+
+
+def miniatures() -> tuple[str, ...]:
+    """Names of the teachers that have a miniature."""
+    return tuple(_table()["miniature"])
+
+
+def row(name: str) -> TeacherEntry:
+    """The registry's row of a name. Raises UserError for an unknown one."""
+    if name not in registry():
+        near = suggest(name, miniatures()) or suggest(name, registry())
+        raise UserError(f"unknown teacher {name!r}{near}", "'atdiag teachers' lists them")
+    return registry()[name]
+
+
+def family(reference: str) -> str | None:
+    """The family of a teacher's reference; None of one that the registry does not know (``timm:MODEL``)."""
+    found = registry().get(reference.partition("@")[0])
+    return None if found is None else found.family
+
+
+# --- miniatures ----------------------------------------------------------------------------------------------------
+
+
+def stand_in(name: str) -> str:
+    """The miniature with a teacher's architecture: its own, or the nearest of another family or size."""
+    if name in miniatures():
+        return name
+    found = row(name)
+    parts = set(found.components or ())
+
+    def distance(other: str) -> tuple[int, bool]:
+        return len(parts ^ set(_table()["miniature"][other]["components"])), registry()[other].size != found.size
+
+    return min(reversed(miniatures()), key=distance)
+
+
+def miniature_network(name: str) -> Network:
+    """The architecture of a teacher's miniature: native components of its family at small size.
+
+    Raises UserError where the teacher has no miniature of its own, and says which to use.
+    """
+    found = row(name)
+    own = _table()["miniature"].get(name)
+    if own is None:
+        use = stand_in(name)
+        kind = "the plain architecture" if not found.components else "the architecture"
+        raise UserError(f"{name} has no miniature of its own: at this size it would be {kind} of {use}", f"use {use!r}")
+    return Network(
+        image_size=20,
+        patch_size=4,
+        channels=1,
+        depth=12,
+        classes=10,
+        mean=(0.18,),
+        std=(0.33,),
+        **_SIZES[found.size],
+        **own,
+    )
+
+
+# --- references ----------------------------------------------------------------------------------------------------
+
+
+def source(reference: str) -> Source:
+    """What a reference's published network is built from. Raises UserError for one that names nothing."""
+    name, at, typed = reference.partition("@")
+    file = Path(typed).expanduser() if at else None
+    if at and not typed:
+        raise UserError(f"{reference!r} names no file", f"type {name}@/path/to/file")
+    if name.startswith(TIMM):
+        from atdiag.networks.timm import architectures
+
+        return architectures.timm_source(name.removeprefix(TIMM), file=file)
+    found = row(name)
+    if not is_published(name):
+        from atdiag.networks.timm import architectures
+
+        return architectures.timm_source(
+            found.model,
+            name=name,
+            file=file or found.file,
+            arguments=found.arguments,
+            mean=found.mean,
+            std=found.std,
+        )
+    return Source(
+        name=name,
+        model=found.model,
+        arguments=found.arguments,
+        mean=found.mean,
+        std=found.std,
+        formats=found.formats,
+        file=file,
+        hub=found.hub,
+        url=found.url,
+    )
+
+
+def teacher(reference: str, profile: str, image_size: int | None = None) -> Teacher:
+    """The teacher of a reference at a profile: which network, with which weights.
+
+    image_size: of the images that it will see; by default a row's native resolution, or its miniature's at mini. Where
+    its weights are not on this machine ``sha256`` is None: a plan (:func:`how_to_get` says what to do).
+
+    Raises UserError for an unknown name, for one that needs real images where there are none, and for a damaged file.
+    """
+    name = reference.partition("@")[0]
+    published = not name.startswith(TIMM) and is_published(row(name).name)
+    if profile == "mini" and published and name == reference:
+        return _miniature(name, image_size)
+    if image_size is None and published and profile != "mini":
+        image_size = row(name).image_size
+    origin = source(reference)  # a mistyped name is said before what the named network would need
+    if image_size is None:
+        raise UserError(
+            f"{reference} sees real images, and here are none", "add --set data.name=imagenette, or --profile small"
+        )
+    from atdiag.networks.timm import architectures
+
+    try:
+        path = sources.find(origin)
+    except sources.WeightsMissingError as fault:
+        raise UserError(str(fault)) from None
+    if path is not None:
+        files.check(path)
+    return Teacher(
+        name=_absolute(reference),
+        profile=profile,
+        network=architectures.network(origin, image_size),
+        sha256=None if path is None else sources.sha256(path),
+    )
+
+
+def _absolute(reference: str) -> str:
+    """A reference whose path holds in any working folder, so that another process finds the file."""
+    name, at, typed = reference.partition("@")
+    return f"{name}@{Path(typed).expanduser().absolute()}" if at else name
+
+
+def _miniature(name: str, image_size: int | None) -> Teacher:
+    own = miniature_network(name)
+    if image_size not in (None, own.image_size):
+        raise UserError(
+            f"{name} (mini) is a miniature for scenes of {own.image_size} px, not for images of {image_size} px",
+            "use --profile small for the published network",
+        )
+    try:
+        return sources.shipped(name)
+    except sources.WeightsMissingError as fault:
+        raise UserError(str(fault)) from None
+
+
+def how_to_get(found: Teacher) -> str:
+    """One line that says how to bring a teacher's weights to this machine."""
+    if is_miniature(found):
+        return f"'atdiag pretrain {found.name} --install' makes them"
+    return sources.how_to_get(source(found.name))
+
+
+def is_miniature(found: Teacher) -> bool:
+    """Whether a teacher is one of the shipped miniatures (at mini, one that is named alone)."""
+    return found.profile == "mini" and found.name in miniatures()

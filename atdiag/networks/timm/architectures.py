@@ -1,0 +1,123 @@
+"""A teacher's published network as timm builds it: on no device to plan with, on the CPU to be loaded.
+
+Imports timm when called, and nothing heavy before.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Network
+from atdiag.networks.weights.sources import Source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def known_models() -> tuple[str, ...]:
+    """All of timm's model names at this moment, plain and with the tag of pre-trained weights."""
+    import timm
+
+    return (*timm.list_models(), *timm.list_models(pretrained=True))
+
+
+def timm_source(model: str, name: str | None = None, **own: Any) -> Source:
+    """The source of any of timm's models; ``own`` replaces what timm's configuration says.
+
+    Raises UserError for a name that timm does not know.
+    """
+    import timm
+
+    if model not in known_models():
+        raise UserError(f"timm has no model {model!r}{suggest(model, known_models())}", "see timm.list_models()")
+    facts = timm.get_pretrained_cfg(model)
+    hub = None if facts is None or facts.hf_hub_filename else facts.hf_hub_id
+    given = {key: value for key, value in own.items() if value is not None}
+    return Source(**{"name": name or f"timm:{model}", "model": model, "hub": hub, **given})
+
+
+def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
+    """timm's network at an image size. ``meta``: without memory for its weights, and without drawing them.
+
+    Raises UserError where the architecture takes no image size, or not this one.
+    """
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta" if meta else "cpu"):
+            model: nn.Module = timm.create_model(source.model, img_size=image_size, **source.arguments)
+    except TypeError:  # its constructor takes no image size: what is it?
+        raise UserError(f"{source.name} can't be a teacher: {_why_not(source)}") from None
+    except (AssertionError, ValueError) as fault:
+        raise UserError(f"{source.name} can't be built for images of {image_size} px ({fault})") from None
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        raise UserError(f"{source.name} is not a ViT (timm's {type(model).__name__} has no patch embedding)")
+    side = patch if isinstance(patch, int) else max(patch)
+    if image_size % side:
+        low = image_size // side * side
+        raise UserError(
+            f"{source.name} has patches of {side} px, and {image_size} px is no multiple of that",
+            f"add --set data.image_size={low or low + side}{f', or {low + side}' if low else ''}",
+        )
+    return model
+
+
+def _why_not(source: Source) -> str:
+    """Why a network that can't be built for an image size can't be a teacher."""
+    import timm
+    import torch
+
+    from atdiag.networks.timm import inspection
+
+    with torch.device("meta"):
+        model = timm.create_model(source.model, **source.arguments)
+    return inspection.why_not(model) or "timm's constructor of it takes no image size"
+
+
+def pixels(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that a source's network subtracts from pixels in [0, 1] and divides by."""
+    import timm
+
+    facts = timm.get_pretrained_cfg(source.model)
+    mean, std = source.mean or (facts and facts.mean), source.std or (facts and facts.std)
+    if not mean or not std:
+        raise UserError(
+            f"timm does not say how {source.model}'s pixels are normalised", "register it with mean and std"
+        )
+    return tuple(mean), tuple(std)
+
+
+def native_size(source: Source) -> int:
+    """The image size that timm's configuration of a source's model names, in pixels."""
+    import timm
+
+    facts = timm.get_pretrained_cfg(source.model)
+    return 224 if facts is None else int(facts.input_size[-1])
+
+
+def network(source: Source, image_size: int) -> Network:
+    """The architecture of a source at an image size, found by inspection of the network that timm builds.
+
+    Raises UserError for one that is no softmax-attention ViT, with the reason.
+    """
+    arguments = tuple(sorted(source.arguments.items()))
+    return _network(source.name, source.model, arguments, *pixels(source), image_size)
+
+
+@cache
+def _network(
+    name: str,
+    model: str,
+    arguments: tuple[tuple[str, Any], ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    image_size: int,
+) -> Network:
+    from atdiag.networks.timm import inspection
+
+    built = build(Source(name=name, model=model, arguments=dict(arguments)), image_size, meta=True)
+    return inspection.describe(built, mean, std)

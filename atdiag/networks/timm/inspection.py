@@ -1,0 +1,279 @@
+"""What a network that timm has built is, found by looking at its modules: never at its name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from timm.layers import Attention as TimmAttention
+from timm.layers import AttentionPoolLatent, GluMlp, Mlp, PatchEmbed, SwiGLU
+from timm.layers.attention import AttentionRope
+from timm.models import beit, deit, eva, vision_transformer
+from torch import Tensor, nn
+
+from atdiag.core.errors import UserError
+from atdiag.core.spec import PLAIN_NORM_EPS, Network
+from atdiag.networks.model import components
+from atdiag.networks.model.vit import Block, ViT
+from atdiag.transfer.attention import Attention
+
+_NETWORKS = (
+    ViT,
+    vision_transformer.VisionTransformer,
+    deit.VisionTransformerDistilled,
+    beit.Beit,
+    eva.Eva,
+)
+"""Exactly these classes can be read: what a subclass changes can't be seen from its parts."""
+
+_BLOCKS = (Block, vision_transformer.Block, beit.Block, eva.EvaBlock)
+_POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
+_PARALLEL = (vision_transformer.ParallelScalingBlock,)
+_ATTENTION = (Attention, TimmAttention, AttentionRope, beit.Attention, eva.EvaAttention)
+
+_ATTENTION_NAMES = ("attention", "attn", "mhsa", "gpsa", "xca", "litemla")
+"""Fragments of the names that timm gives to modules that attend, lower case."""
+
+_OTHER_ATTENTION = (
+    ("window", "its attention stays within windows, so it has no map over all tokens"),
+    ("shifted", "its attention stays within windows, so it has no map over all tokens"),
+    ("xca", "its attention runs across channels (cross-covariance), not across tokens"),
+    ("talkinghead", "its heads are mixed before and after softmax (talking heads), so no head has a map of its own"),
+    ("linearattention", "its attention has no softmax"),
+    ("litemla", "its attention has no softmax"),
+)
+"""A fragment of an attention module's class name, lower case -> why such a network can't teach."""
+
+
+def describe(model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Network:
+    """The architecture of a network, by inspection.
+
+    mean, std: per-channel normalisation of its input; by default those that timm's configuration of the model names.
+
+    ``Network.differences`` lists what else tells it from the plain ViT and no student can be given yet: ``rope``,
+    ``swiglu``, ``qk_norm``, ``post_norm`` ... Notes on what has no direct word in a ``Network``:
+
+    - classes: rows of the head, 1 if it has none.
+    - mlp_ratio: of a gated MLP (SwiGLU, which has three matrices), that of the plain one with as many weights.
+    - the distillation token of DeiT counts as a register: it takes part in attention and belongs to no patch.
+
+    Raises UserError, with the reason, for a network that is not a ViT with softmax attention over all of its tokens.
+    """
+    if reason := why_not(model):
+        raise UserError(f"{type(model).__name__} can't be a teacher: {reason}")
+    return _describe(model, mean, std)
+
+
+def _describe(model: Any, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
+    facts = [_block_facts(block) for block in model.blocks]
+    heads, hidden, _ = facts[0]
+    differences = {name for _, _, names in facts for name in names} | set(_network_differences(model))
+    if len(set(facts)) > 1:
+        differences.add("uneven_blocks")
+    found = components.inspect(model)
+    patch = model.patch_embed
+    norms = components.layer_norms(model.blocks[0])
+    return Network(
+        image_size=patch.img_size[0],
+        patch_size=patch.patch_size[0],
+        channels=patch.proj.in_channels,
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        heads=heads,
+        mlp_ratio=_ratio(hidden, model.embed_dim),
+        class_token=model.cls_token is not None,
+        classes=model.head.out_features if isinstance(model.head, nn.Linear) else 1,
+        norm_eps=norms[0].eps if norms else PLAIN_NORM_EPS,
+        mean=_channel_values(model, "mean", mean),
+        std=_channel_values(model, "std", std),
+        components=(*found, *(["registers"] if _distilled(model) else [])),
+        layer_scale_init=_scale_init(model.blocks[0]) if "layer_scale" in found else None,
+        registers=sum(token.shape[1] for token in _extra_tokens(model)),
+        differences=tuple(differences),
+    )
+
+
+def why_not(model: Any) -> str | None:
+    """Why a network can't be a teacher; None if it can."""
+    if type(model) not in _NETWORKS:
+        names = {type(module).__name__ for module in model.modules()}
+        attention = {name for name in names if any(part in name.lower() for part in _ATTENTION_NAMES)}
+        if not attention:
+            return "no self-attention is to be found in it"
+        for part, reason in _OTHER_ATTENTION:
+            if any(part in name.lower() for name in attention):
+                return reason
+        if any(hasattr(model, name) for name in ("stages", "layers", "downsample")):
+            return "its tokens change in number from stage to stage, so it has no one token grid"
+        known = ", ".join(kind.__name__ for kind in _NETWORKS[1:])
+        return f"it is none of the classes of timm whose maps atdiag can read ({known})"
+    patch = model.patch_embed
+    if not isinstance(patch, PatchEmbed):
+        return f"its patches are embedded by more than one linear layer ({type(patch).__name__})"
+    if patch.img_size is None or len(set(patch.img_size)) > 1 or len(set(patch.patch_size)) > 1:
+        return "its images or patches are not square"
+    if patch.img_size[0] % patch.patch_size[0]:
+        return f"its image size {patch.img_size[0]} is not a multiple of its patch size {patch.patch_size[0]}"
+    for block in model.blocks:
+        if not isinstance(block, _BLOCKS + _POST_NORM + _PARALLEL):
+            return f"its blocks ({type(block).__name__}) are none whose maps atdiag can read"
+        if not isinstance(block, _PARALLEL) and not isinstance(block.attn, _ATTENTION):
+            return f"its attention ({type(block.attn).__name__}) has no single softmax map for each head"
+    return None
+
+
+def _block_facts(block: Any) -> tuple[int, int, frozenset[str]]:
+    """A block's heads, the width of its MLP (as a plain one), and its differences. The same for all blocks, usually."""
+    differences: set[str] = set()
+    if isinstance(block, _PARALLEL):  # no module of its own for attention or MLP: one projection feeds both
+        if not isinstance(block.q_norm, nn.Identity):
+            differences.add("qk_norm")
+        return int(block.num_heads), int(block.in_split[0]), frozenset(differences | {"parallel_blocks"})
+    if isinstance(block, _POST_NORM):
+        differences.add("post_norm")
+    elif [scale is None for scale in components.branch_scales(block)] in ([True, False], [False, True]):
+        differences.add("one_layer_scale")
+    if not all(_is_layer_norm(norm) for norm in (block.norm1, block.norm2)):
+        differences.add("no_layer_norm")
+    hidden = _inspect_mlp(block.mlp, differences)
+    _inspect_attention(block.attn, differences)
+    return int(block.attn.num_heads), hidden, frozenset(differences)
+
+
+def _inspect_attention(attn: Any, differences: set[str]) -> None:
+    width = attn.proj.out_features
+    checks: dict[str, bool] = {
+        "qk_norm": _is_there(attn, "q_norm") or _is_there(attn, "k_norm"),
+        "attn_norm": _is_there(attn, "norm"),
+        "gated_attention": _is_there(attn, "gate"),
+        "grouped_queries": getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads,
+        "wide_heads": attn.proj.in_features != width or width % attn.num_heads != 0,
+        "no_qkv_bias": not any(components.qkv_biases(attn)),
+        "uneven_qkv_bias": components.qkv_biases(attn) not in [(True,) * 3, (True, False, True), (False,) * 3],
+        "no_proj_bias": attn.proj.bias is None,
+    }
+    differences |= {name for name, found in checks.items() if found}
+
+
+def _inspect_mlp(mlp: Any, differences: set[str]) -> int:
+    """Adds an MLP's differences; its width, that of a plain one with as many weights."""
+    if _is_there(mlp, "norm"):
+        differences.add("mlp_norm")
+    if isinstance(mlp, SwiGLU | GluMlp):
+        differences.add("swiglu" if isinstance(mlp.act, nn.SiLU) else "gated_mlp")
+        return int(1.5 * mlp.fc2.in_features + 0.5)
+    if type(mlp) is not Mlp:
+        differences.add(f"{type(mlp).__name__.lower()}_mlp")
+        return int(mlp.fc2.in_features) if hasattr(mlp, "fc2") else 4 * _first_width(mlp)
+    if mlp.fc1.bias is None or mlp.fc2.bias is None:
+        differences.add("no_mlp_bias")
+    if activation := _activation(mlp.act):
+        differences.add(activation)
+    return int(mlp.fc1.out_features)
+
+
+def _first_width(mlp: nn.Module) -> int:
+    return next(int(module.in_features) for module in mlp.modules() if isinstance(module, nn.Linear))
+
+
+def _activation(act: nn.Module) -> str | None:
+    """The name of an activation that is neither GELU nor the component quick_gelu."""
+    approximate = getattr(act, "approximate", "none")
+    kind = type(act).__name__
+    if kind == "QuickGELU" or (kind == "GELU" and approximate == "none"):
+        return None
+    return "gelu_tanh" if kind in ("GELU", "GELUTanh") else kind.lower()
+
+
+def _network_differences(model: Any) -> Iterator[str]:
+    """What tells a network from the plain ViT outside its blocks."""
+    if _is_there(model, "rope"):
+        yield "rope"
+    if _is_there(model.patch_embed, "norm"):
+        yield "patch_norm"
+    if _distilled(model):
+        yield "distillation_token"
+    ours = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    if len({norm.eps for norm in ours}) > 1:
+        yield "uneven_ln_eps"
+    norms = [name for name in ("norm", "fc_norm") if _is_there(model, name)]
+    if not all(_is_layer_norm(getattr(model, name)) for name in norms):
+        yield "no_layer_norm"
+    pool = model.global_pool
+    if pool not in ("", "token", "avg", "map") or (pool == "token" and model.cls_token is None):
+        yield f"{pool}_pool"
+    if getattr(model, "pool_include_prefix", False):
+        yield "pool_includes_prefix"
+    if len(norms) != 1:
+        yield "no_last_norm" if not norms else "two_last_norms"
+    elif norms == ["norm"] and pool == "avg":
+        yield "norm_before_pool"
+    elif norms == ["fc_norm"] and pool == "map":
+        yield "norm_after_pool"
+    if not isinstance(model.head, nn.Linear | nn.Identity):
+        yield "other_head"
+    if getattr(model, "attn_pool", None) is not None and not _is_plain_pool(model):
+        yield "other_attention_pool"
+
+
+def _is_plain_pool(model: Any) -> bool:
+    """Whether attention pooling is what ``ViT`` builds from the network's own numbers."""
+    pool, block = model.attn_pool, model.blocks[0]
+    if not isinstance(pool, AttentionPoolLatent) or not isinstance(getattr(pool, "mlp", None), Mlp):
+        return False
+    return bool(
+        pool.num_heads == getattr(block.attn, "num_heads", None)
+        and isinstance(pool.q, nn.Linear)
+        and pool.q.bias is not None
+        and pool.pos_embed is None
+        and pool.latent_len == 1
+        and pool.pool == "token"
+        and pool.q.in_features == pool.kv.in_features == pool.out_features == model.embed_dim
+        and not _is_there(pool, "q_norm")
+        and _is_layer_norm(pool.norm)
+        and getattr(block.mlp, "fc1", None) is not None
+        and pool.mlp.fc1.out_features == block.mlp.fc1.out_features
+        and type(pool.mlp.act) is type(block.mlp.act)
+    )
+
+
+def _is_there(module: Any, name: str) -> bool:
+    """Whether a module has a part of that name that does something."""
+    return not isinstance(getattr(module, name, None), nn.Identity | None)
+
+
+def _is_layer_norm(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def _distilled(model: Any) -> bool:
+    return getattr(model, "dist_token", None) is not None
+
+
+def _extra_tokens(model: Any) -> list[Tensor]:
+    tokens = (getattr(model, name, None) for name in ("reg_token", "dist_token"))
+    return [token for token in tokens if token is not None]
+
+
+def _scale_init(block: Any) -> float:
+    """The initial value of a block's LayerScale, which timm keeps beside the values that have been learned since."""
+    holders = (getattr(block, name, None) for name in ("ls1", "ls"))
+    return float(next(h.init_values for h in (*holders, block) if getattr(h, "init_values", None) is not None))
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio that gives ``hidden = int(width * ratio)`` back."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _channel_values(model: Any, name: str, given: Sequence[float] | None) -> tuple[float, ...]:
+    if given is not None:
+        return tuple(given)
+    if isinstance(model, ViT):
+        return tuple(getattr(model.network, name))
+    config = getattr(model, "pretrained_cfg", None)
+    if not config or name not in config:
+        raise UserError(f"nothing says with which {name} the network's images are normalised", f"give its {name}")
+    return tuple(config[name])

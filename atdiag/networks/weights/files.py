@@ -1,0 +1,143 @@
+"""Reading a weight file that may be anything: what is damaged, or would run code, is refused in one line.
+
+A file is checked against its own header before anything of it is allocated. ``check`` needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from atdiag.networks.weights.sources import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["safetensors", "zip", "pickle"]
+
+_LARGEST_HEADER = 100_000_000  # safetensors' own limit
+
+
+def check(path: Path) -> Kind:
+    """What kind of weight file this is, from its bytes and not from its name.
+
+    Raises WeightsError for a file that is truncated, has more in it than its header says, or is none.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{":
+        _check_safetensors(path, size)
+        return "safetensors"
+    if start.startswith(b"PK"):
+        _check_zip(path, size)
+        return "zip"
+    if start.startswith(b"\x80"):
+        return "pickle"
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path} is a Git LFS pointer, not the weights that it points to", "fetch them by 'git lfs'")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise WeightsError(f"{path} is a web page, not a weight file", "download the file itself")
+    raise WeightsError(f"{path} is neither a safetensors file nor a checkpoint of torch.save")
+
+
+def _check_safetensors(path: Path, size: int) -> None:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _LARGEST_HEADER):
+            raise WeightsError(f"{path} is damaged: its header should be {length} bytes long, the file has {size}")
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            whole = 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, IndexError) as fault:
+            raise WeightsError(f"{path} is damaged: its header can't be read ({fault})") from None
+    if not ends:
+        raise WeightsError(f"{path} holds no tensors")
+    if whole != size:
+        raise WeightsError(f"{path} is {_short(whole, size)}: its header asks for {whole} bytes, the file has {size}")
+
+
+def _short(whole: int, size: int) -> str:
+    return "truncated" if size < whole else "damaged"
+
+
+def _check_zip(path: Path, size: int) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError) as fault:
+        raise WeightsError(f"{path} is truncated or damaged: it has no list of contents ({fault})") from None
+    # torch.save compresses nothing: whatever unpacks to more than the file holds was not written by it.
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise WeightsError(f"{path} is a compressed archive, not a checkpoint of torch.save")
+    if (whole := sum(entry.file_size for entry in entries)) > size:
+        raise WeightsError(f"{path} is damaged: its contents should be {whole} bytes long, the file has {size}")
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """The contents of a weight file, tensors on the CPU (of a torch checkpoint, mapped and not yet read).
+
+    Raises WeightsError for what is damaged, and for a pickle that would run code, which it names.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    kind = check(path)
+    try:
+        if kind == "safetensors":
+            contents: Any = load_file(path)
+        else:
+            # A plain record of command-line options, which many checkpoints carry; it runs nothing.
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the pickle's protocol
+                contents = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+    except Exception as fault:  # bytes that mean nothing make the unpickler stumble in any way
+        if isinstance(fault, pickle.UnpicklingError) and (names := _code_in(path, fault)):
+            raise WeightsError(
+                f"{path} is refused: unpickling it would call {names}, and a checkpoint needs tensors only",
+                "if you trust it, save its state dict alone, best as safetensors",
+            ) from None
+        raise WeightsError(f"{path} is truncated or damaged ({_first_line(fault)})") from None
+    if not isinstance(contents, Mapping):
+        raise WeightsError(f"{path} holds a {type(contents).__name__}, not a dictionary of tensors")
+    return contents
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that atdiag wrote. Raises WeightsError for any other file, and OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if check(path) != "safetensors":
+        raise WeightsError(f"{path} is no safetensors file")
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, ValueError) as fault:
+        raise WeightsError(f"{path} is damaged ({_first_line(fault)})") from None
+    return found
+
+
+def _first_line(fault: BaseException) -> str:
+    return (str(fault).strip() or type(fault).__name__).splitlines()[0][:200]
+
+
+def _code_in(path: Path, fault: pickle.UnpicklingError) -> str:
+    """What a pickle would call beside torch's own constructors; nothing where it is only damaged."""
+    import torch
+
+    text = str(fault)
+    try:
+        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except (RuntimeError, ValueError, pickle.UnpicklingError):  # the format before torch 1.6, which it does not list
+        names = set(re.findall(r"GLOBAL (\S+)", text))
+    if names:
+        return ", ".join(sorted(names))
+    return "code" if "Unsupported" in text else ""

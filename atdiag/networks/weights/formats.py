@@ -1,0 +1,196 @@
+"""Authors' checkpoints -> timm's names: which part of the file is the network, and what its keys are called.
+
+==========  ===================================================================================================
+``timm``    timm's own names; also DeiT's, AugReg's and extracted backbones, at the top or under ``model``,
+            ``state_dict``
+``mocov3``  ``state_dict``: ``module.base_encoder.*`` (taken) or ``module.momentum_encoder.*``; heads, predictor
+``dino``    DINO and iBOT, which continues its code: ``teacher`` (taken) or ``student``: ``[module.]backbone.*``,
+            ``[module.]head.*``; iBOT's extracted backbone has ``masked_embed``
+``mae``     ``model``: timm's names, and ``mask_token``, ``decoder_*`` in the full checkpoint
+``beit``    BEiT and BEiT v2, self-supervised: ``model``: one ``rel_pos_bias`` table for all blocks, ``mask_token``,
+            ``lm_head``, ``cls_pt_layers``; ends in ``norm``
+``dinov2``  ``mask_token``; with registers: ``register_tokens``, and the class token's position is apart
+``deit3``   LayerScale is called ``gamma_1``, ``gamma_2``
+==========  ===================================================================================================
+
+Where a file holds two networks the first of the above is taken, always: a file's sha256 says which weights were used.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torch import Tensor
+
+from atdiag.core.text import shortlist
+from atdiag.networks.weights.sources import WeightsError
+
+_ANCHOR = "patch_embed.proj.weight"
+_CONTAINERS = ("teacher", "student", "state_dict", "model", "module")
+_PREFIXES = ("module.base_encoder.", "module.momentum_encoder.", "module.backbone.", "backbone.", "module.", "")
+
+_SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+
+_DROPPED = {
+    "timm": r".*relative_position_index$|pre_logits\.",
+    "mocov3": r"head\.\d+\.",
+    "dino": r"head\.|masked_embed$",
+    "mae": r"mask_token$|decoder_",
+    "beit": r"mask_token$|lm_head\.|cls_pt_|.*relative_position_index$",
+    "dinov2": r"mask_token$",
+    "deit3": r"$^",
+}
+"""Format -> what of the network's own keys belongs to pre-training alone (a regular expression, from the start)."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A checkpoint's network under timm's names."""
+
+    state: dict[str, Tensor]
+    format: str
+    branch: str
+    """Where in the file it was: ``state_dict: module.base_encoder.*``."""
+    dropped: tuple[str, ...]
+    """Keys of the file that are no part of it (pre-training heads, decoders, mask tokens, the other branch)."""
+
+
+def convert(contents: Mapping[str, Any]) -> Converted:
+    """The network in a checkpoint, its format found from the keys.
+
+    Raises WeightsError where there is no ViT in it, listing the keys that there are.
+    """
+    container, tensors = _unwrap(contents)
+    prefix = next((p for p in _PREFIXES if p + _ANCHOR in tensors), None)
+    if prefix is None:
+        raise WeightsError(f"no ViT is in the file: no key ends in {_ANCHOR!r}; it has {shortlist(tensors)}")
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    outside = [key for key in tensors if not key.startswith(prefix)]
+    found = _format(container, prefix, state)
+    inside = [key for key in state if re.match(_DROPPED[found], key)]
+    state = _renamed(found, {key: value for key, value in state.items() if key not in inside})
+    where = f"{container}: {prefix}*" if container else f"{prefix}*"
+    return Converted(state, found, where, (*outside, *(prefix + key for key in inside)))
+
+
+def _unwrap(contents: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """The dictionary of tensors in a checkpoint, and the entry that it was in (nothing at the top)."""
+    for name in (*_CONTAINERS, ""):
+        inner = contents.get(name) if name else contents
+        if isinstance(inner, Mapping):
+            tensors = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
+            if any(key.endswith(_ANCHOR) for key in tensors):
+                return name, tensors
+    raise WeightsError(f"no ViT is in the file: no key ends in {_ANCHOR!r}; it has {shortlist(map(str, contents))}")
+
+
+def _format(container: str, prefix: str, state: Mapping[str, Tensor]) -> str:
+    if prefix in ("module.base_encoder.", "module.momentum_encoder."):
+        return "mocov3"
+    if prefix in ("module.backbone.", "backbone.") or container in ("teacher", "student") or "masked_embed" in state:
+        return "dino"
+    if _SHARED_TABLE in state:
+        return "beit"
+    if any(key.startswith("decoder_") for key in state):
+        return "mae"
+    if "register_tokens" in state or ("mask_token" in state and "blocks.0.ls1.gamma" in state):
+        return "dinov2"
+    if "blocks.0.gamma_1" in state and "pos_embed" in state and "blocks.0.attn.qkv.bias" in state:
+        return "deit3"
+    return "timm"
+
+
+def _renamed(found: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if found == "beit":
+        table = state.pop(_SHARED_TABLE)
+        blocks = sorted({key.split(".")[1] for key in state if key.startswith("blocks.")}, key=int)
+        # Each block looks up the one table, so each block's own table holds its values.
+        state |= {f"blocks.{block}.attn.relative_position_bias_table": table for block in blocks}
+    elif found == "deit3":
+        state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key): value for key, value in state.items()}
+    elif found == "dinov2" and "register_tokens" in state and "cls_token" in state and "pos_embed" in state:
+        # timm gives positions to patches alone where there are registers: the class token's is added to the token.
+        position = state.pop("pos_embed")
+        state["cls_token"] = state["cls_token"] + position[:, :1]
+        state["pos_embed"] = position[:, 1:]
+        state["reg_token"] = state.pop("register_tokens")
+    return state
+
+
+# --- onto a network ------------------------------------------------------------------------------------------------
+
+
+def fit(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """A checkpoint's weights, as a timm network of any image size takes them: strictly, in float32.
+
+    Position embeddings and tables of relative position biases are resampled to the network's grid by timm's functions
+    (bicubic), where it is another than the checkpoint's. ``model`` may be on the meta device.
+
+    Raises WeightsError that lists keys: missing, left over, of another shape, or with values that are not finite.
+    """
+    wanted = model.state_dict()
+    if faults := _faults(state, wanted, model):
+        raise WeightsError("; ".join(faults))
+    # A copy, since what was read may be a map of the file, which someone can write to.
+    whole = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    ready = {name: _resampled(name, tensor, wanted[name], model) for name, tensor in whole.items()}
+    if broken := [name for name, tensor in ready.items() if not bool(tensor.isfinite().all())]:
+        raise WeightsError(f"NaN or infinite values in {shortlist(broken)}")
+    return ready
+
+
+def _faults(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: Any) -> list[str]:
+    """What does not fit, one phrase for each kind. Looks at names and shapes alone."""
+    missing = [name for name in wanted if name not in state]
+    left = [name for name in state if name not in wanted]
+    shapes, kinds = [], []
+    for name, tensor in state.items():
+        if name not in wanted or _grid_of(name, tensor, wanted[name], model) is not None:
+            continue
+        if tensor.shape != wanted[name].shape:
+            shapes.append(f"{name} ({_by(tensor)} in the file, {_by(wanted[name])} in the network)")
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            kinds.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')})")
+        elif tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            kinds.append(f"{name} (fewer values in the file than its shape says)")
+    found = (("missing", missing), ("left over", left), ("of another shape", shapes), ("no plain weights", kinds))
+    return [f"{what}: {shortlist(names)}" for what, names in found if names]
+
+
+def _by(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "one value"
+
+
+def _prefix(model: Any) -> int:
+    """Tokens before the patches that have a position."""
+    return 0 if getattr(model, "no_embed_class", False) else int(model.num_prefix_tokens)
+
+
+def _grid_of(name: str, tensor: Tensor, wanted: Tensor, model: Any) -> int | None:
+    """The side of the patch grid that a position embedding or bias table is for, if it could be for any."""
+    if name == "pos_embed" and tensor.ndim == 3 and tensor.shape[::2] == wanted.shape[::2]:
+        side = math.isqrt(max(tensor.shape[1] - _prefix(model), 0))
+        return side if side and side**2 + _prefix(model) == tensor.shape[1] else None
+    if name.endswith("relative_position_bias_table") and tensor.ndim == 2 and tensor.shape[1] == wanted.shape[1]:
+        side = (math.isqrt(max(tensor.shape[0] - 3, 0)) + 1) // 2
+        return side if side and (2 * side - 1) ** 2 + 3 == tensor.shape[0] else None
+    return None
+
+
+def _resampled(name: str, tensor: Tensor, wanted: Tensor, model: Any) -> Tensor:
+    side, grid = _grid_of(name, tensor, wanted, model), tuple(model.patch_embed.grid_size)
+    if side is None or (side, side) == grid:
+        return tensor
+    out: Tensor
+    if name == "pos_embed":
+        out = resample_abs_pos_embed(tensor, list(grid), num_prefix_tokens=_prefix(model))
+    else:
+        out = resize_rel_pos_bias_table(tensor, new_window_size=grid, new_bias_shape=tuple(wanted.shape))
+    return out

@@ -1,0 +1,186 @@
+"""A teacher's weights: loaded strictly from wherever they are, whole or not at all.
+
+Shipped miniatures; files that the user names; authors' checkpoints in the cache folder; the hub's own cache. Reading a
+file's header needs no torch, so that planning stays fast.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atdiag.core.spec import Teacher
+from atdiag.networks.registry import teachers
+from atdiag.networks.weights import sources
+from atdiag.networks.weights.sources import (
+    Source,
+    WeightsError,
+    WeightsMissingError,
+    metadata,
+    shipped,
+    shipped_path,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from atdiag.networks.model.vit import ViT
+    from atdiag.networks.timm.wrapping import Foreign
+    from atdiag.networks.weights.formats import Converted
+
+__all__ = [
+    "Origin",
+    "WeightsError",
+    "WeightsMissingError",
+    "load",
+    "load_source",
+    "metadata",
+    "save",
+    "shipped",
+    "shipped_path",
+]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a teacher's weights came from, for the record of a run."""
+
+    file: str
+    sha256: str
+    format: str
+    """Key layout, see ``formats``."""
+    branch: str
+    """Which part of the file was taken: ``state_dict: module.base_encoder.*``."""
+    dropped: tuple[str, ...]
+    """Its keys that are no part of the network (pre-training heads, decoders, mask tokens)."""
+
+
+def load(teacher: Teacher) -> ViT | Foreign:
+    """A teacher, frozen and in eval mode, with the weights that its sha256 names.
+
+    Raises WeightsMissingError where they are not on this machine, and WeightsError (a UserError and ValueError) where
+    the file is another one, damaged, or does not fit the network.
+    """
+    if teachers.is_miniature(teacher):
+        return _load_miniature(teacher)
+    path, source = _file(teacher)
+    model, converted = load_source(source, path, teacher.network.image_size)
+    from atdiag.networks.timm import architectures, conversion
+
+    found = conversion.teacher_from(model, *architectures.pixels(source))
+    if found.network != teacher.network:
+        raise WeightsError(
+            f"{teacher.label}: timm builds another network than the one that this run was planned with",
+            "is it another version of timm?",
+        )
+    found.eval().requires_grad_(False)
+    found.origin = Origin(str(path), str(teacher.sha256), converted.format, converted.branch, converted.dropped)
+    return found
+
+
+def _file(teacher: Teacher) -> tuple[Path, Source]:
+    """The file with a published teacher's weights: the very one that its sha256 names."""
+    source = teachers.source(teacher.name)
+    path = sources.find(source)
+    if path is None:
+        raise WeightsMissingError(f"no weights of {teacher.label} on this machine: {sources.how_to_get(source)}")
+    if teacher.sha256 is None:
+        raise WeightsError(f"{teacher.label} was planned without weights, and {path} is here now", "plan again")
+    _verify(path, teacher.sha256)
+    return path, source
+
+
+def _verify(path: Path, meant: str | None) -> None:
+    if (found := sources.fresh_sha256(path)) != meant:
+        raise WeightsError(
+            f"{path} is not the file this run was made with (sha256 {found[:12]}, not {str(meant)[:12]})"
+        )
+
+
+def _load_miniature(teacher: Teacher) -> ViT:
+    from atdiag.networks.model.vit import ViT
+    from atdiag.networks.weights import files
+
+    path = shipped_path(teacher.name)
+    if not path.exists():
+        raise WeightsMissingError(f"no weights of {teacher.label} on this machine")
+    _verify(path, teacher.sha256)
+    vit = ViT(teacher.network)
+    vit.load_state_dict({name: tensor.float() for name, tensor in files.tensors(path).items()})
+    vit.eval().requires_grad_(False)
+    return vit
+
+
+# --- published networks --------------------------------------------------------------------------------------------
+
+
+def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module, Converted]:
+    """timm's network of a source with the weights of a file, and what became of the file's keys.
+
+    Raises WeightsError that names the file: its format is not the source's, a key is missing or left over, a shape does
+    not fit, heads are others, or a value is not finite.
+    """
+    from atdiag.networks.timm import architectures
+    from atdiag.networks.weights import files, formats
+
+    model: Any = architectures.build(source, image_size, meta=True)
+    try:
+        found = formats.convert(files.read(path))
+    except WeightsError as fault:
+        raise fault if str(path) in str(fault) else WeightsError(f"{path}: {fault}") from None
+    _check_format(found, source, path)
+    _check_heads(found, model, path)
+    try:
+        state = formats.fit(found.state, model)
+    except WeightsError as fault:
+        rows = [row.name for row in _published_as(found, model) if row.name != source.name]
+        hint = f"a checkpoint of this kind is {' or '.join(rows)}: type {rows[0]}@{path}" if rows else None
+        raise WeightsError(f"{path} does not fit {source.name}: {fault}", hint) from None
+    persistent = set(model.state_dict())
+    if any(name not in persistent for name, _ in model.named_buffers()):
+        # What timm computes when it builds, and keeps in no file, needs a network that is really there.
+        model = architectures.build(source, image_size, meta=False)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False), found
+
+
+def _check_format(found: Converted, source: Source, path: Path) -> None:
+    if source.formats is not None and found.format not in source.formats:
+        raise WeightsError(
+            f"{path} has the key layout {found.format!r}, and {source.name} is published as "
+            f"{' or '.join(map(repr, source.formats))}"
+        )
+
+
+def _published_as(found: Converted, model: Any) -> list[teachers.TeacherEntry]:
+    """The registry's rows with a network of this width and depth whose authors publish it in this format."""
+    if found.format == "timm":
+        return []
+    size = model.embed_dim, len(model.blocks)
+    rows = teachers.registry().values()
+    return [row for row in rows if found.format in (row.formats or ()) and (row.width, row.depth) == size]
+
+
+def _check_heads(found: Converted, model: Any, path: Path) -> None:
+    """Shapes do not tell the number of heads; what is known of the checkpoints in this format does."""
+    rows, heads = _published_as(found, model), model.blocks[0].attn.num_heads
+    if rows and heads not in {row.heads for row in rows}:
+        raise WeightsError(
+            f"{path} is a checkpoint in {found.format}'s format, whose network of width {model.embed_dim} has "
+            f"{rows[0].heads} heads, not {heads}",
+            f"use {rows[0].name}@{path}",
+        )
+
+
+def save(vit: ViT, path: Path, facts: dict[str, Any]) -> None:
+    """Write a network as a miniature teacher: half precision, with its architecture and ``facts`` in the header."""
+    from safetensors.torch import save as to_bytes
+
+    from atdiag.core.runs import write_atomically
+
+    state: dict[str, Tensor] = {name: tensor.detach().half().contiguous() for name, tensor in vit.state_dict().items()}
+    header = {"network": vit.network.model_dump(mode="json"), **facts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, to_bytes(state, {key: json.dumps(value) for key, value in header.items()}))

@@ -1,0 +1,120 @@
+"""What is shown on a terminal: progress bars, tables, and a reading with its verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from atdiag.core.progress import OnProgress, Progress
+from atdiag.reports import tables
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import ProgressColumn
+    from rich.table import Table
+
+    from atdiag.study.protocol import Reading
+
+_REFRESH = 0.5
+"""Seconds between two looks at how many runs are finished, which asks for the state of each."""
+
+
+def bar(*columns: ProgressColumn) -> Bar:
+    """Return a progress bar on standard error that leaves nothing behind, and is absent where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    return Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def counted(description: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar while it lasts; what it gives is the callback (done, total)."""
+    with bar() as shown:
+        task = shown.add_task(description, total=total)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def staged() -> Iterator[OnProgress]:
+    """Show a bar for each thing that is done, one after another, under its name."""
+    with bar() as shown:
+        tasks: dict[str, int] = {}
+
+        def report(now: Progress) -> None:
+            if now.doing not in tasks:
+                tasks[now.doing] = shown.add_task(now.doing, total=None)
+            shown.update(tasks[now.doing], completed=now.done, total=now.total or None)  # type: ignore[arg-type]
+
+        yield report
+
+
+@contextlib.contextmanager
+def training(runs: int, unfinished: Callable[[], int]) -> Iterator[OnProgress]:
+    """Show how far a training is: a bar on a terminal, a line for each finished run elsewhere.
+
+    unfinished: says how many of the runs are not finished.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps {task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    said, looked = "", 0.0
+    with bar(*columns) as shown:
+        task = shown.add_task("starting", total=None, rate="")
+
+        def report(now: Progress) -> None:
+            nonlocal said, looked
+            if time.monotonic() < looked + _REFRESH:
+                return
+            looked = time.monotonic()
+            elapsed = shown.tasks[0].elapsed or 0
+            rate = f"{now.images / elapsed:.0f} images/s" if now.images and elapsed else ""
+            text = f"{runs - unfinished()}/{runs} runs" if now.total else now.doing
+            shown.update(task, completed=now.done, total=now.total or None, rate=rate, description=text)
+            if not shown.console.is_terminal and text != said:
+                said = text
+                shown.console.print(f"{text} {rate}".rstrip(), highlight=False)
+
+        yield report
+
+
+def table(title: str, *columns: str) -> Table:
+    """Return an empty table for the terminal: the first column is of names, the others are of numbers."""
+    from rich import box
+    from rich.table import Table
+
+    out = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        out.add_column(name, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
+    return out
+
+
+def show_reading(reading: Reading, files: Sequence[Path]) -> None:
+    """Print table, claims, notes, verdict and the files."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(tables.terminal(reading))
+    if tested := [one for one in reading.judged if one.verdict != "not testable here"]:
+        console.print(tables.claims_table(tested))
+    for note in tables.notes(reading):
+        console.print(f"- {note}", style="dim", highlight=False)
+    console.print(f"\n[bold]Verdict[/bold]  {reading.verdict}\n", highlight=False)
+    show_files(files)
+
+
+def show_files(files: Sequence[Path]) -> None:
+    """Print paths, one a line, as they are: nothing in them is markup."""
+    for path in files:
+        print(f"  {path}")

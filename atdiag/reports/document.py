@@ -1,0 +1,107 @@
+"""Where a reading's files lie, and its machine-readable form."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atdiag.core import paths
+from atdiag.core.text import count
+from atdiag.reports import tables
+from atdiag.study.protocol import Reading, Report, Series
+
+if TYPE_CHECKING:
+    from atdiag.stats.contrasts import Estimate
+
+
+def slug(series: Series) -> str:
+    """A file name for a series: its options, and a few digits that any change of a run's spec changes."""
+    every = [tuple(study.options.values()) for study in series.studies]
+    options = "-".join(every[0]) if len(set(every)) == 1 else ""
+    words = re.sub(r"[^\w.-]+", "-", options.replace(" ", "")) or series.ablation
+    on = sorted({study.test_set for study in series.studies if study.test_set})
+    digest = hashlib.sha256(" ".join([*sorted(spec.id for spec in series.specs), *on]).encode()).hexdigest()[:6]
+    return f"{words}-{digest}"
+
+
+def folder(series: Series, profile: str, out: Path | None) -> Path:
+    """The folder for a series' tables and figures, which can be made and written. Raises UserError where it can't."""
+    teachers = list(dict.fromkeys(study.teacher.name for study in series.studies))
+    whom = _plain(teachers[0]) if len(teachers) == 1 else f"{len(teachers)}-teachers"
+    chosen = out or Path("results") / f"{series.ablation}-{whom}-{profile}"
+    paths.writable(chosen, "--out")
+    return chosen
+
+
+def _plain(name: str) -> str:
+    """A teacher's name as part of a file name: ``timm:MODEL@/path/file`` without the path."""
+    return re.sub(r"[^\w.-]+", "-", name.partition("@")[0])
+
+
+def as_json(reading: Reading) -> dict[str, Any]:
+    """The machine-readable form of a reading."""
+    first = reading.reports[0]
+    return {
+        "ablation": reading.series.ablation,
+        "profile": first.profile,
+        "overrides": dict(first.overrides),
+        "studies": [_study(report) for report in reading.reports],
+        "claims": [tables.claim_record(one) for one in reading.judged],
+        "verdict": reading.verdict,
+        "notes": tables.notes(reading),
+    }
+
+
+def caption(reading: Reading) -> str:
+    """What stands below the figure in a paper: what is shown, of how many images, seeds, runs, at which profile."""
+    report = reading.reports[0]
+    estimates = [row.contrast for row in report.rows if row.contrast is not None]
+    lines = [f"{tables.title(reading.series)}. Top-1 accuracy, and points against {report.rows[0].arm}."]
+    if estimates:
+        one = estimates[0]
+        of = f" of {one.clusters:,} clusters" if one.clusters != one.images else ""
+        seeds = count(report.rows[0].seeds, "seed")
+        lines.append(f"n = {one.images:,} test images{of}, {seeds}; intervals: 95 %, over {one.covers}.")
+    lines += tables.notes(reading)
+    lines.append(f"Runs: {', '.join(reading.runs)}.")
+    return "\n".join([*lines, ""])
+
+
+def _study(report: Report) -> dict[str, Any]:
+    reference = report.reference
+    return {
+        "study": report.study.label,
+        "teacher": report.study.teacher.label,
+        "options": dict(report.study.options),
+        "test_set": report.study.test_set,
+        "arms": [
+            {
+                "arm": row.arm,
+                "top1": row.top1,
+                **_numbers(row.contrast, "contrast"),
+                "seeds": row.seeds,
+                **row.numbers,
+                "runs": list(row.runs),
+            }
+            for row in report.rows
+        ],
+        "reference": None if reference is None else {"top1": reference.top1, "runs": list(reference.runs)},
+        "contrasts": [
+            {"contrast": name, **_numbers(e, "value"), "seeds": e.seeds} for name, e in report.contrasts.items()
+        ],
+        "verdict": report.verdict,
+    }
+
+
+def _numbers(estimate: Estimate | None, name: str) -> dict[str, float | None]:
+    if estimate is None:
+        return dict.fromkeys((name, "ci_low", "ci_high", "p", "p_holm"))
+    return {
+        name: estimate.value,
+        "ci_low": estimate.low,
+        "ci_high": estimate.high,
+        "p": estimate.p,
+        "p_holm": estimate.adjusted,
+    }

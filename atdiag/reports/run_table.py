@@ -1,0 +1,99 @@
+"""Runs as rows: what they are, what they were computed on and what came out, flat and comparable.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from atdiag.core.runs import Run
+
+RESULTS = ("top1", "test_images", "steps", "seconds", "images_per_second")
+"""What of a run's result is a number."""
+
+_RECORDED = ("environment", "origin")
+_TIMES = ("environment.finished_at", "origin.started_at")
+
+_MISSING = object()
+
+Difference = tuple[str, Any, Any]
+"""A field's dotted name, and its values on both sides (None where a side has no such field)."""
+
+
+def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted names; lists are values. ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    out: dict[str, Any] = {}
+    for key, value in document.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def _spec(run: Run) -> dict[str, Any]:
+    document = run.spec.model_dump(mode="json")
+    if document["teacher"] is None:  # else a column of its own beside teacher.name and its like
+        del document["teacher"]
+    return flat(document)
+
+
+def _result(run: Run) -> dict[str, Any]:
+    return run.result() if run.finished else {}
+
+
+def _recorded(result: Mapping[str, Any]) -> dict[str, Any]:
+    return flat({name: result[name] for name in _RECORDED if result.get(name) is not None})
+
+
+def row(run: Run) -> dict[str, Any]:
+    """A run as one flat row: id, state, results, every field of its spec, and what it was computed on.
+
+    A run whose spec or result can't be read has its id and the state ``damaged``.
+    """
+    try:
+        spec, result = _spec(run), _result(run)
+        return {
+            "run": run.id,
+            "state": run.state,
+            **{name: result.get(name) for name in RESULTS},
+            **spec,
+            **_recorded(result),
+        }
+    except (ValueError, OSError):
+        return {"run": run.id, "state": "damaged"}
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV: a column for each field that any of them has, empty where a row lacks it; lists as JSON."""
+    first = ["run", "state", *RESULTS]
+    names = dict.fromkeys([*first, *(name for one in rows for name in one)])
+    # What runs were computed on comes last, however early the row that has it.
+    last = [name for name in names if name.partition(".")[0] in _RECORDED]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*(name for name in names if name not in last), *last], lineterminator="\n")
+    writer.writeheader()
+    for one in rows:
+        writer.writerow({name: json.dumps(v) if isinstance(v, list | bool) else v for name, v in one.items()})
+    return out.getvalue()
+
+
+def differences(one: Run, other: Run) -> dict[str, list[Difference]]:
+    """What tells two runs apart: ``spec``, ``environment`` (times left out), and all numbers of both under ``results``.
+
+    Raises DamagedRunError.
+    """
+    results = _result(one), _result(other)
+    recorded = [{name: value for name, value in _recorded(result).items() if name not in _TIMES} for result in results]
+    return {
+        "spec": _unequal(_spec(one), _spec(other)),
+        "environment": _unequal(*recorded) if all(results) else [],
+        "results": [(name, results[0].get(name), results[1].get(name)) for name in RESULTS],
+    }
+
+
+def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
+    names = dict.fromkeys([*one, *other])
+    return [(n, one.get(n), other.get(n)) for n in names if one.get(n, _MISSING) != other.get(n, _MISSING)]

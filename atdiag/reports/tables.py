@@ -1,0 +1,290 @@
+"""A reading as a table: on the terminal, as a data frame, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from atdiag.study.claims import Judged
+from atdiag.study.protocol import ArmResult, Reading, Report, Series
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+    from atdiag.stats.contrasts import Estimate
+
+
+def title(series: Series) -> str:
+    """``reinit - clip_b (mini) - module attn, transfer copy``; of several teachers their number."""
+    first = series.studies[0]
+    shared = {
+        name: value
+        for name, value in first.options.items()
+        if all(study.options.get(name) == value for study in series.studies)
+    }
+    options = ", ".join(f"{name} {value}" for name, value in shared.items())
+    return " - ".join(filter(None, (series.ablation, subject(series), options)))
+
+
+def subject(series: Series) -> str:
+    """Whom a series is about: its teacher, or how many."""
+    labels = list(dict.fromkeys(study.teacher.label for study in series.studies))
+    return labels[0] if len(labels) == 1 else f"{len(labels)} teachers"
+
+
+def frame(reading: Reading) -> pd.DataFrame:
+    """One line for each arm, reference and further contrast of each study: what a table or a figure shows, in full.
+
+    ablation, profile, study (its label), teacher, test_set, kind (arm, reference, contrast), name, top1 (%), contrast
+    (points), ci_low and ci_high (95 %), interval_covers, p, p_holm (corrected for all contrasts here), seeds, what else
+    was measured, runs (ids, separated by spaces), overrides.
+    """
+    import pandas as pd
+
+    lines: list[dict[str, Any]] = []
+    for report in reading.reports:
+        study = report.study
+        data = study.test_set or study.arms[0].specs[0].data.name
+        common = {"study": study.label, "teacher": study.teacher.label, "test_set": data}
+        for row in rows(report):
+            kind = "reference" if row is report.reference else "arm"
+            measured = {"top1": row.top1, **_numbers(row.contrast), "seeds": row.seeds, **row.numbers}
+            lines.append(common | {"kind": kind, "name": row.arm} | measured | {"runs": " ".join(row.runs)})
+        for name, estimate in report.contrasts.items():
+            arms = next(c.weights for c in study.contrasts if c.name == name)
+            runs = " ".join(run for arm in arms for run in report.row(arm).runs)
+            measured = {"top1": None, **_numbers(estimate), "seeds": estimate.seeds}
+            lines.append(common | {"kind": "contrast", "name": name} | measured | {"runs": runs})
+    table = pd.DataFrame(lines)
+    table["runs"] = table.pop("runs")  # the longest, after what else was measured
+    first = reading.reports[0]
+    table["overrides"] = " ".join(f"{name}={value}" for name, value in sorted(first.overrides.items()))
+    table.insert(0, "profile", first.profile)
+    table.insert(0, "ablation", reading.series.ablation)
+    return table
+
+
+def _numbers(estimate: Estimate | None) -> dict[str, Any]:
+    if estimate is None:
+        return dict.fromkeys(("contrast", "ci_low", "ci_high", "interval_covers", "p", "p_holm"))
+    return {
+        "contrast": estimate.value,
+        "ci_low": estimate.low,
+        "ci_high": estimate.high,
+        "interval_covers": estimate.covers,
+        "p": estimate.p,
+        "p_holm": estimate.adjusted,
+    }
+
+
+def rows(report: Report) -> list[ArmResult]:
+    """The arms, and the teacher as it is."""
+    return [*report.rows, *([report.reference] if report.reference else [])]
+
+
+def interval(estimate: Estimate) -> str:
+    """``+3.1 [+1.2, +5.0]``."""
+    return f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
+
+
+def probability(estimate: Estimate) -> str:
+    """The corrected p-value; nothing for a contrast from one seed."""
+    p = estimate.adjusted
+    return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
+
+
+def _cells(name: str, row: ArmResult | None, estimate: Estimate | None, extra: Sequence[str]) -> list[str]:
+    """name, top-1, contrast, p, what else was measured, seeds."""
+    seeds = row.seeds if row else estimate.seeds if estimate else 0
+    measured = [f"{row.numbers[column]:.3g}" if row and column in row.numbers else "" for column in extra]
+    versus = ["", ""] if estimate is None else [interval(estimate), probability(estimate)]
+    return [name, "" if row is None else f"{row.top1:.1f}", *versus, *measured, str(seeds)]
+
+
+def _extra(reading: Reading) -> list[str]:
+    """What else was measured. Details of another column ("JSD block 0" beside "JSD") are left to the data frame."""
+    every = dict.fromkeys(name for report in reading.reports for row in report.rows for name in row.numbers)
+    return [name for name in every if not any(name.startswith(f"{other} ") for other in every)]
+
+
+def _head(reading: Reading) -> list[str]:
+    baselines = {report.rows[0].arm for report in reading.reports}
+    return ["arm", "top-1 %", f"points vs {baselines.pop()} [95 %]", "p, Holm", *_extra(reading), "seeds"]
+
+
+def _lines(reading: Reading, report: Report) -> list[list[str]]:
+    extra = _extra(reading)
+    lines = [_cells(row.arm, row, row.contrast, extra) for row in report.rows]
+    if report.reference:
+        cells = _cells(f"{report.study.teacher.label} itself", report.reference, None, extra)
+        lines.append([*cells[:2], "its own head", *cells[3:-1], ""])
+    return lines + [_cells(name, None, estimate, extra) for name, estimate in report.contrasts.items()]
+
+
+def terminal(reading: Reading) -> Table:
+    """The table that a terminal shows: a section for each study."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title(reading.series), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.collapse_padding, table.pad_edge = True, False
+    for i, name in enumerate(_head(reading)):
+        if i == 0:
+            table.add_column(name, overflow="fold", min_width=12)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    several = len(reading.reports) > 1
+    for report in reading.reports:
+        if several:
+            table.add_row(f"[bold]{report.study.label}[/bold]")
+        count = len(report.rows)
+        for i, cells in enumerate(_lines(reading, report)):
+            itself = report.reference is not None and i == count
+            indented = [f"  {cells[0]}" if several else cells[0], *cells[1:]]
+            if not several and i == count:
+                table.add_section()
+            table.add_row(*indented, style="dim" if itself else None)
+            if not several and itself:
+                table.add_section()
+        table.add_section()
+    return table
+
+
+def markdown(reading: Reading) -> str:
+    """The same table in Markdown, with claims, verdict, notes, and the runs that it stands on."""
+    head = _head(reading)
+    lines = [f"### {title(reading.series)}", "", _bar(head), _bar(["---", *["---:"] * (len(head) - 1)])]
+    for report in reading.reports:
+        if len(reading.reports) > 1:
+            lines.append(_bar([f"**{report.study.label}**", *[""] * (len(head) - 1)]))
+        lines += [_bar(cells) for cells in _lines(reading, report)]
+    if reading.judged:
+        lines += ["", *claims_markdown(reading.judged)]
+    lines += ["", reading.verdict, "", *(f"- {note}" for note in notes(reading)), "", "Runs:"]
+    for report in reading.reports:
+        where = f"{report.study.label}, " if len(reading.reports) > 1 else ""
+        lines += [f"- {where}{row.arm}: {', '.join(row.runs)}" for row in rows(report)]
+    return "\n".join([*lines, ""])
+
+
+def _bar(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def latex(reading: Reading) -> str:
+    """The same table for a paper, with booktabs' rules; its caption is the figure's."""
+    head = _head(reading)
+    body: list[list[str]] = []
+    for report in reading.reports:
+        if len(reading.reports) > 1:
+            body.append([report.study.label, *[""] * (len(head) - 1)])
+        body += _lines(reading, report)
+    return booktabs(head, body)
+
+
+def booktabs(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A LaTeX ``tabular`` with the rules of the package booktabs; texts are escaped."""
+    import pandas as pd
+
+    table = pd.DataFrame([list(line) for line in body], columns=list(head))
+    styled = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
+    return styled.to_latex(hrules=True, column_format="l" + "r" * (len(head) - 1))
+
+
+CLAIMS = ("claim", "paper", "ours [95 %]", "verdict")
+
+
+def claim_cells(judged: Judged) -> tuple[str, str, str, str]:
+    """A claim in a table: what, the paper's number, ours with the span of its intervals, and the verdict."""
+    span = "" if judged.low is None else f" [{judged.low:+.1f}, {judged.high:+.1f}]"
+    verdict = judged.verdict + (f" ({judged.note})" if judged.note else "")
+    return judged.claim.name, judged.claim.paper, f"{judged.ours}{span}", verdict
+
+
+def claims_markdown(judged: Sequence[Judged]) -> list[str]:
+    """The claims as lines of a Markdown table."""
+    return [_bar(CLAIMS), _bar(["---"] * len(CLAIMS)), *(_bar(claim_cells(one)) for one in judged)]
+
+
+def claim_record(judged: Judged) -> dict[str, Any]:
+    """A claim and what became of it: name, text, paper, source, verdict, ours, ci_low, ci_high, seeds, note."""
+    return {
+        **judged.claim.model_dump(include={"name", "text", "paper", "source"}),
+        "verdict": judged.verdict,
+        "ours": judged.ours,
+        "ci_low": judged.low,
+        "ci_high": judged.high,
+        "seeds": judged.seeds,
+        "note": judged.note,
+    }
+
+
+def claims_table(judged: Sequence[Judged], name: str = "the papers' claims, here") -> Table:
+    """The claims on a terminal."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.collapse_padding, table.pad_edge = True, False
+    for column in CLAIMS:
+        table.add_column(column, overflow="fold", ratio=1)
+    for one in judged:
+        table.add_row(*claim_cells(one))
+    return table
+
+
+def notes(reading: Reading) -> list[str]:
+    """What a reader must know beside the numbers."""
+    reports, first = reading.reports, reading.reports[0]
+    out = [*reading.series.notes, *(note for report in reports for note in report.study.notes)]
+    out += [
+        f"The teacher's weights without a place in the student, dropped: {', '.join(names)}."
+        for report in reports
+        for names in report.dropped.values()
+    ]
+    data = {study.arms[0].specs[0].data.name: study.arms[0].specs[0].data for study in reading.series.studies}
+    grouped = " (by source digit)" if any(one.image_size is None for one in data.values()) else ""
+    out.append(
+        f"Profile {first.profile}, data {', '.join(data)}. Intervals: 95 %, over "
+        + (f"seeds and test images{grouped}" if first.rows[0].seeds > 1 else "test images only: one seed")
+        + _corrected(reading)
+    )
+    if first.overrides:
+        given = ", ".join(f"{name}={value}" for name, value in sorted(first.overrides.items()))
+        out.append(f"Overrides: {given}.")
+    out += [
+        f"{report.study.teacher.label}'s own accuracy is not shown: its head is for another task than {data.name}."
+        for report in reports
+        for data in [report.study.arms[0].specs[0].data]
+        if report.reference is None
+        and report.study.teacher.network.classes != report.study.arms[0].specs[0].network.classes
+    ]
+    return list(dict.fromkeys([*out, *_power(reading)]))
+
+
+def _corrected(reading: Reading) -> str:
+    count = len({r.made_of(name) for r in reading.reports for name, e in r.estimates if e.adjusted is not None})
+    return f"; p is corrected for {count} contrasts (Holm)." if count > 1 else "."
+
+
+def _power(reading: Reading) -> list[str]:
+    """How many seeds would settle what is undecided, were the effects as estimated."""
+    from atdiag.stats.contrasts import seeds_needed
+
+    open_ = [
+        (" ".join(filter(None, (report.study.label if len(reading.reports) > 1 else "", name))), estimate)
+        for report in reading.reports
+        for name, estimate in report.estimates
+        if estimate.seeds > 1 and not estimate.clear and estimate.within is None
+    ]
+    said = []
+    for name, estimate in open_:
+        # Those that are settled no longer count among Holm's hypotheses.
+        strict = replace(estimate, level=1 - (1 - estimate.level) / len(open_))
+        needed = seeds_needed(strict)
+        said.append(f"{name}: {'more than 1,000' if needed is None else f'about {needed}'}")
+    if not said:
+        return []
+    return [f"Seeds that would settle what is undecided, were it as estimated (80 % power): {'; '.join(said)}."]

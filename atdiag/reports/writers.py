@@ -1,0 +1,78 @@
+"""The one place where results become files."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atdiag.core.runs import write_atomically
+from atdiag.reports import document, tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from atdiag.study.protocol import Reading
+
+FIGURE_KINDS = ("png", "pdf")
+"""Endings that every figure is written with."""
+
+_ORDER = ("csv", "md", "tex", "json", "txt")
+"""In which the other files of a result are listed."""
+
+
+def write(
+    folder: Path, stem: str, texts: Mapping[str, str], report: Mapping[str, Any], figures: Mapping[str, Figure]
+) -> list[Path]:
+    """Write a result in every form, and return the files.
+
+    texts: ending -> content. report: what becomes ``<stem>.json``, with the list of ``files`` added. figures: what is
+    added to the stem -> a figure, written as each of ``FIGURE_KINDS``. All figures are drawn before anything is
+    written, and nothing of another result is touched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        folder / f"{stem}{name}.{kind}": draw(figure, kind) for name, figure in figures.items() for kind in FIGURE_KINDS
+    }
+    kinds = sorted((*texts, "json"), key=_ORDER.index)
+    files = [*(folder / f"{stem}.{kind}" for kind in kinds), *drawn]
+    contents = {**texts, "json": json.dumps({**report, "files": [str(path) for path in files]}, indent=1)}
+    for path, image in drawn.items():
+        write_atomically(path, image)
+    for kind, text in contents.items():  # the JSON last: whoever reads it finds the others
+        write_atomically(folder / f"{stem}.{kind}", text)
+    return files
+
+
+def draw(figure: Figure, kind: str) -> bytes:
+    """Return a figure in a format. The same figure is the same bytes: a PDF does not say when it was made."""
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
+    return content.getvalue()
+
+
+def write_reading(reading: Reading, folder: Path) -> list[Path]:
+    """Write a reading: tables, caption, JSON, and the figure that its series names."""
+    texts = {
+        "csv": tables.frame(reading).to_csv(index=False),
+        "md": tables.markdown(reading),
+        "tex": tables.latex(reading),
+        "txt": document.caption(reading),
+    }
+    return write(folder, document.slug(reading.series), texts, document.as_json(reading), {"": figure_of(reading)})
+
+
+def figure_of(reading: Reading) -> Figure:
+    """Draw the figure that a series names, by its entry point of ``atdiag.figures``.
+
+    Raises ValueError where none of that name is installed.
+    """
+    name = reading.series.figure or reading.reports[0].study.figure
+    found = [entry for entry in entry_points(group="atdiag.figures") if entry.name == name]
+    if not found:
+        raise ValueError(f"no figure named {name!r} is installed")
+    figure: Figure = found[0].load()(reading if reading.series.figure else reading.reports[0])
+    return figure

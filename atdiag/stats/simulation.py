@@ -1,0 +1,166 @@
+"""Simulated studies: right and wrong answers of arms whose true accuracies are known, as random as real runs.
+
+What the protocol's own error rates are measured with: how often does :func:`atdiag.stats.contrasts.estimate` call a
+difference clear where there is none, and how often does it find one that is there?
+
+The model is a probit one with crossed random effects (Searle, Casella & McCulloch 1992; for correctness of items:
+Baayen, Davidson & Bates 2008). Arm a with seed s is right on image i of cluster c when
+
+    threshold_a + cluster_c + image_i + arm_ac + run_as + (run x cluster)_asc + (seed x image)_si + noise_asi > 0
+
+with independent normal terms whose variances sum to 1, so that an arm's accuracy is Phi(threshold_a) whatever they are.
+Two answers whose latent correlation is rho then have covariance Phi2(h, h; rho) - Phi(h)^2, which is inverted to find
+each variance from what real runs show (:func:`moments`): nothing is chosen by hand. Arms with the same seed see the
+same batches and start alike, so that they err together on some images: a term (seed x image) without arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, special
+
+from atdiag.stats.contrasts import Estimate, Outcomes
+
+
+@dataclass(frozen=True)
+class Moments:
+    """How the answers of real runs vary together: means over the arms of a contrast."""
+
+    accuracy: float
+    """Share of right answers."""
+    same_image: float
+    """Covariance of two runs of an arm on the same image."""
+    same_cluster: float
+    """Of two runs of an arm on two images of a cluster."""
+    same_run: float
+    """Of one run on two images of a cluster."""
+    var_seed: float
+    """Component of the contrast, points squared, as :class:`Estimate` has it."""
+    var_cluster: float
+    """Likewise. 0 where the arms are the same condition."""
+    var_residual: float
+    """Likewise."""
+    clusters: int
+    images: int
+
+
+def moments(arms: Mapping[str, Outcomes], contrast: Estimate) -> Moments:
+    """The moments of two arms and of their contrast. Raises ValueError for an arm with one run, or lone images."""
+    if contrast.var_seed is None or contrast.var_residual is None:
+        raise ValueError("one seed says nothing of how seeds vary: run at least two")
+    accuracy, image, cluster, run = np.mean([_of_arm(arm) for arm in arms.values()], axis=0).tolist()
+    return Moments(
+        accuracy=accuracy,
+        same_image=image,
+        same_cluster=cluster,
+        same_run=run,
+        var_seed=contrast.var_seed,
+        var_cluster=contrast.var_cluster,
+        var_residual=contrast.var_residual,
+        clusters=contrast.clusters,
+        images=contrast.images,
+    )
+
+
+def _of_arm(arm: Outcomes) -> tuple[float, float, float, float]:
+    right = np.stack(list(arm.correct.values())).astype(float)
+    _, index, sizes = np.unique(arm.clusters, return_inverse=True, return_counts=True)
+    pairs = float((sizes * (sizes - 1)).sum())
+    if len(right) < 2 or not pairs:
+        raise ValueError("moments take two runs of an arm at least, and clusters of several images")
+    accuracy = right.mean()
+    y = right - accuracy
+    totals = np.stack([np.bincount(index, weights=row) for row in y])
+    # Sums over pairs of runs, and over pairs of images of a cluster, as squares of sums less the squares themselves.
+    runs = len(y) * (len(y) - 1)
+    image = ((y.sum(0) ** 2).sum() - (y**2).sum()) / (runs * y.shape[1])
+    own = (totals**2).sum() - (y**2).sum()
+    whole = (totals.sum(0) ** 2).sum() - (y.sum(0) ** 2).sum()
+    return float(accuracy), float(image), float((whole - own) / (runs * pairs)), float(own / (len(y) * pairs))
+
+
+@dataclass(frozen=True)
+class Population:
+    """What studies are drawn from: each random effect's share of the latent variance."""
+
+    cluster: float
+    """Of how hard a cluster is for everyone."""
+    image: float
+    """Of how hard an image is beyond its cluster."""
+    arm: float
+    """Of what one arm finds easy in a cluster and another does not."""
+    run: float
+    """Of a run as a whole: what seeds do to accuracy."""
+    run_cluster: float
+    """Of a run with a cluster."""
+    together: float
+    """Of a seed with an image, whatever the arm."""
+    clusters: int
+    per_cluster: int
+
+    @staticmethod
+    def like(found: Moments) -> Population:
+        """The population that has these moments. What would be negative, as sampling error makes it, is 0.
+
+        Clusters are as large as they are on average. Raises ValueError for moments that no such population has.
+        """
+        p, size = found.accuracy, round(found.images / found.clusters)
+        steady = _inverse(p, found.same_cluster)  # cluster and arm
+        run = _inverse(p, found.var_seed / 2e4)
+        target = found.var_cluster / 2e4
+
+        def excess(arm: float) -> float:
+            alone = [_covariance(p, rho) - _covariance(p, max(rho - arm, 0)) for rho in (steady + image, steady)]
+            return alone[0] / size + alone[1] * (1 - 1 / size) - target
+
+        image = max(_inverse(p, found.same_image) - steady, 0)
+        if excess(steady) < 0:
+            raise ValueError("the arms' clusters differ by more than clusters vary in any arm")
+        arm = float(optimize.brentq(excess, 0, steady)) if target > 0 else 0.0
+        run_cluster = max(_inverse(p, found.same_run) - steady - run, 0)
+        # The variance of a cluster's score is what its images have alone and in pairs, less what the arms share.
+        total = (found.var_seed + found.var_cluster + found.var_residual) / 2e4
+        pairs = _covariance(p, steady + run + run_cluster) - _covariance(p, steady - arm)
+        shared = _inverse(p, p - p**2 - size * (total - (1 - 1 / size) * pairs))
+        together = max(shared - (steady - arm) - image, 0)
+        if steady + image + run + run_cluster + together > 1:
+            raise ValueError(f"the effects have more variance than there is: {found}")
+        return Population(steady - arm, image, arm, run, run_cluster, together, found.clusters, size)
+
+    def study(self, rng: np.random.Generator, accuracies: Mapping[str, float], seeds: int) -> dict[str, Outcomes]:
+        """One study: arms of these true accuracies (shares) with this many seeds, on images of its own."""
+        ids = np.repeat(np.arange(self.clusters, dtype=np.int32), self.per_cluster)
+
+        def effect(variance: float, *shape: int) -> NDArray[np.float32]:
+            return rng.standard_normal(shape, dtype=np.float32) * np.float32(sqrt(variance))
+
+        arms = len(accuracies)
+        noise = 1 - (self.cluster + self.image + self.arm + self.run + self.run_cluster + self.together)
+        of_clusters = effect(self.cluster, self.clusters) + effect(self.arm, arms, 1, self.clusters)
+        of_clusters = of_clusters + effect(self.run_cluster, arms, seeds, self.clusters)
+        latent = of_clusters[..., ids] + effect(self.image, len(ids)) + effect(self.run, arms, seeds, 1)
+        latent += effect(self.together, seeds, len(ids)) + effect(noise, arms, seeds, len(ids))
+        thresholds = special.ndtri(list(accuracies.values()))[:, None, None]
+        return {
+            name: Outcomes(dict(enumerate(right)), ids)
+            for name, right in zip(accuracies, latent > -thresholds, strict=True)
+        }
+
+
+def _covariance(p: float, rho: float) -> float:
+    """Of two answers with chance p each whose latent variables correlate by rho (Owen's T; Owen 1956)."""
+    return float(p - p**2 - 2 * special.owens_t(special.ndtri(p), sqrt((1 - rho) / (1 + rho))))
+
+
+def _inverse(p: float, covariance: float) -> float:
+    """The latent correlation of two answers with this covariance; 0 for a negative one."""
+    if covariance <= 0:
+        return 0.0
+    if covariance >= p - p**2:
+        raise ValueError(f"answers that are right in a share of {p:.3f} can't have a covariance of {covariance:.3f}")
+    return float(optimize.brentq(lambda rho: _covariance(p, rho) - covariance, 0, 1))

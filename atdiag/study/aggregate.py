@@ -1,0 +1,142 @@
+"""Read finished runs and draw conclusions. Every number comes from run directories."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from atdiag.core.runs import Run, Store
+from atdiag.data import testsets
+from atdiag.study import judging
+from atdiag.study.protocol import Arm, ArmResult, Measurement, Reading, Report, Series, Study
+from atdiag.study.settings import Settings
+
+if TYPE_CHECKING:
+    from atdiag.stats.contrasts import Estimate, Outcomes
+
+
+def read(series: Series, settings: Settings, store: Store, equivalence: float | None = None) -> Reading:
+    """Read a series' finished runs; correct for the number of its contrasts (Holm); judge the papers' claims.
+
+    equivalence: a margin in points; contrasts that lie within it (two one-sided tests) are said to make no difference.
+    Raises ValueError where runs of different semantics would be compared.
+    """
+    measured = corrected([_measured(study, settings, store) for study in series.studies], equivalence)
+    reports = tuple(_concluded(report) for report in measured)
+    judged = tuple(judging.judge_claim(claim, reports) for claim in series.claims)
+    if series.findings is not None:
+        judged += tuple(series.findings(reports))
+    together = series.verdict(reports) if series.verdict is not None else " ".join(r.verdict for r in reports)
+    return Reading(series, reports, judged, together)
+
+
+def report(study: Study, settings: Settings, store: Store) -> Report:
+    """Read one study's finished runs. Raises ValueError where runs of different semantics would be compared."""
+    return read(Series.join([study]), settings, store).reports[0]
+
+
+def corrected(reports: Iterable[Report], equivalence: float | None = None) -> list[Report]:
+    """The reports with every contrast's p-value corrected for the number of contrasts in all of them (Holm 1979).
+
+    A contrast from one seed decides nothing and is left out. The same contrast of the same runs, as when two teachers
+    share an arm, counts once.
+    """
+    from atdiag.stats.contrasts import equivalent, holm
+
+    reports = list(reports)
+    alone = {report.made_of(name): e for report in reports for name, e in report.estimates if e.seeds > 1}
+    adjusted = dict(zip(alone, holm([e.p for e in alone.values()]), strict=True))
+
+    def read_among(report: Report, name: str, estimate: Estimate) -> Estimate:
+        within = equivalence if equivalence is not None and equivalent(estimate, equivalence) else None
+        return replace(estimate, adjusted=adjusted.get(report.made_of(name)), within=within)
+
+    return [
+        replace(
+            report,
+            rows=tuple(
+                row if row.contrast is None else replace(row, contrast=read_among(report, row.arm, row.contrast))
+                for row in report.rows
+            ),
+            contrasts={name: read_among(report, name, e) for name, e in report.contrasts.items()},
+        )
+        for report in reports
+    ]
+
+
+def _concluded(report: Report) -> Report:
+    return replace(report, verdict=" ".join(filter(None, (report.study.verdict(report), _handicap(report)))))
+
+
+def _measured(study: Study, settings: Settings, store: Store) -> Report:
+    """A study's numbers, before anything is concluded from them."""
+    from atdiag.stats.contrasts import estimate
+
+    if len(versions := {spec.semantics for spec in study.specs}) > 1:
+        raise ValueError(f"runs of different semantics can't be compared: {sorted(versions)}")
+    measured = {arm.name: outcomes(arm, store, study.test_set) for arm in study.arms}
+    baseline = study.arms[0].name
+    rows = []
+    for arm in study.arms:
+        versus = None if arm.name == baseline else estimate(measured, {arm.name: 1, baseline: -1})
+        rows.append(_row(arm, measured[arm.name], store, study.measures, versus))
+    asked = {c.name: estimate(measured, c.weights) for c in study.contrasts}
+    reference = None
+    if study.reference is not None:
+        said = outcomes(study.reference, store, study.test_set)
+        reference = _row(study.reference, said, store, study.measures)
+    dropped = {arm.name: names for arm in study.arms if (names := _dropped(store.run(arm.specs[0]).result()))}
+    return Report(study, settings.profile.name, tuple(rows), asked, reference, settings.overrides, dropped)
+
+
+def outcomes(arm: Arm, store: Store, test_set: str | None = None) -> Outcomes:
+    """What an arm's finished runs said of each image, by seed: of their own test images, or of another test set.
+
+    Raises DamagedRunError for predictions that can't be read or disagree with the run's result, FileNotFoundError for a
+    test set that a run was not evaluated on.
+    """
+    import numpy as np
+
+    from atdiag.stats.contrasts import Outcomes
+    from atdiag.training import predictions
+
+    correct: dict[tuple[int, int], Any] = {}
+    clusters = np.empty(0, np.int32)
+    for spec in arm.specs:
+        run = store.run(spec)
+        if test_set is None:
+            right, clusters = predictions.correct(run)
+        else:
+            said = predictions.read(run, testsets.find(test_set)).predictions
+            right, clusters = said.prediction == said.label, said.cluster
+        correct[spec.seed.data, spec.seed.model] = right
+    return Outcomes(correct, clusters)
+
+
+def _row(
+    arm: Arm, said: Outcomes, store: Store, measures: Iterable[Measurement], contrast: Estimate | None = None
+) -> ArmResult:
+    runs = [Run(store.root / spec.id) for spec in arm.specs]
+    top1 = 100 * sum(float(right.mean()) for right in said.correct.values()) / len(runs)
+    taken = [{k: v for measure in measures for k, v in measure.numbers(run).items()} for run in runs]
+    shared = [name for name in taken[0] if all(name in numbers for numbers in taken)]
+    numbers = {name: sum(one[name] for one in taken) / len(taken) for name in shared}
+    return ArmResult(arm.name, top1, len(runs), tuple(run.id for run in runs), contrast, numbers, tuple(taken))
+
+
+def _dropped(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """``blocks.3.attn.x`` and its likes as one ``blocks.*.attn.x``."""
+    names = (result["start"] or {}).get("dropped", ())
+    return tuple(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names))
+
+
+def _handicap(report: Report) -> str:
+    """A teacher weaker than the baseline makes any transfer look like a failure: say so."""
+    if report.reference is None or report.reference.top1 >= report.rows[0].top1:
+        return ""
+    return (
+        f"The teacher itself ({report.reference.top1:.1f} %) is below the baseline ({report.rows[0].top1:.1f} %): "
+        "a failure here may be the teacher's weakness and says nothing about its architecture."
+    )

@@ -1,0 +1,134 @@
+"""Make the arms of an experiment from settings: the field's constructions by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.selection import choose
+from atdiag.core.spec import Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, TransferMethod
+from atdiag.data import names
+from atdiag.networks.registry import teachers
+from atdiag.study.protocol import BASELINE, METHODS, Arm
+from atdiag.study.settings import Settings, changed, describe
+
+_IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What an ablation makes its arms with: the settings, and the field's constructions by name."""
+
+    settings: Settings
+
+    def under(self, name: str, value: Any) -> Lab:
+        """The lab with another setting, such as ``recipe.epochs``. Raises UserError where it contradicts the others."""
+        return Lab(changed(self.settings, name, value))
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers that there are at the profile: miniatures at mini, else the published ones."""
+        mini = self.settings.profile.name == "mini"
+        return teachers.miniatures() if mini else tuple(filter(teachers.is_published, teachers.registry()))
+
+    def teacher(self, name: str) -> Teacher:
+        """A teacher at the profile, on the profile's images. Raises UserError if there is none.
+
+        Where its published weights are not on this machine it is a plan (``sha256`` None), which can't be trained with.
+        """
+        return teachers.teacher(name, self.settings.profile.name, self.settings.profile.data.image_size)
+
+    def student(self, teacher: Teacher, components: Iterable[str] = ()) -> Network:
+        """The student's architecture: standard, with some of the teacher's native components, or with all."""
+        components = tuple(components)
+        for name in components:
+            if name not in teacher.network.components:
+                have = teacher.network.components
+                raise UserError(
+                    f"{teacher.label} has no component {name!r}{suggest(name, have)}",
+                    f"it has {', '.join(have) or 'none'}",
+                )
+        return teacher.network.student(components, names.classes(self.settings.profile.data))
+
+    def transfer(
+        self, method: str, network: Network, layers: Sequence[int] | None = None, allowed: Sequence[str] = METHODS
+    ) -> Transfer:
+        """A transfer in the profile's form; ``layers`` are the blocks, where the experiment chooses them.
+
+        Raises UserError for a method that is not allowed, and for a form that contradicts itself.
+        """
+        choose(method, allowed, "--transfer")
+        try:
+            return self.settings.profile.transfer.transfer(
+                cast(TransferMethod, method), network.depth, network.heads, None if layers is None else tuple(layers)
+            )
+        except ValidationError as fault:
+            raise UserError(describe(fault)) from None
+
+    def arm(
+        self,
+        name: str,
+        network: Network,
+        teacher: Teacher | None = None,
+        init: Init | None = None,
+        transfer: Transfer | None = None,
+        recipe: str | None = None,
+    ) -> Arm:
+        """An arm over the seeds of the settings.
+
+        recipe: which of the profile's recipes it is optimised by; None: that of its transfer method.
+        """
+        profile = self.settings.profile
+        transfer = transfer or Transfer()
+        try:
+            return Arm(
+                name,
+                tuple(
+                    RunSpec(
+                        network=network,
+                        teacher=teacher,
+                        init=init or Init(),
+                        transfer=transfer,
+                        data=profile.data,
+                        recipe=profile.recipe[recipe or recipe_of(transfer)],
+                        seed=seed,
+                    )
+                    for seed in self.settings.seeds
+                ),
+            )
+        except ValidationError as fault:
+            raise UserError(describe(fault)) from None
+
+    def baseline(self, teacher: Teacher) -> Arm:
+        """The standard student from scratch with no transfer: the same runs for every teacher of the same student."""
+        return self.arm(BASELINE, self.student(teacher))
+
+    def reference(self, teacher: Teacher) -> Arm | None:
+        """The teacher as it is, with its own head, on the test images; None if its head is for another task.
+
+        Of an ImageNet head, the rows of the data set's classes are taken, where those are ImageNet's.
+        """
+        data, network = self.settings.profile.data, teacher.network
+        rows = names.imagenet_rows(data.name) if network.classes == _IMAGENET_CLASSES else ()
+        own = not names.is_real(data.name) and network.classes == names.classes(data)
+        if network.differences or not (rows or own):
+            return None
+        rows = () if len(rows) == network.classes else rows
+        spec = RunSpec(
+            network=network.model_copy(update={"classes": len(rows) or network.classes}),
+            teacher=teacher,
+            init=Init(source="teacher", head=True, head_rows=rows),
+            data=data.model_copy(update={"train": 1, "per_class": None}),  # it is not trained
+            recipe=Recipe(epochs=0, batch_size=1),
+            seed=Seed(data=0, model=0),
+        )
+        return Arm("teacher", (spec,))
+
+
+def recipe_of(transfer: Transfer) -> str:
+    """Whose recipe a transfer is optimised by: the comparison losses by distillation's."""
+    return transfer.method if transfer.method in ("copy", "none") else "distill"

@@ -1,0 +1,77 @@
+"""Bring a series to what can be read: look whether it can be trained, train, measure. Prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from atdiag.core.errors import UserError
+from atdiag.core.progress import OnProgress, Progress
+from atdiag.core.text import shortlist
+from atdiag.data import names
+from atdiag.networks.registry import teachers
+from atdiag.study.protocol import Measurement, Series
+
+if TYPE_CHECKING:
+    from atdiag.core.runs import Store
+    from atdiag.core.spec import RunSpec
+
+
+def check_weights(todo: Sequence[RunSpec]) -> None:
+    """Load the published teachers of runs that are to be trained, as a training process would. Takes seconds.
+
+    Raises UserError where the file of one is here and is not what it should be.
+    """
+    from atdiag.networks.weights import loading
+
+    for teacher in dict.fromkeys(spec.teacher for spec in todo if spec.teacher is not None):
+        if teacher.sha256 is not None and not teachers.is_miniature(teacher):
+            loading.load(teacher)
+
+
+def check(series: Sequence[Series], todo: Sequence[RunSpec]) -> None:
+    """Look, before anything is trained, at images and weights: of the runs that are to be trained, and of what is
+    measured afterwards.
+
+    Raises UserError where they are not here, or not what they should be.
+    """
+    if sets := {spec.data: spec.network for spec in todo if names.is_real(spec.data.name)}:
+        from atdiag.data import datasets
+
+        for data, network in sets.items():
+            datasets.check(data, network)
+    studies = [study for one in series for study in one.studies]
+    if plans := list({s.teacher.label: s.teacher for s in studies if s.teacher.sha256 is None}.values()):
+        labels = shortlist([teacher.label for teacher in plans], most=6)
+        raise UserError(f"the weights of {labels} are not on this machine", teachers.how_to_get(plans[0]))
+    for measurement, specs in measurements(series):
+        measurement.check(specs)
+    check_weights(todo)
+
+
+def measurements(series: Sequence[Series]) -> list[tuple[Measurement, list[RunSpec]]]:
+    """Return every measurement once, with the runs that it is to be taken of."""
+    found: dict[str, tuple[Measurement, dict[str, RunSpec]]] = {}
+    for study in (study for one in series for study in one.studies):
+        for measurement in study.measures:
+            _, specs = found.setdefault(measurement.name, (measurement, {}))
+            specs |= {spec.id: spec for spec in study.specs}
+    return [(measurement, list(specs.values())) for measurement, specs in found.values()]
+
+
+def unmeasured(series: Sequence[Series], store: Store) -> list[RunSpec]:
+    """Return the runs that have not been measured as their studies ask, once for each measurement."""
+    runs = [(measurement, spec, store.run(spec)) for measurement, specs in measurements(series) for spec in specs]
+    return [spec for measurement, spec, run in runs if not run.finished or measurement.missing([run])]
+
+
+def measure(series: Sequence[Series], store: Store, device: str, on_progress: OnProgress) -> None:
+    """Take of the finished runs what has not been taken."""
+    for measurement, specs in measurements(series):
+        if missing := measurement.missing([store.run(spec) for spec in specs]):
+            name = measurement.name
+
+            def report(done: int, total: int, name: str = name) -> None:
+                on_progress(Progress(done, total, doing=name))
+
+            measurement.take(missing, device, report)

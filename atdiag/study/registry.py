@@ -1,0 +1,109 @@
+"""The installed ablations, found by entry points and ordered by what stands beside each function.
+
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+GROUP = "atdiag.ablations"
+"""Entry-point group: command name -> function."""
+
+_OURS = "ablations."
+_ATTRIBUTE = "__ablation__"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an ablation stands among the others, and with which options ``atdiag reproduce`` runs it.
+
+    An option with several values in a tuple is varied over them, and the studies are read together.
+    """
+
+    order: int
+    reproduce: Mapping[str, Any] = field(default_factory=dict)
+    mini: Mapping[str, Any] | None = None
+    """Instead of ``reproduce`` at profile mini."""
+    quick: Mapping[str, Any] | None = None
+    """Instead of either with ``--quick``."""
+
+    def options(self, profile: str, quick: bool) -> Mapping[str, Any]:
+        """Return the options at a profile."""
+        if quick and self.quick is not None:
+            return self.quick
+        return self.mini if profile == "mini" and self.mini is not None else self.reproduce
+
+
+def ablation(
+    *,
+    order: int,
+    reproduce: Mapping[str, Any],
+    mini: Mapping[str, Any] | None = None,
+    quick: Mapping[str, Any] | None = None,
+) -> Callable[[Function], Function]:
+    """Give an ablation its place among the others and its part in ``atdiag reproduce``::
+
+    @ablation(order=60, reproduce={"module": ("mlp", "attn")})
+    def reinit(lab: Lab, ...) -> Study: ...
+
+    A function without it is a command like any other, listed last, and no part of ``reproduce``.
+    """
+
+    def place(function: Function) -> Function:
+        setattr(function, _ATTRIBUTE, Placement(order, reproduce, mini, quick))
+        return function
+
+    return place
+
+
+def placement(function: Callable[..., Any]) -> Placement | None:
+    """Return what :func:`ablation` said of a function; None of one that it was not said of."""
+    return getattr(function, _ATTRIBUTE, None)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An ablation that some package brings: its function, or why it can't be loaded."""
+
+    name: str
+    source: str
+    """``package.module:function``."""
+    function: Callable[..., Any] | None
+    fault: str = ""
+
+
+def installed() -> list[Installed]:
+    """Return every ablation in order; of those of one name the first is ours, if any is."""
+    found = [_loaded(entry.name, entry.value, entry.load) for entry in _entries()]
+
+    def rank(one: Installed) -> tuple[bool, float]:
+        place = None if one.function is None else placement(one.function)
+        return not one.source.startswith(_OURS), float("inf") if place is None else place.order
+
+    return sorted(found, key=rank)
+
+
+def placed() -> dict[str, tuple[Callable[..., Any], Placement]]:
+    """Return the ablations that are part of ``atdiag reproduce``, by name, in order."""
+    out: dict[str, tuple[Callable[..., Any], Placement]] = {}
+    for one in installed():
+        if one.function is not None and (place := placement(one.function)) is not None:
+            out.setdefault(one.name, (one.function, place))
+    return out
+
+
+def _entries() -> Iterator[Any]:
+    yield from entry_points(group=GROUP)
+
+
+def _loaded(name: str, source: str, load: Callable[[], Any]) -> Installed:
+    try:
+        return Installed(name, source, load())
+    except Exception as fault:  # another package's fault must not take the others' commands away
+        return Installed(name, source, None, f"{type(fault).__name__}: {fault}")

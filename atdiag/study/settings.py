@@ -1,0 +1,381 @@
+"""Profiles: the scale at which everything runs, and how a user's settings are resolved.
+
+Precedence, for the profile and for every setting: command line, then environment, then ``atdiag.toml`` in the working
+directory, then the default (``mini``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from atdiag.core import paths
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.resources import small_file
+from atdiag.core.spec import Data, Recipe, Seed, Spec
+from atdiag.data import names
+from atdiag.study.transfer_settings import TransferSettings
+
+METHODS = ("none", "copy", "distill", "finetune")
+"""What may have a recipe of its own. ``finetune`` starts from all of a teacher's weights and transfers nothing."""
+
+
+class Profile(Spec):
+    """A scale: data, a recipe for each transfer method, and how many seeds."""
+
+    name: str
+    summary: str
+    data: Data
+    recipe: dict[str, Recipe]
+    """By transfer method, so that methods may differ in their optimisation, as in the 2024 paper."""
+    transfer: TransferSettings = TransferSettings()
+    """The form of every transfer, where an experiment does not vary it."""
+    seeds: int
+    device: str | None = None
+    """Where its runs are trained unless the user says otherwise; None: the best device that is here."""
+    threads: int | None = None
+    """Threads of one training process on a CPU; None shares out the cores."""
+
+
+_MINI_RECIPE = Recipe(epochs=4, batch_size=32, lr=2e-3, warmup_epochs=0.5)
+
+_DEIT = Recipe(
+    epochs=100,
+    lr=1e-3,
+    warmup_epochs=5,
+    betas=(0.9, 0.999),
+    label_smoothing=0.1,
+    drop_path=0.1,
+    mixup=0.8,
+    cutmix=1.0,
+    rand_augment="rand-m9-mstd0.5-inc1",
+    crop=0.08,
+    flip=True,
+    erase=0.25,
+    precision="bfloat16",
+)
+"""Touvron et al. 2021, table 9, for 100 epochs (Qin et al. 2026 train up to 100): one recipe for scratch, copy and
+distillation, so that a contrast is the transfer's. The papers' differ by method and size; ``recipe.copy.lr`` and its
+likes say so."""
+
+
+def _recipes(recipe: Recipe, finetune_lr: float) -> dict[str, Recipe]:
+    """A recipe for each method: the same, but that a network which knows much already takes smaller steps."""
+    return dict.fromkeys(METHODS, recipe) | {"finetune": recipe.model_copy(update={"lr": finetune_lr})}
+
+
+PROFILES: dict[str, Profile] = {
+    "mini": Profile(
+        name="mini",
+        summary="miniature teachers on embedded cluttered digits; a CPU, minutes",
+        data=Data(name="digits", train=2500, clutter=6),
+        recipe=_recipes(_MINI_RECIPE, finetune_lr=5e-4),
+        seeds=3,
+        device="cpu",  # so small that a GPU would wait for its kernels' launches, and the same bits everywhere
+        threads=1,
+    ),
+    "small": Profile(
+        name="small",
+        summary="published teachers on Imagenette at 128 px; one GPU, hours",
+        data=Data(name="imagenette", train=1, image_size=128),
+        recipe=_recipes(_DEIT.model_copy(update={"batch_size": 256}), finetune_lr=1e-4),
+        seeds=3,
+    ),
+    "paper": Profile(
+        name="paper",
+        summary="published teachers on ImageNet-1k; many GPUs, days",
+        data=Data(name="imagenet", train=1, image_size=224),
+        recipe=_recipes(_DEIT.model_copy(update={"batch_size": 1024}), finetune_lr=1e-4),
+        seeds=3,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a command works with, resolved: profile with overrides applied, seeds, and where runs and results lie."""
+
+    profile: Profile
+    seeds: tuple[Seed, ...]
+    runs: Path
+    data_dir: Path | None = None
+    """Where data sets are looked for; None: nowhere in particular, which most commands do not need."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """The user's overrides by dotted name, as they were applied."""
+    varied: dict[str, Any] = field(default_factory=dict)
+    """What an experiment set on top of them, likewise."""
+
+
+def resolve(
+    profile: str | None = None,
+    seeds: int | None = None,
+    sets: Sequence[str] = (),
+    runs: Path | None = None,
+    data_dir: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+    folder: Path = Path(),
+) -> Settings:
+    """Resolve a command's settings. Raises UserError for whatever is wrong with any of them."""
+    path = folder / "atdiag.toml"
+    file = _read_file(path)
+    name = _name(profile, environment, path, file)
+    given = data_dir or environment.get(paths.DATA) or file.get("data_dir")
+    place = None if given is None else Path(given).expanduser().absolute()
+    overrides = _overrides(path, file.get("set", {}), sets)
+    with paths.looking_in(place):
+        resolved = _apply(PROFILES[name], overrides)
+    count = seeds if seeds is not None else file.get("seeds", resolved.seeds)
+    if not 1 <= count <= 1000:
+        asked = f"--seeds {count}" if seeds is not None else f"{path}: seeds = {count}"
+        raise UserError(asked, "give a number from 1 to 1000")
+    root = (
+        runs.expanduser() if runs else Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
+    )
+    pairs = tuple(Seed(data=i, model=i) for i in range(count))
+    return Settings(resolved, pairs, root, place, overrides)
+
+
+def changed(settings: Settings, name: str, value: Any) -> Settings:
+    """The settings with another value of one, by dotted name: an experiment varies it, whatever the user set.
+
+    Raises UserError where it contradicts the others.
+    """
+    varied = settings.varied | {name: value}
+    others = {key: given for key, given in settings.overrides.items() if _general(key) != name}
+    with paths.looking_in(settings.data_dir):
+        return replace(settings, profile=_apply(PROFILES[settings.profile.name], others | varied), varied=varied)
+
+
+def without(settings: Settings, name: str) -> Profile | None:
+    """The profile as it would be without one of the user's overrides; None if the others then contradict each other."""
+    others = {key: value for key, value in settings.overrides.items() if key != name}
+    try:
+        with paths.looking_in(settings.data_dir):
+            return _apply(PROFILES[settings.profile.name], others | settings.varied)
+    except UserError:
+        return None
+
+
+def profile_name(profile: str | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> str:
+    """The name of the profile that is meant. Raises UserError for an unknown one, and says where it was given."""
+    path = folder / "atdiag.toml"
+    return _name(profile, environment, path, _read_file(path))
+
+
+def _name(profile: str | None, environment: Mapping[str, str], path: Path, file: Mapping[str, Any]) -> str:
+    name, origin = next(
+        (value, origin)
+        for value, origin in (
+            (profile, "--profile"),
+            (environment.get("ATDIAG_PROFILE") or None, "ATDIAG_PROFILE"),
+            (file.get("profile"), str(path)),
+            ("mini", ""),
+        )
+        if value is not None
+    )
+    known = list(PROFILES)
+    if name not in known:
+        raise UserError(f"{origin}: unknown profile {name!r}{suggest(name, known)} (known: {', '.join(known)})")
+    return str(name)
+
+
+_FILE_KEYS = {
+    "profile": (str, 'profile = "mini"'),
+    "seeds": (int, "seeds = 3"),
+    "runs": (str, 'runs = "runs"'),
+    "data_dir": (str, 'data_dir = "/data"'),
+}
+_FILE_TABLES = ("data", "recipe", "transfer")
+
+_SETTINGS = (
+    *(f"data.{field}" for field in Data.model_fields),
+    *(f"recipe.{field}" for field in Recipe.model_fields),
+    *(f"recipe.{method}.{field}" for method in METHODS for field in Recipe.model_fields),
+    *(f"transfer.{field}" for field in TransferSettings.model_fields),
+)
+"""What can be overridden, by dotted name. ``recipe.lr`` is for all methods, ``recipe.copy.lr`` for one."""
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """``atdiag.toml``: profile, seeds, runs, and any of the tables data, recipe and transfer."""
+    if not path.exists():
+        return {}
+    try:
+        content = tomllib.loads(small_file(path).decode())
+    except (ValueError, RecursionError, OSError) as fault:  # not TOML, not UTF-8, a number of 5,000 digits, a folder
+        raise UserError(f"{path} can't be read ({fault})") from None
+    out: dict[str, Any] = {"set": {}}
+    for key, value in content.items():
+        if key in _FILE_KEYS:
+            wanted, example = _FILE_KEYS[key]
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise UserError(f"{path}: {key} = {_short(value)} has the wrong type", f"write it as '{example}'")
+            out[key] = value
+        elif key in _FILE_TABLES:
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: {key} = {_short(value)} is not a table", f"write its fields under '[{key}]'")
+            out["set"] |= {f"{key}.{name}": v for name, v in _flatten(value).items()}
+        else:
+            known = [*_FILE_KEYS, *_FILE_TABLES]
+            names = ", ".join([*_FILE_KEYS, *(f"[{table}]" for table in _FILE_TABLES)])
+            raise UserError(f"{path}: unknown key {key!r}{suggest(key, known)} (known: {names})")
+    return out
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def _overrides(path: Path, file: Mapping[str, Any], sets: Sequence[str]) -> dict[str, Any]:
+    """The overrides of the file and of ``--set`` by dotted name. What ``--set`` names wins, for all methods or one."""
+    line: dict[str, Any] = {}
+    for item in sets:
+        name, value = _parse(item)
+        if name in line:
+            raise UserError(f"--set {name} is given twice ({_short(line[name])} and {_short(value)})", "give it once")
+        line[name] = value
+    for origin, given in ((f"{path}:", file), ("--set", line)):
+        for name in given:
+            if name not in _SETTINGS:
+                raise UserError(
+                    f"{origin} {name!r} is no setting{suggest(name, _SETTINGS)}",
+                    "'atdiag reinit --dry-run' shows those that there are",
+                )
+    return {name: value for name, value in file.items() if _general(name) not in line} | line
+
+
+def _general(name: str) -> str:
+    """``recipe.copy.lr`` -> ``recipe.lr``; other names as they are."""
+    section, *rest = name.split(".")
+    return f"{section}.{rest[-1]}"
+
+
+def _parse(item: str) -> tuple[str, Any]:
+    """``recipe.epochs=40`` -> its name and value (JSON where it reads as JSON, else a string)."""
+    name, sign, text = item.partition("=")
+    if not sign or not name.strip():
+        raise UserError(f"--set {_short(item)} is not NAME=VALUE", "write it as '--set recipe.epochs=40'")
+    try:
+        return name.strip(), json.loads(text)
+    except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError too
+        return name.strip(), text
+
+
+def _apply(profile: Profile, overrides: Mapping[str, Any]) -> Profile:
+    """A profile with overrides by dotted name."""
+    document = profile.model_dump(mode="json")
+    document["data"] = _data(profile.data, overrides.get("data.name"))
+    # The general before the particular, so that recipe.copy.lr wins over recipe.lr.
+    for name, value in sorted(overrides.items(), key=lambda pair: pair[0].count(".")):
+        section, *rest = name.split(".")
+        if section in ("transfer", "data"):
+            document[section][rest[0]] = value  # of data: see _data
+        elif len(rest) == 2:
+            document["recipe"][rest[0]][rest[1]] = value
+        else:
+            for method in METHODS:
+                document["recipe"][method][rest[0]] = value
+    try:
+        # As strict JSON: lists are tuples and 3 is a float there, but true is not 1 and "3" is no number.
+        applied = Profile.model_validate_json(json.dumps(document, default=str), strict=True)
+    except ValidationError as fault:
+        raise UserError(describe(fault, overrides)) from None
+    completed = names.complete(applied.data)
+    if names.is_real(completed.name) and (train := overrides.get("data.train")) is not None:
+        if train > completed.train:
+            raise UserError(
+                f"data.train={train}: {completed.name} has {completed.train} training images to choose from"
+            )
+        completed = completed.model_copy(update={"train": train})
+    applied = applied.model_copy(update={"data": completed})
+    _check_sense(applied)
+    return applied
+
+
+def _data(usual: Data, name: Any) -> dict[str, Any]:
+    """The profile's data as a document to apply overrides to; for another set than the usual one, a spec of that."""
+    if name in (None, usual.name) or not isinstance(name, str):
+        return usual.model_dump(mode="json")
+    if not names.is_real(name):
+        scenes = usual if usual.image_size is None else PROFILES["mini"].data
+        return scenes.model_dump(mode="json")
+    size = usual.image_size or names.image_size(name)
+    return {"name": name, "train": usual.train, "image_size": size}
+
+
+def describe(fault: ValidationError, given: Collection[str] = ()) -> str:
+    """A validation error as one line: the setting (as the user named it), what was given, and what is wanted."""
+    first = fault.errors()[0]
+    parts = [str(part) for part in first["loc"]]
+    if len(parts) > 2 and parts[0] == "recipe" and ".".join(parts[:3]) not in given:
+        del parts[1]  # recipe.<method>.<field>, and the user named recipe.<field>
+    message = first["msg"].removeprefix("Value error, ")
+    if not parts:  # what contradicts itself is the whole, which the message describes
+        return message
+    return f"{'.'.join(parts)}={_short(first['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: Any) -> str:
+    """A value in one short line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]} ... {text[-10:]}"
+
+
+_MOST = {"data.train": 10_000_000, "data.test_per_source": 1_000, "recipe.epochs": 100_000}
+"""Beyond these a typing error is likelier than a wish, and memory or a lifetime ends before the run does."""
+
+_RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?|-tweights)*")
+"""timm's configuration string, which timm itself reads only when training starts."""
+
+
+def _check_sense(profile: Profile) -> None:
+    """Raise UserError for settings that are each well formed, but contradict each other or can't be trained with."""
+    data = profile.data
+    if profile.transfer.weight == 0:
+        raise UserError("transfer.weight=0 transfers nothing", "give a positive weight")
+    for recipe in profile.recipe.values():
+        values = {
+            "data.train": data.train,
+            "data.test_per_source": data.test_per_source,
+            "recipe.epochs": recipe.epochs,
+        }
+        for name, value in values.items():
+            if value > _MOST[name]:
+                raise UserError(f"{name}={_short(value)} is too large", f"give at most {_MOST[name]}")
+        if recipe.lr == 0:
+            raise UserError("recipe.lr=0 trains nothing", "give a positive rate")
+        if recipe.min_lr > recipe.lr:
+            raise UserError(
+                f"recipe.min_lr={recipe.min_lr:g} is above recipe.lr={recipe.lr:g}", "give a smaller min_lr"
+            )
+        if recipe.epochs == 0:
+            raise UserError("recipe.epochs=0 trains nothing", "give at least 1")
+        if recipe.batch_size > data.train:
+            raise UserError(
+                f"recipe.batch_size={_short(recipe.batch_size)} is larger than the training set "
+                f"(data.train={data.train})",
+                "make one smaller or the other larger",
+            )
+        if recipe.warmup_epochs > recipe.epochs:
+            raise UserError(
+                f"recipe.warmup_epochs={recipe.warmup_epochs:g} is longer than recipe.epochs={recipe.epochs}",
+                f"give at most {recipe.epochs}",
+            )
+        if max(recipe.mixup, recipe.cutmix) > 1e6:
+            raise UserError("recipe.mixup and recipe.cutmix are the alpha of a beta distribution", "give at most 1e6")
+        if recipe.rand_augment is not None and not _RAND_AUGMENT.fullmatch(recipe.rand_augment):
+            raise UserError(
+                f"recipe.rand_augment={_short(recipe.rand_augment)} is not one of timm's configurations",
+                "write it as 'rand-m9-mstd0.5-inc1'",
+            )

@@ -1,0 +1,37 @@
+"""What a contrast amounts to, as an outcome and in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from atdiag.stats.contrasts import Estimate
+
+
+def effect(estimate: Estimate) -> str:
+    """An estimate in words: ``+3.1 points [1.2, 5.0]``."""
+    return f"{estimate.value:+.1f} points [{estimate.low:+.1f}, {estimate.high:+.1f}]"
+
+
+Outcome = Literal["gains", "fails", "undecided"]
+
+
+def outcome(estimate: Estimate) -> Outcome:
+    """What a contrast with the baseline amounts to: clear of zero above it, below it, or neither."""
+    return "undecided" if not estimate.clear else "gains" if estimate.value > 0 else "fails"
+
+
+def verb_phrase(
+    estimate: Estimate, better: str, worse: str, same: str = "can't be told from noise", be: str = "is"
+) -> str:
+    """A verb phrase for an estimate, with its numbers; with one seed always "undecided".
+
+    An interval that includes zero does not say that there is no effect, so no phrase says that.
+    """
+    if estimate.seeds < 2:
+        return f"{be} undecided with one seed ({effect(estimate)}, images only)"
+    phrase = same if not estimate.clear else better if estimate.value > 0 else worse
+    if estimate.within is not None:
+        return f"makes no difference of {estimate.within:g} points ({effect(estimate)}, {estimate.seeds} seeds)"
+    few = ", too few to tell much" if estimate.seeds == 2 and not estimate.clear else ""
+    return f"{phrase} ({effect(estimate)}, {estimate.seeds} seeds{few})"

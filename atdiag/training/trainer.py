@@ -1,0 +1,287 @@
+"""One run under way: its student, optimiser and schedule, and how far it is.
+
+A step waits for nothing on a GPU: losses are summed there, and what is not finite stops the optimiser there. The
+numbers are fetched by :meth:`Training.settle`, every ``LOG_EVERY`` steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from atdiag.core import randomness
+from atdiag.core.runs import Run
+from atdiag.core.spec import Recipe, RunSpec
+from atdiag.data.loader import Batch
+from atdiag.networks.model import students
+from atdiag.networks.model.vit import ViT
+from atdiag.networks.timm.wrapping import Foreign
+from atdiag.training import checkpoint as checkpoints
+from atdiag.training import evaluation
+from atdiag.training.board import Board
+from atdiag.transfer import methods
+from atdiag.transfer.observation import Observation
+from atdiag.transfer.ops import Averaged
+
+LOG_EVERY = 50
+"""Steps of an epoch from one look at how far a distilling student's maps are from the teacher's to the next, and on a
+GPU from one fetching of the losses to the next."""
+
+_NAMES = ("loss", "task_loss", "grad_norm", "transfer_loss")
+
+
+class RunTrainer:
+    """One run under way: its student, optimiser and schedule, and how far it is."""
+
+    def __init__(
+        self,
+        run: Run,
+        spec: RunSpec,
+        teacher: ViT | Foreign | None,
+        averages: Mapping[int, Averaged],
+        steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:
+        self.run, self.spec, self.teacher, self.averages = run, spec, teacher, averages
+        recipe = spec.recipe
+        self.total = recipe.epochs * steps_per_epoch
+        self.steps_per_epoch = steps_per_epoch
+        self.student = students.build(spec.network, spec.seed.model)
+        self.start: students.Start | None = None
+        if spec.init.source == "teacher":
+            assert isinstance(teacher, ViT)  # the spec refuses a start from a network that a student can't be
+            self.start = students.start_from(self.student, teacher, spec.init)
+        self.student.to(device).train()
+        if spec.transfer.method == "copy" and spec.transfer.heads is None:
+            for layer in spec.transfer.layers:
+                for parameter in self.student.blocks[layer].attn.unused_parameters(spec.transfer.tensor).values():
+                    parameter.requires_grad_(False)
+        self._ema = None if recipe.ema is None else _average(self.student, recipe.ema)
+        self.optimizer = _optimizer(self.student, recipe, device)
+        self.schedule = _schedule(self.optimizer, recipe, self.total, steps_per_epoch)
+        self.step, self.seconds = 0, 0.0
+        self.metrics: list[dict[str, Any]] = []
+        self.sums: dict[str, float] = {}
+        """Of the epoch so far, as last settled; ``steps`` counts them, ``kl_steps`` those of ``kl``."""
+        exact = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+        self._latest = torch.zeros(len(_NAMES), dtype=exact, device=device)
+        """The same since then, where the losses are."""
+        self._fetches_at_once = device.type in ("cpu", "mps")  # there is nothing to wait for, or no fused optimiser
+        self._unsettled = 0
+        self._kl: list[Tensor] = []
+        self._losses = torch.zeros(3, dtype=exact, device=device)
+        """Of the parts of a batch that the step under way has learnt from: whole, task's and transfer's."""
+        self._excess = torch.zeros((), device=device)
+        self._fault = torch.zeros(4, dtype=exact, device=device)
+        """1 from the first loss or gradient that was not finite, what the two were, and the step."""
+        self.cause: str | None = None
+        self.board = Board(run)
+        if (saved := checkpoints.load(run)) is not None:
+            if (saved.ema is None) != (self._ema is None):
+                raise ValueError(f"{run.checkpoint} is another recipe's: 'atdiag runs remove {run.id}' starts afresh")
+            self.student.load_state_dict(saved.student)
+            if self._ema is not None:
+                self._ema.module.load_state_dict(saved.ema)
+            self.optimizer.load_state_dict(saved.optimizer)
+            self.step, self.seconds = saved.step, saved.seconds
+            self.metrics, self.sums = saved.metrics, saved.sums
+        self.began = self.step
+        """The step at which this process took the run on."""
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train, or no way to."""
+        return self.cause is not None or self.step >= self.total
+
+    def save(self) -> None:
+        """Write a checkpoint, unless there is nothing sound to write."""
+        self.settle()
+        if self.cause is not None:
+            return
+        checkpoints.save(
+            self.run,
+            checkpoints.Checkpoint(
+                self.step,
+                self.student.state_dict(),
+                self.optimizer.state_dict(),
+                self.seconds,
+                self.metrics,
+                self.sums,
+                None if self._ema is None else self._ema.module.state_dict(),
+            ),
+        )
+
+    def advance(self, batch: Batch, teacher: Observation) -> None:
+        """One optimisation step. A loss or gradient that is not finite stops the run *before* the update.
+
+        teacher: what the transfer needs of it, on the student's tokens.
+        """
+        self.learn(batch, teacher)
+        self.update()
+
+    def learn(self, part: Batch, teacher: Observation, share: float = 1.0) -> None:
+        """Add the gradient of a part of a step's batch.
+
+        share: the part's share of the batch's images. Every loss is a mean over images, and images do not see each
+        other in a ViT, so the sum over all parts is the whole batch's gradient, up to rounding. teacher: of this part.
+        """
+        spec, device = self.spec, part.images.device
+        keep = drop_path(spec.recipe.drop_path, spec.network.depth, spec.seed.model, self.step, part.samples)
+        with torch.autocast(device.type, torch.bfloat16, enabled=spec.recipe.precision == "bfloat16"):
+            logits, transfer_loss = methods.forward(
+                self.student, spec.transfer, part.images, teacher, None if keep is None else keep.to(device)
+            )
+        task_loss = classification_loss(logits.float(), part, spec.recipe.label_smoothing)
+        loss = task_loss if transfer_loss is None else task_loss + transfer_loss
+        (loss if share == 1 else share * loss).backward()  # type: ignore[no-untyped-call]
+        losses = [loss, task_loss, torch.zeros_like(loss) if transfer_loss is None else transfer_loss]
+        self._losses += share * torch.stack([one.detach().to(self._losses.dtype) for one in losses])
+        if spec.transfer.loss == "ce" and self.step % self.steps_per_epoch % LOG_EVERY == 0:
+            assert transfer_loss is not None
+            with torch.no_grad():
+                self._excess = self._excess + share * methods.excess(spec.transfer, teacher, transfer_loss.detach())
+
+    def update(self) -> None:
+        """End the step whose batch was learnt from."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = clip_grad_norm_(parameters, self.spec.recipe.clip_grad or math.inf)
+        losses, excess = self._losses, self._excess
+        self._losses, self._excess = torch.zeros_like(losses), torch.zeros_like(excess)
+        loss, task_loss, transfer_loss = losses
+        self._watch(loss, norm)
+        if self.cause is not None:
+            return
+        self.schedule.step_update(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None:  # of weights that a fault on a GPU left as they were, too: they are finite
+            self._ema.update(self.student)
+        if self.spec.transfer.loss == "ce" and self.step % self.steps_per_epoch % LOG_EVERY == 0:
+            self._kl.append(excess)
+        self._latest += torch.stack([loss, task_loss, norm.detach().to(loss.dtype), transfer_loss])
+        self.step += 1
+        self._unsettled += 1
+        if self._fetches_at_once or self._unsettled == LOG_EVERY:
+            self.settle()
+
+    def forget(self) -> None:
+        """Drop what was learnt from parts of a batch that is not gone through with."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._losses, self._excess = torch.zeros_like(self._losses), torch.zeros_like(self._excess)
+
+    def _watch(self, loss: Tensor, norm: Tensor) -> None:
+        """Note the first loss or gradient that is not finite, and keep the optimiser from all updates from here on."""
+        step = torch.full_like(self._fault[0], self.step)
+        now = torch.stack([(~(loss.isfinite() & norm.isfinite())).to(step), loss.to(step), norm.to(step), step])
+        self._fault = torch.where(self._fault[0] == 0, now, self._fault)
+        if self._fetches_at_once:
+            self._look()
+        else:  # as torch.amp.GradScaler tells it
+            self.optimizer.found_inf = self._fault[0].float()  # type: ignore[attr-defined]
+
+    def _look(self) -> None:
+        bad, loss, norm, step = self._fault.tolist()
+        if bad and self.cause is None:
+            self.step = int(step)
+            self.cause = f"the gradient's norm became {norm}" if math.isfinite(loss) else f"the loss became {loss}"
+
+    def settle(self) -> None:
+        """Fetch the losses of the steps since the last time, and learn whether one of them was not finite."""
+        if not self._unsettled:
+            return
+        if self.cause is None:
+            self._look()
+        sums = dict(zip(_NAMES, self._latest.tolist(), strict=True)) | {"steps": float(self._unsettled)}
+        if self.spec.transfer.weight is None:
+            del sums["transfer_loss"]
+        if self._kl:
+            sums |= {"kl": torch.stack(self._kl).sum().item(), "kl_steps": float(len(self._kl))}
+        for name, amount in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + amount
+        self._latest.zero_()
+        self._unsettled, self._kl = 0, []
+
+    def end_epoch(self) -> None:
+        """Add the epoch's means to the run's metrics."""
+        self.settle()
+        if self.cause is not None:
+            return
+        counts = {name: self.sums.pop(f"{name}steps", 1.0) for name in ("", "kl_")}
+        line: dict[str, Any] = {"epoch": self.step // self.steps_per_epoch, "step": self.step}
+        line |= {name: total / counts["kl_" if name == "kl" else ""] for name, total in self.sums.items()}
+        line["lr"] = self.optimizer.param_groups[0]["lr"]
+        line["seconds"] = round(self.seconds, 3)
+        self.metrics.append(line)
+        self.sums = {}
+        self.run.write_metrics(self.metrics)
+        self.board.write(self.metrics)
+
+    @property
+    def outcome(self) -> ViT:
+        """What is tested and stored: the student, or the average of its weights."""
+        return self.student if self._ema is None else self._ema.module
+
+    def subject(self) -> evaluation.Predictor:
+        """What came out as something that can be evaluated."""
+        return evaluation.Predictor(self.outcome, self.spec.transfer, self.teacher, self.averages)
+
+
+def drop_path(rate: float, depth: int, seed: int, step: int, samples: np.ndarray) -> Tensor | None:
+    """Drop-path factors [depth, 2, B, 1, 1] (attention and MLP branch of each block): 0, or 1 / (1 - rate).
+
+    The rate rises linearly from 0 at the first block (Huang et al. 2016; timm's rule). Each factor depends on seed,
+    step, layer and sample alone.
+    """
+    if rate == 0:
+        return None
+    rates = np.linspace(0, rate, depth)[:, None, None]
+    draws = randomness.uniform(seed, "drop_path", step, np.arange(2 * depth).reshape(depth, 2, 1), samples)
+    factors = np.where(draws >= rates, 1 / (1 - rates), 0.0).astype(np.float32)
+    return torch.from_numpy(factors)[..., None, None]
+
+
+def classification_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    """Cross-entropy with label smoothing; for mixed images, of both labels by their shares (Zhang et al. 2018)."""
+    loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+    if batch.partner_labels is None:
+        return loss
+    return batch.lam * loss + (1 - batch.lam) * F.cross_entropy(logits, batch.partner_labels, label_smoothing=smoothing)
+
+
+def _optimizer(student: ViT, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    no_decay = student.no_weight_decay() | {"reg_token"}  # older versions of timm forget it
+    groups = param_groups_weight_decay(student, recipe.weight_decay, no_weight_decay_list=tuple(no_decay))
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=device.type in ("cpu", "cuda"))
+
+
+def _average(student: ViT, decay: float) -> ModelEmaV3:
+    """A copy of the student that will hold the average of its weights: made before blocks are compiled.
+
+    No warm-up of the decay, which would be one more number in the meaning of a run. ``exclude_buffers``: parameter by
+    parameter. By its state dict our ViT's q, k and v would stay as they are: there they are fused into new tensors.
+    """
+    average = ModelEmaV3(student, decay=decay, exclude_buffers=True)
+    average.requires_grad_(False)
+    return average
+
+
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int, steps_per_epoch: int) -> CosineLRScheduler:
+    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(total, 1),
+        lr_min=recipe.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=recipe.lr / max(warmup, 1),  # timm's default, 0, wastes the first step
+        t_in_epochs=False,
+    )

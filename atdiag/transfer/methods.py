@@ -1,0 +1,163 @@
+"""The transfer methods: what a student's forward pass takes from its teacher, and what loss it adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atdiag.core.spec import Network, Transfer
+from atdiag.core.spec.losses import DEFAULT as DEFAULT_LOSS
+from atdiag.core.spec.losses import function as map_loss_function
+from atdiag.transfer import divergences, observation, ops
+from atdiag.transfer.attention import AttentionOverride, indices, split_heads
+from atdiag.transfer.observation import AttentionRecord, CaptureRequest, Observation
+from atdiag.transfer.ops import QK, Map
+
+
+class Learner(Protocol):
+    """A student."""
+
+    network: Network
+
+    def observe(
+        self,
+        images: Tensor,
+        wanted: CaptureRequest,
+        given: Mapping[int, AttentionOverride] | None = None,
+        keep: Tensor | None = None,
+    ) -> Observation:
+        """See :meth:`atdiag.networks.model.vit.ViT.observe`."""
+
+
+class Passed(NamedTuple):
+    """A student's training forward."""
+
+    logits: Tensor
+    """[B, classes]."""
+    loss: Tensor | None
+    """The weighted transfer loss, a scalar; None where the transfer has no loss."""
+
+
+def forward(
+    student: Learner, transfer: Transfer, images: Tensor, teacher: Observation, keep: Tensor | None = None
+) -> Passed:
+    """A student's training forward.
+
+    teacher: what :func:`observation.of_teacher` asks for, on the student's tokens. keep: drop-path factors.
+    """
+    wanted = observation.of_student(transfer) | CaptureRequest(logits=True)
+    own = student.observe(images, wanted, given(transfer, teacher, student.network, images.device), keep)
+    assert own.logits is not None
+    if transfer.weight is None:  # copy and none
+        return Passed(own.logits, None)
+    losses = torch.stack(_losses(transfer, teacher, own))
+    return Passed(own.logits, transfer.weight * (losses.mean() if transfer.reduce == "mean" else losses.sum()))
+
+
+def forward_test(student: Learner, transfer: Transfer, images: Tensor, teacher: Observation) -> Tensor:
+    """A student's logits [B, classes] at test time: one that copies needs its teacher, any other does not."""
+    logits = student.observe(
+        images, CaptureRequest(logits=True), given(transfer, teacher, student.network, images.device)
+    ).logits
+    assert logits is not None
+    return logits
+
+
+def needs_teacher_at_test(transfer: Transfer) -> bool:
+    """Whether the trained student works only together with its teacher."""
+    return transfer.method == "copy"
+
+
+def excess(transfer: Transfer, teacher: Observation, ce: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence behind a weighted cross-entropy loss: mean over the layers, in nats.
+
+    It differs from cross-entropy by the teacher's entropy, so it has the same gradient: it is a number to report, zero
+    where the student's maps are the teacher's.
+    """
+    assert transfer.weight is not None
+    maps = _maps(transfer, teacher)
+    floor = torch.stack([divergences.entropy(one) for one in maps.values()]).mean()
+    return ce / transfer.weight / (len(maps) if transfer.reduce == "sum" else 1) - floor
+
+
+def given(
+    transfer: Transfer, teacher: Observation, student: Network, device: torch.device
+) -> dict[int, AttentionOverride] | None:
+    """What a copying student's blocks are given; None for any other student.
+
+    teacher: what :func:`observation.of_teacher` asks for, on the student's tokens.
+    """
+    if transfer.method != "copy":
+        return None
+    heads = None if transfer.heads is None else split_heads(transfer.heads, student.heads, device)
+    if transfer.tensor == "map":
+        return {layer: AttentionOverride("map", one, heads) for layer, one in _maps(transfer, teacher).items()}
+    pairs = zip(transfer.layers, transfer.sources, strict=True)
+    return {
+        layer: AttentionOverride(transfer.tensor, _tensor(transfer, teacher.seen[source]), heads)
+        for layer, source in pairs
+    }
+
+
+def _losses(transfer: Transfer, teacher: Observation, own: Observation) -> list[Tensor]:
+    """The transfer loss of each layer (of the network's output, for logits), before the weight."""
+    if transfer.method == "logits":
+        assert own.logits is not None and teacher.logits is not None and transfer.temperature is not None
+        return [hinton(teacher.logits, own.logits, transfer.temperature)]
+    if transfer.method == "distill" and transfer.tensor == "map":
+        loss = map_loss_function(transfer.loss or DEFAULT_LOSS)
+        return [loss(one, _map(transfer, own.seen[layer])) for layer, one in _maps(transfer, teacher).items()]
+    pairs = zip(transfer.layers, transfer.sources, strict=True)
+    if transfer.method == "features":
+        return [feature_mse(teacher.features[source], own.features[layer]) for layer, source in pairs]
+    return [
+        F.mse_loss(_tensor(transfer, own.seen[layer]).float(), _tensor(transfer, teacher.seen[source]).float())
+        for layer, source in pairs
+    ]
+
+
+def hinton(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))`` of logits [B, classes], mean over the batch.
+
+    Hinton et al. 2015, section 2: the factor keeps the gradient's size whatever the temperature.
+    """
+    target = (teacher.float() / temperature).log_softmax(-1)
+    own = (student.float() / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(own, target, log_target=True, reduction="batchmean")
+
+
+def feature_mse(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean squared difference of residual streams [B, N, C], each token brought to mean 0 and variance 1 over channels.
+
+    As every block does before it reads the stream. Without that a few tokens of large norm, which DINOv2's and CLIP's
+    teachers have, would be all that the loss sees (whitened as in Wei et al. 2022, Contrastive learning rivals masked
+    image modeling in fine-tuning via feature distillation, section 3).
+    """
+    one, other = (F.layer_norm(x.float(), x.shape[-1:]) for x in (teacher, student))
+    return F.mse_loss(other, one)
+
+
+def _maps(transfer: Transfer, teacher: Observation) -> dict[int, Map]:
+    """The student's blocks -> the teacher's map for each, of the chosen heads, averaged if it is to be."""
+    if transfer.average == "examples":
+        return {
+            layer: teacher.averages[source] for layer, source in zip(transfer.layers, transfer.sources, strict=True)
+        }
+    maps = [_map(transfer, teacher.seen[source]) for source in transfer.sources]
+    out: list[Any] = maps if transfer.average is None else ops.average(maps, transfer.average)
+    return dict(zip(transfer.layers, out, strict=True))
+
+
+def _map(transfer: Transfer, seen: AttentionRecord) -> QK:
+    return seen.qk if transfer.heads is None else seen.qk.select_heads(indices(transfer.heads, seen.qk.q.device))
+
+
+def _tensor(transfer: Transfer, seen: AttentionRecord) -> Tensor:
+    """q, k or v [B, h, N, d] of the chosen heads."""
+    tensor = seen.v if transfer.tensor == "v" else getattr(seen.qk, transfer.tensor)
+    assert isinstance(tensor, Tensor)
+    return tensor if transfer.heads is None else tensor[:, indices(transfer.heads, tensor.device)]

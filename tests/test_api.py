@@ -1,0 +1,38 @@
+"""The public API: found where it lives, and light until it is asked for."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import atdiag
+
+
+@pytest.mark.parametrize("name", atdiag.__all__)
+def test_every_name_is_there(name):
+    assert getattr(atdiag, name) is not None
+    assert name in dir(atdiag)
+
+
+def test_what_type_checkers_see_is_what_there_is():
+    tree = ast.parse(Path(atdiag.__file__).read_text())
+    seen = {
+        (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("atdiag.")
+        for alias in node.names
+    }
+    assert seen == {(module, name) for module, names in atdiag._HOMES.items() for name in names}
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'diagnoze'"):
+        _ = atdiag.diagnoze
+
+
+def test_importing_it_loads_nothing_heavy():
+    code = "import sys, atdiag; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"numpy", "torch", "timm", "pandas", "typer", "pydantic", "rich"} & set(loaded)

@@ -74,7 +74,7 @@ def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> N
     from atdiag.study import pipeline
 
     if plan.todo:
-        paths.writable(session.store.root, "--runs")
+        paths.fit_for_runs(session.store.root, "--runs")
         devices.resolve(plan.device)
     pipeline.check(series, plan.todo)
 

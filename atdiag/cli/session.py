@@ -156,7 +156,7 @@ def open_session(
     settings = resolve(data_dir, profile=profile, seeds=seeds, sets=set_, runs=runs)
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))
-    if not settings.runs.is_dir():  # one that is there may be read-only: finished runs are only read
+    if not paths.is_folder(settings.runs):  # one that is there may be read-only: finished runs are only read
         paths.writable(settings.runs, "--runs")
     return ExperimentSession(settings, Store(settings.runs), options, equivalence)
 

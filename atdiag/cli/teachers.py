@@ -91,7 +91,7 @@ def pretrain(
         raise UserError(f"--out {path} is a folder", f"name a file in it, such as {path / name}.safetensors")
     paths.writable(path.parent, "--out")
     settings = profiles.resolve("mini", None, (), runs)
-    paths.writable(settings.runs, "--runs")
+    paths.fit_for_runs(settings.runs, "--runs")
     store = Store(settings.runs)
     typer.echo(f"atdiag pretrain: {name} (mini), {spec.data.train} scenes x {spec.recipe.epochs} epochs, run {spec.id}")
     options = ExecutionOptions(device="cpu", threads=1)

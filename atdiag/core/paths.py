@@ -51,12 +51,22 @@ def cache() -> Path:
     return Path(own).expanduser() if own else user_cache_path("atdiag")
 
 
+_LONGEST = 120
+"""Characters that a run's own files add to the path of a store: its id, TensorBoard's folder and event file."""
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder that can be looked into; False also for a name that the system refuses."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def writable(folder: Path, option: str) -> None:
     """Make sure that a folder can be made and written, without making it. Raises UserError otherwise."""
-    existing = folder
     try:
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
+        existing = _existing(folder)
         if not existing.is_dir():
             raise UserError(f"{option} {folder}: {existing} is not a folder", f"choose another with {option}")
         with tempfile.TemporaryFile(dir=existing):  # asking the system is no use: root may write anywhere, it says
@@ -65,3 +75,36 @@ def writable(folder: Path, option: str) -> None:
         raise UserError(
             f"{option} {folder} can't be written ({fault.strerror})", f"choose another folder with {option}"
         ) from None
+
+
+def fit_for_runs(folder: Path, option: str) -> None:
+    """Make sure that a folder can hold runs: :func:`writable`, with room for longer names, and with file locks.
+
+    Raises UserError where not: locks are what keeps two processes from training one run.
+    """
+    from filelock import FileLock
+
+    writable(folder, option)
+    try:
+        existing = _existing(folder)
+        longest = os.pathconf(existing, "PC_PATH_MAX") if hasattr(os, "pathconf") else 4096
+        if len(os.fsencode(folder.absolute())) + _LONGEST > longest:
+            raise UserError(f"{option} {folder} is too long a name for what runs put below it", "choose a shorter one")
+        with (
+            tempfile.TemporaryDirectory(dir=existing, prefix=".atdiag-") as place,
+            FileLock(f"{place}/lock", timeout=1),
+        ):
+            pass
+    except (OSError, NotImplementedError) as fault:
+        why = getattr(fault, "strerror", None) or str(fault)
+        raise UserError(
+            f"{option} {folder} lies on a file system without file locks ({why}), which runs need",
+            f"choose a folder on another with {option}, or mount it with locks (NFS: without nolock)",
+        ) from None
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder

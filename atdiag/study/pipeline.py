@@ -17,16 +17,22 @@ if TYPE_CHECKING:
     from atdiag.core.spec import RunSpec
 
 
-def check_weights(todo: Sequence[RunSpec]) -> None:
-    """Load the published teachers of runs that are to be trained, as a training process would. Takes seconds.
+def check_teachers(todo: Sequence[RunSpec]) -> None:
+    """Load the published teachers of runs that are to be trained, and try one step of each kind. Takes seconds.
 
-    Raises UserError where the file of one is here and is not what it should be.
+    The shipped miniatures are tried by the test suite, so nothing is loaded for them. Raises UserError where the file
+    of a teacher is here and is not what it should be, and where a step would certainly fail.
     """
-    from atdiag.networks.weights import loading
+    tried = [
+        spec
+        for spec in todo
+        if spec.teacher is not None and spec.teacher.sha256 is not None and not teachers.is_miniature(spec.teacher)
+    ]
+    if tried:
+        from atdiag.networks.weights import loading
+        from atdiag.training.trial import trial
 
-    for teacher in dict.fromkeys(spec.teacher for spec in todo if spec.teacher is not None):
-        if teacher.sha256 is not None and not teachers.is_miniature(teacher):
-            loading.load(teacher)
+        trial(tried, loading.load)
 
 
 def check(series: Sequence[Series], todo: Sequence[RunSpec]) -> None:
@@ -46,7 +52,7 @@ def check(series: Sequence[Series], todo: Sequence[RunSpec]) -> None:
         raise UserError(f"the weights of {labels} are not on this machine", teachers.how_to_get(plans[0]))
     for measurement, specs in measurements(series):
         measurement.check(specs)
-    check_weights(todo)
+    check_teachers(todo)
 
 
 def measurements(series: Sequence[Series]) -> list[tuple[Measurement, list[RunSpec]]]:

@@ -98,6 +98,8 @@ class Foreign(nn.Module):
 
         def attends(*args: Any, **options: Any) -> None:
             if not inside:
+                if calls[-1]:  # all blocks are through: attention pooling, say, which is no block's map
+                    return
                 raise RuntimeError("the network attends outside its blocks: no map can be given to a block")
             block = inside[0]
             calls[block] += 1

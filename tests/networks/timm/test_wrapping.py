@@ -144,3 +144,14 @@ def test_what_a_foreign_teacher_shows_is_what_hooks_see():
     assert torch.equal(part.features[0], outputs[0]) and not part.seen and part.logits is None
     assert set(taught.observe(x, CaptureRequest(maps={1}, features={0})).seen) == {1}
     assert not taught.observe(x, CaptureRequest()).seen
+
+
+@torch.no_grad()
+def test_attention_after_the_blocks_is_pooling_and_no_block_s_map():
+    made = timm.create_model("vit_pe_core_tiny_patch16_384", img_size=64, depth=2, embed_dim=96, num_heads=3)
+    taught = conversion.teacher_from(made.eval())
+    assert isinstance(taught, Foreign)
+    x = images(64)
+    whole = taught.observe(x, CaptureRequest(maps=frozenset({1}), logits=True))
+    assert torch.equal(whole.logits, taught(x))
+    assert torch.equal(whole.seen[1].qk.q, taught.maps(x, (1,))[1].q)

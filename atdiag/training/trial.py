@@ -1,0 +1,48 @@
+"""One forward pass of each kind that some runs need, before any of them is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from atdiag.core.errors import UserError
+from atdiag.core.spec import RunSpec, Teacher
+from atdiag.networks.model import students
+from atdiag.networks.model.vit import ViT
+from atdiag.networks.timm.wrapping import Foreign
+from atdiag.training import evaluation
+from atdiag.transfer import methods, observation
+
+
+def trial(specs: Sequence[RunSpec], load_teacher: Callable[[Teacher], ViT | Foreign]) -> None:
+    """Pass one image of zeros through teacher and student of every kind of run, as a training step would.
+
+    Runs that differ in seed, data or recipe alone are of one kind. Averages over examples are left out: they need the
+    images. Takes seconds for a ViT-B on a CPU.
+
+    Raises UserError that names teacher, method and fault, where a step would certainly fail.
+    """
+    kinds = {(spec.network, spec.teacher, spec.init, spec.transfer): spec for spec in specs if spec.teacher is not None}
+    loaded: dict[Teacher, ViT | Foreign] = {}
+    for network, teacher, init, transfer in kinds:
+        assert teacher is not None
+        if transfer.average == "examples":
+            continue
+        try:
+            if teacher not in loaded:
+                loaded[teacher] = load_teacher(teacher)
+            network_of_teacher = loaded[teacher]
+            student = students.build(network, seed=0)
+            if init.source == "teacher":
+                assert isinstance(network_of_teacher, ViT)
+                students.start_from(student, network_of_teacher, init)
+            image = torch.zeros(1, network.channels, network.image_size, network.image_size)
+            with torch.no_grad():
+                shown = network_of_teacher.observe(image, observation.of_teacher([transfer]))
+                shown = evaluation.fit(shown, network_of_teacher, network)
+                methods.forward(student, transfer, image, shown)
+        except (RuntimeError, ValueError, TypeError, AssertionError, KeyError) as fault:
+            doing = "start a student" if transfer.method == "none" else f"be used for {transfer.method}"
+            first = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+            raise UserError(f"{teacher.label} can't {doing}: {first}") from fault

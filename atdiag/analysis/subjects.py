@@ -58,6 +58,12 @@ class Subject:
         return self.body.network if isinstance(self.body, evaluation.Predictor) else self.body
 
     @property
+    def note(self) -> str:
+        """Which weights were taken of a file that holds several; empty of any other."""
+        origin = getattr(self.module, "origin", None)
+        return f"{self.label}: {origin.note}" if origin is not None and origin.note else ""
+
+    @property
     def transfer(self) -> Transfer:
         """What passes to it from its teacher."""
         return self.body.transfer if isinstance(self.body, evaluation.Predictor) else Transfer()
@@ -223,8 +229,9 @@ def loaded(spec: Teacher, data: Data | None) -> Subject:
     body = evaluation.Predictor(found) if isinstance(found, ViT) else found
     # A published network is what it is at any profile. A path is too long for a table: two files have two hashes.
     name, _, own = spec.name.removeprefix(teachers.TIMM).partition("@")
-    label = spec.label if teachers.is_miniature(spec) else f"{name} {spec.sha256[:6]}" if own else name
-    return Subject(label, body, found.network, data, spec.sha256)
+    average = " average" if spec.branch == "ema" else ""
+    label = spec.label if teachers.is_miniature(spec) else f"{name} {spec.sha256[:6]}{average}" if own else name
+    return Subject(label, body, found.network, data, spec.weights)
 
 
 def of_run(run: Run) -> Subject:

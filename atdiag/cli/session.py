@@ -209,7 +209,7 @@ class InspectionSession:
         terminal = Console()
         for one in tables:
             terminal.print(one)
-        for note in [*notes, *left_out(pictures)]:
+        for note in [*notes, *filter(None, (one.note for one in self.subjects)), *left_out(pictures)]:
             terminal.print(f"- {note}", style="dim", highlight=False)
         console.show_files(files)
         if self.given.json_:

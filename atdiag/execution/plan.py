@@ -62,10 +62,10 @@ def pending(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:
 
 def cohorts(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
     """Group runs that can share a data stream and a teacher. A run without a teacher joins any of its stream."""
-    groups: dict[tuple[str, str | None], list[RunSpec]] = {}
+    groups: dict[tuple[str, str], list[RunSpec]] = {}
     for spec in sorted(specs, key=lambda s: s.teacher is None):  # those with a teacher found the groups
         if spec.teacher is not None:
-            key = (spec.stream, spec.teacher.sha256)
+            key = (spec.stream, spec.teacher.weights)
         else:
             key = next((k for k in groups if k[0] == spec.stream), (spec.stream, ""))
         groups.setdefault(key, []).append(spec)

@@ -239,6 +239,7 @@ def notes(reading: Reading) -> list[str]:
     """What a reader must know beside the numbers."""
     reports, first = reading.reports, reading.reports[0]
     out = [*reading.series.notes, *(note for report in reports for note in report.study.notes)]
+    out += [f"{report.study.teacher.label}: {note}." for report in reports for note in report.weights]
     out += [
         f"The teacher's weights without a place in the student, dropped: {', '.join(names)}."
         for report in reports

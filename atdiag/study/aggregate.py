@@ -87,8 +87,10 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
     if study.reference is not None:
         said = outcomes(study.reference, store, study.test_set)
         reference = _row(study.reference, said, store, study.measures)
+    origins = [store.run(arm.specs[0]).result().get("weights") for arm in study.arms]
+    weights = tuple(dict.fromkeys(note for origin in origins if (note := _which_weights(origin))))
     dropped = {arm.name: names for arm in study.arms if (names := _dropped(store.run(arm.specs[0]).result()))}
-    return Report(study, settings.profile.name, tuple(rows), asked, reference, settings.overrides, dropped)
+    return Report(study, settings.profile.name, tuple(rows), asked, reference, settings.overrides, dropped, weights)
 
 
 def outcomes(arm: Arm, store: Store, test_set: str | None = None) -> Outcomes:
@@ -130,6 +132,15 @@ def _dropped(result: Mapping[str, Any]) -> tuple[str, ...]:
     """``blocks.3.attn.x`` and its likes as one ``blocks.*.attn.x``."""
     names = (result["start"] or {}).get("dropped", ())
     return tuple(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names))
+
+
+def _which_weights(origin: Mapping[str, Any] | None) -> str:
+    """Which weights a run's teacher had, where its file holds several."""
+    if not origin or not origin.get("averages"):
+        return ""
+    from atdiag.networks.weights.loading import Origin
+
+    return Origin(**{**origin, "dropped": tuple(origin["dropped"]), "averages": tuple(origin["averages"])}).note
 
 
 def _handicap(report: Report) -> str:

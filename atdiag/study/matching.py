@@ -50,7 +50,7 @@ class Match:
     @property
     def name(self) -> str:
         """What is taken; by weights and image size, since teachers from files may share a label."""
-        found = str(self.teacher.sha256)[:12]
+        found = str(self.teacher.sha256)[:12] + self.teacher.weights[64:]
         return f"maps beside those of {self.teacher.label} ({found}, {self.teacher.network.image_size} px)"
 
     def check(self, specs: Sequence[RunSpec]) -> None:
@@ -110,7 +110,7 @@ class Match:
         own = spec.transfer
         whole = own.layers == tuple(range(spec.network.depth)) and not own.teacher_layers and own.heads is None
         as_is = own.method == "copy" and own.tensor == "map" and own.average is None
-        return whole and as_is and spec.teacher is not None and spec.teacher.sha256 == self.teacher.sha256
+        return whole and as_is and spec.teacher is not None and spec.teacher.weights == self.teacher.weights
 
     def _is_measured(self, spec: RunSpec) -> bool:
         is_teacher = spec.init.source == "teacher" and spec.recipe.epochs == 0
@@ -137,11 +137,12 @@ class Match:
     def _file(self) -> str:
         if self.teacher.sha256 is None:
             raise ValueError(f"the weights of {self.teacher.label} are not on this machine")
-        return f"match/{self.teacher.sha256[:12]}.json"
+        return f"match/{self.teacher.sha256[:12]}{self.teacher.weights[64:].replace('#', '-')}.json"
 
     def _about(self) -> dict[str, Any]:
         """What the numbers in a file are of; where this is another, they are another measurement's."""
-        return {"version": VERSION, "sha256": self.teacher.sha256, "asked": self.images}
+        about = {"version": VERSION, "sha256": self.teacher.sha256, "asked": self.images}
+        return about if self.teacher.branch == "weights" else {**about, "branch": self.teacher.branch}
 
     def _save(self, run: Run, images: int, same: list[float], optimal: list[float]) -> None:
         (run.path / "match").mkdir(exist_ok=True)

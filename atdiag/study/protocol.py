@@ -211,6 +211,8 @@ class Report:
     """The user's overrides of the profile, by dotted name."""
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Arm -> the teacher's weights that had no place in the student that started from it."""
+    weights: tuple[str, ...] = ()
+    """Which weights of the teacher's file were taken, where it holds several."""
     verdict: str = ""
 
     @property

@@ -65,7 +65,7 @@ def train(
     specs = list({spec.id: spec for spec in specs}.values())
     for spec in specs:
         datasets.check(spec.data, spec.network)
-    if len({spec.stream for spec in specs}) > 1 or len({s.teacher.sha256 for s in specs if s.teacher}) > 1:
+    if len({spec.stream for spec in specs}) > 1 or len({s.teacher.weights for s in specs if s.teacher}) > 1:
         raise ValueError("the runs of a cohort share one data stream and one teacher")
     status: dict[str, Status] = {}
     with ExitStack() as locks:

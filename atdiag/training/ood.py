@@ -104,7 +104,7 @@ def _check(runs: list[Run], missing: dict[Path, list[TestSet]]) -> None:
 def _groups(runs: Iterable[Run], together: int) -> Iterator[list[Run]]:
     """Runs that can be evaluated in one pass, those with one teacher beside each other."""
     groups: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.spec.teacher.sha256 if run.spec.teacher else None) or ""):
+    for run in sorted(runs, key=lambda run: run.spec.teacher.weights if run.spec.teacher else ""):
         groups.setdefault(_shares(run.spec), []).append(run)
     for group in groups.values():
         yield from (group[start : start + together] for start in range(0, len(group), together))

@@ -15,6 +15,7 @@ NOT_HASHED: frozenset[str] = frozenset({"teacher.name", "teacher.profile"})
 ADDED_FIELDS: dict[str, Any] = {
     "network.differences": [],
     "teacher.network.differences": [],
+    "teacher.branch": "weights",
     "init.head_rows": [],
     "transfer.teacher_layers": [],
     "transfer.tensor": "map",

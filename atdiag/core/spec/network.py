@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -132,11 +132,18 @@ class Teacher(Spec):
     network: Network
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     """Of the weight file; None in a plan for weights that are not on this machine, which nothing trains with."""
+    branch: Literal["weights", "ema"] = "weights"
+    """Which weights of a file that holds several: the raw ones, or their moving average."""
+
+    @property
+    def weights(self) -> str:
+        """Name of the weights: the file's sha256, and the branch where it is not the raw one (empty in a plan)."""
+        return f"{self.sha256 or ''}{'#ema' if self.branch == 'ema' else ''}"
 
     @property
     def label(self) -> str:
         """How it is shown: ``clip_b (mini)``, its plain name at paper scale, ``deit_s (own file)``."""
         name, at, _ = self.name.partition("@")
         if at:
-            return f"{name} (own file)"
+            return f"{name} (own file{', average' if self.branch == 'ema' else ''})"
         return name if self.profile == "paper" or ":" in name else f"{name} ({self.profile})"

@@ -4,7 +4,7 @@ A teacher is asked for by a *reference*:
 
 =========================  ============================================================================================
 ``clip_b``                 a row of the registry: its miniature at profile mini, else its published network
-``clip_b@/path/file``      the published network with the weights of that file
+``clip_b@/path/file``      the published network with the weights of that file (``#ema``: their moving average)
 ``timm:MODEL``             any softmax-attention ViT of timm, with its weights from the hub
 ``timm:MODEL@/path/file``  the same with the weights of that file
 =========================  ============================================================================================
@@ -277,14 +277,14 @@ def miniature_network(name: str) -> Network:
 
 def source(reference: str) -> Source:
     """What a reference's published network is built from. Raises UserError for one that names nothing."""
-    name, at, typed = reference.partition("@")
-    file = Path(typed).expanduser() if at else None
+    _, at, typed = reference.partition("@")
+    name, file, branch = sources.split_reference(reference)
     if at and not typed:
         raise UserError(f"{reference!r} names no file", f"type {name}@/path/to/file")
     if name.startswith(TIMM):
         from atdiag.networks.timm import architectures
 
-        return architectures.timm_source(name.removeprefix(TIMM), file=file)
+        return architectures.timm_source(name.removeprefix(TIMM), file=file, branch=branch)
     found = row(name)
     if not is_published(name):
         from atdiag.networks.timm import architectures
@@ -293,6 +293,7 @@ def source(reference: str) -> Source:
             found.model,
             name=name,
             file=file or found.file,
+            branch=branch,
             arguments=found.arguments,
             mean=found.mean,
             std=found.std,
@@ -305,6 +306,7 @@ def source(reference: str) -> Source:
         std=found.std,
         formats=found.formats,
         file=file,
+        branch=branch,
         hub=found.hub,
         url=found.url,
     )
@@ -342,6 +344,7 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         profile=profile,
         network=architectures.network(origin, image_size),
         sha256=None if path is None else sources.sha256(path),
+        branch=origin.branch,
     )
 
 

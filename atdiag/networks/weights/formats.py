@@ -13,16 +13,18 @@
 ``deit3``   LayerScale is called ``gamma_1``, ``gamma_2``
 ==========  ===================================================================================================
 
-Where a file holds two networks the first of the above is taken, always: a file's sha256 says which weights were used.
+Where a file holds two networks the first of the above is taken. Where it holds a moving average beside the weights
+(``state_dict_ema``, ``model_ema`` ...) the weights are taken unless the average is asked for, which is part of what a
+run is (``Teacher.branch``); :attr:`Converted.averages` names what there is.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
@@ -33,6 +35,19 @@ from atdiag.networks.weights.sources import WeightsError
 
 _ANCHOR = "patch_embed.proj.weight"
 _CONTAINERS = ("teacher", "student", "state_dict", "model", "module")
+_AVERAGES = (
+    *(
+        "state_dict_ema",
+        "model_ema",
+        "ema",
+        "ema_state_dict",
+        "model_ema_state_dict",
+        "ema_model",
+        "state_dict_average",
+    ),
+    *("average", "averaged_model"),
+)
+"""Entries that hold a moving average of the weights: timm's, DeiT's, and what others call it."""
 _PREFIXES = ("module.base_encoder.", "module.momentum_encoder.", "module.backbone.", "backbone.", "module.", "")
 
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -59,14 +74,22 @@ class Converted:
     """Where in the file it was: ``state_dict: module.base_encoder.*``."""
     dropped: tuple[str, ...]
     """Keys of the file that are no part of it (pre-training heads, decoders, mask tokens, the other branch)."""
+    averages: tuple[str, ...] = ()
+    """Entries of the file that hold a moving average of the network's weights."""
 
 
-def convert(contents: Mapping[str, Any]) -> Converted:
-    """The network in a checkpoint, its format found from the keys.
+def convert(contents: Mapping[str, Any], branch: Literal["weights", "ema"] = "weights") -> Converted:
+    """Return the network in a checkpoint, its format found from the keys.
 
-    Raises WeightsError where there is no ViT in it, listing the keys that there are.
+    branch: the raw weights, or their moving average. Raises WeightsError where there is no ViT in it, listing the keys
+    that there are, and where it holds no average although that is asked for, or nothing else although it is not.
     """
-    container, tensors = _unwrap(contents)
+    averages = tuple(name for name in _AVERAGES if _holds_vit(contents.get(name)))
+    if branch == "ema" and not averages:
+        raise WeightsError(
+            f"the file holds no moving average of the weights; it has {shortlist(map(str, contents))}", "leave #ema out"
+        )
+    container, tensors = _unwrap(contents, averages if branch == "ema" else (*_CONTAINERS, ""), averages)
     prefix = next((p for p in _PREFIXES if p + _ANCHOR in tensors), None)
     if prefix is None:
         raise WeightsError(f"no ViT is in the file: no key ends in {_ANCHOR!r}; it has {shortlist(tensors)}")
@@ -76,17 +99,30 @@ def convert(contents: Mapping[str, Any]) -> Converted:
     inside = [key for key in state if re.match(_DROPPED[found], key)]
     state = _renamed(found, {key: value for key, value in state.items() if key not in inside})
     where = f"{container}: {prefix}*" if container else f"{prefix}*"
-    return Converted(state, found, where, (*outside, *(prefix + key for key in inside)))
+    return Converted(state, found, where, (*outside, *(prefix + key for key in inside)), averages)
 
 
-def _unwrap(contents: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
+def _tensors(entry: Any) -> dict[str, Tensor]:
+    """The tensors of an entry by name; empty where it is no dictionary of them."""
+    if not isinstance(entry, Mapping):
+        return {}
+    return {str(key): value for key, value in entry.items() if isinstance(value, Tensor)}
+
+
+def _holds_vit(entry: Any) -> bool:
+    return any(key.endswith(_ANCHOR) for key in _tensors(entry))
+
+
+def _unwrap(
+    contents: Mapping[str, Any], names: Sequence[str], averages: Sequence[str]
+) -> tuple[str, dict[str, Tensor]]:
     """The dictionary of tensors in a checkpoint, and the entry that it was in (nothing at the top)."""
-    for name in (*_CONTAINERS, ""):
-        inner = contents.get(name) if name else contents
-        if isinstance(inner, Mapping):
-            tensors = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
-            if any(key.endswith(_ANCHOR) for key in tensors):
-                return name, tensors
+    for name in names:
+        entry = contents.get(name) if name else contents
+        if _holds_vit(entry):
+            return name, _tensors(entry)
+    if averages:
+        raise WeightsError(f"the file holds a moving average alone ({averages[0]})", "add #ema to its name to use that")
     raise WeightsError(f"no ViT is in the file: no key ends in {_ANCHOR!r}; it has {shortlist(map(str, contents))}")
 
 

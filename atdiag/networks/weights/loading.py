@@ -55,6 +55,19 @@ class Origin:
     """Which part of the file was taken: ``state_dict: module.base_encoder.*``."""
     dropped: tuple[str, ...]
     """Its keys that are no part of the network (pre-training heads, decoders, mask tokens)."""
+    averages: tuple[str, ...] = ()
+    """Entries of the file that hold a moving average of the weights, taken or not."""
+
+    @property
+    def note(self) -> str:
+        """Which weights were taken of a file that holds several; empty of any other file."""
+        if not self.averages:
+            return ""
+        taken = self.branch.partition(":")[0] or "its top level"
+        if taken in self.averages:
+            return f"the moving average ({taken}) was taken, not the raw weights beside it"
+        average = self.averages[0]
+        return f"the raw weights ({taken}) were taken; the file also holds their moving average ({average}): FILE#ema"
 
 
 def load(teacher: Teacher) -> ViT | Foreign:
@@ -76,7 +89,9 @@ def load(teacher: Teacher) -> ViT | Foreign:
             "is it another version of timm?",
         )
     found.eval().requires_grad_(False)
-    found.origin = Origin(str(path), str(teacher.sha256), converted.format, converted.branch, converted.dropped)
+    found.origin = Origin(
+        str(path), str(teacher.sha256), converted.format, converted.branch, converted.dropped, converted.averages
+    )
     return found
 
 
@@ -127,7 +142,7 @@ def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module,
 
     model: Any = architectures.build(source, image_size, meta=True)
     try:
-        found = formats.convert(files.read(path))
+        found = formats.convert(files.read(path), source.branch)
     except WeightsError as fault:
         raise fault if str(path) in str(fault) else WeightsError(f"{path}: {fault}") from None
     _check_format(found, source, path)

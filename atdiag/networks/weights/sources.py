@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from atdiag.core import paths
 from atdiag.core.errors import UserError
@@ -54,8 +54,25 @@ class Source:
     """Key layouts that its file may have (see ``formats``); None: any."""
     file: Path | None = None
     """The file that the user named; no other is then looked for."""
+    branch: Literal["weights", "ema"] = "weights"
+    """Which weights of the file: the raw ones, or their moving average."""
     hub: str | None = None
     url: str | None = None
+
+
+AVERAGE = "#ema"
+"""Ends a reference that means the moving average in a file: ``timm:MODEL@FILE#ema``."""
+
+
+def split_reference(reference: str) -> tuple[str, Path | None, Literal["weights", "ema"]]:
+    """Split ``NAME@FILE#ema`` into name, file and branch. A path that is there is taken whole, ``#ema`` included."""
+    name, at, typed = reference.partition("@")
+    if not at:
+        return name, None, "weights"
+    file = Path(typed).expanduser()
+    if typed.endswith(AVERAGE) and not file.exists():
+        return name, Path(typed.removesuffix(AVERAGE)).expanduser(), "ema"
+    return name, file, "weights"
 
 
 # --- the cache folder ----------------------------------------------------------------------------------------------

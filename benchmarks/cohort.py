@@ -23,8 +23,8 @@ from atdiag.core import progress
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed, Teacher, Transfer
+from atdiag.data import sources
 from atdiag.data.loader import Stream
-from atdiag.data.names import complete
 from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.weights import loading
@@ -155,7 +155,7 @@ def main() -> None:
         data = Data(train=batch * asked.steps, test_per_source=1, clutter=6)
         recipe = Recipe(epochs=1, batch_size=batch, precision=precision)
     else:
-        data = complete(Data(name=asked.data, train=1, image_size=128, test_per_class=1))
+        data = sources.complete(Data(name=asked.data, train=1, image_size=128, test_per_class=1))
         source, load = published(asked.size, 128)
         recipe = Recipe(epochs=1, batch_size=batch, precision=precision, crop=0.08, flip=True)
     specs = arms(source, data, recipe)

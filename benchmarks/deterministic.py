@@ -34,7 +34,7 @@ from atdiag.core import paths, progress
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed, Teacher, Transfer
-from atdiag.data.names import classes, complete
+from atdiag.data import sources
 from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
@@ -61,11 +61,11 @@ def arms(asked: argparse.Namespace) -> dict[str, RunSpec]:
         source = loading.shipped(asked.teacher)
         data = Data(train=images, test_per_source=1, clutter=6)
     else:
-        found = complete(Data(name=asked.data, train=1, image_size=asked.image_size))
+        found = sources.complete(Data(name=asked.data, train=1, image_size=asked.image_size))
         data = found.model_copy(update={"train": min(images, found.train)})
         width, heads = SIZES[asked.size]
         shape = {"image_size": asked.image_size, "patch_size": 16, "width": width, "depth": 12, "heads": heads}
-        network = Network(**shape, classes=classes(data))
+        network = Network(**shape, classes=sources.find(data).classes)
         source = Teacher(name=f"vit_{asked.size}", profile="benchmark", network=network, sha256="0" * 64)
         values |= {"crop": 0.08, "flip": True, "erase": 0.25}
     recipe = Recipe(epochs=EPOCHS, batch_size=asked.batch, precision=asked.precision, **values)
@@ -77,7 +77,7 @@ def arms(asked: argparse.Namespace) -> dict[str, RunSpec]:
     }
     return {
         name: RunSpec(
-            network=source.network.student(classes=classes(data)),
+            network=source.network.student(classes=sources.find(data).classes),
             teacher=source,
             transfer=transfer,
             data=data,

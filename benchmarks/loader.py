@@ -26,7 +26,8 @@ from PIL import Image
 
 from atdiag.core import paths, resources
 from atdiag.core.spec import Data, Network, Recipe
-from atdiag.data import image_folders, loader, names
+from atdiag.data import loader, sources
+from atdiag.data.catalogue import FACTS
 from atdiag.data.decoding import ImageFolder
 from atdiag.data.loader import Batch, Stream
 from atdiag.networks.model import students
@@ -136,7 +137,7 @@ def measure(data: Data, options: argparse.Namespace) -> dict[str, Any]:
     direct.images = ImageFolder(cached.images.files, cached.images.view)
     streams = {"decoded anew": direct} | ({"cached": cached} if cached.images.decoded else {})
     assert data.image_size is not None
-    network = Network(image_size=data.image_size, classes=names.classes(data), **NETWORKS[options.network])
+    network = Network(image_size=data.image_size, classes=sources.find(data).classes, **NETWORKS[options.network])
     step = Step(network, device)
     default = loader.default_workers(cached.images, own, device)
     counts = sorted({0, *options.workers, default})
@@ -192,10 +193,10 @@ def main() -> None:
         paths.look_in(options.data_dir)
     with tempfile.TemporaryDirectory() as folder:
         name = options.data
-        if names.is_real(name) and image_folders.found(name) is None:
+        if name in FACTS and sources.find(name).folder() is None:
             print(f"{name} is not found: made-up images of 128 x 128 in its place")
             name = make_up(Path(folder))
-        data = names.complete(Data(name=name, train=1, image_size=options.size))
+        data = sources.complete(Data(name=name, train=1, image_size=options.size))
         measured = measure(data, options)
     said = {"data": options.data if name == options.data else "made up", "images": data.train}
     said |= {key: getattr(options, key) for key in ("network", "size", "batch", "steps", "repeats")}

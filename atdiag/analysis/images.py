@@ -16,9 +16,9 @@ from torch import Tensor
 
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
-from atdiag.data import datasets, names, scenes
-from atdiag.data.datasets import Images, Split
+from atdiag.data import sources
 from atdiag.data.decoding import BrokenImageError, View, decode, to_array
+from atdiag.data.splits import Images, Split
 
 SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 """Of files that are taken for images in a folder: a PDF, say, can be written as one, and not read."""
@@ -60,10 +60,10 @@ class ImageSet:
         """
         if self.labels is None:
             return None
-        rows = names.imagenet_rows(self.data.name) if self.data is not None else ()
-        if network.classes == 1000 and rows:
+        data_set = None if self.data is None else sources.find(self.data)
+        if data_set is not None and (rows := data_set.head_rows(network.classes)) is not None:
             return np.array(rows, np.int64)
-        same = self.data is None or network.classes == names.classes(self.data)
+        same = data_set is None or network.classes == data_set.classes
         return np.arange(network.classes) if same else None
 
     def __len__(self) -> int:
@@ -226,16 +226,16 @@ def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = No
 def _of_split(data: Data | None, network: Network, count: int | None, rows: list[int] | None) -> ImageSet:
     if data is None:
         raise UserError("nothing says which data set is meant", "name one with --data, or give files to --images")
-    channels, size = (3, network.image_size) if names.is_real(data.name) else (1, scenes.CANVAS)
+    data_set = sources.find(data)
+    data = data_set.resized(data, network.image_size)  # where it can be: shown as the network sees it
+    channels, size = data_set.shape(data)
     if (channels, size) != (network.channels, network.image_size):
         raise UserError(
             f"{data.name} has images of {size} x {size} x {channels}, and the network sees "
             f"{network.image_size} x {network.image_size} x {network.channels}",
             "choose another data set with --data, or give files to --images",
         )
-    if names.is_real(data.name):  # which have no size of their own: they are shown as the network sees them
-        data = data.model_copy(update={"image_size": size})
-    split = datasets.test_split(data)
+    split = data_set.test_split(data)
     if rows is None:
         count = count or len(split)
         if count > len(split):

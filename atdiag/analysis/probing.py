@@ -35,8 +35,8 @@ from atdiag.analysis.sites import TracingError
 from atdiag.analysis.subjects import Outside, Subject
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
-from atdiag.data import datasets, names
-from atdiag.data.datasets import Split
+from atdiag.data import sources
+from atdiag.data.splits import Split
 
 Tokens = Literal["class", "patch", "both"]
 Probe = Literal["linear", "knn", "centroid", "head"]
@@ -101,14 +101,13 @@ def training_pictures(data: Data, network: Network, count: int | None = None, sk
 
     Raises UserError for images that the network does not take, and for more than there are.
     """
-    real = names.is_real(data.name)
+    data_set = sources.find(data)
     count = data.train if count is None else count
     if count < 1:
         raise UserError(f"--train {count}", "give a number of training images")
-    if real:
-        data = data.model_copy(update={"image_size": network.image_size})
+    data = data_set.resized(data, network.image_size)
     # Of scenes as many are made as are wanted; of real images all are listed, and some taken.
-    split = datasets.train_split(data if real else data.model_copy(update={"train": count}), SCENES_SEED)
+    split = data_set.train_split(data_set.with_train(data, count), SCENES_SEED)
     if (split.channels, split.size) != (network.channels, network.image_size):
         raise UserError(
             f"{data.name} has images of {split.size} x {split.size} x {split.channels}, and the network sees "

@@ -14,7 +14,6 @@ from atdiag.core.errors import UserError, suggest
 from atdiag.core.resources import small_file
 from atdiag.core.runs import DamagedRunError, Run
 from atdiag.core.spec import Data, Network, RunSpec, Teacher, Transfer
-from atdiag.data import names
 from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.registry import teachers
@@ -207,7 +206,7 @@ def _image_size(reference: str, profile: str, data: Data | None) -> int | None:
     row = teachers.registry().get(name)
     if row is not None and profile == "mini" and name == reference and teachers.is_published(name):
         return None  # a miniature, made for scenes
-    if data is not None and names.is_real(data.name):
+    if data is not None and data.image_size is not None:
         return data.image_size
     if row is not None and row.image_size is not None:
         return row.image_size

@@ -52,8 +52,7 @@ def data_check(
     Exit code 1 if an image is broken. The manifest, with the sha256 of each file, lies in the cache folder.
     """
     resolve(data_dir)
-    from atdiag.data import datasets, listing, manifest
-    from atdiag.data.names import is_real
+    from atdiag.data import listing, manifest, sources
 
     if download:
         from atdiag.data.download import fetch
@@ -61,10 +60,10 @@ def data_check(
         with console.staged() as report:
             place = fetch(name, lambda what, done, total: report(Progress(done, total, doing=what)))
         typer.echo(f"{name}: {'already there, nothing downloaded' if place is None else f'downloaded to {place}'}")
-    if not is_real(name):
-        typer.echo(f"{name}: embedded scenes, made anew for each data seed; there is no folder to check")
+    splits = sources.find(name).files()
+    if splits is None:
+        typer.echo(f"{name}: embedded, made anew for each data seed; there is no folder to check")
         return
-    splits = datasets.check_files(name)
     with console.counted(f"reading {name}") as report:
         reading = manifest.read(splits, report)
     for line in listing.text(reading):

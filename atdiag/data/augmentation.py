@@ -17,8 +17,8 @@ from PIL import Image
 from atdiag.core import randomness
 from atdiag.core.spec import Recipe
 from atdiag.data.catalogue import IMAGENET_MEAN
-from atdiag.data.datasets import Split
 from atdiag.data.decoding import to_array, to_picture
+from atdiag.data.splits import Split
 
 ATTEMPTS = 10
 """Shapes that are tried until one fits into the image, as in torchvision and timm."""

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+CANVAS = 20
+"""Side of the embedded scenes, in pixels."""
+
 
 @dataclass(frozen=True)
 class Archive:

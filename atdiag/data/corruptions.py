@@ -28,8 +28,8 @@ from scipy import fft, special
 
 from atdiag.core import randomness
 from atdiag.data.catalogue import CORRUPTIONS, SEVERITIES, SMALLEST
-from atdiag.data.datasets import Split
 from atdiag.data.decoding import to_array, to_picture
+from atdiag.data.splits import Split
 
 _SEED = 0  # like the test scenes, a corruption is part of a test set's definition and not of a run
 _VALUES = 2**20  # pixel values that are worked on at a time

@@ -1,103 +1,100 @@
-"""Data sets by name: embedded scenes as arrays, real images as lists of files, both with one face."""
+"""What a data set is: what everything else asks of one. Imports nothing heavy: planning asks, too."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from atdiag.core import resources
-from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
-from atdiag.data import cache, image_folders, scenes
-from atdiag.data.catalogue import FACTS, crop_share
-from atdiag.data.decoding import ImageFolder, View, to_picture
-from atdiag.data.image_folders import SPLITS, Files, SplitName
-from atdiag.data.names import classes, is_real, known, test_images
+from atdiag.data.image_folders import Files, SplitName
+
+if TYPE_CHECKING:
+    from atdiag.data.splits import Split
 
 
-class Split(Protocol):
-    """The images of one split, whatever they are made of.
+class DataSet(Protocol):
+    """A data set. A spec (:class:`~atdiag.core.spec.Data`) names one and says which of its images are meant.
 
-    ``labels`` and ``clusters``: int64 [n]. Images of one cluster are not independent of each other (scenes made of the
-    same source digit); where nothing is known to be dependent, every image is a cluster of its own.
+    :mod:`~atdiag.data.sources` finds one by name. It reads no image before a split is asked for.
     """
 
     @property
-    def labels(self) -> NDArray[np.int64]:
-        """Class of each image."""
+    def name(self) -> str:
+        """The name in specs."""
 
     @property
-    def clusters(self) -> NDArray[np.int64]:
-        """Cluster of each image."""
+    def classes(self) -> int:
+        """Number of classes. Raises UserError where only the folder says it, and that is not there."""
 
     @property
-    def channels(self) -> int:
-        """1 or 3."""
+    def image_size(self) -> int | None:
+        """Side of the images that networks see unless a spec says otherwise, in pixels; None: every spec says it."""
 
     @property
-    def size(self) -> int:
-        """Side of the images that networks see."""
-
-    def __len__(self) -> int: ...
-
-    def picture(self, index: int) -> Image.Image:
-        """One image as it is stored, for augmentation."""
-
-    def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Some images as a test sees them, uint8 [b, C, S, S]."""
-
-    def batch(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The images from ``start`` to before ``stop`` as a test sees them, uint8 [b, C, S, S]."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """A split that fits in memory. pixels: uint8 [n, channels, S, S]; labels: int64 [n]; clusters: int64 [n]."""
-
-    pixels: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    clusters: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    def imagenet_rows(self) -> tuple[int, ...]:
+        """Where the classes are ImageNet-1k's: their indices there, in the order of the labels; else empty."""
 
     @property
-    def channels(self) -> int:
-        """1 or 3."""
-        return int(self.pixels.shape[1])
+    def cluster(self) -> str:
+        """What test images of one cluster share, such as "source digit"; empty: every image is its own cluster."""
 
-    @property
-    def size(self) -> int:
-        """Side of an image."""
-        return int(self.pixels.shape[-1])
+    def row(self) -> dict[str, Any]:
+        """Return its row in ``atdiag data``: see :func:`atdiag.data.listing.rows`."""
 
-    def picture(self, index: int) -> Image.Image:
-        """One image."""
-        return to_picture(self.pixels[index])
+    def usual(self, beside: Data) -> Data:
+        """Return the spec that the name alone stands for, at a profile whose own data are ``beside``."""
 
-    def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Some images, uint8 [b, C, S, S]."""
-        return self.pixels[samples]
+    def complete(self, data: Data, train: int | None = None) -> Data:
+        """Return the spec with what the data set itself decides, such as sizes and fingerprints.
 
-    def batch(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The images from ``start`` to before ``stop``, uint8 [b, C, S, S]."""
-        return self.pixels[start:stop]
+        train: how many training images were asked for, if that was said. Raises UserError for a spec that does not fit.
+        """
+
+    def resized(self, data: Data, size: int) -> Data:
+        """Return the spec with images of ``size`` x ``size``, where they come in any size; else the spec itself."""
+
+    def with_train(self, data: Data, count: int) -> Data:
+        """Return the spec with ``count`` training images, where they are made in any number; else the spec itself."""
+
+    def shape(self, data: Data) -> tuple[int, int]:
+        """Return channels and side of the images that networks see. Raises ValueError for a spec without a size."""
+
+    def test_images(self, data: Data) -> int:
+        """Return about how many test images a spec means, for an estimate of what a test costs."""
+
+    def head_rows(self, classes: int) -> tuple[int, ...] | None:
+        """Return the rows of a teacher's head of ``classes`` outputs that are this set's classes, in order of labels.
+
+        None where such a head is for another task.
+        """
+
+    def check(self, data: Data, network: Network) -> None:
+        """Look at the images that a spec means, in seconds and decoding none, before anything is trained on them.
+
+        Raises UserError for images that are not here, or not what name and spec say (layout, classes, numbers,
+        fingerprint, memory); ValueError for a network that does not fit.
+        """
+
+    def folder(self) -> Path | None:
+        """Return the folder in which the images lie; None where it is not found, or where there is none."""
+
+    def files(self) -> dict[SplitName, Files] | None:
+        """Return the files of both splits, which can be hashed; None for a data set that has none.
+
+        Raises UserError where they are not what the name says.
+        """
+
+    def train_split(self, data: Data, seed: int) -> Split:
+        """Return the training images, a pure function of spec and data seed."""
+
+    def test_split(self, data: Data) -> Split:
+        """Return the test images, the same for every run."""
 
 
-def check(data: Data, network: Network) -> None:
-    """Look at a data set, in seconds and without decoding an image, before anything is trained on it.
-
-    Raises UserError for a data set that is not here, or whose folder is not what its name or the spec says (layout,
-    classes, empty classes, numbers of images, fingerprint); ValueError for a network that does not fit it.
-    """
-    number = classes(data)
-    channels, size = (3, data.image_size) if is_real(data.name) else (1, scenes.CANVAS)
-    if size is None:
-        raise ValueError(f"the data set {data.name} is of real images: its spec needs an image_size")
+def check_fit(data_set: DataSet, data: Data, network: Network) -> None:
+    """Raise ValueError for a network that is for other classes or images than a data set's."""
+    number = data_set.classes
+    channels, size = data_set.shape(data)
     for what, have, need in (
         ("classes", network.classes, number),
         ("channels", network.channels, channels),
@@ -105,76 +102,3 @@ def check(data: Data, network: Network) -> None:
     ):
         if have != need:
             raise ValueError(f"the network has {what} {have}, the data set {data.name} {need}")
-    if is_real(data.name):
-        _check_folder(data)
-    else:
-        count = data.train + test_images(data)
-        resources.room(count * scenes.CANVAS**2, f"{count:,} scenes", "make data.train or data.test_per_source smaller")
-
-
-def check_files(name: str) -> dict[SplitName, Files]:
-    """The images of both splits of a data set. Raises UserError where the folder is not what the name says."""
-    files = {split: image_folders.read(name, split) for split in SPLITS}
-    train, test = files["train"], files["test"]
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise UserError(f"training and test images in {train.root} have different classes: {', '.join(odd[:5])}")
-    if facts := FACTS.get(name):
-        for split, have, need in (("training", len(train), facts.train), ("test", len(test), facts.test)):
-            if have != need:
-                raise UserError(
-                    f"{train.root} has {have:,} {split} images, {name} ({facts.title}) {need:,}",
-                    f"complete it, or call it what it is: folder:{train.root}",
-                )
-    return files
-
-
-def _check_folder(data: Data) -> None:
-    files = check_files(data.name)
-    train, test = files["train"], files["test"]
-    for part, wanted in ((train, data.per_class), (test, data.test_per_class)):
-        if wanted and (fewest := min(part.counts)) < wanted:
-            name = part.classes[part.counts.index(fewest)]
-            raise UserError(
-                f"the class {name} in {part.root} has {fewest} {part.split} images, and the spec takes {wanted}"
-            )
-    _check_count(data, len(train), len(train.classes))
-    if data.fingerprint is None:
-        if data.name not in FACTS:
-            raise UserError(f"{data.name} needs a fingerprint of its files in its spec", "names.complete gives it")
-    elif (now := image_folders.fingerprint_of([train, test])) != data.fingerprint:
-        raise UserError(
-            f"the files in {train.root} are not those that the spec means "
-            f"(fingerprint {now[:12]}, not {data.fingerprint[:12]})"
-        )
-
-
-def _check_count(data: Data, have: int, number: int) -> None:
-    need = data.per_class * number if data.per_class else data.train
-    if data.train > need:
-        raise UserError(
-            f"data.train={data.train}, but per_class={data.per_class} of {number} classes are {need} images"
-        )
-    if need > have:
-        raise UserError(f"data.train={data.train}, but {data.name} has {have} training images")
-
-
-def train_split(data: Data, seed: int) -> Images | ImageFolder:
-    """The training images of a data set: of scenes for a data seed, of real images the same ones for every seed."""
-    if is_real(data.name):
-        return _folder(data, image_folders.read(data.name, "train").subset(data.per_class).subset(total=data.train))
-    made = scenes.train_scenes(known(data.name), data.train, seed, data.clutter)
-    return Images(made.images, made.labels, made.clusters)
-
-
-def test_split(data: Data) -> Images | ImageFolder:
-    """The test images of a data set, the same for every run."""
-    if is_real(data.name):
-        return _folder(data, image_folders.read(data.name, "test").subset(data.test_per_class))
-    made = scenes.test_scenes(known(data.name), data.test_per_source, data.clutter)
-    return Images(made.images, made.labels, made.clusters)
-
-
-def _folder(data: Data, files: Files) -> ImageFolder:
-    assert data.image_size is not None
-    return ImageFolder(files, View(data.image_size, crop_share(data.name)), cache.decoded(files))

@@ -20,9 +20,8 @@ from filelock import FileLock, Timeout
 
 from atdiag.core.errors import UserError
 from atdiag.core.resources import GIB, MIB
-from atdiag.data import archives, image_folders
+from atdiag.data import archives, image_folders, sources
 from atdiag.data.catalogue import FACTS, Archive, Facts
-from atdiag.data.names import is_real, known
 
 Report = Callable[[str, int, int], None]
 """Is told what is being done, and how much of how much is."""
@@ -45,8 +44,8 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
     nothing that may be downloaded or no place is said for it, DownloadError for one that can't be had, is not what was
     published or does not fit on the disk, OSError where it can't be written.
     """
-    facts = FACTS.get(known(name))
-    if is_real(name) and _is_there(name):
+    facts = FACTS.get(sources.find(name).name)
+    if _is_there(name):
         return None
     if facts is None:
         raise UserError(f"{name} can't be downloaded", "that is for sets of real images that are published")
@@ -78,7 +77,7 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
 
 def _is_there(name: str) -> bool:
     """Whether the data set's folder is found, with anything in it."""
-    place = image_folders.found(name)
+    place = sources.find(name).folder()
     return place is not None and any(place.iterdir())
 
 

@@ -8,17 +8,11 @@ from rich import box
 from rich.table import Table
 
 from atdiag.core.errors import UserError
-from atdiag.data import image_folders
-from atdiag.data.catalogue import ANY_FOLDER, CORRUPTIONS, FACTS, IMAGENET_MEAN, IMAGENET_STD, TEST_SETS
+from atdiag.data import image_folders, sources
+from atdiag.data.catalogue import ANY_FOLDER, CORRUPTIONS, TEST_SETS
+from atdiag.data.embedded import EMBEDDED
 from atdiag.data.manifest import Scan
-from atdiag.data.names import NAMES
 from atdiag.data.tars import TIMM
-
-_EMBEDDED = "embedded"
-_SCENES = {
-    "digits": "scenes of handwritten digits: which digit",
-    "larger": "scenes of handwritten digits: the larger of two",
-}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -26,36 +20,6 @@ def rows() -> list[dict[str, Any]]:
 
     Those without training images are other test sets, of ``atdiag ood``.
     """
-    scenes = [
-        {
-            "name": name,
-            "title": _SCENES[name],
-            "classes": classes,
-            "train": None,
-            "test": None,
-            "resolution": "20 x 20",
-            "normalisation": "own",
-            "source": "scikit-learn",
-            "licence": "CC BY 4.0",
-            "folder": _EMBEDDED,
-        }
-        for name, classes in NAMES.items()
-    ]
-    real = [
-        {
-            "name": name,
-            "title": facts.title,
-            "classes": facts.classes,
-            "train": facts.train,
-            "test": facts.test,
-            "resolution": facts.resolution,
-            "normalisation": "ImageNet" if (facts.mean, facts.std) == (IMAGENET_MEAN, IMAGENET_STD) else "own",
-            "source": facts.source,
-            "licence": facts.licence,
-            "folder": None if (folder := image_folders.found(name)) is None else str(folder),
-        }
-        for name, facts in FACTS.items()
-    ]
     tests = [
         {
             "name": name,
@@ -71,7 +35,7 @@ def rows() -> list[dict[str, Any]]:
         }
         for name, facts in TEST_SETS.items()
     ]
-    return scenes + real + tests
+    return [*(data_set.row() for data_set in sources.listed()), *tests]
 
 
 def _searched(name: str, folders: tuple[str, ...]) -> str | None:
@@ -99,7 +63,7 @@ def table(listed: list[dict[str, Any]]) -> Table:
 
 def where(listed: list[dict[str, Any]]) -> list[str]:
     """Where the real ones were found, in lines."""
-    return [f"{row['name']}: {row['folder']}" for row in listed if row["folder"] not in (None, _EMBEDDED)]
+    return [f"{row['name']}: {row['folder']}" for row in listed if row["folder"] not in (None, EMBEDDED)]
 
 
 def others() -> str:

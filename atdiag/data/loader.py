@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from atdiag.core import randomness, resources
 from atdiag.core.spec import Data, Recipe
-from atdiag.data import datasets
+from atdiag.data import sources
 from atdiag.data.augmentation import Augment
 from atdiag.data.decoding import ImageFolder
+from atdiag.data.splits import Images, Split
 
 PREFETCH = 2
 """Batches that each worker makes ahead."""
@@ -102,7 +103,7 @@ class Stream:
     def __init__(self, data: Data, recipe: Recipe, seed: int) -> None:
         if recipe.batch_size > data.train:
             raise ValueError(f"batch_size {recipe.batch_size} is larger than the training set ({data.train} images)")
-        self.images = datasets.train_split(data, seed)
+        self.images = sources.find(data).train_split(data, seed)
         self.recipe, self.seed = recipe, seed
         self.steps_per_epoch = len(self.images) // recipe.batch_size
         self._augment: Augment | None = None
@@ -159,9 +160,7 @@ def augments(recipe: Recipe) -> bool:
     return bool(recipe.crop is not None or recipe.flip or recipe.erase or recipe.rand_augment)
 
 
-def test_batches(
-    images: datasets.Split, size: int, workers: int = 0, pin: bool = False
-) -> Generator[Tensor, None, None]:
+def test_batches(images: Split, size: int, workers: int = 0, pin: bool = False) -> Generator[Tensor, None, None]:
     """All images of a split as a test sees them, in order: uint8 [b, C, S, S], b = ``size`` but for the last.
 
     Workers and ``pin`` as of :meth:`Stream.batches`.
@@ -169,16 +168,14 @@ def test_batches(
     return _in_order(_Chunks(images, size), range(0, len(images), size), workers, pin)
 
 
-def default_workers(
-    images: datasets.Images | ImageFolder, recipe: Recipe | None, device: torch.device, processes: int = 1
-) -> int:
+def default_workers(images: Split, recipe: Recipe | None, device: torch.device, processes: int = 1) -> int:
     """How many workers make batches, where the user says nothing. It changes how long they take, never what they are.
 
     No worker for arrays in memory that are not augmented (``recipe`` None: as a test sees them): taking them is faster
     than sending them. With CUDA, one for each processor that ``processes`` such trainings leave to each, at most 16.
     On a CPU, where workers take processors from the networks, one for every four.
     """
-    if isinstance(images, datasets.Images) and (recipe is None or not augments(recipe)):
+    if isinstance(images, Images) and (recipe is None or not augments(recipe)):
         return 0
     share = resources.available_cores() // max(processes, 1)
     return min(MOST_WORKERS, max(1, share)) if device.type == "cuda" else min(MOST_WORKERS, share // 4)
@@ -186,7 +183,7 @@ def default_workers(
 
 @dataclass(frozen=True)
 class _Chunks:
-    images: datasets.Split
+    images: Split
     size: int
 
     def __call__(self, start: int) -> Tensor:

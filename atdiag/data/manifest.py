@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atdiag.core import paths, resources
-from atdiag.data import datasets
+from atdiag.data import sources
 from atdiag.data.decoding import BrokenImageError, decode
 from atdiag.data.image_folders import SPLITS, Files, SplitName, Stored
-from atdiag.data.names import known
 
 _CHUNK = 32
 
@@ -45,7 +44,7 @@ def read(
     report: Callable[[int, int], None] = lambda done, total: None,
     processes: int | None = None,
 ) -> Scan:
-    """Read and hash every image of a data set (its splits by ``datasets.check_files``), in parallel processes.
+    """Read and hash every image of a data set (its splits by ``DataSet.files``), in parallel processes.
 
     ``report`` is told how many of how many are read.
     """
@@ -88,10 +87,15 @@ def read(
 
 
 def recorded(name: str) -> str | None:
-    """sha256 of the manifest of a data set as it lies there now; None if it was not read since it last changed."""
+    """sha256 of the manifest of a data set as it lies there now.
+
+    None where it has no files, or where they were not read since they last changed.
+    """
     if not any(_folder().glob("*.sha256")):  # none was ever written here: spare a look at each of a million files
         return None
-    path = _path(_state(datasets.check_files(known(name))))
+    if (splits := sources.find(name).files()) is None:
+        return None
+    path = _path(_state(splits))
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 

@@ -21,9 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atdiag.core import randomness
-
-CANVAS = 20
-"""Side of a scene in pixels."""
+from atdiag.data.catalogue import CANVAS
 
 DIGIT = 8
 """Side of a source digit in pixels."""

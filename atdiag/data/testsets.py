@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from atdiag.core import text
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import Data, Network
-from atdiag.data import image_folders, names
+from atdiag.data import image_folders, sources
 from atdiag.data.catalogue import CORRUPTIONS, SEVERITIES, SMALLEST, TEST_SETS, crop_share
 from atdiag.data.image_folders import Files
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from atdiag.data.datasets import Split
+    from atdiag.data.splits import Split
 
 SEMANTICS = 1
 """Raised when the same name and image come to mean other pixels or labels: stored predictions are then made again."""
@@ -103,11 +103,9 @@ def check(test_set: TestSet, data: Data, network: Network) -> None:
             raise UserError(
                 f"corruptions are of images of {SMALLEST} px and more, and these have {network.image_size} px"
             )
-        from atdiag.data import datasets
-
-        datasets.check(data, network)
+        sources.find(data).check(data, network)
         return
-    if len(names.imagenet_rows(data.name)) != 1000 or network.classes != 1000:
+    if len(sources.find(data).imagenet_rows) != 1000 or network.classes != 1000:
         raise UserError(
             f"{test_set.name} is for networks with ImageNet-1k's 1,000 classes, "
             f"and this one has the {network.classes:,} of {data.name}",
@@ -178,11 +176,11 @@ def open_images(test_set: TestSet, data: Data) -> Opened:
     """The images of a test set for what is trained on a data set. Raises UserError, and BrokenImageError."""
     import numpy as np
 
-    from atdiag.data import cache, datasets
+    from atdiag.data import cache
     from atdiag.data.decoding import ImageFolder, View
 
     if test_set.own_images:
-        own = datasets.test_split(data)
+        own = sources.find(data).test_split(data)
         if test_set.corruption is None or test_set.severity is None:
             return Opened(own)
         from atdiag.data.corruptions import Corrupted

@@ -7,7 +7,7 @@ from statistics import median
 
 from atdiag.core.runs import DamagedRunError, Store
 from atdiag.core.spec import Network, RunSpec
-from atdiag.data import names
+from atdiag.data import sources
 
 FLOPS_PER_SECOND = 50e9
 """What one CPU thread does, until finished runs say better (measured on an idle server core of 2025)."""
@@ -47,7 +47,7 @@ def seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND, tested: b
 def testing_seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND) -> float:
     """Estimated thread-seconds of a run's test: a forward pass of the student, and of the teacher that it copies."""
     teacher = _of_teacher(spec) if spec.transfer.method == "copy" else 0
-    return names.test_images(spec.data) * (2 * macs(spec.network) + teacher) / flops_per_second
+    return sources.find(spec.data).test_images(spec.data) * (2 * macs(spec.network) + teacher) / flops_per_second
 
 
 def _of_teacher(spec: RunSpec) -> float:

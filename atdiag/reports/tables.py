@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from atdiag.data import sources
 from atdiag.study.claims import Judged
 from atdiag.study.protocol import ArmResult, Reading, Report, Series
 
@@ -246,7 +247,8 @@ def notes(reading: Reading) -> list[str]:
         for names in report.dropped.values()
     ]
     data = {study.arms[0].specs[0].data.name: study.arms[0].specs[0].data for study in reading.series.studies}
-    grouped = " (by source digit)" if any(one.image_size is None for one in data.values()) else ""
+    shared = dict.fromkeys(filter(None, (sources.find(name).cluster for name in data)))
+    grouped = f" (by {' or '.join(shared)})" if shared else ""
     out.append(
         f"Profile {first.profile}, data {', '.join(data)}. Intervals: 95 %, over "
         + (f"seeds and test images{grouped}" if first.rows[0].seeds > 1 else "test images only: one seed")

@@ -11,12 +11,10 @@ from pydantic import ValidationError
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.selection import choose
 from atdiag.core.spec import Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, TransferMethod
-from atdiag.data import names
+from atdiag.data import sources
 from atdiag.networks.registry import teachers
 from atdiag.study.protocol import BASELINE, METHODS, Arm
 from atdiag.study.settings import Settings, changed, describe
-
-_IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Lab:
                     f"{teacher.label} has no component {name!r}{suggest(name, have)}",
                     f"it has {', '.join(have) or 'none'}",
                 )
-        return teacher.network.student(components, names.classes(self.settings.profile.data))
+        return teacher.network.student(components, sources.find(self.settings.profile.data).classes)
 
     def transfer(
         self, method: str, network: Network, layers: Sequence[int] | None = None, allowed: Sequence[str] = METHODS
@@ -113,9 +111,8 @@ class Lab:
         Of an ImageNet head, the rows of the data set's classes are taken, where those are ImageNet's.
         """
         data, network = self.settings.profile.data, teacher.network
-        rows = names.imagenet_rows(data.name) if network.classes == _IMAGENET_CLASSES else ()
-        own = not names.is_real(data.name) and network.classes == names.classes(data)
-        if network.differences or not (rows or own):
+        rows = sources.find(data).head_rows(network.classes)
+        if network.differences or rows is None:
             return None
         rows = () if len(rows) == network.classes else rows
         spec = RunSpec(

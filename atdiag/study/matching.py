@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from atdiag.core.errors import UserError
 from atdiag.core.runs import Run, digest
 from atdiag.core.spec import Data, RunSpec, Teacher
+from atdiag.data import sources
 
 if TYPE_CHECKING:
     from atdiag.analysis.images import ImageSet
@@ -55,10 +56,8 @@ class Match:
 
     def check(self, specs: Sequence[RunSpec]) -> None:
         """Raise UserError where the images are not here that maps are compared on."""
-        from atdiag.data import datasets, names
-
-        for data, network in {s.data: s.network for s in specs if names.is_real(s.data.name)}.items():
-            datasets.check(data, network)
+        for data, network in {s.data: s.network for s in specs}.items():
+            sources.find(data).check(data, network)
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """The runs of which it has not been taken, or whose file is damaged or of another version."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from atdiag.core.errors import UserError
 from atdiag.core.progress import OnProgress, Progress
 from atdiag.core.text import shortlist
-from atdiag.data import names
+from atdiag.data import sources
 from atdiag.networks.registry import teachers
 from atdiag.study.protocol import Measurement, Series
 
@@ -41,11 +41,8 @@ def check(series: Sequence[Series], todo: Sequence[RunSpec]) -> None:
 
     Raises UserError where they are not here, or not what they should be.
     """
-    if sets := {spec.data: spec.network for spec in todo if names.is_real(spec.data.name)}:
-        from atdiag.data import datasets
-
-        for data, network in sets.items():
-            datasets.check(data, network)
+    for data, network in {spec.data: spec.network for spec in todo}.items():
+        sources.find(data).check(data, network)
     studies = [study for one in series for study in one.studies]
     if plans := list({s.teacher.label: s.teacher for s in studies if s.teacher.sha256 is None}.values()):
         labels = shortlist([teacher.label for teacher in plans], most=6)

@@ -21,7 +21,8 @@ from atdiag.core import paths
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.resources import small_file
 from atdiag.core.spec import Data, Recipe, Seed, Spec
-from atdiag.data import names
+from atdiag.data import sources
+from atdiag.data.embedded import USUAL
 from atdiag.study.transfer_settings import TransferSettings
 
 METHODS = ("none", "copy", "distill", "finetune")
@@ -76,7 +77,7 @@ PROFILES: dict[str, Profile] = {
     "mini": Profile(
         name="mini",
         summary="miniature teachers on embedded cluttered digits; a CPU, minutes",
-        data=Data(name="digits", train=2500, clutter=6),
+        data=USUAL,
         recipe=_recipes(_MINI_RECIPE, finetune_lr=5e-4),
         seeds=3,
         device="cpu",  # so small that a GPU would wait for its kernels' launches, and the same bits everywhere
@@ -291,13 +292,7 @@ def _apply(profile: Profile, overrides: Mapping[str, Any]) -> Profile:
         applied = Profile.model_validate_json(json.dumps(document, default=str), strict=True)
     except ValidationError as fault:
         raise UserError(describe(fault, overrides)) from None
-    completed = names.complete(applied.data)
-    if names.is_real(completed.name) and (train := overrides.get("data.train")) is not None:
-        if train > completed.train:
-            raise UserError(
-                f"data.train={train}: {completed.name} has {completed.train} training images to choose from"
-            )
-        completed = completed.model_copy(update={"train": train})
+    completed = sources.complete(applied.data, overrides.get("data.train"))
     applied = applied.model_copy(update={"data": completed})
     _check_sense(applied)
     return applied
@@ -307,11 +302,7 @@ def _data(usual: Data, name: Any) -> dict[str, Any]:
     """The profile's data as a document to apply overrides to; for another set than the usual one, a spec of that."""
     if name in (None, usual.name) or not isinstance(name, str):
         return usual.model_dump(mode="json")
-    if not names.is_real(name):
-        scenes = usual if usual.image_size is None else PROFILES["mini"].data
-        return scenes.model_dump(mode="json")
-    size = usual.image_size or names.image_size(name)
-    return {"name": name, "train": usual.train, "image_size": size}
+    return sources.find(name).usual(usual).model_dump(mode="json")
 
 
 def describe(fault: ValidationError, given: Collection[str] = ()) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from atdiag.core.spec import Data
-from atdiag.data import datasets
+from atdiag.data import sources
 from atdiag.networks.registry import teachers
 from atdiag.networks.weights import loading
 from atdiag.training import compiled
@@ -52,7 +52,7 @@ def _disk(runs: Path) -> Finding:
 
 
 def _data() -> Finding:
-    scenes = datasets.test_split(Data(name="digits", train=1, test_per_source=1))
+    scenes = sources.find("digits").test_split(Data(name="digits", train=1, test_per_source=1))
     return Finding("data", f"digits and larger (embedded), {len(scenes)} held-out source digits")
 
 

@@ -23,9 +23,9 @@ from atdiag.core.options import ExecutionOptions
 from atdiag.core.progress import OnProgress, Progress, ignore
 from atdiag.core.runs import DamagedRunError, Run, RunBusyError, Store
 from atdiag.core.spec import RunSpec, Teacher
-from atdiag.data import datasets, loader
-from atdiag.data.datasets import Split
+from atdiag.data import loader, sources
 from atdiag.data.loader import Batch, Stream, WorkerDiedError, default_workers
+from atdiag.data.splits import Split
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import compiled, determinism, evaluation, provenance
@@ -64,7 +64,7 @@ def train(
     """
     specs = list({spec.id: spec for spec in specs}.values())
     for spec in specs:
-        datasets.check(spec.data, spec.network)
+        sources.find(spec.data).check(spec.data, spec.network)
     if len({spec.stream for spec in specs}) > 1 or len({s.teacher.weights for s in specs if s.teacher}) > 1:
         raise ValueError("the runs of a cohort share one data stream and one teacher")
     status: dict[str, Status] = {}
@@ -133,7 +133,7 @@ class _Cohort:
         self.teacher = load_teacher(teacher_spec).to(device) if teacher_spec else None
         self.stream = Stream(spec.data, spec.recipe, spec.seed.data) if any(s.recipe.epochs for _, s in todo) else None
         steps = self.stream.steps_per_epoch if self.stream else 1
-        self.test = datasets.test_split(spec.data)
+        self.test = sources.find(spec.data).test_split(spec.data)
         self.members: list[RunTrainer] = []
         averages = _Averages(self.teacher, self.stream.images if self.stream else None)
         for run, s in todo:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from atdiag.core.runs import DamagedRunError, Run
 from atdiag.core.spec import Network, RunSpec, Teacher, Transfer
-from atdiag.data import datasets, loader
-from atdiag.data.datasets import Split
+from atdiag.data import loader, sources
+from atdiag.data.splits import Split
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.networks.weights import files
@@ -74,7 +74,7 @@ def averages(spec: RunSpec, teacher: ViT | Foreign, images: Split | None = None)
     transfer = spec.transfer
     if transfer.average != "examples":
         return {}
-    images = datasets.train_split(spec.data, spec.seed.data) if images is None else images
+    images = sources.find(spec.data).train_split(spec.data, spec.seed.data) if images is None else images
     device = next(teacher.parameters()).device
     count = min(len(images), AVERAGED_IMAGES)
     sums: dict[int, Tensor] = {}

@@ -18,7 +18,6 @@ import torch
 from atdiag.core import resources
 from atdiag.core.spec import Data
 from atdiag.data import manifest
-from atdiag.data.names import is_real
 
 _PACKAGES = ("atdiag", "torch", "timm", "numpy", "scikit-learn")
 
@@ -57,7 +56,7 @@ def origin(data: Data, device: torch.device, command: Sequence[str] | None = Non
         "started_at": now(),
         "command": list(sys.argv if command is None else command),
         "git": git_state(),
-        "data_manifest": manifest.recorded(data.name) if is_real(data.name) else None,
+        "data_manifest": manifest.recorded(data.name),
         "hardware": hardware(device),
     }
 

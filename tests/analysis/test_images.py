@@ -7,7 +7,7 @@ from PIL import Image
 from atdiag.analysis import images, streaming
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data
-from atdiag.data import datasets
+from atdiag.data import sources
 
 DIGITS = Data(name="digits", train=1, clutter=6)
 
@@ -22,7 +22,7 @@ def network(subject):
 
 
 def test_a_number_is_so_many_spread_evenly(network):
-    split = datasets.test_split(DIGITS)
+    split = sources.find(DIGITS).test_split(DIGITS)
     some = images.choose("4", DIGITS, network)
     rows = [0, len(split) // 4, len(split) // 2, 3 * len(split) // 4]
     assert some.names == tuple(f"digits {row}" for row in rows)

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from atdiag.analysis import classifiers, images, probing, subjects
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Transfer
-from atdiag.data import datasets
+from atdiag.data import sources
 from atdiag.data.decoding import BrokenImageError
 from atdiag.networks.model import students
 from atdiag.training import evaluation
@@ -190,7 +190,7 @@ def test_training_scenes_are_no_runs_own_and_of_no_test_digit(subject):
     network = subject(1).network
     scenes = probing.training_pictures(DATA, network, 30)
     assert len(scenes) == 30
-    own = datasets.train_split(DATA.model_copy(update={"train": 30}), 0)
+    own = sources.find(DATA).train_split(DATA.model_copy(update={"train": 30}), 0)
     assert not np.array_equal(scenes.source.read(0), own.pixels[0])
     again = probing.training_pictures(DATA, network, 30)
     assert np.array_equal(scenes.source.read(7), again.source.read(7))

@@ -11,7 +11,7 @@ import torch
 from atdiag.analysis import images, interventions, similarity, streaming, subjects
 from atdiag.analysis.replacements import Replacement
 from atdiag.core.spec import Data
-from atdiag.data import names
+from atdiag.data import sources
 
 REAL = Path(os.environ.get("ATDIAG_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 FILE = REAL / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(folder):
-    data = names.complete(Data(name=f"folder:{folder}", train=1, image_size=224))
+    data = sources.complete(Data(name=f"folder:{folder}", train=1, image_size=224))
     subject = subjects.find(f"timm:vit_tiny_patch16_224@{FILE}", data=data)
     return subject, images.choose(0, data, subject.network)
 
@@ -65,7 +65,7 @@ def test_its_maps_are_what_hooks_on_timms_explicit_path_see(real):
 
 def test_what_it_knows_hangs_on_its_maps(real):
     subject, some = real
-    rows = np.array(names.imagenet_rows("imagenette"))
+    rows = np.array(sources.find("imagenette").imagenet_rows)
     classes = set(some.labels)
     assert len(some) == 40 and len(classes) == 10
     known = images.ImageSet(

@@ -21,7 +21,7 @@ from atdiag.core import resources
 from atdiag.core.errors import UserError
 from atdiag.core.runs import DamagedRunError, Run, Store
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
-from atdiag.data import datasets
+from atdiag.data import sources
 from atdiag.data.decoding import BrokenImageError, decode
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.weights import files
@@ -81,8 +81,8 @@ def test_a_network_that_does_not_fit_is_refused_before_it_is_built(monkeypatch):
 
 def test_scenes_that_do_not_fit_are_refused():
     for data in (Data(train=10**12), Data(train=10, test_per_source=10**10)):
-        with pytest.raises(UserError, match=r"scenes take .* GiB of memory.*: make data.train"):
-            datasets.check(data, NETWORK)
+        with pytest.raises(UserError, match=r"images of digits take .* GiB of memory.*: make `data.train`"):
+            sources.find(data).check(data, NETWORK)
 
 
 def test_a_huge_or_endless_file_of_settings(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from atdiag.core.spec import Data
 from atdiag.data import catalogue
-from atdiag.data.names import complete
+from atdiag.data.sources import complete
 
 PER_CLASS = {"train": 6, "test": 3}
 REAL = Path(os.environ.get("ATDIAG_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")

@@ -17,8 +17,8 @@ from atdiag.core import randomness
 from atdiag.core.spec import Recipe
 from atdiag.data import augmentation
 from atdiag.data.augmentation import ATTEMPTS, Augment, crop_box, erase_box
-from atdiag.data.datasets import Images
 from atdiag.data.decoding import View, to_array, to_picture
+from atdiag.data.splits import Images
 
 SIDES = st.integers(1, 300)
 SEEDS = st.integers(0, 2**32 - 1)

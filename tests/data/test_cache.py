@@ -10,7 +10,7 @@ from PIL import Image
 
 from atdiag.core import paths
 from atdiag.core.spec import Recipe
-from atdiag.data import cache, datasets, decoding, image_folders
+from atdiag.data import cache, decoding, image_folders, sources
 from atdiag.data.loader import Stream
 
 
@@ -34,7 +34,7 @@ def test_a_cache_holds_what_decoding_gives(uniform):
 @pytest.mark.parametrize("size", [32, 48])
 def test_images_are_the_same_with_and_without_it(uniform, spec, size):
     data = spec(uniform, image_size=size)
-    images = datasets.train_split(data, 0)
+    images = sources.find(data).train_split(data, 0)
     without = decoding.ImageFolder(images.files, images.view)
     assert images.decoded is not None
     some = np.array([5, 0, 33])
@@ -50,14 +50,14 @@ def test_images_are_the_same_with_and_without_it(uniform, spec, size):
 
 def test_a_second_time_nothing_is_decoded(uniform, spec, monkeypatch):
     data = spec(uniform)
-    before = datasets.train_split(data, 0).batch(0, 36)
+    before = sources.find(data).train_split(data, 0).batch(0, 36)
 
     def refuse(*_):
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(cache, "load", refuse)
     monkeypatch.setattr(decoding, "decode", refuse)
-    assert np.array_equal(datasets.train_split(data, 0).batch(0, 36), before)
+    assert np.array_equal(sources.find(data).train_split(data, 0).batch(0, 36), before)
 
 
 def test_a_changed_image_is_decoded_anew(uniform, draw):
@@ -74,7 +74,8 @@ def test_a_changed_image_is_decoded_anew(uniform, draw):
 
 def test_images_of_several_sizes_are_not_cached(mixed, uniform, draw, spec):
     assert cache.decoded(train(mixed)) is None
-    assert datasets.train_split(spec(mixed), 0).batch(0, 4).shape == (4, 3, 32, 32)
+    data = spec(mixed)
+    assert sources.find(data).train_split(data, 0).batch(0, 4).shape == (4, 3, 32, 32)
     # One odd image among many is found while the cache is made, and remembered.
     for i in range(200):
         draw(uniform / "train" / "ant" / f"x{i:03}.jpg", (8, 8) if i != 101 else (8, 9), i)
@@ -160,11 +161,11 @@ def test_several_at_once_make_one(uniform, monkeypatch):
 
 def test_a_cache_folder_that_cant_be_written_is_said_and_nothing_is_lost(uniform, spec, monkeypatch, tmp_path):
     data = spec(uniform)
-    expected = datasets.train_split(data, 0).batch(0, 5)
+    expected = sources.find(data).train_split(data, 0).batch(0, 5)
     (tmp_path / "file").touch()
     monkeypatch.setenv("ATDIAG_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="no decoded cache in"):
-        images = datasets.train_split(data, 0)
+        images = sources.find(data).train_split(data, 0)
     assert images.decoded is None
     assert np.array_equal(images.batch(0, 5), expected)
 
@@ -177,7 +178,8 @@ def test_a_full_disk_is_noticed_before_anything_is_written(uniform, monkeypatch)
 
 
 def test_other_processes_open_the_file_themselves(uniform, spec):
-    images = datasets.train_split(spec(uniform), 0)
+    data = spec(uniform)
+    images = sources.find(data).train_split(data, 0)
     images.batch(0, 1)
     sent = pickle.dumps(images)
     assert len(sent) < 20_000  # not the pixels

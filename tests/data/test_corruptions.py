@@ -12,10 +12,10 @@ from scipy import ndimage, stats
 
 from atdiag.core.randomness import uniform
 from atdiag.core.spec import Data
-from atdiag.data import corruptions, datasets, scenes
+from atdiag.data import corruptions, scenes, sources
 from atdiag.data.catalogue import CORRUPTIONS, SEVERITIES
 from atdiag.data.corruptions import Corrupted, corrupt
-from atdiag.data.names import complete
+from atdiag.data.sources import complete
 
 
 def some_scenes(count=120):
@@ -56,7 +56,7 @@ def test_a_stronger_severity_does_more_to_scenes(name):
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_a_stronger_severity_does_more_to_real_images(name, imagenette):
     for size in (64, 128):
-        images = datasets.test_split(complete(Data(name="imagenette", train=1, image_size=size)))
+        images = sources.find("imagenette").test_split(complete(Data(name="imagenette", train=1, image_size=size)))
         assert grows(distances(images.batch(0, 12), name)), size
 
 
@@ -113,7 +113,7 @@ def test_what_can_not_be_corrupted_is_refused():
 
 
 def test_a_corrupted_split_is_the_split_in_all_but_its_pixels():
-    own = datasets.test_split(Data(train=1, test_per_source=1))
+    own = sources.find("digits").test_split(Data(train=1, test_per_source=1))
     worse = Corrupted(own, "motion_blur", 3)
     assert (len(worse), worse.channels, worse.size) == (len(own), 1, 20)
     assert np.array_equal(worse.labels, own.labels)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from atdiag.core.errors import UserError
-from atdiag.data import catalogue, datasets, download, image_folders
+from atdiag.data import catalogue, download, image_folders, sources
 from atdiag.data.archives import unpack
 from atdiag.data.download import DownloadError, fetch
 from tests.commands import ran, wrong
@@ -162,7 +162,7 @@ def test_cifar10_s_records_become_images(data, publish):
     publish("cifar10", entries, 50, 10)
     seen = []
     assert fetch("cifar10", lambda *report: seen.append(report)) == data / "cifar10"
-    files = datasets.check_files("cifar10")
+    files = sources.find("cifar10").files()
     assert files["train"].counts == [5] * 10
     classes = catalogue.FACTS["cifar10"].class_folders.split("|")
     for i in range(1, 6):
@@ -189,7 +189,7 @@ def cifar100(names=FINE) -> list:
 def test_cifar100_is_labelled_by_its_fine_names(data, publish):
     publish("cifar100", cifar100(), 12, 4, classes=4)
     fetch("cifar100")
-    files = datasets.check_files("cifar100")
+    files = sources.find("cifar100").files()
     assert files["train"].classes == tuple(FINE)
     assert files["train"].counts == [3] * 4
     assert files["test"].keys == tuple(f"{cls}/{3 - i:05d}.png" for i, cls in enumerate(FINE))
@@ -457,7 +457,7 @@ def test_what_a_killed_one_left_is_no_data_set_and_goes(data, publish, during):
     (data / ".imagenette-part" / "imagenette" / "train" / "n00000000").mkdir(parents=True, exist_ok=True)
     assert fetch("imagenette") is not None
     assert left(data) == ["imagenette"]
-    datasets.check_files("imagenette")
+    sources.find("imagenette").files()
 
 
 def test_two_at_once_download_once(data, publish, server):

@@ -10,7 +10,7 @@ import pytest
 
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
-from atdiag.data import catalogue, datasets, image_folders, names
+from atdiag.data import catalogue, image_folders, sources
 
 NETWORK = Network(image_size=32, patch_size=8, channels=3, width=16, depth=1, heads=2, classes=3)
 
@@ -31,55 +31,55 @@ def cifar(tmp_path, fill, monkeypatch):
 
 
 def test_names_and_classes():
-    assert {name: names.classes(name) for name in ("digits", "imagenet", "imagenette", "cifar100")} == {
+    assert {name: sources.find(name).classes for name in ("digits", "imagenet", "imagenette", "cifar100")} == {
         "digits": 10,
         "imagenet": 1000,
         "imagenette": 10,
         "cifar100": 100,
     }
-    assert [names.image_size(name) for name in ("digits", "imagenet", "cifar10", "folder:x")] == [None, 224, 32, None]
-    assert [names.is_real(name) for name in ("larger", "cifar10", "folder:x")] == [False, True, True]
+    sizes = {name: sources.find(name).image_size for name in ("digits", "imagenet", "cifar10", "folder:x")}
+    assert sizes == {"digits": 20, "imagenet": 224, "cifar10": 32, "folder:x": None}
     with pytest.raises(UserError, match="unknown data set 'imagenete', did you mean 'imagenette'"):
-        names.known("imagenete")
+        sources.find("imagenete")
     with pytest.raises(UserError, match="unknown data set 'folder:'"):
-        names.known("folder:")
+        sources.find("folder:")
 
 
 def test_imagenet_classes_are_named_by_their_indices():
-    rows = names.imagenet_rows("imagenette")
+    rows = sources.find("imagenette").imagenet_rows
     assert rows == (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
     wnids = catalogue.FACTS["imagenette"].class_folders.split("|")
     assert wnids == sorted(wnids)  # ImageNet's indices follow the sorted WordNet ids
     assert len(wnids) == len(rows) == 10
-    assert names.imagenet_rows("imagenet") == tuple(range(1000))
-    assert names.imagenet_rows("cifar10") == names.imagenet_rows("digits") == ()
+    assert sources.find("imagenet").imagenet_rows == tuple(range(1000))
+    assert sources.find("cifar10").imagenet_rows == sources.find("digits").imagenet_rows == ()
 
 
 def test_a_spec_is_completed(uniform, cifar):
-    own = names.complete(Data(name=f"folder:{uniform}", train=1, image_size=32))
+    own = sources.complete(Data(name=f"folder:{uniform}", train=1, image_size=32))
     assert (own.train, own.image_size) == (36, 32)
     assert own.fingerprint == image_folders.fingerprint(f"folder:{uniform}")
-    assert names.complete(own) == own
-    assert names.complete(Data(name="cifar10", train=1)).image_size == 32
-    assert names.complete(Data(name="cifar10", train=1)).train == 120
-    some = names.complete(Data(name="cifar10", train=1, image_size=224, per_class=7, test_per_class=2))
+    assert sources.complete(own) == own
+    assert sources.complete(Data(name="cifar10", train=1)).image_size == 32
+    assert sources.complete(Data(name="cifar10", train=1)).train == 120
+    some = sources.complete(Data(name="cifar10", train=1, image_size=224, per_class=7, test_per_class=2))
     assert (some.train, some.image_size, some.per_class) == (70, 224, 7)
     assert some.fingerprint is not None
     scenes = Data(train=30)
-    assert names.complete(scenes) is scenes
+    assert sources.complete(scenes) is scenes
 
 
 def test_what_is_not_here_is_completed_as_far_as_it_is_known():
-    there = names.complete(Data(name="imagenet", train=1))
+    there = sources.complete(Data(name="imagenet", train=1))
     assert (there.train, there.image_size, there.fingerprint) == (1_281_167, 224, None)
-    few = names.complete(Data(name="imagenette", train=1, image_size=128, per_class=20))
+    few = sources.complete(Data(name="imagenette", train=1, image_size=128, per_class=20))
     assert (few.train, few.fingerprint) == (200, None)
-    with pytest.raises(UserError, match=r"needs data\.image_size"):
-        names.complete(Data(name="folder:/nowhere", train=1))
+    with pytest.raises(UserError, match=r"needs `data\.image_size`"):
+        sources.complete(Data(name="folder:/nowhere", train=1))
     with pytest.raises(UserError, match="there is no folder /nowhere"):
-        names.complete(Data(name="folder:/nowhere", train=1, image_size=32))
-    with pytest.raises(UserError, match="digits are scenes"):
-        names.complete(Data(name="digits", train=1, image_size=32))
+        sources.complete(Data(name="folder:/nowhere", train=1, image_size=32))
+    with pytest.raises(UserError, match="digits are embedded"):
+        sources.complete(Data(name="digits", train=1, image_size=32))
 
 
 # --- where a set lies -------------------------------------------------------------------------------------------------
@@ -171,12 +171,12 @@ def ruin(root, how):
     ],
 )
 def test_a_wrong_layout_is_told(cifar, how, says):
-    data = names.complete(Data(name="cifar10", train=1))
+    data = sources.complete(Data(name="cifar10", train=1))
     network = NETWORK.model_copy(update={"classes": 10})
-    datasets.check(data, network)
+    sources.find(data).check(data, network)
     ruin(cifar, how)
     with pytest.raises(UserError, match=says):
-        datasets.check(data, network)
+        sources.find(data).check(data, network)
 
 
 def nested(cls):
@@ -220,28 +220,28 @@ def test_both_splits_have_the_same_classes(uniform, spec):
     data = spec(uniform)
     (uniform / "val" / "cow").rename(uniform / "val" / "dog")
     with pytest.raises(UserError, match="different classes: cow, dog"):
-        datasets.check(data, NETWORK)
+        sources.find(data).check(data, NETWORK)
 
 
 def test_the_spec_must_fit_the_folder(uniform, spec):
     data = spec(uniform)
-    datasets.check(data, NETWORK)
-    datasets.check(data.model_copy(update={"train": 1}), NETWORK)  # a reference that is only evaluated
+    sources.find(data).check(data, NETWORK)
+    sources.find(data).check(data.model_copy(update={"train": 1}), NETWORK)  # a reference that is only evaluated
     for change, says in (
-        ({"train": 37}, "data.train=37, but"),
+        ({"train": 37}, "`data.train`=37, but"),
         ({"per_class": 13, "train": 39}, "the class ant in .* has 12 train images, and the spec takes 13"),
-        ({"per_class": 2, "train": 36}, "per_class=2 of 3 classes are 6 images"),
+        ({"per_class": 2, "train": 36}, "`data.per_class`=2 of 3 classes are 6 images"),
         ({"test_per_class": 6}, "has 5 test images, and the spec takes 6"),
         ({"fingerprint": "0" * 64}, "the files in .* are not those that the spec means"),
         ({"fingerprint": None}, "needs a fingerprint"),
     ):
         with pytest.raises(UserError, match=says):
-            datasets.check(data.model_copy(update=change), NETWORK)
+            sources.find(data).check(data.model_copy(update=change), NETWORK)
     for change in ({"classes": 10}, {"channels": 1}, {"image_size": 24}):
         with pytest.raises(ValueError, match=f"the network has {next(iter(change))}"):
-            datasets.check(data, NETWORK.model_copy(update=change))
+            sources.find(data).check(data, NETWORK.model_copy(update=change))
     with pytest.raises(ValueError, match="needs an image_size"):
-        datasets.check(Data(name="cifar10", train=5), NETWORK.model_copy(update={"classes": 10}))
+        sources.find("cifar10").check(Data(name="cifar10", train=5), NETWORK.model_copy(update={"classes": 10}))
 
 
 def test_inaturalist_is_read_from_its_annotations(tmp_path, draw, monkeypatch):

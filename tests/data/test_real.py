@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
-from atdiag.data import catalogue, datasets, manifest, names
+from atdiag.data import catalogue, manifest, sources
 from atdiag.data.loader import Stream
 from atdiag.training import cohort
 
@@ -25,9 +25,9 @@ def network(size):
 
 @pytest.mark.parametrize("size", [64, 128, 224])
 def test_imagenette(imagenette, size):
-    data = names.complete(Data(name="imagenette", train=1, image_size=size))
+    data = sources.complete(Data(name="imagenette", train=1, image_size=size))
     assert data.fingerprint is not None
-    datasets.check(data, network(size))
+    sources.find(data).check(data, network(size))
     stream = Stream(data, Recipe(epochs=1, batch_size=20, crop=0.3, flip=True), 0)
     assert stream.images.decoded is not None  # all are 128 x 128
     batch = stream.batch(1)
@@ -35,18 +35,18 @@ def test_imagenette(imagenette, size):
     wnids = catalogue.FACTS["imagenette"].class_folders.split("|")
     for label, sample in zip(batch.labels, batch.samples, strict=True):
         assert stream.images.path(sample).parent.name == wnids[label]
-    view = datasets.test_split(data).batch(0, 30)
-    stored = np.asarray(Image.open(datasets.test_split(data).path(7)).convert("RGB"))
+    view = sources.find(data).test_split(data).batch(0, 30)
+    stored = np.asarray(Image.open(sources.find(data).test_split(data).path(7)).convert("RGB"))
     if size == 128:
         assert np.array_equal(view[7], np.moveaxis(stored, -1, 0))
     assert view.mean() == pytest.approx(stored.mean(), rel=0.6)
 
 
 def test_cifar10(cifar10):
-    data = names.complete(Data(name="cifar10", train=1))
-    datasets.check(data, network(32))
+    data = sources.complete(Data(name="cifar10", train=1))
+    sources.find(data).check(data, network(32))
     assert (data.train, data.image_size) == (60, 32)
-    images = datasets.train_split(data, 0)
+    images = sources.find(data).train_split(data, 0)
     assert images.files.classes == (
         "airplane",
         "automobile",
@@ -68,7 +68,7 @@ def test_cifar10(cifar10):
 
 
 def test_a_check_of_real_images(cifar10, imagenette_files):
-    reading = manifest.read(datasets.check_files("cifar10"), processes=2)
+    reading = manifest.read(sources.find("cifar10").files(), processes=2)
     assert (reading.broken, reading.mean_size, reading.classes) == ((), (32, 32), 10)
     assert manifest.recorded("cifar10") == reading.sha256
 
@@ -83,7 +83,7 @@ def test_training_on_real_images_goes_on_bit_for_bit(cifar10, tmp_path, size):
         "mixup": 0.8,
         "cutmix": 1.0,
     }
-    data = names.complete(Data(name="cifar10", train=1, image_size=size, per_class=5, test_per_class=2))
+    data = sources.complete(Data(name="cifar10", train=1, image_size=size, per_class=5, test_per_class=2))
     recipe = Recipe(epochs=2, batch_size=10, drop_path=0.1, **own)
     spec = RunSpec(network=network(size), data=data, recipe=recipe, seed=Seed(data=0, model=0))
     weights = []

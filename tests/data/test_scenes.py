@@ -5,12 +5,12 @@ from sklearn.datasets import load_digits
 from atdiag.core import randomness
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
-from atdiag.data import datasets, scenes
-from atdiag.data.names import NAMES
+from atdiag.data import scenes, sources
 
 SOURCES = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
 LABELS = load_digits().target
-TASKS = sorted(NAMES)
+TASKS = {"digits": 10, "larger": 9}
+"""Task -> number of classes."""
 
 
 def make(task, split, clutter=3, seed=0):
@@ -70,7 +70,7 @@ def test_digits_scenes_hold_their_digit_and_its_label(split):
     assert scenes.images.shape[1:] == (1, 20, 20)
     assert scenes.images.dtype == np.uint8
     assert np.array_equal(scenes.labels, LABELS[scenes.sources[:, 0]])
-    assert set(scenes.labels) == set(range(NAMES["digits"]))
+    assert set(scenes.labels) == set(range(10))
     for i in range(0, len(scenes), 37):
         assert found(scenes.images[i, 0], scenes.sources[i, 0])
 
@@ -81,7 +81,7 @@ def test_larger_scenes_hold_two_digits_and_the_larger_ones_label(split):
     shown = LABELS[scenes.sources]
     assert (shown[:, 0] != shown[:, 1]).all()
     assert np.array_equal(scenes.labels, shown.max(axis=1) - 1)
-    assert set(scenes.labels) == set(range(NAMES["larger"]))
+    assert set(scenes.labels) == set(range(9))
     for i in range(0, len(scenes), 37):
         assert all(found(scenes.images[i, 0], source) for source in scenes.sources[i])
 
@@ -103,7 +103,7 @@ def test_digits_lie_everywhere_and_clutter_adds_to_them(task):
 
 
 def test_train_and_test_have_the_same_distribution_of_labels():
-    for task, classes in NAMES.items():
+    for task, classes in TASKS.items():
         train, test = (np.bincount(make(task, split).labels, minlength=classes) for split in ("train", "test"))
         assert np.abs(train / train.sum() - test / test.sum()).max() < 0.03
 
@@ -113,8 +113,8 @@ def test_clusters_are_disjoint_and_of_equal_size(task):
     made = scenes.test_scenes(task, 4, 3)
     assert np.array_equal(np.bincount(made.clusters), np.full(made.clusters.max() + 1, 4))
     owners: dict[int, set[int]] = {}
-    for cluster, sources in zip(made.clusters, made.sources, strict=True):
-        for source in sources:
+    for cluster, digits in zip(made.clusters, made.sources, strict=True):
+        for source in digits:
             owners.setdefault(int(source), set()).add(int(cluster))
     assert all(len(clusters) == 1 for clusters in owners.values())
     assert len(owners) >= 0.85 * len(scenes.source_split()[1])
@@ -122,15 +122,15 @@ def test_clusters_are_disjoint_and_of_equal_size(task):
 
 def test_a_test_scene_does_not_depend_on_training():
     data = Data(name="digits", train=10, test_per_source=2)
-    one = datasets.test_split(data)
-    two = datasets.test_split(data.model_copy(update={"train": 500}))
+    one = sources.find(data).test_split(data)
+    two = sources.find(data).test_split(data.model_copy(update={"train": 500}))
     assert np.array_equal(one.pixels, two.pixels)
     assert len(one) == 2 * len(scenes.source_split()[1])
 
 
 def test_splits_by_name():
     data = Data(name="larger", train=50)
-    images = datasets.train_split(data, 3)
+    images = sources.find(data).train_split(data, 3)
     assert np.array_equal(images.pixels, scenes.train_scenes("larger", 50, 3, data.clutter).images)
     assert len(images) == 50
 
@@ -141,9 +141,9 @@ NETWORK = Network(image_size=20, patch_size=4, channels=1, width=16, depth=1, he
 def test_an_unknown_data_set_is_refused_everywhere():
     data = Data(name="digit", train=10)
     for use in (
-        lambda: datasets.check(data, NETWORK),
-        lambda: datasets.train_split(data, 0),
-        lambda: datasets.test_split(data),
+        lambda: sources.find(data).check(data, NETWORK),
+        lambda: sources.find(data).train_split(data, 0),
+        lambda: sources.find(data).test_split(data),
     ):
         with pytest.raises(UserError, match="did you mean 'digits'"):
             use()
@@ -152,6 +152,6 @@ def test_an_unknown_data_set_is_refused_everywhere():
 @pytest.mark.parametrize("change", [{"classes": 9}, {"channels": 3}, {"image_size": 24}])
 def test_a_network_that_does_not_fit_its_data_is_refused(change):
     data = Data(name="digits", train=10)
-    datasets.check(data, NETWORK)
+    sources.find(data).check(data, NETWORK)
     with pytest.raises(ValueError, match=f"the network has {next(iter(change))}"):
-        datasets.check(data, NETWORK.model_copy(update=change))
+        sources.find(data).check(data, NETWORK.model_copy(update=change))

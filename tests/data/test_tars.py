@@ -15,10 +15,10 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from atdiag.core import paths
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
-from atdiag.data import cache, datasets, image_folders, manifest, names, tars
+from atdiag.data import cache, image_folders, manifest, sources, tars
 from atdiag.data.decoding import BrokenImageError, ImageFolder, View, load
 from atdiag.data.loader import Stream
-from atdiag.data.names import complete
+from atdiag.data.sources import complete
 from tests.commands import ran, wrong
 
 
@@ -110,10 +110,10 @@ def test_a_run_is_the_same_run_on_either(both):
     ]
     assert specs[0].id == specs[1].id
     for one in specs:
-        datasets.check(one.data, one.network)
+        sources.find(one.data).check(one.data, one.network)
     pack(both[1] / "val.tar", [(f"{cls}/{i}.jpg", b"other") for cls in ("ant", "bee", "cow") for i in range(5)])
     with pytest.raises(UserError, match="are not those that the spec means"):
-        datasets.check(specs[1].data, specs[1].network)
+        sources.find(specs[1].data).check(specs[1].data, specs[1].network)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -145,7 +145,7 @@ def test_check_hashes_all_and_names_broken_ones(both):
     document = json.loads(out.splitlines()[-1])
     assert (code, document["images"], document["classes"]) == (0, {"train": 36, "test": 15}, 3)
     assert manifest.recorded(name) == document["sha256"]
-    theirs = manifest.read(datasets.check_files(f"folder:{both[0]}"), processes=1)
+    theirs = manifest.read(sources.find(f"folder:{both[0]}").files(), processes=1)
     texts = [Path(path).read_text() for path in (document["manifest"], theirs.manifest)]
     hashes = [sorted(line.split()[0] for line in text.splitlines()) for text in texts]
     assert hashes[0] == hashes[1]
@@ -239,10 +239,10 @@ def test_readers_that_can_t_be_or_must_not_be(capsys, name, says):
 
 def test_names_of_data_sets_in_tars(tmp_path):
     with pytest.raises(UserError, match=r"unknown data set 'timm:'.*timm:PATH"):
-        names.known("timm:")
+        sources.find("timm:")
     with pytest.raises(UserError, match="there is no folder /nowhere"):
         image_folders.read("timm:/nowhere", "train")
-    with pytest.raises(UserError, match=r"needs data\.image_size"):
+    with pytest.raises(UserError, match=r"needs `data\.image_size`"):
         complete(Data(name=f"timm:{tmp_path}", train=1))
 
 

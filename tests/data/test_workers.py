@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from atdiag.core.spec import Data, Recipe
-from atdiag.data import datasets, loader
+from atdiag.data import loader, sources
 from atdiag.data.decoding import BrokenImageError
 from atdiag.data.loader import Stream
 
@@ -87,7 +87,7 @@ def test_an_iterator_left_in_the_middle_ends_its_workers(data):
 
 
 def test_test_images_are_the_same_from_workers(data):
-    images = datasets.test_split(data)
+    images = sources.find(data).test_split(data)
     whole = images.batch(0, len(images))
     for workers in (0, 2):
         parts = list(loader.test_batches(images, 4, workers))
@@ -135,7 +135,7 @@ def test_a_broken_image_is_named_while_a_cache_is_made(uniform, spec):
     image = uniform / "train" / "bee" / "bee_7.jpg"
     image.write_bytes(image.read_bytes()[:-40])
     with pytest.raises(BrokenImageError, match=r"bee_7\.jpg can't be read: .*truncated"):
-        datasets.train_split(data, 0)
+        sources.find(data).train_split(data, 0)
 
 
 class Slow(Stream):
@@ -185,13 +185,14 @@ def test_pinning_without_cuda_is_refused(data):
 )
 def test_workers_by_rule(uniform, spec, monkeypatch, cores, processes, device, expected):
     monkeypatch.setattr(loader.resources, "available_cores", lambda: cores)
-    images = datasets.train_split(spec(uniform), 0)
+    data = spec(uniform)
+    images = sources.find(data).train_split(data, 0)
     assert loader.default_workers(images, EVERYTHING, device, processes) == expected
 
 
 def test_scenes_that_are_not_augmented_need_no_worker(monkeypatch):
     monkeypatch.setattr(loader.resources, "available_cores", lambda: 64)
-    scenes = datasets.train_split(Data(train=5), 0)
+    scenes = sources.find("digits").train_split(Data(train=5), 0)
     assert loader.default_workers(scenes, Recipe(epochs=1, mixup=0.8), CUDA) == 0
     assert loader.default_workers(scenes, None, CUDA) == 0  # as a test sees them
     assert loader.default_workers(scenes, EVERYTHING, CUDA) == 16

@@ -315,7 +315,7 @@ def test_another_data_set_brings_its_own_facts():
     assert data("data.name=digits", profile="small") == PROFILES["mini"].data
     assert data("data.name=larger").clutter == PROFILES["mini"].data.clutter
     assert "has 50000 training images" in refused("data.name=cifar10", "data.train=50001")
-    assert "data.image_size is of real images" in refused("data.image_size=20")
+    assert "`data.image_size` is of real images" in refused("data.image_size=20")
 
 
 def test_the_folder_of_all_data_sets_can_stand_in_the_file(tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from atdiag.analysis import subjects
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed, Transfer
-from atdiag.data import datasets
+from atdiag.data import sources
 from atdiag.data.loader import Stream
-from atdiag.data.names import complete
+from atdiag.data.sources import complete
 from atdiag.networks.model import students
 from atdiag.training import checkpoint, cohort, compiled, evaluation, trainer
 from atdiag.transfer.observation import Observation
@@ -83,7 +83,7 @@ def test_what_is_tested_is_what_is_stored(bench):
     spec, plain = averaged(bench.spec()), bench.spec()
     bench.train(spec, plain)
     subject = evaluation.load_subject(bench.run(spec), None)
-    (found,) = evaluation.predict([subject], datasets.test_split(spec.data), CPU)
+    (found,) = evaluation.predict([subject], sources.find(spec.data).test_split(spec.data), CPU)
     with np.load(bench.run(spec).predictions) as stored, np.load(bench.run(plain).predictions) as other:
         assert np.array_equal(found.log_p, stored["log_p"])
         assert not np.array_equal(found.log_p, other["log_p"])

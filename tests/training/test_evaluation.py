@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from atdiag.core.spec import Init, Recipe, Transfer
-from atdiag.data import datasets
+from atdiag.data import sources
 from atdiag.networks.model import students
 from atdiag.training import cohort, evaluation
 
@@ -20,7 +20,7 @@ def test_a_stored_run_gives_its_predictions_again(bench, alone):
     company = bench.company()
     subjects = {name: evaluation.load_subject(alone.run(spec), load_teacher) for name, spec in company.items()}
     assert asked == [company["copy"].teacher] * 2, "only what copies needs its teacher"
-    images = datasets.test_split(company["copy"].data)
+    images = sources.find(company["copy"].data).test_split(company["copy"].data)
     for (name, spec), predictions in zip(
         company.items(), evaluation.predict(list(subjects.values()), images, CPU), strict=True
     ):
@@ -33,7 +33,7 @@ def test_a_stored_run_gives_its_predictions_again(bench, alone):
 def test_a_copy_student_without_its_teacher_is_refused_and_with_its_own_maps_is_another(bench, alone):
     spec = bench.company()["copy"]
     subject = evaluation.load_subject(alone.run(spec), lambda teacher: None)
-    images = datasets.test_split(spec.data)
+    images = sources.find(spec.data).test_split(spec.data)
     with pytest.raises(ValueError, match="needs its teacher"):
         evaluation.predict([subject], images, CPU)
     (own,) = evaluation.predict([evaluation.Predictor(subject.network, Transfer())], images, CPU)
@@ -46,7 +46,8 @@ def test_no_epochs_is_the_teacher_as_it_is(bench):
     spec = bench.spec(network=native, init=Init(source="teacher", head=True), recipe=Recipe(epochs=0))
     assert bench.train(spec) == {spec.id: "finished"}
     teacher = students.build(native, 99).eval()
-    (expected,) = evaluation.predict([evaluation.Predictor(teacher)], datasets.test_split(spec.data), CPU)
+    images = sources.find(spec.data).test_split(spec.data)
+    (expected,) = evaluation.predict([evaluation.Predictor(teacher)], images, CPU)
     assert bench.run(spec).result()["top1"] == expected.top1
     assert bench.run(spec).progress() == []
 
@@ -60,7 +61,7 @@ def test_predictions_do_not_depend_on_company(alone):
         evaluation.Predictor(nets[1], Transfer(method="copy", layers=(0, 2)), teacher),
         evaluation.Predictor(nets[1]),
     ]
-    images = datasets.test_split(alone.spec().data)
+    images = sources.find(alone.spec().data).test_split(alone.spec().data)
     together = evaluation.predict(subjects, images, CPU)
     for subject, expected in zip(subjects, together, strict=True):
         (single,) = evaluation.predict([subject], images, CPU)
@@ -72,7 +73,7 @@ def test_workers_change_no_prediction(alone, monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH", 100)
     spec = alone.company()["baseline"]
     subject = evaluation.load_subject(alone.run(spec), lambda teacher: None)
-    images = datasets.test_split(spec.data)
+    images = sources.find(spec.data).test_split(spec.data)
     (here,), (ahead,) = (evaluation.predict([subject], images, CPU, workers=workers) for workers in (0, 2))
     assert here.to_bytes() == ahead.to_bytes()
 

@@ -19,7 +19,7 @@ from atdiag.core.runs import Store
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
 from atdiag.data.decoding import BrokenImageError
 from atdiag.data.loader import WorkerDiedError
-from atdiag.data.names import complete
+from atdiag.data.sources import complete
 from atdiag.execution import run
 from atdiag.training import checkpoint, cohort
 from tests.photos import draw

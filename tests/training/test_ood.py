@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from atdiag.core.errors import UserError
 from atdiag.core.runs import DamagedRunError, Run, Store
 from atdiag.core.spec import Data, Init, Network, Recipe, Transfer
-from atdiag.data import corruptions, datasets, testsets
+from atdiag.data import corruptions, sources, splits, testsets
 from atdiag.data.catalogue import CORRUPTIONS, TEST_SETS
 from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
@@ -65,11 +65,11 @@ def test_on_its_own_test_set_a_run_says_what_it_said(trained, bench):
 def test_a_corruption_is_what_the_subject_says_of_corrupted_images(trained, name):
     (test_set,) = sets(name)
     ood.evaluate_runs(list(trained.values()), [test_set], CPU, load_teacher)
-    clean = datasets.test_split(trained["copy"].spec.data)
+    clean = sources.find(trained["copy"].spec.data).test_split(trained["copy"].spec.data)
     pixels = corruptions.corrupt(clean.pixels, test_set.corruption, test_set.severity, np.arange(len(clean)))
     for name, run in trained.items():
         subject = evaluation.load_subject(run, load_teacher)
-        (expected,) = evaluation.predict([subject], datasets.Images(pixels, clean.labels, clean.clusters), CPU)
+        (expected,) = evaluation.predict([subject], splits.Images(pixels, clean.labels, clean.clusters), CPU)
         assert same(read(run, test_set).predictions, expected), name
         with np.load(run.predictions) as own:
             assert np.array_equal(own["cluster"], expected.cluster), "a scene's cluster is still its source digit"
@@ -103,7 +103,7 @@ def test_nothing_is_evaluated_twice_and_pixels_are_shared(trained, monkeypatch):
     runs, wanted, told = list(trained.values()), sets("contrast:2", "occlusion"), []
     assert ood.evaluate_runs(runs[:2], wanted[:1], CPU, load) == 2
     assert ood.evaluate_runs(runs, [*wanted, *wanted], CPU, load, told.append) == 10
-    batches = -(-len(datasets.test_split(runs[0].spec.data)) // evaluation.BATCH)
+    batches = -(-len(sources.find(runs[0].spec.data).test_split(runs[0].spec.data)) // evaluation.BATCH)
     assert len(made) == 3 * batches, "once for all runs, and once more for those that came later"
     assert len(asked) == 2, "a teacher is loaded once for all"
     assert [(p.done, p.total, p.doing) for p in told] == [

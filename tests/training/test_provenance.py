@@ -11,7 +11,7 @@ from PIL import Image
 
 from atdiag.core.runs import file_sha256
 from atdiag.core.spec import Data, Recipe
-from atdiag.data import datasets, manifest
+from atdiag.data import folder_sets, manifest, sources
 from atdiag.training import provenance
 
 CPU = torch.device("cpu")
@@ -96,9 +96,9 @@ def test_the_manifest_of_the_data_is_recorded_while_it_is_true(tmp_path, monkeyp
             Image.new("RGB", (8, 8), (len(split), len(cls), 0)).save(root / split / cls / "one.png")
     data = Data(name=f"folder:{root}", train=2, image_size=8)
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "check_files", lambda name: pytest.fail("a million files looked at for nothing"))
+        patch.setattr(folder_sets.FolderSet, "files", lambda self: pytest.fail("a million files looked at for nothing"))
         assert provenance.origin(data, CPU)["data_manifest"] is None
-    reading = manifest.read(datasets.check_files(data.name), processes=1)
+    reading = manifest.read(sources.find(data.name).files(), processes=1)
     assert provenance.origin(data, CPU)["data_manifest"] == reading.sha256
     Image.new("RGB", (8, 8)).save(root / "train" / "ant" / "two.png")
     assert provenance.origin(data, CPU)["data_manifest"] is None, "it is another data set now"

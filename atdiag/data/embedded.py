@@ -1,0 +1,220 @@
+"""Data sets without files: images that are made when they are asked for. Imports nothing heavy.
+
+One of one's own is one object, :class:`EmbeddedSet`, with two functions that make its images; see there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from atdiag.core import resources
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data, Network
+from atdiag.data.catalogue import CANVAS
+from atdiag.data.datasets import check_fit
+from atdiag.data.image_folders import Files, SplitName
+
+if TYPE_CHECKING:
+    from atdiag.data.scenes import Scenes
+    from atdiag.data.splits import Images
+
+USUAL = Data(name="digits", train=2500, clutter=6)
+"""The data of profile mini. An embedded set has these numbers at the profiles of real images, too."""
+
+EMBEDDED = "embedded"
+"""What ``atdiag data`` says in place of a folder."""
+
+Setting = Literal["test_per_source", "clutter"]
+"""A field of a spec that only embedded sets have."""
+
+_SETTINGS: frozenset[Setting] = frozenset({"test_per_source", "clutter"})
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """A data set whose images are made, of one size and in any number::
+
+        STRIPES = EmbeddedSet(
+            name="stripes",
+            title="stripes, upright or lying",
+            classes=2,
+            image_size=16,
+            make_train=make_train,  # (data, seed) -> Images: data.train of them
+            make_test=make_test,  # (data) -> Images
+            sources=50,
+            cluster="pattern",
+        )
+
+    ``sources.register(STRIPES)`` adds it to a process. An entry point adds it to every process, the command line's and
+    the workers' included::
+
+        [project.entry-points."atdiag.data_sets"]
+        stripes = "my_package.stripes:STRIPES"
+
+    The functions must be pure, and draw with ``randomness.generator(seed, "a name of their own", ...)``: a run is made
+    again from its spec.
+    """
+
+    name: str
+    title: str
+    classes: int
+    image_size: int
+    make_train: Callable[[Data, int], Images]
+    make_test: Callable[[Data], Images]
+    sources: int
+    """Test images where ``data.test_per_source`` is 1: about as many as there are clusters, where there are any."""
+    channels: int = 1
+    cluster: str = ""
+    """What the test images of one cluster share, in one word or two; empty: every image is a cluster of its own."""
+    settings: frozenset[Setting] = frozenset({"test_per_source"})
+    """What it heeds of a spec's fields for embedded images. The others are at their defaults in every spec of it."""
+    known_to_teachers: bool = False
+    """Whether the heads of teachers with as many classes are for these: the miniature teachers know ``digits``."""
+    source: str = ""
+    licence: str = ""
+
+    @property
+    def imagenet_rows(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def row(self) -> dict[str, Any]:
+        """Return its row in ``atdiag data``."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "classes": self.classes,
+            "train": None,
+            "test": None,
+            "resolution": f"{self.image_size} x {self.image_size}",
+            "normalisation": "own",
+            "source": self.source,
+            "licence": self.licence,
+            "folder": EMBEDDED,
+        }
+
+    def usual(self, beside: Data) -> Data:
+        """Return the profile's spec under this name; at a profile of real images, mini's."""
+        spec = beside if beside.image_size is None else USUAL
+        return spec.model_copy(update={"name": self.name})
+
+    def complete(self, data: Data, train: int | None = None) -> Data:
+        """Return the spec, with settings that it does not heed at their defaults. Raises UserError for an image size.
+
+        train: is ``data.train`` already.
+        """
+        if data.image_size is not None:
+            raise UserError(
+                f"`data.image_size` is of real images, and {self.name} are embedded ({self.image_size} px)",
+                "leave it out",
+            )
+        unheeded = _SETTINGS - self.settings
+        if not unheeded:
+            return data
+        return data.model_copy(update={field: Data.model_fields[field].default for field in unheeded})
+
+    def resized(self, data: Data, size: int) -> Data:
+        """Return the spec itself: the images have one size."""
+        return data
+
+    def with_train(self, data: Data, count: int) -> Data:
+        """Return the spec with ``count`` training images."""
+        return data.model_copy(update={"train": count})
+
+    def shape(self, data: Data) -> tuple[int, int]:
+        """Return channels and side of the images."""
+        return self.channels, self.image_size
+
+    def test_images(self, data: Data) -> int:
+        """Return about how many test images a spec means."""
+        return self.sources * data.test_per_source
+
+    def head_rows(self, classes: int) -> tuple[int, ...] | None:
+        """Return all rows of a head with as many classes, if teachers know this data set; else None."""
+        return tuple(range(classes)) if self.known_to_teachers and classes == self.classes else None
+
+    def check(self, data: Data, network: Network) -> None:
+        """Raise ValueError for a network that does not fit, UserError for more images than memory holds."""
+        check_fit(self, data, network)
+        count = data.train + self.test_images(data)
+        resources.room(
+            count * self.channels * self.image_size**2,
+            f"{count:,} images of {self.name}",
+            "make `data.train` or `data.test_per_source` smaller",
+        )
+
+    def folder(self) -> Path | None:
+        """Return None: there is none."""
+        return None
+
+    def files(self) -> dict[SplitName, Files] | None:
+        """Return None: there are none."""
+        return None
+
+    def train_split(self, data: Data, seed: int) -> Images:
+        """Return ``data.train`` images, made for a data seed. Raises ValueError where the function makes others."""
+        images = self._sound(self.make_train(data, seed))
+        if len(images) != data.train:
+            raise ValueError(f"the data set {self.name} made {len(images)} training images, not {data.train}")
+        return images
+
+    def test_split(self, data: Data) -> Images:
+        """Return the test images. Raises ValueError where the function makes others than the data set says."""
+        return self._sound(self.make_test(data))
+
+    def _sound(self, images: Images) -> Images:
+        """The images, if they are what everything else relies on."""
+        n, side = len(images), self.image_size
+        for what, kind, shape, wanted in (
+            ("pixels", images.pixels.dtype, images.pixels.shape, ("uint8", (n, self.channels, side, side))),
+            ("labels", images.labels.dtype, images.labels.shape, ("int64", (n,))),
+            ("clusters", images.clusters.dtype, images.clusters.shape, ("int64", (n,))),
+        ):
+            if (str(kind), shape) != wanted:
+                raise ValueError(f"the data set {self.name} made {what} of {kind} {shape}, not {wanted[0]} {wanted[1]}")
+        if not n or images.labels.min() < 0 or images.labels.max() >= self.classes:
+            raise ValueError(f"the data set {self.name} made no image, or labels other than 0 to {self.classes - 1}")
+        return images
+
+
+def _train_scenes(task: str, data: Data, seed: int) -> Images:
+    from atdiag.data import scenes
+
+    return _images(scenes.train_scenes(task, data.train, seed, data.clutter))
+
+
+def _test_scenes(task: str, data: Data) -> Images:
+    from atdiag.data import scenes
+
+    return _images(scenes.test_scenes(task, data.test_per_source, data.clutter))
+
+
+def _images(made: Scenes) -> Images:
+    from atdiag.data.splits import Images
+
+    return Images(made.images, made.labels, made.clusters)
+
+
+def _scenes(name: str, title: str, classes: int) -> EmbeddedSet:
+    return EmbeddedSet(
+        name=name,
+        title=f"scenes of handwritten digits: {title}",
+        classes=classes,
+        image_size=CANVAS,
+        make_train=partial(_train_scenes, name),
+        make_test=partial(_test_scenes, name),
+        sources=600,
+        cluster="source digit",
+        settings=_SETTINGS,
+        known_to_teachers=True,
+        source="scikit-learn",
+        licence="CC BY 4.0",
+    )
+
+
+DIGITS = _scenes("digits", "which digit", 10)
+LARGER = _scenes("larger", "the larger of two", 9)

@@ -1,0 +1,199 @@
+"""Data sets of real images in folders: those of the catalogue, and one's own. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atdiag.core.errors import UserError
+from atdiag.core.spec import Data, Network
+from atdiag.data import image_folders
+from atdiag.data.catalogue import FACTS, IMAGENET_MEAN, IMAGENET_STD, Facts, crop_share
+from atdiag.data.datasets import check_fit
+from atdiag.data.image_folders import SPLITS, Files, SplitName
+
+if TYPE_CHECKING:
+    from atdiag.data.decoding import ImageFolder
+
+_IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class FolderSet:
+    """A data set of images in a folder, of which networks see square crops of the size that a spec says.
+
+    name: of the catalogue, or ``folder:PATH`` or ``timm:PATH``. Nothing is known to be dependent: every image is a
+    cluster of its own.
+    """
+
+    name: str
+
+    @property
+    def facts(self) -> Facts | None:
+        """What the catalogue knows of it; None for one's own."""
+        return FACTS.get(self.name)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes. Raises UserError for a folder of one's own that is not there."""
+        return self.facts.classes if self.facts else len(image_folders.class_names(self.name))
+
+    @property
+    def image_size(self) -> int | None:
+        """Side of the crop unless a spec says otherwise, in pixels; None for one's own."""
+        return self.facts.image_size if self.facts else None
+
+    @property
+    def imagenet_rows(self) -> tuple[int, ...]:
+        """Where the classes are ImageNet-1k's: their indices there, in order; else empty."""
+        return self.facts.imagenet if self.facts else ()
+
+    @property
+    def cluster(self) -> str:
+        """Empty: every image is its own."""
+        return ""
+
+    def row(self) -> dict[str, Any]:
+        """Return its row in ``atdiag data``. One's own has none."""
+        facts = FACTS[self.name]
+        folder = self.folder()
+        return {
+            "name": self.name,
+            "title": facts.title,
+            "classes": facts.classes,
+            "train": facts.train,
+            "test": facts.test,
+            "resolution": facts.resolution,
+            "normalisation": "ImageNet" if (facts.mean, facts.std) == (IMAGENET_MEAN, IMAGENET_STD) else "own",
+            "source": facts.source,
+            "licence": facts.licence,
+            "folder": None if folder is None else str(folder),
+        }
+
+    def usual(self, beside: Data) -> Data:
+        """Return the spec of all its images, at the profile's size where that has one."""
+        return Data(name=self.name, train=beside.train, image_size=beside.image_size or self.image_size)
+
+    def complete(self, data: Data, train: int | None = None) -> Data:
+        """Return the spec with ``train``, ``image_size`` and fingerprint as they are.
+
+        ``train`` becomes the number of training images that the spec means: all, ``per_class`` of each class, or of
+        those as many as ``train`` asks for. Where the files decide (``folder:PATH``, ``timm:PATH``, sets that are kept
+        in several forms) their fingerprint is taken; it stays None for a set that is not on this machine, which nothing
+        trains with.
+
+        Raises UserError for a folder of one's own that is not there or not laid out as it should be, for one without
+        ``image_size``, which only its owner can know, and for more training images than there are.
+        """
+        facts = self.facts
+        if facts is None and data.image_size is None:
+            raise UserError(f"{self.name} needs `data.image_size`", "say which, such as `data.image_size`=224")
+        have = facts.train if facts else len(image_folders.read(self.name, "train"))
+        have = self.classes * data.per_class if data.per_class else have
+        fingerprint = data.fingerprint
+        if facts is None or (facts.in_forms and self.folder() is not None):
+            fingerprint = image_folders.fingerprint(self.name)
+        if train is not None and train > have:
+            raise UserError(f"`data.train`={train}: {self.name} has {have} training images to choose from")
+        values = {
+            "train": have if train is None else train,
+            "image_size": data.image_size or self.image_size,
+            "fingerprint": fingerprint,
+        }
+        return Data.model_validate({**data.model_dump(), **values})
+
+    def resized(self, data: Data, size: int) -> Data:
+        """Return the spec with another size of the crop."""
+        return data.model_copy(update={"image_size": size})
+
+    def with_train(self, data: Data, count: int) -> Data:
+        """Return the spec itself: there are as many images as there are."""
+        return data
+
+    def shape(self, data: Data) -> tuple[int, int]:
+        """Return channels and side of the crops. Raises ValueError for a spec without a size."""
+        if data.image_size is None:
+            raise ValueError(f"the data set {self.name} is of real images: its spec needs an image_size")
+        return 3, data.image_size
+
+    def test_images(self, data: Data) -> int:
+        """Return about how many test images a spec means; of one's own a guess, without a look at the folder."""
+        if data.test_per_class:
+            return self.classes * data.test_per_class
+        return self.facts.test if self.facts else data.train // 5
+
+    def head_rows(self, classes: int) -> tuple[int, ...] | None:
+        """Return the rows of a head of 1,000 classes, which is ImageNet-1k's, where these are a part of them."""
+        return self.imagenet_rows or None if classes == _IMAGENET_CLASSES else None
+
+    def check(self, data: Data, network: Network) -> None:
+        """Compare the folder with the spec, decoding no image.
+
+        Raises UserError for a data set that is not here, or whose folder is not what its name or the spec says (layout,
+        classes, empty classes, numbers of images, fingerprint); ValueError for a network that does not fit it.
+        """
+        check_fit(self, data, network)
+        files = self.files()
+        train, test = files["train"], files["test"]
+        for part, wanted in ((train, data.per_class), (test, data.test_per_class)):
+            if wanted and (fewest := min(part.counts)) < wanted:
+                name = part.classes[part.counts.index(fewest)]
+                raise UserError(
+                    f"the class {name} in {part.root} has {fewest} {part.split} images, and the spec takes {wanted}"
+                )
+        _check_count(data, len(train), len(train.classes))
+        if data.fingerprint is None:
+            if self.facts is None:
+                raise UserError(f"{self.name} needs a fingerprint in its spec", "sources.complete gives it")
+        elif (now := image_folders.fingerprint_of([train, test])) != data.fingerprint:
+            raise UserError(
+                f"the files in {train.root} are not those that the spec means "
+                f"(fingerprint {now[:12]}, not {data.fingerprint[:12]})"
+            )
+
+    def folder(self) -> Path | None:
+        """Return the folder; None where it is not found."""
+        return image_folders.found(self.name)
+
+    def files(self) -> dict[SplitName, Files]:
+        """Return the images of both splits. Raises UserError where the folder is not what the name says."""
+        files = {split: image_folders.read(self.name, split) for split in SPLITS}
+        train, test = files["train"], files["test"]
+        if train.classes != test.classes:
+            odd = sorted(set(train.classes) ^ set(test.classes))
+            raise UserError(f"training and test images in {train.root} have different classes: {', '.join(odd[:5])}")
+        if facts := self.facts:
+            for split, have, need in (("training", len(train), facts.train), ("test", len(test), facts.test)):
+                if have != need:
+                    raise UserError(
+                        f"{train.root} has {have:,} {split} images, {self.name} ({facts.title}) {need:,}",
+                        f"complete it, or call it what it is: folder:{train.root}",
+                    )
+        return files
+
+    def train_split(self, data: Data, seed: int) -> ImageFolder:
+        """Return the training images that the spec means, the same ones for every data seed."""
+        files = image_folders.read(self.name, "train").subset(data.per_class)
+        return self._images(data, files.subset(total=data.train))
+
+    def test_split(self, data: Data) -> ImageFolder:
+        """Return the test images that the spec means."""
+        return self._images(data, image_folders.read(self.name, "test").subset(data.test_per_class))
+
+    def _images(self, data: Data, files: Files) -> ImageFolder:
+        from atdiag.data import cache
+        from atdiag.data.decoding import ImageFolder, View
+
+        _, size = self.shape(data)
+        return ImageFolder(files, View(size, crop_share(self.name)), cache.decoded(files))
+
+
+def _check_count(data: Data, have: int, number: int) -> None:
+    need = data.per_class * number if data.per_class else data.train
+    if data.train > need:
+        raise UserError(
+            f"`data.train`={data.train}, but `data.per_class`={data.per_class} of {number} classes are {need} images"
+        )
+    if need > have:
+        raise UserError(f"`data.train`={data.train}, but {data.name} has {have} training images")

@@ -1,0 +1,73 @@
+"""Data sets by name. Imports nothing heavy, so that planning stays fast."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.metadata import entry_points
+
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Data
+from atdiag.data.catalogue import ANY_FOLDER, FACTS
+from atdiag.data.datasets import DataSet
+from atdiag.data.embedded import DIGITS, LARGER
+from atdiag.data.folder_sets import FolderSet
+from atdiag.data.tars import TIMM
+
+ENTRY_POINTS = "atdiag.data_sets"
+"""The group of entry points by which other packages add data sets: each names a :class:`DataSet`."""
+
+REGISTERED: dict[str, DataSet] = {}
+"""The data sets that are not image folders, by name."""
+
+
+def register(data_set: DataSet) -> None:
+    """Add a data set, for this process. Raises ValueError for a name that is taken or can't be one."""
+    name = data_set.name
+    if not name or any(character in name for character in ":/, "):
+        raise ValueError(f"{name!r} can't be a data set's name: no ':', '/', ',' or space")
+    if name in REGISTERED or name in FACTS:
+        raise ValueError(f"there is already a data set {name!r}")
+    REGISTERED[name] = data_set
+
+
+register(DIGITS)
+register(LARGER)
+
+
+@cache
+def _installed() -> None:
+    """Register, once, the data sets that other packages bring."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            register(entry.load())
+        except Exception as fault:  # another package's fault must not take these data sets away
+            warnings.warn(f"the data set {entry.name!r} of {entry.value} is left out ({fault})", stacklevel=2)
+
+
+def listed() -> list[DataSet]:
+    """Return all data sets that have a name of their own: embedded ones, then those of the catalogue."""
+    _installed()
+    return [*REGISTERED.values(), *map(FolderSet, FACTS)]
+
+
+def find(name: Data | str) -> DataSet:
+    """Look up a data set by its name, or a spec's. Raises UserError, with what may have been meant, for no data set."""
+    name = name if isinstance(name, str) else name.name
+    if name in REGISTERED:
+        return REGISTERED[name]
+    if name in FACTS or (name.startswith((ANY_FOLDER, TIMM)) and not name.endswith(":")):
+        return FolderSet(name)
+    _installed()  # not before: looking through all installed packages takes a while
+    if name in REGISTERED:
+        return REGISTERED[name]
+    everything = [*REGISTERED, *FACTS]
+    raise UserError(
+        f"unknown data set {name!r}{suggest(name, everything)}",
+        f"known: {', '.join(everything)}, {ANY_FOLDER}PATH, {TIMM}PATH",
+    )
+
+
+def complete(data: Data, train: int | None = None) -> Data:
+    """Return a spec with what its data set decides: see :meth:`DataSet.complete`. Raises UserError."""
+    return find(data).complete(data, train)

@@ -61,17 +61,50 @@ class Attention(nn.Module):
     What is given of some heads alone leaves the others' rows in the same parameters: those of the given heads then
     influence nothing, get zero gradients, and decay like any weight.
 
-    ``rel_pos_bias``, where a component has set it, is a module that returns the bias [H, N, N] of the logits.
+    A component acts on the map in two places, each empty until it puts a module there:
+
+    - ``qk_hooks``: modules by name, which act in this order on q and on k on their way to the logits (q/k norm, rotary
+      embedding). Each is called as ``hook(x, name, heads)``, once with the queries and once with the keys:
+      x [B, h, N, d], name ``"q"`` or ``"k"``, heads the indices [h] of the heads that x holds (None: all). It returns
+      what takes the place of x. q and k are passed one at a time because either alone can be given by a teacher, and
+      what is given has passed the teacher's own hooks. A hook belongs to one block. Its parameters whose names begin
+      with ``q_`` or ``k_`` act on that tensor alone, all others on both.
+    - ``rel_pos_bias``: a module that returns the bias [H, N, N] of the logits.
+
+    ``QK``, and whatever else is handed out as q and k, holds them as they enter the logits.
+
+    Takes the arguments that timm's block passes to its attention. Raises ValueError for a value of those that this
+    module can't do.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = True, **unused: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,  # of qk_norm and scale_norm: without them it has no use
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        asked = {"qk_norm": qk_norm, "scale_norm": scale_norm, "attn_drop": attn_drop, "proj_drop": proj_drop}
+        if refused := [f"`{name}` {value}" for name, value in asked.items() if value]:
+            raise ValueError(f"{', '.join(refused)}: atdiag's attention has no such part (a component can add one)")
+        if not proj_bias:
+            raise ValueError("`proj_bias` False: the output projection of atdiag's attention has a bias")
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         for name in ("q", "k", "v"):
-            self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(dim, dim)))
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(dim)) if qkv_bias else None)
-        self.proj = nn.Linear(dim, dim)
+            self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(dim, dim, **like)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(dim, **like)) if qkv_bias else None)
+        self.proj = nn.Linear(dim, dim, **like)
+        self.qk_hooks = nn.ModuleDict()
         self.rel_pos_bias: nn.Module | None = None
         self.register_state_dict_post_hook(_fuse)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_split)  # type: ignore[no-untyped-call]
@@ -80,12 +113,16 @@ class Attention(nn.Module):
         """The parameters that nothing depends on while a tensor of all heads is copied from a teacher, by name."""
         names = "qk" if tensor == "map" else tensor
         own = {name: p for name, p in self.named_parameters(recurse=False) if name[0] in names}
+        for hook, module in self.qk_hooks.items():
+            for name, parameter in module.named_parameters():
+                if tensor == "map" or name.startswith(f"{tensor}_"):
+                    own[f"qk_hooks.{hook}.{name}"] = parameter
         if tensor == "map" and self.rel_pos_bias is not None:
             own |= {f"rel_pos_bias.{name}": p for name, p in self.rel_pos_bias.named_parameters()}
         return own
 
     def _heads(self, x: Tensor, names: str, heads: Tensor | None = None) -> list[Tensor]:
-        """Project tokens [B, N, C] to the named tensors, [B, H, N, d] each, in one matrix product.
+        """Project tokens [B, N, C] to the named tensors, [B, H, N, d] each, in one matrix product; q and k as hooked.
 
         heads: indices [h] of those that are computed (None: all).
         """
@@ -100,7 +137,14 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         count = self.num_heads if heads is None else len(heads)
         out = F.linear(x, weight, bias).view(batch, tokens, len(names), count, width // self.num_heads)
-        return list(out.permute(2, 0, 3, 1, 4).unbind(0))
+        return [self._hooked(x, n, heads) for n, x in zip(names, out.permute(2, 0, 3, 1, 4).unbind(0), strict=True)]
+
+    def _hooked(self, x: Tensor, name: str, heads: Tensor | None) -> Tensor:
+        """What the hooks make of q or k [B, h, N, d], in its own dtype (a norm gives float32 under autocast)."""
+        if name in "qk":
+            for hook in self.qk_hooks.values():
+                x = hook(x, name, heads).to(x.dtype)
+        return x
 
     def _projection_bias(self, names: str, rows: Callable[[Tensor], Tensor]) -> Tensor | None:
         """The bias of the named projections, zero for one that has none; None if none of them has one."""

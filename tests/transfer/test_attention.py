@@ -1,10 +1,12 @@
 """Our attention module beside timm's, and what it hands out and takes in."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
 import timm.layers
+import timm.models.vision_transformer
 import torch
 
 from atdiag.transfer import divergences, ops
@@ -24,6 +26,19 @@ class Bias(torch.nn.Module):
 
     def forward(self):
         return self.table
+
+
+class Hook(torch.nn.Module):
+    """A factor for each head of q and of k, and a shift that is each one's own, as a component attaches it."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.randn(HEADS, 1, 1))
+        self.q_shift = torch.nn.Parameter(torch.randn(WIDTH // HEADS))
+        self.k_shift = torch.nn.Parameter(torch.randn(WIDTH // HEADS))
+
+    def forward(self, x, name, heads):
+        return x * (self.factor if heads is None else self.factor[heads]) + self.get_parameter(f"{name}_shift")
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +143,7 @@ def test_captured_is_what_a_hook_on_timms_module_sees():
 
 def test_a_given_map_replaces_the_own_one():
     module, x = ours(), torch.randn(2, 6, WIDTH)
-    module.rel_pos_bias = Bias(6)
+    module.rel_pos_bias, module.qk_hooks["mine"] = Bias(6), Hook()
     given = QK(torch.randn(2, HEADS, 6, 4), torch.randn(2, HEADS, 6, 4), 0.5)  # a teacher of another head width
     given = AttentionOverride("map", given)
     out, seen = module.see(x, given)
@@ -143,10 +158,12 @@ def test_a_given_map_replaces_the_own_one():
 @pytest.mark.parametrize("tensor", ["map", "q", "k", "v"])
 def test_no_gradient_reaches_what_a_given_tensor_replaces(tensor):
     module, x = ours(), torch.randn(2, 6, WIDTH)
-    module.rel_pos_bias = Bias(6)
+    module.rel_pos_bias, module.qk_hooks["mine"] = Bias(6), Hook()
     unused = module.unused_parameters(tensor)
-    q_and_k = {"q_weight", "q_bias", "k_weight", "k_bias", "rel_pos_bias.table"}
-    assert set(unused) == (q_and_k if tensor == "map" else {f"{tensor}_weight", f"{tensor}_bias"})
+    parts = {n: {f"{n}_weight", f"{n}_bias", f"qk_hooks.mine.{n}_shift"} for n in "qk"}
+    parts |= {"v": {"v_weight", "v_bias"}}
+    parts |= {"map": {*parts["q"], *parts["k"], "qk_hooks.mine.factor", "rel_pos_bias.table"}}
+    assert set(unused) == parts[tensor]
     module(x, AttentionOverride(tensor, taken(ours(), x, tensor))).square().sum().backward()
     for name, parameter in module.named_parameters():
         assert (parameter.grad is None) == (name in unused), name
@@ -162,12 +179,14 @@ def taken(module, x, tensor):
 
 @pytest.mark.parametrize("tensor", ["map", "q", "k", "v"])
 @pytest.mark.parametrize("heads", [(0,), (1,), (2,), (0, 2), (1, 2)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_what_is_given_to_some_heads_leaves_the_others_alone(tensor, heads, biased):
+@pytest.mark.parametrize("parts", ["", "bias", "hook", "bias and hook"])
+def test_what_is_given_to_some_heads_leaves_the_others_alone(tensor, heads, parts):
     """Against an oracle that computes every head's output by an explicit formula and picks by head."""
     module, teacher, x = ours(), ours(), torch.randn(2, 6, WIDTH)
     for one in (module, teacher):
-        one.rel_pos_bias = Bias(6) if biased else None
+        one.rel_pos_bias = Bias(6) if "bias" in parts else None
+        if "hook" in parts:
+            one.qk_hooks["mine"] = Hook()
     theirs = taken(teacher, x, tensor)
     index = torch.tensor(heads)
     part = theirs.select_heads(index) if tensor == "map" else theirs[:, index]
@@ -201,6 +220,90 @@ def test_an_averaged_map_can_be_given(shape):
 
 def test_unused_parameters_are_those_that_the_map_depends_on():
     module, x = ours(), torch.randn(2, 6, WIDTH)
-    module.rel_pos_bias = Bias(6)
+    module.rel_pos_bias, module.qk_hooks["mine"] = Bias(6), Hook()
     divergences.entropy(module.peek(x).qk).backward()
     assert {name for name, p in module.named_parameters() if p.grad is not None} == set(module.unused_parameters())
+
+
+# --- What acts on q and k ---------------------------------------------------------------------------------------------
+
+
+class Add(torch.nn.Module):
+    """Adds one number to queries and keys alike."""
+
+    def forward(self, x, name, heads):
+        return x + 2.0
+
+
+@torch.no_grad()
+def test_hooks_act_in_order_on_q_and_k_alone():
+    module, x = ours(), torch.randn(2, 6, WIDTH)
+    plain = module.peek(x, values=True)
+    module.qk_hooks["first"], module.qk_hooks["second"] = hook, _ = Hook(), Add()
+    seen = module.peek(x, values=True)
+    assert torch.equal(seen.qk.q, plain.qk.q * hook.factor + hook.q_shift + 2.0)
+    assert torch.equal(seen.qk.k, plain.qk.k * hook.factor + hook.k_shift + 2.0)
+    assert torch.equal(seen.v, plain.v)
+    out, used = module.see(x)
+    expected = (seen.qk.q @ seen.qk.k.transpose(-2, -1) * 8**-0.5).softmax(-1) @ seen.v
+    torch.testing.assert_close(out, module.proj(expected.transpose(1, 2).reshape(x.shape)), rtol=1e-5, atol=1e-5)
+    assert torch.equal(used.qk.q, seen.qk.q)
+    del module.qk_hooks["first"]
+    module.qk_hooks["first"] = hook
+    assert torch.equal(module.peek(x).qk.q, (plain.qk.q + 2.0) * hook.factor + hook.q_shift)
+
+
+def test_a_hook_that_does_nothing_changes_no_bit():
+    class Nothing(torch.nn.Module):
+        def forward(self, x, name, heads):
+            return x
+
+    module, x = ours(), torch.randn(2, 6, WIDTH)
+    keys, out = list(module.state_dict()), module(x)
+    module.qk_hooks["nothing"] = Nothing()
+    assert torch.equal(module(x), out) and list(module.state_dict()) == keys
+
+
+@torch.no_grad()
+def test_a_hook_keeps_the_dtype_under_autocast():
+    class Norm(torch.nn.LayerNorm):
+        def forward(self, x, name, heads):
+            return super().forward(x)
+
+    module, x = ours(), torch.randn(2, 6, WIDTH)
+    module.qk_hooks["norm"] = Norm(WIDTH // HEADS)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = module.peek(x, values=True)
+    assert seen.qk.q.dtype == seen.qk.k.dtype == seen.v.dtype == torch.bfloat16
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_takes_the_arguments_that_timms_block_passes():
+    class Recorder(torch.nn.Module):
+        def __init__(self, *args, **options):
+            super().__init__()
+            passed.update(options)
+
+    passed = {}
+    timm.models.vision_transformer.Block(WIDTH, HEADS, attn_layer=Recorder)
+    assert {"dim", *passed} == set(inspect.signature(Attention).parameters)
+    module = timm.models.vision_transformer.Block(WIDTH, HEADS, attn_layer=Attention, dtype=torch.float64).attn
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float64}
+    assert {p.device.type for p in Attention(WIDTH, HEADS, device="meta").parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("qk_norm", True), ("scale_norm", True), ("proj_bias", False), ("attn_drop", 0.1), ("proj_drop", 0.1)],
+)
+def test_a_value_that_it_can_not_do_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"^`{name}` {value}"):
+        Attention(WIDTH, HEADS, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["attn_head_dim", "gated", "qk_nrom"])
+def test_an_unknown_argument_is_an_error(name):
+    with pytest.raises(TypeError, match=name):
+        Attention(WIDTH, HEADS, **{name: None})

@@ -7,14 +7,17 @@ between networks whose tokens line up: the token grid (image and patch size), an
 *ablated*: the standard student has none of it, and a student can be given any set of what its teacher has.
 
 The set is open: :func:`register_component`, or an entry point of the group ``atdiag.components`` that names a
-:class:`Component` (which also reaches the processes that train).
+:class:`Component` (which also reaches the processes that train). One :class:`Component` says all that there is to say
+of a component, wherever it acts: on q and k (``Attention.qk_hooks``), on the logits (``Attention.rel_pos_bias``), or
+anywhere else in the network. No other file knows of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from itertools import product
 from typing import Any
 
 import torch
@@ -63,9 +66,16 @@ class Component:
     """One native component.
 
     summary: a paragraph that says what it does. source: who described it.
-    found: whether a built network has it: one of ours, or timm's ``VisionTransformer``, ``Beit`` or ``Eva``.
+    found: whether a built network has it: one of ours, or timm's ``VisionTransformer``, ``Beit`` or ``Eva``. Blocks
+        that differ in what no difference names are not noticed elsewhere: look at all of them.
     arguments: what it changes in the arguments of timm's ``VisionTransformer``.
-    attach: what it adds or takes away once the network is built.
+    attach: what it adds or takes away once the network is built. Components are attached in the order of their names.
+    keys: brings its weights in a timm state dict to where our network has them, in place, where timm's names differ:
+        called with the state dict and the description of the network. Where there is nothing to change it changes
+        nothing, so that it may be called on our own state dict too (:func:`renamed` makes such a function).
+    explains: names of ``Network.differences`` that a network which has this component no longer has: what inspection
+        finds beside the plain ViT is then this component, which a student can be given.
+    belongs_to_map: whether it acts on q, k or the logits alone, so that a copied map carries all that it does.
     parameters: fragments of the names of the parameters that come with it.
     initial: the initial value of such parameters, by the last part of their name, where it is a constant that the
         rules for all parameters (``students.initialise``) don't give.
@@ -78,6 +88,9 @@ class Component:
     found: Callable[[nn.Module], bool]
     arguments: Callable[[Network], dict[str, Any]] = lambda network: {}
     attach: Callable[[VisionTransformer, Network], None] = lambda vit, network: None
+    keys: Callable[[dict[str, Tensor], Network], None] = lambda state, network: None
+    explains: frozenset[str] = frozenset()
+    belongs_to_map: bool = False
     parameters: tuple[str, ...] = field(default=())
     initial: Callable[[Network], dict[str, float | None]] = lambda network: {}
     followed: bool = False
@@ -116,6 +129,21 @@ def layer_norms(module: nn.Module) -> list[nn.LayerNorm]:
     return [m for m in module.modules() if isinstance(m, nn.LayerNorm)]
 
 
+def renamed(names: Mapping[str, str]) -> Callable[[dict[str, Tensor], Network], None]:
+    """A function for ``Component.keys`` that renames parts of every block.
+
+    names: timm's name of a parameter or a module within a block -> ours (``{"gamma_1": "ls1.gamma"}``).
+    """
+
+    def rename(state: dict[str, Tensor], network: Network) -> None:
+        for block, (old, new) in product(range(network.depth), names.items()):
+            at = f"blocks.{block}.{old}"
+            for key in [key for key in state if key == at or key.startswith(f"{at}.")]:
+                state[f"blocks.{block}.{new}{key.removeprefix(at)}"] = state.pop(key)
+
+    return rename
+
+
 def _first_block(model: Any) -> Any:
     return model.blocks[0]
 
@@ -144,6 +172,16 @@ def _attach_position_bias(vit: VisionTransformer, network: Network) -> None:
         block.attn.rel_pos_bias = RelPosBias(network.grid, network.class_token, network.registers, network.heads)
 
 
+def _give_tables(state: dict[str, Tensor], network: Network) -> None:
+    """Position biases of timm's BEiT -> ours: a block's own table, and the one of all blocks added to each."""
+    table = "relative_position_bias_table"
+    renamed({f"attn.{table}": f"attn.rel_pos_bias.{table}"})(state, network)
+    shared = state.pop(f"rel_pos_bias.{table}", None)
+    if shared is not None:
+        for key in (f"blocks.{block}.attn.rel_pos_bias.{table}" for block in range(network.depth)):
+            state[key] = state[key] + shared if key in state else shared
+
+
 def _detach_k_bias(vit: VisionTransformer, network: Network) -> None:
     for block in vit.blocks:
         block.attn.register_parameter("k_bias", None)
@@ -168,6 +206,7 @@ for _component in (
         "Touvron et al. 2021, Going deeper with Image Transformers (CaiT), section 2",
         found=lambda model: any(scale is not None for scale in branch_scales(_first_block(model))),
         arguments=lambda network: {"init_values": network.layer_scale_init},
+        keys=renamed({"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}),
         parameters=("ls1.", "ls2."),
         initial=lambda network: {"gamma": network.layer_scale_init},
     ),
@@ -219,6 +258,8 @@ for _component in (
         "Shaw et al. 2018; in this form Bao et al. 2022, BEiT, after Raffel et al. 2020",
         found=_has_position_bias,
         attach=_attach_position_bias,
+        keys=_give_tables,
+        belongs_to_map=True,
         parameters=("rel_pos_bias.",),
     ),
     Component(
@@ -228,6 +269,7 @@ for _component in (
         "Bao et al. 2022, BEiT (published code)",
         found=lambda model: qkv_biases(_attention(model)) == (True, False, True),
         attach=_detach_k_bias,
+        belongs_to_map=True,
         parameters=("attn.q_bias", "attn.v_bias"),
     ),
     Component(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atdiag.core.spec import Network
+from atdiag.networks.model import components
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.inspection import describe
 from atdiag.networks.timm.wrapping import Foreign
@@ -56,20 +57,10 @@ def convert(model: nn.Module, network: Network) -> ViT:
 def _translated(model: nn.Module, network: Network, has_fc_norm: bool) -> dict[str, Tensor]:
     """A network's state dict under our keys."""
     state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
-    table = "relative_position_bias_table"
-    shared = state.pop(f"rel_pos_bias.{table}", None)
-    for i in range(network.depth):
-        at = f"blocks.{i}"
-        _join_projections(state, f"{at}.attn")
-        for old, new in (
-            (f"{at}.gamma_1", f"{at}.ls1.gamma"),
-            (f"{at}.gamma_2", f"{at}.ls2.gamma"),
-            (f"{at}.attn.{table}", f"{at}.attn.rel_pos_bias.{table}"),
-        ):
-            _rename(state, old, new)
-        if shared is not None:
-            key = f"{at}.attn.rel_pos_bias.{table}"
-            state[key] = state[key] + shared if key in state else shared
+    for component in components.resolve(network.components):
+        component.keys(state, network)
+    for block in range(network.depth):
+        _join_projections(state, f"blocks.{block}.attn")
     for kind in ("weight", "bias"):
         names = f"norm.{kind}", f"fc_norm.{kind}"
         _rename(state, *(names if has_fc_norm else reversed(names)))

@@ -52,7 +52,8 @@ def describe(model: nn.Module, mean: Sequence[float] | None = None, std: Sequenc
     mean, std: per-channel normalisation of its input; by default those that timm's configuration of the model names.
 
     ``Network.differences`` lists what else tells it from the plain ViT and no student can be given yet: ``rope``,
-    ``swiglu``, ``qk_norm``, ``post_norm`` ... Notes on what has no direct word in a ``Network``:
+    ``swiglu``, ``qk_norm``, ``post_norm`` ..., without those that one of its components explains
+    (``Component.explains``). Notes on what has no direct word in a ``Network``:
 
     - classes: rows of the head, 1 if it has none.
     - mlp_ratio: of a gated MLP (SwiGLU, which has three matrices), that of the plain one with as many weights.
@@ -72,6 +73,7 @@ def _describe(model: Any, mean: Sequence[float] | None, std: Sequence[float] | N
     if len(set(facts)) > 1:
         differences.add("uneven_blocks")
     found = components.inspect(model)
+    differences -= {name for part in components.resolve(found) for name in part.explains}
     patch = model.patch_embed
     norms = components.layer_norms(model.blocks[0])
     return Network(

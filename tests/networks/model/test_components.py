@@ -9,13 +9,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from timm.models import beit
 
+from atdiag.core import randomness
 from atdiag.core.spec import Network
 from atdiag.networks.model import components, students
 from atdiag.networks.model.components import COMPONENTS, Component, RelPosBias
 from atdiag.networks.registry import teachers
 from atdiag.networks.weights import loading
-from atdiag.transfer.attention import Attention
+from atdiag.transfer.attention import Attention, AttentionOverride
 from atdiag.transfer.observation import CaptureRequest
+from atdiag.transfer.ops import Averaged
 
 GRID, HEADS = 3, 2
 NAMES = sorted(name for name, component in COMPONENTS.items() if not component.followed)
@@ -271,3 +273,40 @@ def test_attention_with_position_bias_is_beits(bias):
 def test_quick_gelu_is_its_formula():
     vit, x = students.build(network(("quick_gelu",)), 0), torch.linspace(-4, 4, 50)
     torch.testing.assert_close(vit.blocks[0].mlp.act(x), x * torch.sigmoid(1.702 * x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_component_belongs_to_the_map_if_a_given_map_leaves_nothing_of_it(name):
+    """Two networks, with the component and without, that share all other weights, under the same uniform maps."""
+    out = []
+    for names in ((), (name,)):
+        vit = students.build(network(names), 0)
+        for key, parameter in vit.named_parameters():
+            values = randomness.generator(0, "test", key).standard_normal(parameter.shape)
+            parameter.add_(0.3 * torch.from_numpy(values).float())
+        tokens = vit.network.tokens
+        uniform = AttentionOverride("map", Averaged(torch.full((1, 1, 1, tokens), 1 / tokens)))
+        images = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+        own, under = vit(images), vit(images, {0: uniform, 1: uniform})
+        assert not torch.allclose(own, under, atol=1e-3)
+        out.append(under)
+    assert torch.equal(*out) == COMPONENTS[name].belongs_to_map
+
+
+def test_renaming_moves_a_module_or_a_parameter_of_every_block_and_nothing_else():
+    wanted = network()
+    assert wanted.depth == 2
+    names = {"gamma": "ls.gamma", "attn.q_norm": "attn.norms.q"}
+    theirs = [
+        "blocks.0.gamma",
+        "blocks.1.attn.q_norm.weight",
+        "blocks.1.attn.q_norms.weight",
+        "gamma",
+        "blocks.0.gamma_1",
+    ]
+    ours = ["blocks.0.ls.gamma", "blocks.1.attn.norms.q.weight", *theirs[2:]]
+    state = {key: torch.full((1,), float(i)) for i, key in enumerate(theirs)}
+    for _ in range(2):  # our own names stay what they are
+        components.renamed(names)(state, wanted)
+        assert {key: int(value) for key, value in state.items()} == {key: i for i, key in enumerate(ours)}

@@ -1,4 +1,4 @@
-"""Data sets by name: embedded scenes as arrays, real images as lists of files, both with one face."""
+"""Data sets by name: embedded scenes as arrays, real images as lists of files, with one interface."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from atdiag.data.names import classes, is_real, known, test_images
 
 
 class Split(Protocol):
-    """The images of one split, whatever they are made of.
+    """The images of one split, however they are stored.
 
-    ``labels`` and ``clusters``: int64 [n]. Images of one cluster are not independent of each other (scenes made of the
-    same source digit); where nothing is known to be dependent, every image is a cluster of its own.
+    labels, clusters: int64 [n]. Images of one cluster are not independent (scenes made of the same source digit);
+    without known dependence, every image is its own cluster.
     """
 
     @property
@@ -36,27 +36,27 @@ class Split(Protocol):
 
     @property
     def channels(self) -> int:
-        """1 or 3."""
+        """Number of channels, 1 or 3."""
 
     @property
     def size(self) -> int:
-        """Side of the images that networks see."""
+        """Side of the images that networks see, in pixels."""
 
     def __len__(self) -> int: ...
 
     def picture(self, index: int) -> Image.Image:
-        """One image as it is stored, for augmentation."""
+        """Return one image as stored, for augmentation."""
 
     def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Some images as a test sees them, uint8 [b, C, S, S]."""
+        """Return test views of some images, uint8 [b, C, S, S]."""
 
     def batch(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The images from ``start`` to before ``stop`` as a test sees them, uint8 [b, C, S, S]."""
+        """Return test views of the images in ``[start, stop)``, uint8 [b, C, S, S]."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """A split that fits in memory. pixels: uint8 [n, channels, S, S]; labels: int64 [n]; clusters: int64 [n]."""
+    """A split in memory. pixels: uint8 [n, channels, S, S]; labels: int64 [n]; clusters: int64 [n]."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -67,32 +67,32 @@ class Images:
 
     @property
     def channels(self) -> int:
-        """1 or 3."""
+        """Number of channels, 1 or 3."""
         return int(self.pixels.shape[1])
 
     @property
     def size(self) -> int:
-        """Side of an image."""
+        """Side of an image in pixels."""
         return int(self.pixels.shape[-1])
 
     def picture(self, index: int) -> Image.Image:
-        """One image."""
+        """Return one image."""
         return to_picture(self.pixels[index])
 
     def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Some images, uint8 [b, C, S, S]."""
+        """Return some images, uint8 [b, C, S, S]."""
         return self.pixels[samples]
 
     def batch(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The images from ``start`` to before ``stop``, uint8 [b, C, S, S]."""
+        """Return the images in ``[start, stop)``, uint8 [b, C, S, S]."""
         return self.pixels[start:stop]
 
 
 def check(data: Data, network: Network) -> None:
-    """Look at a data set, in seconds and without decoding an image, before anything is trained on it.
+    """Check a data set before training, in seconds and without decoding an image.
 
-    Raises UserError for a data set that is not here, or whose folder is not what its name or the spec says (layout,
-    classes, empty classes, numbers of images, fingerprint); ValueError for a network that does not fit it.
+    Raises UserError for a data set that is not on this machine, or whose folder does not match its name or spec
+    (layout, classes, empty classes, numbers of images, fingerprint); ValueError for a network that does not fit it.
     """
     number = classes(data)
     channels, size = (3, data.image_size) if is_real(data.name) else (1, scenes.CANVAS)
@@ -113,7 +113,7 @@ def check(data: Data, network: Network) -> None:
 
 
 def check_files(name: str) -> dict[SplitName, Files]:
-    """The images of both splits of a data set. Raises UserError where the folder is not what the name says."""
+    """Return the files of both splits of a data set. Raises UserError if the folder does not match the name."""
     files = {split: image_folders.read(name, split) for split in SPLITS}
     train, test = files["train"], files["test"]
     if train.classes != test.classes:
@@ -160,7 +160,7 @@ def _check_count(data: Data, have: int, number: int) -> None:
 
 
 def train_split(data: Data, seed: int) -> Images | ImageFolder:
-    """The training images of a data set: of scenes for a data seed, of real images the same ones for every seed."""
+    """Return a data set's training images: scenes for a data seed, real images independent of the seed."""
     if is_real(data.name):
         return _folder(data, image_folders.read(data.name, "train").subset(data.per_class).subset(total=data.train))
     made = scenes.train_scenes(known(data.name), data.train, seed, data.clutter)
@@ -168,7 +168,7 @@ def train_split(data: Data, seed: int) -> Images | ImageFolder:
 
 
 def test_split(data: Data) -> Images | ImageFolder:
-    """The test images of a data set, the same for every run."""
+    """Return a data set's test images, the same for every run."""
     if is_real(data.name):
         return _folder(data, image_folders.read(data.name, "test").subset(data.test_per_class))
     made = scenes.test_scenes(known(data.name), data.test_per_source, data.clutter)

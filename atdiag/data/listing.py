@@ -1,4 +1,4 @@
-"""What ``atdiag data`` shows: which data sets there are and where they were found, and what reading one brought."""
+"""Output of ``atdiag data``: the known data sets and their folders, and the result of scanning one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SCENES = {
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row for each data set: name, title, classes, images, resolution, normalisation, source, licence, folder.
+    """Return a row for each data set: name, title, classes, images, resolution, normalisation, source, licence, folder.
 
-    Those without training images are other test sets, of ``atdiag ood``.
+    Those without training images are test sets for ``atdiag ood``.
     """
     scenes = [
         {
@@ -82,7 +82,7 @@ def _searched(name: str, folders: tuple[str, ...]) -> str | None:
 
 
 def table(listed: list[dict[str, Any]]) -> Table:
-    """The rows as a table."""
+    """Format the rows as a table."""
     out = Table(box=box.SIMPLE_HEAD)
     out.collapse_padding, out.pad_edge = True, False
     for name in ("name", "classes", "training", "test", "pixels", "mean, std", "found"):
@@ -98,17 +98,17 @@ def table(listed: list[dict[str, Any]]) -> Table:
 
 
 def where(listed: list[dict[str, Any]]) -> list[str]:
-    """Where the real ones were found, in lines."""
+    """List where the real-image data sets were found, one line each."""
     return [f"{row['name']}: {row['folder']}" for row in listed if row["folder"] not in (None, _EMBEDDED)]
 
 
 def others() -> str:
-    """What else finished runs can be tested on, in a line."""
+    """Describe in one line the other test sets for finished runs."""
     return f"'atdiag ood' also tests on corruptions of any of them: {', '.join(CORRUPTIONS)}"
 
 
 def text(reading: Scan) -> list[str]:
-    """What came of reading a data set, in lines."""
+    """Format the result of scanning a data set as lines of text."""
     counts = " + ".join(f"{count:,} {split}" for split, count in reading.counts.items())
     width, height = reading.mean_size
     lines = [f"{reading.folder}: {counts} images, {reading.classes:,} classes, mean size {width:.0f} x {height:.0f}"]
@@ -121,7 +121,7 @@ def text(reading: Scan) -> list[str]:
 
 
 def document(reading: Scan) -> dict[str, Any]:
-    """The same for machines."""
+    """Return the result of scanning a data set as a JSON document."""
     return {
         "folder": str(reading.folder),
         "images": reading.counts,

@@ -1,8 +1,8 @@
-"""Every image of a data set read once: which are broken, and a manifest with the sha256 of each file.
+"""Scan a data set: read every image once, find broken ones, and write a manifest with each file's sha256.
 
-The manifest lies in the cache folder in the format of ``sha256sum`` (``sha256sum -c`` in the data set's folder reads
-it); its own sha256 is what a run can record. It is found again by the files' names, sizes and times of writing, so it
-is never taken for that of a data set that has changed since.
+The manifest is stored in the cache folder in the format of ``sha256sum`` (check with ``sha256sum -c`` in the data set's
+folder); a run records its sha256. It is looked up by the files' names, sizes and modification times, so it is never
+used for a data set that has changed since.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _CHUNK = 32
 
 @dataclass(frozen=True)
 class Scan:
-    """What came of reading every image of a data set.
+    """The result of scanning a data set.
 
-    ``broken``: path and reason. ``manifest`` and its ``sha256`` are None where an image is broken. ``mean_size``: width
-    and height in pixels, over the sound images. ``counts``: images of each split.
+    broken: path and reason. manifest, sha256: None if an image is broken. mean_size: width and height in pixels, over
+    the sound images. counts: images in each split.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ def read(
 ) -> Scan:
     """Read and hash every image of a data set (its splits by ``datasets.check_files``), in parallel processes.
 
-    ``report`` is told how many of how many are read.
+    report: progress callback (done, total).
     """
     root = splits["train"].root
     images = [splits[split].stored(i) for split in SPLITS for i in range(len(splits[split]))]
@@ -88,8 +88,8 @@ def read(
 
 
 def recorded(name: str) -> str | None:
-    """sha256 of the manifest of a data set as it lies there now; None if it was not read since it last changed."""
-    if not any(_folder().glob("*.sha256")):  # none was ever written here: spare a look at each of a million files
+    """Return the sha256 of a data set's current manifest; None if it was not scanned since it last changed."""
+    if not any(_folder().glob("*.sha256")):  # no manifest at all: avoid a stat of up to a million files
         return None
     path = _path(_state(datasets.check_files(known(name))))
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
@@ -109,7 +109,7 @@ def _folder() -> Path:
 
 
 def _one(image: Stored) -> tuple[str, tuple[int, int], str | None]:
-    """An image's sha256 and size, and why it is broken, if it is."""
+    """Return an image's sha256 and size, and why it is broken, if it is."""
     try:
         content = image.read()
     except OSError as fault:

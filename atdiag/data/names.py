@@ -1,4 +1,4 @@
-"""Which data sets there are, and what a spec of one is. Imports nothing heavy, so that planning stays fast."""
+"""Names of data sets, and completing a spec for one. Imports nothing heavy, so that planning stays fast."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ NAMES: dict[str, int] = {"digits": 10, "larger": 9}
 
 
 _HELD_OUT = 600
-"""Held-out source digits, of which test scenes are made."""
+"""Held-out source digits, from which test scenes are made."""
 
 
 def known(name: str) -> str:
-    """The name itself. Raises UserError, with what may have been meant, for a name that is no data set."""
+    """Return the name itself. Raises UserError, with suggestions, for an unknown data set."""
     if name in NAMES or name in FACTS or (name.startswith((ANY_FOLDER, TIMM)) and not name.endswith(":")):
         return name
     everything = [*NAMES, *FACTS]
@@ -28,12 +28,15 @@ def known(name: str) -> str:
 
 
 def is_real(name: str) -> bool:
-    """Whether a data set is of real images in a folder, and not of embedded scenes."""
+    """Return whether a data set consists of real images rather than embedded scenes."""
     return known(name) not in NAMES
 
 
 def classes(data: Data | str) -> int:
-    """Number of classes. Raises UserError for an unknown data set, or a folder of one's own that is not there."""
+    """Return the number of classes.
+
+    Raises UserError for an unknown data set, or a user's folder that does not exist.
+    """
     name = known(data if isinstance(data, str) else data.name)
     if name in NAMES:
         return NAMES[name]
@@ -41,20 +44,20 @@ def classes(data: Data | str) -> int:
 
 
 def image_size(name: str) -> int | None:
-    """The side of the crop that a set of real images decides, in pixels; None for scenes and folders of one's own.
+    """Return the default crop side of a real-image data set in pixels; None for scenes and users' folders.
 
-    For who makes a spec: one with ``per_class`` can't be made without an ``image_size``.
+    Needed to construct a spec: one with ``per_class`` requires an ``image_size``.
     """
     return FACTS[name].image_size if known(name) in FACTS else None
 
 
 def imagenet_rows(name: str) -> tuple[int, ...]:
-    """Where a data set's classes are ImageNet-1k's: their indices there, in order; else empty."""
+    """Return the ImageNet-1k indices of a data set's classes, in order; empty if they are not ImageNet-1k's."""
     return FACTS[name].imagenet if name in FACTS else ()
 
 
 def test_images(data: Data) -> int:
-    """About how many test images a spec means, for an estimate of what measuring a run costs."""
+    """Return the approximate number of test images of a spec, to estimate the cost of testing a run."""
     if data.name in NAMES:
         return _HELD_OUT * data.test_per_source
     if data.test_per_class:
@@ -63,14 +66,14 @@ def test_images(data: Data) -> int:
 
 
 def complete(data: Data) -> Data:
-    """The spec of a data set with what the set itself decides: of real images, ``train``, ``image_size``, fingerprint.
+    """Fill in what the data set determines: for real images ``train``, ``image_size`` and fingerprint.
 
-    ``train`` becomes the number of training images that the spec means: all, or ``per_class`` of each class. Where the
-    files decide (``folder:PATH``, ``timm:PATH``, sets that are kept in several forms) their fingerprint is taken; it
-    stays None for a set that is not on this machine, which nothing trains with. Scenes come back as they are.
+    ``train`` becomes the number of training images: all, or ``per_class`` of each class. If the files determine the
+    data (``folder:PATH``, ``timm:PATH``, sets that exist in several forms) their fingerprint is included; it stays None
+    for a set that is not on this machine, which can't be trained on. Scenes are returned unchanged.
 
-    Raises UserError for an unknown name, a folder of one's own that is not there or not laid out as it should be, and
-    one without ``image_size``, which only its owner can know.
+    Raises UserError for an unknown name, a user's folder that is missing or has an invalid layout, and a folder without
+    ``image_size``, which only its owner can know.
     """
     name = known(data.name)
     if name in NAMES:

@@ -70,7 +70,7 @@ def recipes(
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
     transfer: Annotated[str, typer.Option(help="The transfer whose outcome counts: copy or distill.")] = "copy",
 ) -> Series:
-    """Find the fact of pre-training or architecture that the failing teachers have in common."""
+    """Find the facts of pre-training or architecture that the failing teachers have in common."""
     choose(transfer, METHODS, "--transfer")
     study = gains.study(lab, "recipes", teacher, [transfer])
     return Series("recipes", (study,), figure="recipes", verdict=verdict, findings=findings, notes=_NOTES)

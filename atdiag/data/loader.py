@@ -1,6 +1,6 @@
 """Order and augmentation of training batches: a pure function of data seed, epoch and sample.
 
-So a batch is the same whenever, wherever and beside whatever it is made. ``Stream.batch`` is that function;
+A batch is therefore the same in whichever process and order it is made. ``Stream.batch`` is that function;
 ``Stream.batches`` yields the same batches, prepared in advance by worker processes.
 
 Images are transferred as uint8: a quarter of the bytes; scaling, Mixup and CutMix happen on the networks' device.
@@ -176,7 +176,7 @@ def default_workers(
 ) -> int:
     """Return the default number of workers, which affects speed but never the batches.
 
-    None for arrays in memory without augmentation (``recipe`` None: test view): indexing them is faster than sending
+    0 for arrays in memory without augmentation (``recipe`` None: test view): indexing them is faster than sending
     them. With CUDA, the processors that each of ``processes`` such trainings has to itself, at most 16. On a CPU, where
     workers compete with the networks, one for every four processors.
     """

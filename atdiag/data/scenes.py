@@ -114,7 +114,7 @@ def _make(sources: NDArray[np.int64], pool: NDArray[np.int64], clutter: int, dra
         _paste(canvas, images[sources[:, 0]], top, left)
         label = labels[sources[:, 0]]
     else:
-        # The two digits lie apart along one axis (chosen by a coin) and anywhere along the other.
+        # Separate the two digits along one random axis; place them anywhere along the other.
         gap = free - DIGIT  # what is left along the axis once both are placed side by side
         first = draw.integers(0, gap + 1, len(sources))
         second = first + DIGIT + np.floor(draw.random(len(sources)) * (gap - first + 1)).astype(np.int64)

@@ -1,8 +1,8 @@
-"""Everything that can pass from a teacher, side by side: its attention, its outputs, its features, its weights.
+"""Compare everything that a teacher can transfer: its attention, its outputs, its features, its weights.
 
-Li et al. 2024 set attention copy and distillation beside training from scratch and fine-tuning (MAE ViT-L on
+Li et al. 2024 compare attention copy and distillation with training from scratch and fine-tuning (MAE ViT-L on
 ImageNet-1k: 83.0, 85.1, 85.7, 85.7); Qin et al. 2026 do so for 20 teachers, four of whose families end below scratch.
-Distillation of logits (Hinton et al. 2015) and of the residual stream are the comparisons that pass no attention.
+Distillation of logits (Hinton et al. 2015) and of the residual stream are comparisons without attention.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ from atdiag.study.claims import Claim
 
 
 def of(ablation: str) -> tuple[Claim, ...]:
-    """What papers say of contrasts that this ablation has."""
+    """Return the papers' claims about contrasts of this ablation."""
     return tuple(claim for claim in _all().get(ablation, ()) if claim.direction is not None)
 
 
 def stated(ablation: str, name: str) -> Claim:
-    """What papers say of something else, which the ablation's own findings judge: the claim of a name."""
+    """Return a claim by name that is not about contrasts and that the ablation's own findings judge."""
     return next(claim for claim in _all()[ablation] if claim.name == name and claim.direction is None)
 
 

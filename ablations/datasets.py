@@ -1,4 +1,4 @@
-"""Transfer on other data than the usual: is a failure the data set's?
+"""Transfer on other data sets: is a failure due to the data set?
 
 Qin et al. 2026 transfer on iNaturalist 2017, 2018 and 2019: DeiT-S gains 15.2 points and DINO-S 19.4, DINOv2-S loses
 1.2 and DINOv2-S with registers 2.2.

@@ -1,7 +1,7 @@
-"""Train for longer: does a failure go away, does a gain?
+"""Train for longer: does a failure disappear, does a gain?
 
-Qin et al. 2026 train up to 100 epochs: DeiT-S and DINO-S stay above scratch, DINOv2-S below. Each length is a training
-of its own with its own schedule and its own baseline, not a checkpoint on the way of the longest.
+Qin et al. 2026 train up to 100 epochs: DeiT-S and DINO-S stay above scratch, DINOv2-S below. Each length is a separate
+training with its own schedule and baseline, not a checkpoint of the longest one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a teacher gives a student by each method, beside scratch: the study that several ablations vary."""
+"""Gain of a student from a teacher by each method, compared with scratch: the study that several ablations vary."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SAID = {
 
 
 def study(lab: Lab, ablation: str, teacher: str, methods: Sequence[str], where: str = "", **more: Any) -> Study:
-    """The standard student from scratch, and with each of the methods.
+    """Return a study of the standard student: from scratch, and with each of the methods.
 
-    where: what tells the study from others of the same teacher, such as "8 epochs". more: further fields of a Study.
-    Raises UserError for an unknown method or teacher.
+    where: distinguishes the study from others of the same teacher, such as "8 epochs". more: further fields of the
+    Study. Raises UserError for an unknown method or teacher.
     """
     for method in methods:
         choose(method, METHODS, "--methods")
@@ -34,7 +34,7 @@ def study(lab: Lab, ablation: str, teacher: str, methods: Sequence[str], where: 
     own = source.network.components
 
     def arm(method: str) -> Arm:
-        if method == "finetune":  # the teacher's own architecture: nothing of it is lost
+        if method == "finetune":  # the teacher's own architecture, so no weight is lost
             return lab.arm(method, lab.student(source, own), source, Init(source="teacher"), recipe="finetune")
         return lab.arm(method, standard, source, transfer=lab.transfer(method, standard, allowed=METHODS))
 
@@ -52,7 +52,7 @@ def study(lab: Lab, ablation: str, teacher: str, methods: Sequence[str], where: 
         teacher=source,
         options={"methods": ",".join(methods), **more.pop("options", {})},
         arms=(lab.baseline(source), *map(arm, methods)),
-        contrasts=(),  # beyond each arm minus the baseline
+        contrasts=(),  # none besides arm minus baseline
         verdict=verdict,
         label=label,
         reference=lab.reference(source),

@@ -91,12 +91,12 @@ def layers(
 
 
 def blocks(network: Network, end: str, count: int) -> tuple[int, ...]:
-    """The ``count`` blocks nearest the output (``top``) or the input (``bottom``)."""
+    """Return the ``count`` blocks nearest the output (``top``) or the input (``bottom``)."""
     return tuple(range(network.depth - count, network.depth) if end == "top" else range(count))
 
 
 def _contrasts(ends: tuple[str, ...], counts: list[int], whole: str) -> tuple[Contrast, ...]:
-    """Each part minus the whole; with both ends, the top minus as many of the bottom."""
+    """Return each part minus the whole; with both ends, also the top minus equally many from the bottom."""
     if len(ends) == 2:
         pairs = [(f"top {count}", f"bottom {count}") for count in counts]
     else:
@@ -105,7 +105,7 @@ def _contrasts(ends: tuple[str, ...], counts: list[int], whole: str) -> tuple[Co
 
 
 def _part(report: Report, end: str, count: int, depth: int) -> str:
-    """What a part does, and whether it can be told from all blocks."""
+    """Describe the effect of a part, and whether it differs clearly from that of all blocks."""
     name = _name(end, count, depth)
     said = verb_phrase(report.row(name).contrast_or_raise(), "helps", "hurts")
     against = report.contrasts.get(f"{name} minus {_name(end, depth, depth)}")

@@ -1,4 +1,4 @@
-"""Other losses between the maps, and other weights of the loss: is a failure the loss's?
+"""Other losses between the maps, and other weights of the loss: is a failure due to the loss?
 
 Qin et al. 2026: cross-entropy, mean squared error, Jensen-Shannon divergence and L1 show the same trend; success grows
 with the weight, failure worsens. The slope over the weight is a contrast of its own: the least-squares line through a
@@ -71,7 +71,7 @@ def losses(
 
 
 def slope(loss: str, weights: list[float]) -> dict[str, float]:
-    """The least-squares slope over log10 of the weight, as a contrast of a loss's arms."""
+    """Return the least-squares slope over log10 of the weight, as a contrast of a loss's arms."""
     places = [log10(weight) for weight in weights]
     mean = sum(places) / len(places)
     spread = sum((place - mean) ** 2 for place in places)

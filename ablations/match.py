@@ -1,7 +1,7 @@
-"""Does the student match the teacher's maps, and does that say what it gains?
+"""Do students match their teacher's maps, and does the match predict what they gain?
 
 Qin et al. 2026: students match the attention of teachers that fail as well as that of teachers that transfer, and still
-end below scratch: what fails is the use of the maps, not their matching.
+end below scratch: the use of the maps fails, not their matching.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from atdiag.study.registry import ablation
 from atdiag.study.verdicts import outcome
 
 PASSED = "distill"
-"""The arm that the claims are about: its loss asks for the match, and copying leaves nothing to match."""
+"""The arm of the claims: its loss requires a match, whereas copying matches by construction."""
 
 _LEVEL = 0.05
 Key = TypeVar("Key", bound=Hashable)
@@ -48,7 +48,7 @@ def match(
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(gains.METHODS)}.")] = PASSED,
 ) -> Series:
-    """How far each student's attention maps are from its teacher's, beside what it gains."""
+    """Measure how far each student's attention maps are from its teacher's, and what it gains."""
     passed = comma_separated(methods, "--methods", "copy,distill")
     measures = (Match(lab.teacher(teacher)),)
     study = gains.study(lab, "match", teacher, passed, measures=measures, claims=claims.of("match"))
@@ -57,17 +57,17 @@ def match(
 
 
 def verdict(reports: Sequence[Report]) -> str:
-    """What each study says, with how far its students' maps are from the teacher's."""
+    """Return each study's verdict, with the divergence of its students' maps from the teacher's."""
     return " ".join(" ".join(filter(None, (report.verdict, _distances(report)))) for report in reports)
 
 
 def findings(reports: Sequence[Report]) -> list[Judged]:
-    """Whether distilled students match their teachers, and whether that is what their gains hang on."""
+    """Judge whether distilled students match their teachers, and whether their gains depend on it."""
     return [matched(reports), usable(reports)]
 
 
 def by_seed(report: Report, arm: str, column: str) -> dict[tuple[int, int], float]:
-    """What was measured of each run of an arm, by seed; empty where there is no such arm or measurement."""
+    """Return a measurement of each run of an arm, by seed; empty without such an arm or measurement."""
     row = next((row for row in report.rows if row.arm == arm), None)
     if row is None:
         return {}
@@ -77,9 +77,9 @@ def by_seed(report: Report, arm: str, column: str) -> dict[tuple[int, int], floa
 
 
 def matched(reports: Sequence[Report]) -> Judged:
-    """Whether every teacher's distilled students are closer to its maps than students from scratch are.
+    """Judge whether every teacher's distilled students are closer to its maps than students from scratch are.
 
-    By seed, head by head, less the scratch student's divergence with its heads matched; corrected for the number of
+    By seed: head by head, minus the scratch student's divergence with its heads matched; corrected for the number of
     teachers (Holm).
     """
     claim = claims.stated("match", "the students match")
@@ -106,11 +106,11 @@ def matched(reports: Sequence[Report]) -> Judged:
 
 
 def usable(reports: Sequence[Report]) -> Judged:
-    """Whether teachers that fail are matched as well as those that gain.
+    """Judge whether teachers that fail are matched as well as those that gain.
 
-    A correlation that is not seen proves nothing with so few teachers. So the claim holds where every teacher that
-    fails is matched clearly better than some teacher that gains, which no account of failure by bad matching allows; it
-    does not hold where a worse match clearly goes with a smaller gain; and everything else is undecided.
+    With so few teachers, the absence of a correlation proves nothing. So the claim holds if every teacher that fails is
+    matched clearly better than some teacher that gains, which rules out bad matching as the cause of failure; it does
+    not hold if a worse match clearly goes with a smaller gain; everything else is undecided.
     """
     from atdiag.stats.association import spearman
 
@@ -144,7 +144,7 @@ def usable(reports: Sequence[Report]) -> Judged:
 
 
 def _clear(gaps: Mapping[Key, Gap], among: int = 0) -> list[Key]:
-    """Whose difference is settled, among so many."""
+    """Return the keys whose gap is settled, corrected for this many comparisons."""
     from atdiag.stats.contrasts import holm
 
     rest = [1.0] * (among - len(gaps))

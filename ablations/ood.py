@@ -1,8 +1,8 @@
-"""Finished runs on other test sets: does an outcome persist out of distribution?
+"""Evaluate finished runs on other test sets: does an outcome persist out of distribution?
 
-Qin et al. 2026 evaluate on ImageNet-A, -R, -Sketch and -V2; Li et al. 2024 find attention transfer behind fine-tuning
-there. Nothing is trained for it: these are the runs of ``benchmark``. Corruptions (after Hendrycks & Dietterich 2019)
-work on every data set.
+Qin et al. 2026 evaluate on ImageNet-A, -R, -Sketch and -V2; there Li et al. 2024 find attention transfer behind
+fine-tuning. Nothing is trained: these are the runs of ``benchmark``. Corruptions (after Hendrycks & Dietterich 2019)
+apply to every data set.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ USUAL = {"mini": _CORRUPTED, "small": _CORRUPTED, "paper": "clean,imagenet-a,ima
 
 @dataclass(frozen=True)
 class TestSetPredictions:
-    """Predictions on a test set, in a run's directory."""
+    """Predictions on a test set, stored in a run's directory."""
 
     test_set: TestSet
 
     @property
     def name(self) -> str:
-        """What is taken, in a few words."""
+        """Short name of the measurement."""
         return f"test on {self.test_set.name}"
 
     def check(self, specs: Sequence[RunSpec]) -> None:
-        """Raise UserError where the runs can't be tested on it, or its images are not here."""
+        """Raise UserError if the runs can't be tested on it, or its images are not on this machine."""
         for data, network in {
             (spec.data.name, spec.network.classes): (spec.data, spec.network) for spec in specs
         }.values():
             testsets.check(self.test_set, data, network)
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
-        """Those that were not tested on it."""
+        """Return the runs that were not tested on it."""
         from atdiag.training.predictions import is_stored
 
         return [run for run in runs if not is_stored(run, self.test_set)]
 
     def take(self, runs: Sequence[Run], device: str, on_progress: Callable[[int, int], None]) -> None:
-        """Test them, those that see the same images together."""
+        """Test the runs; those with the same images are tested together."""
         import torch
 
         from atdiag.training import ood
@@ -64,7 +64,7 @@ class TestSetPredictions:
         )
 
     def numbers(self, run: Run) -> Mapping[str, float]:
-        """Nothing beside the accuracy."""
+        """Return no numbers besides the accuracy."""
         return {}
 
 

@@ -1,7 +1,7 @@
-"""What do teachers that fail have in common: something of their pre-training, or of their architecture?
+"""Find what failing teachers have in common: a fact of their pre-training, or of their architecture?
 
 Qin et al. 2026: no fact of the pre-training recipe explains which of 11 families fail; the architecture does. The unit
-is a family, because its sizes share a recipe and an architecture and are no independent evidence.
+is a family, because its sizes share recipe and architecture and are not independent evidence.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from atdiag.stats.association import Fact, Kind, TestedFact
 
 MILLIONS = {"ImageNet-1k": 1.28, "ImageNet-21k": 14, "LVD-142M": 142, "WIT-400M": 400, "WebLI": 10_000}
-"""Size of the data sets of pre-training, in millions of images."""
+"""Sizes of the pre-training data sets, in millions of images."""
 OBJECTIVES = ("supervised", "self-distillation", "masked", "contrastive", "image-text")
 AUGMENTATIONS = ("multi-crop", "colour", "blur", "solarise", "RandAugment", "Mixup", "CutMix")
 AFTER_THE_BLOCKS = ("attention_pool", "mean_pool")
-"""Components that read the output, and touch no map."""
+"""Components that act after the blocks and affect no map."""
 
 _NOTES = (
     "The unit is a family: its sizes share recipe and architecture. A family whose sizes disagree, or of which one is "
@@ -45,17 +45,17 @@ _NOTES = (
 
 @dataclass(frozen=True)
 class Unit:
-    """A family, and what became of its sizes."""
+    """A family, and the outcomes of its sizes."""
 
     name: str
     teachers: tuple[Teacher, ...]
     """Its sizes."""
     outcomes: tuple[str, ...]
-    """What became of each: gains, fails or undecided."""
+    """Outcome of each: gains, fails or undecided."""
 
     @property
     def outcome(self) -> str:
-        """That of all sizes; ``sizes disagree`` where there is no such."""
+        """Common outcome of all sizes; ``sizes disagree`` if there is none."""
         found = set(self.outcomes)
         return found.pop() if len(found) == 1 else "sizes disagree"
 
@@ -70,14 +70,14 @@ def recipes(
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
     transfer: Annotated[str, typer.Option(help="The transfer whose outcome counts: copy or distill.")] = "copy",
 ) -> Series:
-    """Which fact of pre-training or architecture do the teachers that fail have in common?"""
+    """Find the facts of pre-training or architecture that the failing teachers have in common."""
     choose(transfer, METHODS, "--transfer")
     study = gains.study(lab, "recipes", teacher, [transfer])
     return Series("recipes", (study,), figure="recipes", verdict=verdict, findings=findings, notes=_NOTES)
 
 
 def units(reports: Sequence[Report]) -> tuple[Unit, ...]:
-    """The families of the teachers, in their order. A teacher that the registry does not know is its own family."""
+    """Return the teachers' families, in their order. An unregistered teacher is its own family."""
     by: dict[str, list[Report]] = {}
     for report in reports:
         by.setdefault(teachers.family(report.study.teacher.name) or report.study.teacher.label, []).append(report)
@@ -92,7 +92,7 @@ def units(reports: Sequence[Report]) -> tuple[Unit, ...]:
 
 
 def facts(families: Sequence[Unit]) -> list[Fact]:
-    """Every fact as yes or no, by family; those whose sizes differ in it, or whose recipe is not known, are missing."""
+    """Return every binary fact by family; a fact is missing where sizes differ in it or the recipe is unknown."""
     from atdiag.stats.association import Fact
 
     every = [teacher for family in families for teacher in family.teachers]
@@ -110,7 +110,7 @@ def facts(families: Sequence[Unit]) -> list[Fact]:
 
 
 def recipe(teacher: Teacher) -> dict[str, bool]:
-    """Facts of a published teacher's pre-training; none of a miniature, nor of one's own."""
+    """Return facts of a published teacher's pre-training; none for a miniature or a user's own teacher."""
     name = teacher.name.partition("@")[0]
     if teachers.is_miniature(teacher) or not teachers.is_published(name):
         return {}
@@ -130,7 +130,7 @@ def recipe(teacher: Teacher) -> dict[str, bool]:
 
 
 def architecture(teacher: Teacher) -> dict[str, bool]:
-    """What a teacher's network has beside the plain ViT, each alone and any of it."""
+    """Return the parts of a teacher's network that the plain ViT lacks, each separately and any of them."""
     network = teacher.network
     parts = (*network.components, *network.differences)
     out = dict.fromkeys(parts, True) | {"no_class_token": not network.class_token}
@@ -139,19 +139,19 @@ def architecture(teacher: Teacher) -> dict[str, bool]:
 
 
 def _value(kind: Kind, name: str, teacher: Teacher) -> bool | None:
-    # A component is named by the networks that have it; the others have it not.
+    # A component appears only for networks that have it; all others lack it.
     return recipe(teacher).get(name) if kind == "recipe" else architecture(teacher).get(name, False)
 
 
 def tested(families: Sequence[Unit]) -> list[TestedFact]:
-    """Every fact against the families' outcomes."""
+    """Test every fact against the families' outcomes."""
     from atdiag.stats.association import against
 
     return against(facts(families), {family.name: family.outcome for family in families})
 
 
 def findings(reports: Sequence[Report]) -> list[Judged]:
-    """Whether a fact of the recipe parts those that fail from those that gain, and whether one of architecture does."""
+    """Judge whether a recipe fact separates failing from gaining families, and whether an architecture fact does."""
     families = units(reports)
     every = tested(families)
     seeds = min(one.rows[1].contrast_or_raise().seeds for one in reports)
@@ -173,11 +173,11 @@ def findings(reports: Sequence[Report]) -> list[Judged]:
 
 
 def judge_facts(found: Sequence[TestedFact], kind: Kind) -> Verdict:
-    """The verdict on a kind of facts where some families fail and some gain.
+    """Judge a kind of facts, if some families fail and some gain.
 
-    A fact explains the split where it parts the two without exception and the corrected test is clear, unless a fact of
-    the other kind parts them in the same way. No fact does where each has an exception (the outcomes being clear, one
-    exception is enough) and no test is clear. Everything between is undecided.
+    A fact explains the split if it separates the two without exception and the corrected test is clear, unless a fact
+    of the other kind separates them in the same way. No fact explains it if each has an exception (as outcomes are
+    clear, one exception is enough) and no test is clear. Everything in between is undecided.
     """
     hints = [one for one in found if one.separates or one.clear]
     explains = any(one.separates and one.clear and all(f.kind == kind for f in one.same) for one in hints)
@@ -187,7 +187,7 @@ def judge_facts(found: Sequence[TestedFact], kind: Kind) -> Verdict:
 
 
 def verdict(reports: Sequence[Report]) -> str:
-    """How the families came out, and the facts that come closest to parting them."""
+    """Return the families' outcomes, and the facts that come closest to separating them."""
     families = units(reports)
     words = {"gains": "gain", "fails": "fail"}
     counts = [
@@ -209,7 +209,7 @@ def _sides(families: Sequence[Unit]) -> dict[str, list[str]]:
 
 
 def _no_split(families: Sequence[Unit], found: Sequence[TestedFact]) -> str:
-    """Why nothing can be said of a kind of facts here; empty where something can."""
+    """Explain why nothing can be concluded about a kind of facts here; empty if something can."""
     sides = _sides(families)
     reasons = [f"no family {kind}" for kind in ("fails", "gains") if not sides[kind]]
     if found and not any(one.fails[0] + one.fails[1] and one.gains[0] + one.gains[1] for one in found):
@@ -222,7 +222,7 @@ def _no_split(families: Sequence[Unit], found: Sequence[TestedFact]) -> str:
 
 
 def _closest(found: Sequence[TestedFact], count: int = 1) -> str:
-    """The facts with the smallest p-values, with their counts; those that part alike are one."""
+    """Return the facts with the smallest p-values, with their counts; facts with the same partition are merged."""
     said: list[str] = []
     seen: set[str] = set()
     for one in sorted(found, key=lambda one: (one.p, not one.separates)):
@@ -241,7 +241,7 @@ def _closest(found: Sequence[TestedFact], count: int = 1) -> str:
 
 
 def _limits(families: Sequence[Unit]) -> str:
-    """What so few families can show at best, and which do not count."""
+    """Describe the smallest p-value possible with so few families, and which families do not count."""
     from atdiag.stats.association import least
 
     sides = _sides(families)

@@ -1,9 +1,9 @@
-"""Re-initialise one kind of module: is it the attention or the MLP that carries the benefit, or the harm?
+"""Re-initialise one kind of module: does the attention or the MLP carry the benefit, or the harm?
 
 Qin et al. 2026 re-initialise only the MLPs of a student that starts from its teacher (+5.7 to +13.3 points for all
-teachers) or only the attention (the split between teachers stays). The published summary is silent on which transfer
-stayed on; here three arms tell initialisation and transfer apart: from scratch, re-initialised without transfer, and
-re-initialised with transfer (copy unless asked otherwise).
+teachers) or only the attention (the split between teachers stays). The published summary does not say which transfer
+was active; here three arms separate initialisation from transfer: from scratch, re-initialised without transfer, and
+re-initialised with transfer (copy by default).
 """
 
 from __future__ import annotations

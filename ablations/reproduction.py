@@ -1,4 +1,4 @@
-"""Which studies ``atdiag reproduce`` makes of the options that stand beside each ablation."""
+"""Combinations of each ablation's options for ``atdiag reproduce``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def combinations(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the options with every combination of those that are varied.
+    """Return every combination of the varied options.
 
     >>> combinations({"module": ("mlp", "attn"), "teacher": "clip_b"})
     [{'module': 'mlp', 'teacher': 'clip_b'}, {'module': 'attn', 'teacher': 'clip_b'}]

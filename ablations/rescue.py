@@ -1,8 +1,8 @@
 """Give the student its teacher's native components, randomly initialised: does the transfer then work?
 
-Qin et al. 2026: with all native components all four failures are reversed, although a student with the components is
-worse than the standard one when it trains from scratch. So what counts is a difference of differences: what transfer
-gains in the native student, less what it gains in the standard one.
+Qin et al. 2026: with all native components all four failures are reversed, although a student with the components
+trained from scratch is worse than the standard one. The quantity of interest is therefore a difference of differences:
+the gain of transfer in the native student minus that in the standard one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def rescue(
     standard, native = lab.student(source), lab.student(source, own)
     passed = lab.transfer(transfer, standard)
     plain, full, control = f"standard + {transfer}", f"native + {transfer}", "native, scratch"
-    # With a single component, "each alone" is the native student itself; with two, all but one is the other alone.
+    # With a single component, "each alone" is the native student; with two, all but one is the other one alone.
     some = {f"{name} + {transfer}": lab.student(source, [name]) for name in own} if len(own) > 1 else {}
     if len(own) > 2:
         some |= {f"all but {name} + {transfer}": lab.student(source, set(own) - {name}) for name in own}
@@ -85,7 +85,7 @@ def rescue(
 
 
 def _said(report: Report, plain: str) -> str:
-    """What the difference of differences amounts to. Only a transfer that does not help can be rescued."""
+    """Describe the difference of differences; only a transfer that does not help can be rescued."""
     estimate, standard = report.contrasts[OF_INTEREST], report.row(plain).contrast_or_raise()
     if estimate.seeds < 2:
         return "(undecided with one seed)"

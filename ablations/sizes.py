@@ -1,4 +1,4 @@
-"""The same family at every size: is a failure the family's or the size's?
+"""Compare all sizes of a family: is a failure due to the family or the size?
 
 Qin et al. 2026: the split is consistent within families, from S to L.
 """
@@ -47,7 +47,7 @@ def sizes(
                 f"choose from: {', '.join(several)}",
             )
     passed = comma_separated(methods, "--methods", "copy,distill")
-    # Of all, a size may not fit the images, by its patches.
+    # With all families, leave out a size whose patches do not fit the images.
     series = Series.of_each(
         [name for one in wanted for name in by_family[one]],
         lambda name: gains.study(lab, "sizes", name, passed, claims=claims.of("sizes")),

@@ -1,4 +1,4 @@
-"""The start of the command line, also as ``python -m atdiag``: Ctrl-C ends it quietly from the first moment on."""
+"""Entry point of the command line, also as ``python -m atdiag``: Ctrl-C exits quietly from the first moment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _leave(*_: Any) -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     signal.signal(signal.SIGINT, _leave)
     from atdiag.cli import app
 

@@ -3,7 +3,7 @@
     python benchmarks/cohort.py                            # the miniature of CLIP on a CPU, one thread
     python benchmarks/cohort.py --data imagenette --size s --device cuda
 
-Also measured, in the same process: what a step's parts cost (making a batch, the teacher's forward pass, each student's
+Also measured, in the same process: the cost of a step's parts (the batch, the teacher's forward pass, each student's
 step). Their sum is the bound: a cohort needs one batch and one teacher pass for all, and a step for each student.
 """
 
@@ -35,7 +35,7 @@ from atdiag.transfer.observation import Observation, of_teacher
 
 
 def arms(teacher: Teacher, data: Data, recipe: Recipe) -> list[RunSpec]:
-    """Scratch, copy and distillation, each with two model seeds: six runs on one stream."""
+    """Return scratch, copy and distillation, each with two model seeds: six runs on one stream."""
     network = teacher.network.student(classes=10)
     blocks = tuple(range(network.depth))
     transfers = [Transfer(), Transfer(method="copy", layers=blocks), Transfer(method="distill", layers=blocks)]
@@ -54,7 +54,7 @@ def arms(teacher: Teacher, data: Data, recipe: Recipe) -> list[RunSpec]:
 
 
 def train(specs: list[RunSpec], load: Any, device: torch.device) -> float:
-    """Seconds of the steps of these runs, from the first step's end to the last one's, per step."""
+    """Train these runs; return seconds per step, from the end of the first steps to the end of the last."""
     marks: list[tuple[int, float]] = []
 
     def report(now: progress.Progress) -> None:
@@ -65,13 +65,13 @@ def train(specs: list[RunSpec], load: Any, device: torch.device) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         cohort.train(specs, Store(Path(folder)), load, ExecutionOptions(device=device.type), report)
-    warm = len(marks) // 4  # the first steps pay for what is made once
-    (first, begin), (last, end) = marks[warm], marks[-2]  # after the last step comes the test
+    warm = len(marks) // 4  # the first steps include one-time costs
+    (first, begin), (last, end) = marks[warm], marks[-2]  # the test follows the last step
     return (end - begin) / ((last - first) / len(specs))
 
 
 def parts(specs: list[RunSpec], load: Any, device: torch.device, steps: int) -> dict[str, Any]:
-    """Median seconds of what a step is made of: the batch, the teacher's pass, and each run's own step."""
+    """Measure the median seconds of a step's parts: the batch, the teacher's pass, and each run's own step."""
     stream = Stream(specs[0].data, specs[0].recipe, specs[0].seed.data)
     source = next(spec.teacher for spec in specs if spec.teacher)
     teacher = load(source).to(device)
@@ -106,14 +106,14 @@ def parts(specs: list[RunSpec], load: Any, device: torch.device, steps: int) -> 
 
 
 class Clock:
-    """Seconds between laps, the device waited for."""
+    """Seconds between laps, synchronised with the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.lap()
 
     def lap(self) -> float:
-        """Seconds since the last one."""
+        """Return the seconds since the last lap."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -122,7 +122,7 @@ class Clock:
 
 
 def published(size: str, image_size: int) -> tuple[Teacher, Any]:
-    """A plain ViT of a published size with random weights: what it costs does not depend on what it knows."""
+    """Return a plain ViT of a published size with random weights, which do not affect the cost."""
     width, heads = {"ti": (192, 3), "s": (384, 6), "b": (768, 12)}[size]
     network = Network(image_size=image_size, patch_size=16, width=width, depth=12, heads=heads, classes=10)
 
@@ -133,7 +133,7 @@ def published(size: str, image_size: int) -> tuple[Teacher, Any]:
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked."""
+    """Measure, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--data", default="digits", help="digits, or a set of real images by name (see atdiag data)")

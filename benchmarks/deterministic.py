@@ -1,4 +1,4 @@
-"""Whether a run on a GPU is the same run again: with --deterministic, without it, and interrupted half-way.
+"""Test whether a run on a GPU is reproducible: with --deterministic, without it, and when interrupted half-way.
 
     python benchmarks/deterministic.py --json benchmarks/results/deterministic.json      # a miniature on CUDA
     python benchmarks/deterministic.py --teacher beitv2_b                                # with a relative position bias
@@ -47,14 +47,14 @@ EPOCHS = 2
 
 
 def load(teacher: Teacher) -> ViT | Foreign:
-    """A miniature, or a plain ViT with random weights: what rounding does does not depend on what a teacher knows."""
+    """Return a miniature, or a plain ViT with random weights, which do not affect rounding behaviour."""
     if teacher.profile == "mini":
         return loading.load(teacher)
     return students.build(teacher.network, 99).eval().requires_grad_(False)
 
 
 def arms(asked: argparse.Namespace) -> dict[str, RunSpec]:
-    """Scratch, copy and distillation of all blocks, by name."""
+    """Return scratch, copy and distillation of all blocks, by name."""
     values = {"lr": 1e-3, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "ema": 0.9}
     images = asked.batch * asked.steps // EPOCHS
     if asked.data == "digits":
@@ -89,7 +89,7 @@ def arms(asked: argparse.Namespace) -> dict[str, RunSpec]:
 
 
 def train(specs: Sequence[RunSpec], folder: Path, device: str, threads: int, option: bool, stop: int | None) -> float:
-    """Train a cohort in this process, up to a step if one is given. Median seconds of a step after the first ones."""
+    """Train a cohort in this process, up to step ``stop`` if given; return median seconds per step after warm-up."""
     torch.set_num_threads(threads)
     marks: list[float] = []
 
@@ -114,7 +114,7 @@ def train(specs: Sequence[RunSpec], folder: Path, device: str, threads: int, opt
 
 
 def difference(arms: dict[str, RunSpec], one: Store, other: Store) -> dict[str, Any]:
-    """How far two trainings of a cohort are from each other, by arm."""
+    """Return the differences between two trainings of a cohort, by arm."""
     out: dict[str, Any] = {}
     for name, spec in arms.items():
         runs = one.run(spec), other.run(spec)
@@ -129,14 +129,14 @@ def difference(arms: dict[str, RunSpec], one: Store, other: Store) -> dict[str, 
 
 
 def measure(arms: dict[str, RunSpec], asked: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Train everything; the differences by pair, and seconds per step with and without the option."""
+    """Train everything; return the differences by pair, and seconds per step with and without the option."""
     specs = list(arms.values())
     seconds: dict[str, list[float]] = {"deterministic": [], "free": []}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
 
         def alone(folder: str, option: bool, stop: int | None = None) -> float:
-            context = multiprocessing.get_context("spawn")  # a process of its own: cuBLAS takes its workspace once
+            context = multiprocessing.get_context("spawn")  # separate processes: cuBLAS sets its workspace once
             with ProcessPoolExecutor(1, mp_context=context) as process:
                 order = (specs, root / folder, asked.device, asked.threads, option, stop)
                 return process.submit(train, *order).result()
@@ -158,7 +158,7 @@ def measure(arms: dict[str, RunSpec], asked: argparse.Namespace) -> tuple[dict[s
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked."""
+    """Measure, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--data", default="digits", help="digits, or a set of real images by name (see atdiag data)")

@@ -1,4 +1,4 @@
-"""The statistical protocol tested: what it calls clear where there is nothing, and whether it finds what is there.
+"""Test the statistical protocol: how often it calls an absent effect clear, and whether it finds a real one.
 
     python benchmarks/false_alarms.py --json benchmarks/results/false_alarms.json [--runs DIR]
 
@@ -41,28 +41,28 @@ from atdiag.training.provenance import environment
 
 TEACHER = "deit_s"
 SHORT = ("recipe.epochs=2", "data.train=1600", "data.clutter=3")
-"""About as accurate as the default recipe (45 % beside 49 %) in a third of its time."""
+"""About as accurate as the default recipe (45 % versus 49 %) in a third of its time."""
 OTHER = 1000
-"""What is added to a model seed to make it another one: no experiment has as many."""
+"""Offset that turns a model seed into another one: no experiment has as many seeds."""
 SEEDS = 3
 SAME = "same condition"
 DIFFERENCE = {"a": 1.0, "b": -1.0}
 Draw = Callable[[float, int], Estimate]
-"""A simulated contrast, of this true size in points and with this many seeds."""
+"""A simulated contrast of this true size in points and with this many seeds."""
 
 
 def lab(seeds: int, sets: Sequence[str] = ()) -> Lab:
-    """Profile mini with nothing of the user's in it."""
+    """Return a lab at profile mini without any of the user's settings."""
     return Lab(resolve("mini", seeds, sets, environment={}, folder=Path("/nonexistent")))
 
 
 def reseeded(spec: RunSpec) -> RunSpec:
-    """The same condition once more: the same data seed, another model seed."""
+    """Return the same condition with the same data seed and another model seed."""
     return spec.model_copy(update={"seed": Seed(data=spec.seed.data, model=spec.seed.model + OTHER)})
 
 
 def arms(seeds: int, sets: Sequence[str] = (), methods: Sequence[str] = ()) -> dict[str, list[RunSpec]]:
-    """The student from scratch, from scratch again, and with each method."""
+    """Return the student from scratch, from scratch again, and with each method."""
     here = lab(seeds, sets)
     teacher = here.teacher(TEACHER)
     student = here.student(teacher)
@@ -74,7 +74,7 @@ def arms(seeds: int, sets: Sequence[str] = (), methods: Sequence[str] = ()) -> d
 
 
 def train(specs: Sequence[RunSpec], store: Store, bar: Progress, what: str) -> None:
-    """Bring runs to their end, two side by side on two cores."""
+    """Train runs to completion, two side by side on two cores."""
     task = bar.add_task(what, total=len(specs))
 
     def report(_: Any) -> None:
@@ -85,7 +85,7 @@ def train(specs: Sequence[RunSpec], store: Store, bar: Progress, what: str) -> N
 
 
 def outcomes(specs: Sequence[RunSpec], store: Store) -> Outcomes:
-    """Finished runs by their data seed."""
+    """Return finished runs' outcomes by data seed."""
     correct = {}
     for spec in specs:
         with np.load(store.run(spec).predictions) as saved:
@@ -98,7 +98,7 @@ def outcomes(specs: Sequence[RunSpec], store: Store) -> Outcomes:
 
 
 def variation(store: Store, seeds: int, bar: Progress) -> dict[str, tuple[Estimate, Moments]]:
-    """Contrasts with scratch at the default recipe, and how their runs vary."""
+    """Return contrasts with scratch at the default recipe, and the moments of their runs."""
     planned = arms(seeds, methods=("copy", "distill"))
     train([spec for specs in planned.values() for spec in specs], store, bar, "runs of the default recipe")
     measured = {name: outcomes(specs, store) for name, specs in planned.items()}
@@ -107,7 +107,7 @@ def variation(store: Store, seeds: int, bar: Progress) -> dict[str, tuple[Estima
 
 
 def vary(pair: dict[str, Outcomes], title: str) -> tuple[Estimate, Moments]:
-    """A contrast and its moments. No image is easier for one of two identical arms, so that component is known: 0."""
+    """Return a contrast and its moments; between identical arms the cluster component is known to be 0."""
     found = estimate(pair, DIFFERENCE)
     if title.startswith(SAME):
         return found, moments(pair, replace(found, var_cluster=0.0))
@@ -118,7 +118,7 @@ def vary(pair: dict[str, Outcomes], title: str) -> tuple[Estimate, Moments]:
 
 
 def simulated(found: Estimate, like: Moments, studies: int, bar: Progress, title: str) -> dict[str, Any]:
-    """Error rates of the protocol where runs vary as these do."""
+    """Measure the protocol's error rates on studies that vary like these runs."""
     population, rng = Population.like(like), np.random.default_rng(2026)
     task = bar.add_task(f"simulated: {title}", total=None)
 
@@ -142,7 +142,7 @@ def simulated(found: Estimate, like: Moments, studies: int, bar: Progress, title
 
 
 def rate(hits: Iterator[bool] | Sequence[bool]) -> dict[str, Any]:
-    """A share in per cent with its Monte Carlo standard error."""
+    """Return a share in per cent with its Monte Carlo standard error."""
     found = np.fromiter(hits, bool)
     share = float(found.mean())
     return {
@@ -153,7 +153,7 @@ def rate(hits: Iterator[bool] | Sequence[bool]) -> dict[str, Any]:
 
 
 def family(population: Population, like: Moments, size: int, studies: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Several arms that are all as good as one baseline: how often is any contrast called clear?"""
+    """Measure how often any contrast is called clear among several arms that equal one baseline."""
     accuracies = dict.fromkeys(["baseline", *(f"arm {i}" for i in range(size))], like.accuracy)
     raw, adjusted, one_df = [], [], []
     for _ in range(studies):
@@ -167,7 +167,7 @@ def family(population: Population, like: Moments, size: int, studies: int, rng: 
 
 
 def edge(draw: Draw, like: Moments, studies: int) -> dict[str, Any]:
-    """Equivalence claimed of arms that differ by just the margin (an error) and of arms that don't differ (power)."""
+    """Measure equivalence claims for arms that differ by exactly the margin (an error) and for equal arms (power)."""
     per_seed = like.var_seed + like.var_residual / like.clusters
     margin = round(5 * sqrt(per_seed / SEEDS + like.var_cluster / like.clusters), 1)
     return {
@@ -178,7 +178,7 @@ def edge(draw: Draw, like: Moments, studies: int) -> dict[str, Any]:
 
 
 def power(draw: Draw, found: Estimate, like: Moments, effect: float, studies: int) -> dict[str, Any]:
-    """An effect of known size, with as many seeds as would find it in four of five studies."""
+    """Simulate an effect of known size, with as many seeds as should find it in four of five studies."""
     known = {name: getattr(like, name) for name in ("var_seed", "var_cluster", "var_residual")}
     seeds = seeds_needed(replace(found, value=effect, **known))
     if seeds is None or seeds > 30:
@@ -196,7 +196,7 @@ def power(draw: Draw, found: Estimate, like: Moments, effect: float, studies: in
 
 
 def real(store: Store, pairs: int, studies: int, bar: Progress) -> tuple[dict[str, Any], tuple[Estimate, Moments]]:
-    """False alarms among real pairs of identical arms, and how such runs vary."""
+    """Count false alarms among real pairs of identical arms, and return the moments of such runs."""
     planned = arms(SEEDS * pairs, SHORT)
     both = [spec for pair in zip(*planned.values(), strict=True) for spec in pair]
     train(both, store, bar, "real pairs of identical arms")
@@ -229,7 +229,7 @@ def real(store: Store, pairs: int, studies: int, bar: Progress) -> tuple[dict[st
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked."""
+    """Measure, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=2000, help="simulated, for each setting")
     parser.add_argument("--pairs", type=int, default=40, help="real ones, of six runs each")
@@ -259,7 +259,7 @@ def main() -> None:
 
 
 def show(document: dict[str, Any]) -> None:
-    """The figures, in lines."""
+    """Print the figures as lines."""
 
     def said(one: dict[str, Any]) -> str:
         return f"{one['percent']:.1f} +- {one['standard_error']:.1f} %"

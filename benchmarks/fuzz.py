@@ -1,4 +1,4 @@
-"""Give malformed files, settings and options to the commands, and look that each is refused in a line, or does no harm.
+"""Give malformed files, settings and options to the commands, and check that each is refused in one line or harmless.
 
     python benchmarks/fuzz.py [--cases 300] [--lanes 2] [--seed 0] [--json FILE]
 
@@ -58,14 +58,14 @@ THEIRS = "timm:test_vit@theirs.safetensors"
 LOOK = ("trace", THEIRS, "--images", "one.png", "--layers", "0", "--out", "t.safetensors")
 SECONDS = 60
 ROOM = 8 * 2**30
-"""How much memory a command may ask for: what a malformed file says of its size is not believed."""
+"""Memory limit of a command: sizes declared in a malformed file must not be trusted."""
 
 
 # --- What is done ----------------------------------------------------------------------------------------------------
 
 
 def commands(typed: Sequence[str], where: Path, to: Path) -> int:
-    """One command in a process of its own. Its exit code, or -1 if it did not end in time."""
+    """Run one command in a separate process; return its exit code, or -1 if it did not end in time."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -96,7 +96,7 @@ def commands(typed: Sequence[str], where: Path, to: Path) -> int:
 
 
 def numbers(printed: str) -> Any:
-    """What a command found, without what may differ: the last line's document, if it has one."""
+    """Return a command's result without variable parts: the last line's document, if any."""
     with suppress(ValueError, IndexError):
         found = json.loads(printed.strip().splitlines()[-1])
         if isinstance(found, dict):
@@ -106,7 +106,7 @@ def numbers(printed: str) -> Any:
 
 @dataclass
 class Case:
-    """What was done, and what is wrong with what came of it."""
+    """A malformed input, and the faults found in the commands' reactions."""
 
     kind: str
     what: str
@@ -114,7 +114,7 @@ class Case:
     faults: list[str] = field(default_factory=list)
 
     def run(self, folder: Path, typed: Sequence[str], meant: Any = None) -> None:
-        """One command, and a look at how it ended."""
+        """Run one command and check how it ended."""
         code = commands(typed, folder, folder / "printed")
         self.codes.append(code)
         out, errors = ((folder / name).read_text(errors="replace") for name in ("printed", "printed.err"))
@@ -124,7 +124,7 @@ class Case:
         if "Traceback" in out + errors or "this is a bug" in errors:
             self.faults.append(f"{line}: {errors[-300:]}")
         said = [one for one in errors.splitlines() if one.startswith("atdiag: ")]
-        told = tuple(typed[:2]) == VERIFY or typed[0] == "data"  # these say on standard output what they found
+        told = tuple(typed[:2]) == VERIFY or typed[0] == "data"  # these report their findings on standard output
         if code in (1, 2) and len(said) != 1 and not (told and out):
             self.faults.append(f"{line}: exit code {code} with {len(said)} lines: {errors[-200:]}")
         if code == 0 and meant is not None and numbers(out) != meant:
@@ -132,7 +132,7 @@ class Case:
 
 
 def half_runs(store: Store) -> Iterator[str]:
-    """Runs that pass for finished and are not what was written; what reads them has to say so."""
+    """Yield runs that count as finished but differ from what was written; every command that reads them must say so."""
     for run in store.list():
         if run.finished:
             try:
@@ -142,21 +142,21 @@ def half_runs(store: Store) -> Iterator[str]:
                 if set(recorded) != set(FILES):
                     yield f"{run.id} passes for finished with {sorted(recorded)}"
             except (DamagedRunError, ValueError):
-                pass  # it is told
+                pass  # reported
 
 
 # --- The folder that every case gets a copy of -----------------------------------------------------------------------
 
 
 def specs() -> list[RunSpec]:
-    """The experiment's runs."""
+    """Return the experiment's runs."""
     study = benchmark(Lab(resolve(sets=SETS, seeds=1, environment={}, folder=Path("/nonexistent"))), "deit_s", "copy")
     assert isinstance(study, Study)
     return study.specs
 
 
 def prepare(home: Path) -> Any:
-    """Make that folder. What the experiment says there."""
+    """Create that folder; return the experiment's output there."""
     torch.set_num_threads(1)
     cpu = ExecutionOptions(device="cpu")
     for group in plan.cohorts(specs()):
@@ -173,7 +173,7 @@ def prepare(home: Path) -> Any:
                 image = Image.fromarray(pixels).resize((24, 24), Image.Resampling.BICUBIC)
                 image.save(home / "photos" / split / cls / f"{index}.{'png' if index else 'jpg'}")
     Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(home / "one.png")
-    (home / "settings").mkdir()  # a folder of its own: other commands are not to read it
+    (home / "settings").mkdir()  # a separate folder, so that other commands don't read it
     (home / "settings" / "atdiag.toml").write_text('profile = "mini"\nseeds = 2\n\n[recipe]\nepochs = 3\nlr = 1e-3\n')
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit").state_dict(), home / "theirs.safetensors")
@@ -201,7 +201,7 @@ VALUES = st.recursive(
 
 
 def in_json(content: bytes, draw: Callable[[Any], Any]) -> bytes:
-    """Another value, or none, or one more, somewhere in a JSON document."""
+    """Replace, remove or add a value somewhere in a JSON document."""
     try:
         document = json.loads(content.splitlines()[0] if content.count(b"\n") > 2 and b"\n{" in content else content)
     except ValueError:
@@ -225,13 +225,13 @@ def in_json(content: bytes, draw: Callable[[Any], Any]) -> bytes:
 
 
 def malformed(content: bytes, draw: Callable[[Any], Any], document: bool = False) -> tuple[bytes | None, str]:
-    """A file's content after something happened to it (None: the file is gone), and what that was."""
+    """Corrupt a file's content (None: the file is deleted), and describe how."""
     ways = ["flips", "flips", "cut", "inserted", "replaced", "empty", "gone", *(["value"] * 6 if document else [])]
     how = draw(st.sampled_from(ways))
     place = st.integers(0, max(len(content) - 1, 0))
     if how == "flips":
         out = bytearray(content)
-        # Half of the flips lie at the beginning, where files say what they are.
+        # Half of the flips hit the beginning, where files declare their format.
         near = st.integers(0, min(255, max(len(content) - 1, 0)))
         for where in draw(st.lists(place | near, min_size=1, max_size=4)):
             out[where] ^= 1 << draw(st.integers(0, 7))
@@ -249,7 +249,7 @@ def malformed(content: bytes, draw: Callable[[Any], Any], document: bool = False
 
 
 def spoil(path: Path, draw: Callable[[Any], Any], document: bool = False) -> tuple[str, bool]:
-    """Do it to a file. What was done, and whether that changed anything."""
+    """Corrupt a file; return a description, and whether anything changed."""
     before = path.read_bytes()
     after, how = malformed(before, draw, document)
     path.unlink() if after is None else path.write_bytes(after)
@@ -257,7 +257,7 @@ def spoil(path: Path, draw: Callable[[Any], Any], document: bool = False) -> tup
 
 
 def a_run_s_file(name: str, folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
-    """A file of a finished run."""
+    """Corrupt a file of a finished run."""
     store = Store(folder / "runs")
     victim = draw(st.sampled_from(sorted(run.id for run in store.list() if (run.path / name).stat().st_size)))
     what, changed = spoil(store.root / victim / name, draw, document=name.endswith(("json", "jsonl")))
@@ -277,7 +277,7 @@ def a_run_s_file(name: str, folder: Path, draw: Callable[[Any], Any], meant: Any
 
 
 def a_checkpoint(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
-    """The checkpoint of an interrupted run; the experiment then goes on."""
+    """Corrupt the checkpoint of an interrupted run, then resume the experiment."""
     store = Store(folder / "half")
     victim = draw(st.sampled_from(sorted(run.id for run in store.list() if run.checkpoint.exists())))
     case = Case("checkpoint", f"{spoil(store.root / victim / 'checkpoint', draw)[0]} of {victim}")
@@ -287,7 +287,7 @@ def a_checkpoint(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
 
 
 def settings_file(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
-    """A file of settings: the untouched one after something happened to it, or one with values drawn."""
+    """Corrupt a settings file, or draw its values."""
     path = folder / "settings" / "atdiag.toml"
     if draw(st.booleans()):
         case = Case("atdiag.toml", spoil(path, draw)[0])
@@ -301,14 +301,14 @@ def settings_file(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
 
 
 TYPED = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
-"""What a shell can pass on."""
+"""Any text that a shell can pass."""
 NUMBERS = (
     st.integers().map(str) | st.floats().map(str) | st.sampled_from(["0", "-1", "1e9", "6,", ",", "3,3", "٣", "0x6"])
 )
 
 
 def overrides(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
-    """What is given with --set."""
+    """Draw values for --set."""
     known = [
         "recipe.epochs",
         "recipe.lr",
@@ -326,7 +326,7 @@ def overrides(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
 
 
 def options(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
-    """What is given with other options."""
+    """Draw values for other options."""
     line = draw(
         st.sampled_from(
             [
@@ -351,7 +351,7 @@ def options(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
 
 
 def an_image(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
-    """An image of a data set, or one that is asked for by name."""
+    """Corrupt an image of a data set, or one given by name."""
     paths = [*sorted((folder / "photos").rglob("*.*")), folder / "one.png"]
     path = draw(st.sampled_from(paths))
     case = Case("image", spoil(path, draw)[0])
@@ -363,7 +363,7 @@ def an_image(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
 
 
 def a_teacher_s_file(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
-    """Weights that a user brings."""
+    """Corrupt a user's weight file."""
     case = Case("teacher's file", spoil(folder / "theirs.safetensors", draw)[0])
     case.run(folder, LOOK)
     return case
@@ -382,7 +382,7 @@ KINDS: tuple[tuple[str, float, Callable[[Path, Callable[[Any], Any], Any], Case]
 
 
 def cases(kind: str, number: int, start: int, home: Path, meant: Any) -> list[Case]:
-    """So many cases of a kind."""
+    """Run this many cases of a kind."""
     make = next(make for name, _, make in KINDS if name == kind)
     found: list[Case] = []
     work = home.parent / f"work-{kind.replace('/', '-')}"
@@ -406,7 +406,7 @@ def cases(kind: str, number: int, start: int, home: Path, meant: Any) -> list[Ca
 
 
 def main() -> None:
-    """Draw, do and count."""
+    """Draw, run and count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--lanes", type=int, default=2, help="How many kinds at once.")

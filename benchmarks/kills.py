@@ -1,4 +1,4 @@
-"""Kill training at random moments, go on, and compare with training that was never interrupted.
+"""Kill training at random moments, resume it, and compare with training that was never interrupted.
 
     python benchmarks/kills.py [--kills 200] [--commands 40] [--lanes 2] [--seed 0] [--json FILE]
 
@@ -63,7 +63,7 @@ WHOM = ("all", "the command", "one that trains")
 
 
 def specs() -> list[RunSpec]:
-    """The runs that the command line above trains."""
+    """Return the runs that the command line above trains."""
     lab = Lab(resolve(sets=SETS, seeds=1, environment={}, folder=Path("/nonexistent")))
     study = benchmark(lab, "deit_s", "copy,distill")
     assert isinstance(study, Study)
@@ -78,7 +78,7 @@ def train(folder: Path) -> None:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """A process that does something, started at once: everything is imported already."""
+    """Fork a process that runs ``work`` at once, with everything already imported."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -92,8 +92,10 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def kill_training(folder: Path, moment: float, begun: bool, half_written: bool) -> bool:
-    """Train, and kill the process after ``moment`` seconds, counted from its first checkpoint if it is to have
-    ``begun``. Whether it was killed before it ended."""
+    """Train, and kill the process after ``moment`` seconds; return whether it was killed before it ended.
+
+    begun: count from its first checkpoint. half_written: wait until a file is half-written.
+    """
     child = forked(partial(train, folder))
 
     def until(pattern: str) -> None:
@@ -113,13 +115,13 @@ _ENDED = os.WEXITED | os.WNOWAIT
 
 
 def finish_training(folder: Path) -> str:
-    """Train to the end. What went wrong, if anything."""
+    """Train to the end; return the fault, if any."""
     code = os.waitstatus_to_exitcode(os.waitpid(forked(partial(train, folder)), 0)[1])
     return f"the second start ended with {code}" if code else ""
 
 
 def kill_command(folder: Path, moment: float, whom: str) -> bool:
-    """Start the command line, and kill some of its processes. Whether anything was killed before it ended."""
+    """Start the command line, and kill some of its processes; return whether any was killed before it ended."""
     main = _start(folder)
     with suppress(subprocess.TimeoutExpired):
         main.communicate(timeout=moment)
@@ -135,12 +137,12 @@ def kill_command(folder: Path, moment: float, whom: str) -> bool:
     main.communicate(timeout=120)
     deadline = time.monotonic() + 120
     while any(run.state == "training" for run in Store(folder).list()) and time.monotonic() < deadline:
-        time.sleep(0.05)  # processes that train write their checkpoints before they go
+        time.sleep(0.05)  # give training processes time to write their checkpoints
     return killed > 0 and main.returncode != 0
 
 
 def finish_command(folder: Path) -> str:
-    """Type the same line again. What went wrong, if anything."""
+    """Repeat the same command; return the fault, if any."""
     main = _start(folder)
     _, errors = main.communicate(timeout=600)
     return "" if main.returncode == 0 else f"the second start ended with {main.returncode}: {errors.strip()[-300:]}"
@@ -160,20 +162,20 @@ def _children(process: int) -> list[int]:
 
 
 def of_training(index: int, moment: float) -> Callable[[Path], bool]:
-    """The kill of a number: of a process that trains."""
-    begun = index % 2 == 1  # getting ready takes as long as training does
+    """Return kill number ``index``: of a training process."""
+    begun = index % 2 == 1  # preparation takes as long as training
     return partial(kill_training, moment=moment / 2 if begun else moment, begun=begun, half_written=index % 4 == 3)
 
 
 def of_command(index: int, moment: float) -> Callable[[Path], bool]:
-    """The kill of a number: of the command line."""
+    """Return kill number ``index``: of the command line."""
     return partial(kill_command, moment=moment, whom=WHOM[index % 3])
 
 
 def whole(run: Run) -> Iterator[str]:
-    """What is half-written of a run that was killed, or taken for more than it is."""
+    """Yield the faults of a killed run: half-written files, or an incomplete run that counts as finished."""
     if not (run.path / "spec.json").exists():
-        return  # killed between making the folder and writing what it is: nothing is there yet
+        return  # killed between creating the folder and writing the spec: it is empty
     _ = run.spec
     if run.finished:
         for name in run.result()["files"]:
@@ -185,13 +187,13 @@ def whole(run: Run) -> Iterator[str]:
 
 
 def steps(folder: Path) -> dict[str, int]:
-    """How far each unfinished run with a checkpoint came."""
+    """Return the step that each unfinished run with a checkpoint has reached."""
     found = [run for run in Store(folder).list() if not run.finished and run.checkpoint.exists()]
     return {run.id: saved.step for run in found if (saved := checkpoint.load(run)) is not None}
 
 
 def same(folder: Path, meant: Path, reached: dict[str, int]) -> Iterator[str]:
-    """What differs from the uninterrupted runs."""
+    """Yield the differences from the uninterrupted runs."""
     for spec in specs():
         run, other = Store(folder).run(spec), Store(meant).run(spec)
         if not run.finished:
@@ -208,7 +210,7 @@ def same(folder: Path, meant: Path, reached: dict[str, int]) -> Iterator[str]:
 
 
 def survive(kill: Callable[[Path], bool], finish: Callable[[Path], str], folder: Path, meant: Path) -> dict[str, Any]:
-    """One kill: what was found."""
+    """Perform one kill and return what was found."""
     shutil.rmtree(folder, ignore_errors=True)
     killed = kill(folder)
     faults: list[str] = []
@@ -220,7 +222,7 @@ def survive(kill: Callable[[Path], bool], finish: Callable[[Path], str], folder:
         half = sum(1 for _ in folder.glob("*/.*-*"))
         faults += filter(None, [finish(folder)])
         faults += same(folder, meant, reached)
-    except Exception as fault:  # a damaged file: exactly what is looked for
+    except Exception as fault:  # a damaged file: exactly what this test looks for
         return {"killed": killed, "faults": [*faults, f"{type(fault).__name__}: {fault}"], "state": "damaged"}
     state = "finished runs" if finished else "checkpoints" if reached else "no checkpoint yet"
     shutil.rmtree(folder, ignore_errors=True)
@@ -235,7 +237,7 @@ def trial(
     seed: int,
     index: int,
 ) -> dict[str, Any]:
-    """One kill at a random moment; one that came after the end is drawn again, from the first half."""
+    """Perform one kill at a random moment; one after the end is repeated with a moment from the first half."""
     draws = random.Random(f"{folder.name} {seed} {index}")
     while True:
         moment = draws.uniform(0, duration)
@@ -244,11 +246,11 @@ def trial(
         )
         if out["killed"] or out["faults"]:
             return {"index": index, "moment": round(moment, 3), **out}
-        duration /= 2  # it was measured when the machine had more to do
+        duration /= 2  # measured while the machine was busier
 
 
 def trials(number: int, lanes: int, one: Callable[[int], dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """So many kills, ``lanes`` at once, each lane a process without threads (which forking would harm)."""
+    """Perform this many kills, ``lanes`` at once, each lane a process without threads (which forking would harm)."""
     found: list[dict[str, Any]] = []
     with ProcessPoolExecutor(lanes, multiprocessing.get_context("fork")) as pool:
         for result in pool.map(one, range(number)):
@@ -262,7 +264,7 @@ def trials(number: int, lanes: int, one: Callable[[int], dict[str, Any]], name: 
 
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is reported of some kills."""
+    """Summarise some kills."""
     faults = [{key: one[key] for key in ("index", "moment", "faults")} for one in found if one["faults"]]
     return {
         "kills": len(found),
@@ -282,7 +284,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    specs(), provenance.environment(torch.device("cpu"))  # what is imported late
+    specs(), provenance.environment(torch.device("cpu"))  # import everything that is imported lazily
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         begin = time.monotonic()

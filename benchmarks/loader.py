@@ -1,4 +1,4 @@
-"""Whether the loader keeps up: images per second of decoding and augmentation beside what a training step asks for.
+"""Test whether the loader keeps up: images per second of decoding and augmentation versus a training step's demand.
 
     python benchmarks/loader.py [--data-dir FOLDER] [--device cuda] [--network vit_s] [--json FILE]
 
@@ -40,7 +40,7 @@ NETWORKS = {
 
 
 def recipe(batch: int) -> Recipe:
-    """The augmentation of DeiT."""
+    """Return a recipe with DeiT's augmentation."""
     return Recipe(
         epochs=1,
         batch_size=batch,
@@ -54,7 +54,7 @@ def recipe(batch: int) -> Recipe:
 
 
 def make_up(folder: Path, count: int = 1024) -> str:
-    """A data set of smooth random JPEGs of 128 x 128 pixels in two classes; its name."""
+    """Create a data set of smooth random JPEGs of 128 x 128 pixels in two classes; return its name."""
     draw = np.random.default_rng(0)
     for split, number in (("train", count), ("val", 2)):
         for i in range(number):
@@ -74,7 +74,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4, fused=True)
 
     def __call__(self, batch: Batch) -> None:
-        """Train on a batch that is on the device, and wait until it is done."""
+        """Train on a batch on the device, and wait until done."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             logits = self.student(batch.images)
         F.cross_entropy(logits.float(), batch.labels).backward()
@@ -85,7 +85,7 @@ class Step:
 
 
 def alone(stream: Stream, workers: int, steps: int) -> float:
-    """Images per second of the loader, once its workers have begun."""
+    """Return the loader's images per second, once its workers are running."""
     batches = stream.batches(0, steps + _ahead(workers), workers)
     for _ in range(_ahead(workers)):
         next(batches)
@@ -95,12 +95,12 @@ def alone(stream: Stream, workers: int, steps: int) -> float:
 
 
 def _ahead(workers: int) -> int:
-    """Batches to pass over at the start: those that were made while nobody waited."""
+    """Return the number of initial batches to skip: those made while nothing waited for them."""
     return max(1, workers * loader.PREFETCH)
 
 
 def demand(step: Step, batch: Batch, steps: int) -> float:
-    """Images per second that the step asks for, on a batch that is there."""
+    """Return the images per second that the step consumes, on a batch on the device."""
     there = batch.to(step.device)
     step(there)
     begin = time.perf_counter()
@@ -110,7 +110,7 @@ def demand(step: Step, batch: Batch, steps: int) -> float:
 
 
 def together(stream: Stream, step: Step, workers: int, steps: int) -> tuple[float, float]:
-    """Images per second of training from the loader, and the share of the time spent waiting for batches."""
+    """Return images per second of training from the loader, and the share of time spent waiting for batches."""
     skip = _ahead(workers)
     pin = step.device.type == "cuda"
     waited = begin = 0.0
@@ -128,7 +128,7 @@ def together(stream: Stream, step: Step, workers: int, steps: int) -> tuple[floa
 
 
 def measure(data: Data, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures, as lists over the rounds."""
+    """Measure all figures, as lists over the rounds."""
     device = torch.device(options.device)
     own = recipe(options.batch)
     cached = Stream(data, own, 0)
@@ -158,7 +158,7 @@ def measure(data: Data, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(measured: dict[str, Any], say: Callable[[str], None] = print) -> None:
-    """The table."""
+    """Print the table."""
     median = {name: statistics.median(values) for name, values in measured["all"].items()}
     say(f"the step alone asks for {median['step']:,.0f} images/s")
     say(f"{'':>14} {'workers':>8} {'loader':>10} {'loader/step':>12} {'training':>10} {'waiting':>8}")

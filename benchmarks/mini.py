@@ -1,4 +1,4 @@
-"""How long the README's lines take on this machine: whole processes, medians of several.
+"""Time the README's commands on this machine: whole processes, medians of several.
 
     python benchmarks/mini.py [--repeats 3] [--json FILE]
 
@@ -22,7 +22,7 @@ REINIT = ["reinit", "--module", "attn", "--teacher", "clip_b"]
 
 
 def seconds(arguments: list[str], folder: Path) -> float:
-    """Wall seconds of one command in a folder. Raises CalledProcessError if it fails."""
+    """Return the wall-clock seconds of one command in a folder. Raises CalledProcessError if it fails."""
     command = [sys.executable, "-m", "atdiag.cli.app", *arguments]
     begin = time.perf_counter()
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -30,7 +30,7 @@ def seconds(arguments: list[str], folder: Path) -> float:
 
 
 def scenes(count: int = 10_000) -> float:
-    """Seconds to make ``count`` training scenes in this process, the source digits loaded."""
+    """Return the seconds to generate ``count`` training scenes in this process, with source digits loaded."""
     from atdiag.data import scenes
 
     scenes.train_scenes("digits", 1, 0, 6)

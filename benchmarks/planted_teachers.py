@@ -1,11 +1,11 @@
-"""Planted teachers: is a teacher whose attention can't help called so, and the same teacher with its own maps helpful?
+"""Planted teachers: are useless maps recognised as such, and the same teacher's own maps as helpful?
 
     python benchmarks/planted_teachers.py --json benchmarks/results/planted_teachers.json [--runs DIR]
 
 A miniature in three forms, copied by a standard student and distilled into one:
 
-- *own*: as it is;
-- *uniform*: its queries are zero, so that every token looks at all tokens alike;
+- *own*: unchanged;
+- *uniform*: its queries are zero, so that every token attends to all tokens equally;
 - *shuffled*: each image gets the maps that the teacher has for another image. The other is found from the image's own
   pixels, so it is the same in every epoch, in training and at test, and whatever else is in the batch.
 
@@ -44,11 +44,11 @@ from atdiag.transfer.observation import CaptureRequest, Observation
 
 FORMS = ("own", "uniform", "shuffled")
 METHODS = ("copy", "distill")
-_POOL_SEED = 10**6  # of the other images: no run trains on these
+_POOL_SEED = 10**6  # for the other images: no run trains on these
 
 
 def uniform(teacher: ViT) -> ViT:
-    """The teacher with all queries zero. A teacher with relative position biases would still not be uniform."""
+    """Return the teacher with all queries zero. With relative position biases it would still not be uniform."""
     if "rel_pos_bias" in teacher.network.components:
         raise ValueError("zero queries leave the relative position bias: take another teacher")
     planted = copy.deepcopy(teacher)
@@ -59,7 +59,7 @@ def uniform(teacher: ViT) -> ViT:
 
 
 class Shuffled(nn.Module):
-    """A teacher that is shown another image than its student."""
+    """A teacher that sees another image than its student."""
 
     def __init__(self, teacher: ViT, pool: np.ndarray) -> None:
         super().__init__()
@@ -67,21 +67,21 @@ class Shuffled(nn.Module):
         self.register_buffer("pool", torch.from_numpy(pool).float() / 255)
 
     def others(self, images: Tensor) -> Tensor:
-        """The other image for each of [B, C, S, S]: a function of its pixels alone."""
+        """Return the other image for each of [B, C, S, S]: a function of its pixels alone."""
         pixels = (images * 255).round().to(torch.uint8).cpu().numpy()
         return self.pool[[zlib.crc32(one.tobytes()) % len(self.pool) for one in pixels]]
 
     def observe(self, images: Tensor, wanted: CaptureRequest) -> Observation:
-        """What the teacher shows of the other images."""
+        """Return the teacher's observation of the other images."""
         return self.teacher.observe(self.others(images), wanted)
 
     def shared_tokens(self, other: Network) -> Tensor | None:
-        """As of the teacher."""
+        """Return the teacher's shared tokens."""
         return self.teacher.shared_tokens(other)
 
 
 def plant(source: Teacher, clutter: int) -> dict[str, tuple[Teacher, nn.Module]]:
-    """Each form of a miniature: what it is in a run's spec, and the network. A form's sha256 is its own."""
+    """Return each form of a miniature: its spec and network. Each form has its own sha256."""
     teacher = loading.load(source)
     pool = scenes.train_scenes("digits", 4096, _POOL_SEED, clutter).images
     networks = {"own": teacher, "uniform": uniform(teacher), "shuffled": Shuffled(teacher, pool)}
@@ -105,9 +105,9 @@ def study(
     layers: Sequence[int] | None = None,
     report: Any = lambda name: None,
 ) -> dict[str, Estimate]:
-    """Train the student from scratch and with each form by each method; every contrast that is asked about.
+    """Train the student from scratch and with each form by each method; return all contrasts of interest.
 
-    Runs with a planted form go to a folder of their own, because no other command could load their teacher.
+    Runs with a planted form go to a separate folder, because no other command could load their teacher.
     """
     planted = plant(source, here.settings.profile.data.clutter)
     networks = {str(teacher.sha256): network for teacher, network in planted.values()}
@@ -136,7 +136,7 @@ def study(
 
 
 def outcomes(specs: Sequence[RunSpec], store: Store) -> Outcomes:
-    """Finished runs by their seed."""
+    """Return finished runs' outcomes by seed."""
     correct = {}
     for spec in specs:
         with np.load(store.run(spec).predictions) as saved:
@@ -146,7 +146,7 @@ def outcomes(specs: Sequence[RunSpec], store: Store) -> Outcomes:
 
 
 def as_planted(found: Mapping[str, Estimate], method: str) -> bool:
-    """Whether the verdicts are those that were planted: own maps help; the others don't, and are worse than own."""
+    """Return whether the verdicts are as planted: own maps help; the others don't, and are worse than own."""
     own = found[f"{method} own"]
     others = [(found[f"{method} {form}"], found[f"{method} {form} - own"]) for form in FORMS[1:]]
     return (
@@ -157,7 +157,7 @@ def as_planted(found: Mapping[str, Estimate], method: str) -> bool:
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked."""
+    """Measure, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", default="deit_s,deit_b", help="miniatures by name")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="nothing there is trained twice")

@@ -1,4 +1,4 @@
-"""Start ten processes on one ablation at the same time, and look that they share the work.
+"""Start ten processes on one ablation at the same time, and check that they share the work.
 
     python benchmarks/together.py [--processes 10] [--json FILE]
 
@@ -69,7 +69,7 @@ def main() -> None:
             times = len(results[run.id]), len(trainings[run.id]) if run.spec.recipe.epochs else 1
             if times != (1, 1) or run.result()["origin"]["from_step"]:
                 faults.append(f"{run.id}: {times[0]} results, {times[1]} trainings")
-        # Each process has a folder of results of its own, which its command line names.
+        # Each process has its own folder of results, which its command line names.
         shares = Counter(Path(run.result()["origin"]["command"][-1]).name for run in finished)
     print(
         f"{options.processes} processes, {len(finished)} runs in {seconds:.0f} s; by process: {sorted(shares.values())}"
@@ -84,8 +84,10 @@ def main() -> None:
 
 
 def watch(folder: Path, results: dict[str, set[Any]], trainings: dict[str, set[Any]]) -> None:
-    """Note every result that there has been (a second one would be another file), and every training (it opens an
-    event file of its own)."""
+    """Record every result seen (a second one would be another file), and every training.
+
+    A training is recognised by its own event file.
+    """
     for path in folder.glob("*/result.json"):
         status = path.stat()
         results[path.parent.name].add((status.st_ino, status.st_mtime_ns))
@@ -94,7 +96,7 @@ def watch(folder: Path, results: dict[str, set[Any]], trainings: dict[str, set[A
 
 
 def numbers(printed: str) -> str:
-    """The document that a process printed, without the names of its files."""
+    """Return the document that a process printed, without the names of its files."""
     found = json.loads(printed.strip().splitlines()[-1])
     return json.dumps({name: value for name, value in found.items() if name != "files"}, sort_keys=True)
 

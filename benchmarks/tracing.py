@@ -1,4 +1,4 @@
-"""What looking inside costs: tracing beside a plain forward pass, and comparing every pair of heads.
+"""Measure the cost of tracing relative to a plain forward pass, and of comparing every pair of heads.
 
     python benchmarks/tracing.py [--model vit_small_patch16_224] [--batch 8] [--repeats 5] [--device cpu] [--json FILE]
 
@@ -33,7 +33,7 @@ EXPLICIT, FUSED, TRACED, COMPARED = (
 
 
 def measure(model: str, batch: int, repeats: int, device: str) -> dict[str, float]:
-    """Seconds for one batch of each."""
+    """Measure the seconds of each variant for one batch."""
     network = timm.create_model(model)
     subject = subjects.of(network, model).to(device)
     other = subjects.of(timm.create_model(model), "other").to(device)
@@ -74,7 +74,7 @@ def measure(model: str, batch: int, repeats: int, device: str) -> dict[str, floa
                 begin = time.perf_counter()
                 run()
                 _wait(device)
-                if turn:  # the first is to warm up
+                if turn:  # the first turn is a warm-up
                     times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -1,4 +1,4 @@
-"""What attention transfer costs beside plain training: time and memory of one step, by method, loss and length.
+"""Measure the cost of attention transfer relative to plain training: a step's time and memory by method, loss, length.
 
     python benchmarks/transfer_cost.py                     # this machine's CPU: ViT-S, 197 to 1,370 tokens
     python benchmarks/transfer_cost.py --device cuda       # ViT-B/16, batch 128, bf16, compiled
@@ -81,7 +81,7 @@ class Case:
         self.labels = torch.randint(1000, (self.batch,), generator=generator).to(self.device)
 
     def student(self, transfer: Transfer) -> tuple[ViT, torch.optim.Optimizer]:
-        """A student ready to train."""
+        """Return a student and its optimiser."""
         vit = students.build(self.network, 0).to(self.device).train()
         if transfer.method == "copy":
             for block in vit.blocks:
@@ -91,16 +91,16 @@ class Case:
         return vit, torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def autocast(self) -> torch.autocast:
-        """bf16 on CUDA, float32 on a CPU."""
+        """Return bf16 autocast on CUDA, disabled autocast on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def transfer(self, name: str) -> Transfer:
-        """The transfer of a variant, on all layers."""
+        """Return the transfer of a variant, on all layers."""
         found = TRANSFERS[name]
         return found if found.method == "none" else found.model_copy(update={"layers": tuple(range(self.depth))})
 
     def variant(self, name: str) -> Callable[[], None]:
-        """One step of a variant, as a function."""
+        """Return one step of a variant as a function."""
         if name == "teacher":
             return self._teacher
         if name in STRAIGHT:
@@ -136,7 +136,7 @@ class Case:
         optimizer.zero_grad(set_to_none=True)
 
     def _straight(self, copy: bool) -> Callable[[], None]:
-        """Maps of all layers as tensors: the teacher's are built whole, then used, or compared with the student's."""
+        """Return a step that builds all layers' maps as tensors: the teacher's are used, or compared with its own."""
         vit, optimizer = self.student(self.transfer("copy" if copy else "plain"))
 
         def step() -> None:
@@ -153,7 +153,7 @@ class Case:
 
 
 def straightforward(vit: ViT, images: Tensor, keep: list[Tensor], given: list[Tensor] | None = None) -> Tensor:
-    """A forward pass that builds, uses and keeps every map [B, H, N, N] in float32."""
+    """Run a forward pass that builds, uses and keeps every map [B, H, N, N] in float32."""
     x = vit.embed(images)
     for i, block in enumerate(vit.blocks):
         attn, z = block.attn, block.norm1(x)
@@ -178,7 +178,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def times(case: Case, names: list[str], repeats: int) -> dict[str, float]:
-    """Median seconds of a step of each variant, measured in turns; the first two rounds warm up."""
+    """Measure the median seconds of a step of each variant, in turns; the first two rounds are warm-up."""
     steps = {name: case.variant(name) for name in names}
     found: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats + 2):
@@ -193,7 +193,7 @@ def times(case: Case, names: list[str], repeats: int) -> dict[str, float]:
 
 
 def peak(case: Case, name: str) -> float:
-    """MiB that a step needs above what is resident: networks and, after a first step, the optimiser's state."""
+    """Return the MiB that a step needs beyond resident networks and, after a first step, optimiser state."""
     step = case.variant(name)
     if case.device.type == "cuda":
         step()
@@ -204,21 +204,21 @@ def peak(case: Case, name: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     step()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (man 5 proc)
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak (man 5 proc)
     before = status("VmRSS")
     step()
     return status("VmHWM") - before
 
 
 def status(field: str) -> float:
-    """MiB of this process: VmRSS in memory now, VmHWM at the peak. Linux alone tells."""
+    """Return MiB of this process: VmRSS for current memory, VmHWM for the peak. Linux only."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
 def peak_of(case: Case, name: str) -> float:
-    """:func:`peak`, on a CPU in a process of its own: a resident size never falls again."""
+    """Measure :func:`peak`, on a CPU in a separate process, since the peak resident size never falls."""
     if case.device.type == "cuda":
         return peak(case, name)
     options = [
@@ -236,7 +236,7 @@ def peak_of(case: Case, name: str) -> float:
 
 
 def ratios(time_s: dict[str, float], memory: dict[str, float]) -> dict[str, float]:
-    """The ratios that the targets name."""
+    """Return the ratios that have targets."""
     out = {}
     bound = time_s["plain"] + time_s["teacher"]
     for name in time_s:
@@ -252,7 +252,7 @@ def ratios(time_s: dict[str, float], memory: dict[str, float]) -> dict[str, floa
 
 
 def main() -> None:
-    """Measure, print a table of ratios, and write JSON and a plot where asked."""
+    """Measure, print a table of ratios, and write JSON and a plot if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", choices=SIZES, help="default: s on a CPU, b on CUDA")
@@ -310,7 +310,7 @@ def main() -> None:
 
 
 def show(case: dict[str, Any], device: str) -> None:
-    """One case as a table."""
+    """Print one case as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -328,7 +328,7 @@ def show(case: dict[str, Any], device: str) -> None:
     console = Console()
     console.print(table)
     targets = TARGETS[device]
-    wanted: list[tuple[str, float, bool]] = []  # ratio, bound, whether it is an upper one
+    wanted: list[tuple[str, float, bool]] = []  # ratio, bound, whether it is an upper bound
     for kind in ("copy", "distill ce"):
         wanted.append((f"time, {kind} / (plain + teacher)", targets[kind], True))
         wanted.append((f"time, straight {kind} / {kind}", targets["straight time"], False))
@@ -345,7 +345,7 @@ def show(case: dict[str, Any], device: str) -> None:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Memory of a step against tokens."""
+    """Plot a step's memory against tokens."""
     from figures import style
 
     figure, axes = style.canvas(2.4)

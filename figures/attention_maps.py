@@ -1,4 +1,4 @@
-"""Where networks look: one image, one query; subjects (and heads) down, layers across, the rollout at the end."""
+"""Attention maps of one image and one query: subjects (and heads) in rows, layers in columns, the rollout last."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LABEL, _GAP = 0.75, 0.06
 
 
 def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Figure:
-    """Attention over the image, each map from 0 to its own largest weight, which is written below it."""
+    """Draw attention over the image, each map scaled from 0 to its own maximum, which is written below it."""
     rows = [(one, head) for one in found for head in range(len(one.heads))]
     across = max(len(one.layers) for one in found)
     roll = any(one.rollout is not None for one in found)
@@ -59,7 +59,7 @@ def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Fi
 
 
 def _title(found: Sequence[Shown], image: int, query: int, most: int) -> list[str]:
-    """Which image, whose attention and of which heads: a line of it, or two where they would be too long for one."""
+    """Return the title (image, subjects, heads) as one line, or as two if too long."""
     first = found[0]
     words = {"cls": "the class token", "centre": "the patch in the centre"}
     asked = first.queries[query]
@@ -69,17 +69,17 @@ def _title(found: Sequence[Shown], image: int, query: int, most: int) -> list[st
     what += [style.short(first.label)] if len(found) == 1 else []
     parts = [first.names[image], ", ".join(what)]
     whole = ": ".join(parts)
-    # Names are wider than words: of capitals and digits, as ILSVRC2012_val_00004650.JPEG.
+    # File names of capitals and digits, such as ILSVRC2012_val_00004650.JPEG, are wider than words.
     return [whole] if len(whole) <= most else [_short(parts[0], most * 3 // 4), _short(parts[1], most)]
 
 
 def _short(title: str, most: int) -> str:
-    """A path is cut at its beginning: its end says which image it is."""
+    """Shorten a path at its beginning: its end identifies the image."""
     return title if len(title) <= most else f"...{title[3 - most :]}"
 
 
 def _wrapped(name: str, width: int = 13) -> str:
-    """A name in short lines, broken at spaces and after underscores."""
+    """Wrap a name into short lines, at spaces and after underscores."""
     import textwrap
 
     parts = [textwrap.wrap(part.replace("_", "_ "), width, break_long_words=False) for part in name.split("\n")]
@@ -94,7 +94,7 @@ def _bare(axes: Axes) -> None:
 
 
 def _canvas(one: Shown, image: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The image as [S, S, 3], as the network sees it."""
+    """Return the image as the network sees it, [S, S, 3]."""
     pixels = one.pixels[image]
     return (np.repeat(pixels, 3, 0) if len(pixels) == 1 else pixels).transpose(1, 2, 0)
 
@@ -104,7 +104,7 @@ def _picture(axes: Axes, one: Shown, image: int) -> None:
 
 
 def _overlay(axes: Axes, one: Shown, image: int, query: int, weights: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-    """The image in grey under its map in colour: what is attended to is bright."""
+    """Draw the image in grey under its map in colour, bright where attention is high."""
     from matplotlib import colormaps
 
     largest = float(weights.max())
@@ -120,7 +120,7 @@ def _overlay(axes: Axes, one: Shown, image: int, query: int, weights: np.ndarray
 
 
 def _mark(axes: Axes, one: Shown, query: int) -> None:
-    """A square around the query's patch."""
+    """Draw a square around the query's patch."""
     from matplotlib.patches import Rectangle
 
     if (point := one.point(query)) is None:

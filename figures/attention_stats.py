@@ -1,4 +1,4 @@
-"""What attention looks like in numbers, by layer: a panel for each number, subjects side by side."""
+"""Attention statistics by layer: a panel for each statistic, subjects side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAMES = {
 
 
 def attention_stats(found: Sequence[Stats]) -> Figure:
-    """Lines: the mean over heads; dots: each head."""
+    """Draw the mean over heads as lines, and each head as a dot."""
     values = {name: [_of(one, name) for one in found] for name in _NAMES}
     names = [name for name, of in values.items() if not all(np.isnan(one).all() for one in of)]
     columns = 3
@@ -37,7 +37,7 @@ def attention_stats(found: Sequence[Stats]) -> Figure:
     width = 2 * style.COLUMN + 0.25
     figure, panels = style.panels(rows, columns, 0.6 + 1.4 * rows, width)
     subjects = zip(found, style.colours(len(found)), style.markers(len(found)), strict=True)
-    # A copy's attention is its teacher's: the line that lies below is the wider one, and is seen.
+    # A copy-student's attention equals its teacher's: the line below is wider, so that both are visible.
     widths = np.linspace(1.2 + 0.45 * (len(found) - 1), 1.2, len(found)).clip(max=3)
     drawn = [(place, *one) for place, one in enumerate(subjects)]
     for axes, name in zip(panels, names, strict=False):
@@ -47,7 +47,7 @@ def attention_stats(found: Sequence[Stats]) -> Figure:
                 continue
             mean = value.mean(1)
             if value.shape[1] > 1:
-                beside = 0.14 * (place - (len(found) - 1) / 2)  # so that dots of two subjects don't hide each other
+                beside = 0.14 * (place - (len(found) - 1) / 2)  # offset dots of different subjects
                 layers = np.repeat(np.array(one.layers) + beside, value.shape[1])
                 axes.plot(layers, value.ravel(), ".", color=colour, ms=2.5, alpha=0.45, mew=0)
             axes.plot(
@@ -78,5 +78,5 @@ def attention_stats(found: Sequence[Stats]) -> Figure:
 
 
 def _of(one: Stats, name: str) -> NDArray[np.float64]:
-    """A number's values [L, H], of one that is the layer's [L, 1]."""
+    """Return a statistic's values [L, H]; [L, 1] for one of the whole layer."""
     return one.heads[name] if name in one.heads else one.layers_only[name][:, None]

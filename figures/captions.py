@@ -1,4 +1,4 @@
-"""What a figure of finished studies says of itself: which experiment, of whom, at which scale, over how many seeds."""
+"""Titles for figures of finished studies: experiment, teachers, scale, number of seeds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from atdiag.stats.contrasts import Estimate
 
 _CHARACTERS = 62 / style.COLUMN
-"""Of a title, for each inch of a figure's width."""
+"""Characters of a title per inch of a figure's width."""
 
 
 def caption(shown: Report | Reading, width: float = style.COLUMN) -> str:
-    """Which experiment, which teacher (or how many) at which scale, how many seeds; the options that all studies share.
+    """Return a title: experiment, teacher (or their number), scale, seeds, and the options common to all studies.
 
-    width: of the figure, in inches; lines are broken to fit it.
+    width: width of the figure in inches, to which lines are wrapped.
     """
     reports = shown.reports if isinstance(shown, Reading) else (shown,)
     first, seeds = reports[0], reports[0].rows[0].seeds
@@ -32,13 +32,13 @@ def caption(shown: Report | Reading, width: float = style.COLUMN) -> str:
 
 
 def _lines(parts: Sequence[str], most: int) -> list[str]:
-    """Parts with commas between them, in lines of at most so many characters; parts stay whole where they can."""
+    """Join parts with commas into lines of at most this many characters, keeping parts whole where possible."""
     whole = ", ".join(part.replace(" ", "\u00a0") for part in parts)
     return [line.replace("\u00a0", " ") for line in textwrap.wrap(whole, most)]
 
 
 def shared_options(reports: Sequence[Report]) -> dict[str, str]:
-    """The options that have the same value in all studies."""
+    """Return the options with the same value in all studies."""
     first, *others = (report.study.options for report in reports)
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
@@ -51,19 +51,19 @@ def _subject(reports: Sequence[Report]) -> str:
 
 
 def _scale(reports: Sequence[Report]) -> str:
-    """`` (mini)`` where that is what all teachers' labels end in: a title says it once for all of them."""
+    """Return `` (mini)`` if all teachers' labels end in it: the title then says it once for all."""
     end = f" ({reports[0].profile})"
     return end if all(report.study.teacher.label.endswith(end) for report in reports) else ""
 
 
 def teachers(reports: Sequence[Report]) -> list[str]:
-    """Of each study its teacher, without what the caption says."""
+    """Return each study's teacher, without what the title already says."""
     scale = _scale(reports)
     return [report.study.teacher.label.removesuffix(scale) for report in reports]
 
 
 def studies(reports: Sequence[Report]) -> list[str]:
-    """What tells each study from the others: its label, without what the caption says of all."""
+    """Return each study's label, without what the title already says."""
     scale = _scale(reports)
     labels = [report.study.label.replace(scale, "") if scale else report.study.label for report in reports]
     whom = f"{teachers(reports)[0]}, "
@@ -73,6 +73,6 @@ def studies(reports: Sequence[Report]) -> list[str]:
 
 
 def filling(estimates: Iterable[Estimate]) -> str:
-    """What filled and open markers mean, for a legend or a line below."""
+    """Explain filled and open markers, for a legend or a line below."""
     corrected = " after Holm's correction" if any(e.adjusted is not None for e in estimates) else ""
     return f"filled: clear of zero{corrected}; open: not"

@@ -1,4 +1,4 @@
-"""Every arm's contrast with the baseline, and the contrasts of interest, with their intervals."""
+"""Forest plot of each arm minus the baseline and of the contrasts of interest, with intervals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def contrasts(report: Report) -> Figure:
-    """A forest plot. Filled: an interval over seeds and images that excludes zero; open: within noise or undecided."""
+    """Draw a forest plot. Filled: the interval covers seeds and images and excludes zero; open: otherwise."""
     arms = [(row.arm, row.contrast, f"{row.top1:.1f} %") for row in report.rows if row.contrast is not None]
     asked = [(name, estimate, "") for name, estimate in report.contrasts.items()]
     lines: list[tuple[str, Estimate, str]] = [*arms, *asked]
@@ -48,6 +48,6 @@ def contrasts(report: Report) -> Figure:
 
 
 def _wrapped(name: str) -> str:
-    """A name in lines of at most 33 characters, broken between parentheses rather than in them."""
+    """Wrap a name into lines of at most 33 characters, preferably between parentheses."""
     whole = re.sub(r"\([^()]{,30}\)", lambda match: match[0].replace(" ", "\u00a0"), name)
     return textwrap.fill(whole, 33)

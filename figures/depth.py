@@ -1,4 +1,4 @@
-"""What each layer knows: accuracy of the probes over depth, all subjects in one plot."""
+"""Accuracy of probes over depth, all subjects in one plot."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _TOKENS = {"class": "class token", "patch": "mean patch", "both": "class token a
 
 
 def depth(frame: pd.DataFrame) -> Figure:
-    """The linear probe on all that there is (class token and mean patch) above, the early exit below.
+    """Draw the linear probe on all features (class token and mean patch) above, the early exit below.
 
-    frame: as of ``atdiag.study.depth.frame``. Bands are the intervals; a bar at the right end: the network itself.
+    frame: from ``atdiag.study.depth.frame``. Bands are intervals; a bar at the right edge is the network itself.
     """
     exits = frame[frame.probe == "head"]
     rows = 2 if len(exits) else 1
@@ -50,7 +50,7 @@ def depth(frame: pd.DataFrame) -> Figure:
 
 
 def grid(frame: pd.DataFrame) -> Figure:
-    """Every probe (down) on every kind of features (across)."""
+    """Draw every probe (rows) on every kind of features (columns)."""
     kinds = [tokens for tokens in _TOKENS if (frame.tokens == tokens).any()]
     subjects = list(frame.subject.unique())
     width = style.COLUMN if len(kinds) == 1 else style.PAGE
@@ -85,14 +85,14 @@ def _lines(axes: Axes, frame: pd.DataFrame, subjects: list[str]) -> None:
 
 
 def _ends(axes: Axes, frame: pd.DataFrame, subjects: list[str]) -> None:
-    """Short bars at the right: what each network itself says, beside the axes so that they hide no line."""
+    """Draw short bars for each network's own accuracy, right of the axes so that they hide no line."""
     for name, colour in zip(subjects, style.colours(len(subjects)), strict=True):
         for level in frame[frame.subject == name].top1:
             axes.plot([1.005, 1.035], [level, level], transform=axes.get_yaxis_transform(), color=colour, clip_on=False)
 
 
 def _finish(figure: Figure, axes: Axes, frame: pd.DataFrame, note: str, columns: int) -> None:
-    """Ticks, the legend of the lines in some axes, and a title that says what was measured, with a note below it."""
+    """Add ticks, the legend of the lines in some axes, a title that says what was measured, and a note below."""
     layers = sorted(layer for layer in frame.layer.unique() if layer >= 0)
     axes.set_xticks(layers[:: -(-len(layers) // 14)])
     handles, labels = axes.get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""Accuracy over the length of training: each length is a training of its own, with its own baseline."""
+"""Accuracy over the length of training: each length is a separate training with its own baseline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def epochs(reading: Reading) -> Figure:
-    """A panel for each teacher, a line for each arm; bars: the interval of arm minus baseline, laid around the line."""
+    """Draw a panel for each teacher, a line for each arm; bars: intervals of arm minus baseline, around the line."""
     groups = grids.by_teacher(reading)
     looks = marks.arms(reading.reports)
     figure, panels, width = grids.panels(list(groups))

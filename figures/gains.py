@@ -1,4 +1,4 @@
-"""What each teacher gives a student, beside no teacher: the arms of many studies on one axis."""
+"""Gain of a student from each teacher over the baseline: the arms of many studies on one axis."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def gains(reading: Reading) -> Figure:
-    """Points above the baseline, a row for each study, grouped by family; a colour and a marker for each arm.
+    """Draw points above the baseline, a row for each study, grouped by family; a colour and a marker for each arm.
 
-    Filled: clear of zero; open: not. Right: the accuracy of the baseline, and of the teacher if its head is for it.
+    Filled: clear of zero; open: not. Right: accuracy of the baseline, and of the teacher if its head fits the task.
     """
     reports = reading.reports
     looks = marks.arms(reports)

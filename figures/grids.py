@@ -1,4 +1,4 @@
-"""A panel for each teacher, all on the same vertical axis."""
+"""Layout with a panel for each teacher, all with the same vertical axis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def by_teacher(reading: Reading) -> dict[str, list[Report]]:
-    """The reports of each teacher, by its name as a panel's title says it."""
+    """Return the reports of each teacher, by its name in the panel's title."""
     out: dict[str, list[Report]] = {}
     for name, report in zip(captions.teachers(reading.reports), reading.reports, strict=True):
         out.setdefault(name, []).append(report)
@@ -25,9 +25,9 @@ def by_teacher(reading: Reading) -> dict[str, list[Report]]:
 
 
 def panels(names: Sequence[str], height: float = 1.55) -> tuple[Figure, list[Axes], float]:
-    """The figure, its axes, and its width: a column for one panel, the page for several.
+    """Create a figure, and return it with its axes and width: a column for one panel, the page for several.
 
-    A panel is titled where there are several: else the caption says whose it is. height: of a panel, in inches.
+    Panels have titles if there are several; otherwise the caption names the teacher. height: of a panel, in inches.
     """
     count = len(names)
     columns = count if count <= 4 else 3 if count <= 6 else 4
@@ -47,14 +47,14 @@ def panels(names: Sequence[str], height: float = 1.55) -> tuple[Figure, list[Axe
 
 
 def ylabel(panels: Sequence[Axes], text: str) -> None:
-    """The label of the vertical axis, once for each row."""
+    """Label the vertical axis once for each row."""
     for axes in panels:
         if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
             axes.set_ylabel(text)
 
 
 def ticks(axes: Axes, places: Sequence[float], log: bool) -> None:
-    """Ticks at measured places, as many of them as their labels have room; on a logarithmic axis if asked."""
+    """Set ticks at measured positions, as many as their labels have room for; optionally on a logarithmic axis."""
     from math import log10
 
     if log:
@@ -67,7 +67,7 @@ def ticks(axes: Axes, places: Sequence[float], log: bool) -> None:
     for place in others:
         room = least * max(1.0, len(f"{place:g}") / 2.5)
         while place == others[-1] and len(kept) > 1 and along[place] - along[kept[-1]] < room:
-            kept.pop()  # the last place is named rather than one just before it
+            kept.pop()  # prefer a label at the last position to one just before it
         if along[place] - along[kept[-1]] >= room:
             kept.append(place)
     axes.set_xticks(kept, [f"{place:g}" for place in kept])

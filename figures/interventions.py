@@ -1,4 +1,4 @@
-"""What a network still knows with some of its attention replaced."""
+"""Effect of replacing parts of a network's attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def residual(found: Sequence[Outcome]) -> Figure:
-    """How far the residual stream moves: block by block; at the last one, where one layer at a time was replaced."""
+    """Draw the change of the residual stream by block; at the last block if layers were replaced singly."""
     groups = _by_name(found)
     figure, axes = style.canvas(height=2.0 + 0.13 * len(groups))
     for (name, outcomes), colour, marker in _lines(groups):
@@ -36,7 +36,7 @@ def residual(found: Sequence[Outcome]) -> Figure:
 
 
 def accuracy(found: Sequence[Outcome]) -> Figure:
-    """Change of accuracy with its interval: by replacement, or by layer where one layer at a time was replaced."""
+    """Draw the change of accuracy with its interval, by replacement, or by layer if layers were replaced singly."""
     groups = _by_name(found)
     if _one_at_a_time(found):
         return _by_layer(found, groups)
@@ -79,7 +79,7 @@ def _by_layer(found: Sequence[Outcome], groups: dict[str, list[Outcome]]) -> Fig
 
 
 def _at_least(limits: tuple[float, float]) -> tuple[float, float]:
-    """Limits of an axis of points, widened to 10: no change, or next to none, is not to fill the figure."""
+    """Widen the limits of an axis in points to 10, so that a tiny change does not fill the figure."""
     low, high = limits
     middle, half = (low + high) / 2, max((high - low) / 2, 5.0)
     return middle - half, middle + half
@@ -97,7 +97,7 @@ def _by_name(found: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def _lines(groups: dict[str, list[Outcome]]) -> list[tuple[tuple[str, list[Outcome]], str, str]]:
-    """Each replacement with its colour and marker."""
+    """Return each replacement with its colour and marker."""
     return list(zip(groups.items(), style.colours(len(groups)), style.markers(len(groups)), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Accuracy against the number of blocks whose attention is transferred, counted from the top, the bottom or both."""
+"""Accuracy over the number of blocks whose attention is transferred, counted from the top, the bottom or both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ENDS = {"bottom": (style.BLUE, "o"), "top": (style.VERMILLION, "s")}
 
 
 def layer_curve(report: Report) -> Figure:
-    """Top-1 over k, a line for each end; bands: the interval of the contrast with the baseline (k = 0) around it."""
+    """Draw top-1 over k, a line for each end; bands are intervals of the contrast with the baseline (k = 0)."""
     figure, axes = style.canvas(height=1.6)
     axes.grid(visible=False, axis="x")
     _draw(axes, report)
@@ -28,7 +28,7 @@ def layer_curve(report: Report) -> Figure:
 
 
 def layer_curves(reading: Reading) -> Figure:
-    """The same of several teachers, a panel for each."""
+    """Draw the same for several teachers, a panel for each."""
     groups = grids.by_teacher(reading)
     figure, panels, width = grids.panels(list(groups))
     for axes, reports in zip(panels, groups.values(), strict=True):
@@ -61,9 +61,9 @@ def _draw(axes: Axes, report: Report) -> None:
 
 
 def _curves(report: Report) -> dict[str, list[tuple[int, ArmResult]]]:
-    """Of each end that blocks are counted from, its arms by k; none and all blocks belong to both.
+    """Return the arms by k for each end from which blocks are counted; none and all blocks belong to both ends.
 
-    Raises ValueError for arms without a place on the axis.
+    Raises ValueError for arms without a position on the axis.
     """
     places = report.study.curve
     if missing := [row.arm for row in report.rows if row.arm not in places]:

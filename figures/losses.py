@@ -1,4 +1,4 @@
-"""What other losses between the maps give, over the weight of the loss."""
+"""Gain from different losses between the maps, over the weight of the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def losses(reading: Reading) -> Figure:
-    """Points above the baseline over the weight, a line for each loss with its intervals, a panel for each teacher."""
+    """Draw points above the baseline over the weight: a line with intervals for each loss, a panel for each teacher."""
     groups = grids.by_teacher(reading)
     looks = marks.looks(list(dict.fromkeys(_loss(row) for r in reading.reports for row in marks.contrasted(r))))
     figure, panels, width = grids.panels(list(groups))
@@ -35,7 +35,7 @@ def losses(reading: Reading) -> Figure:
 def _draw(axes: Axes, report: Report, looks: dict[str, marks.Look]) -> None:
     rows = marks.contrasted(report)
     weights = sorted({_weight(row) for row in rows})
-    # Bars of equal weight lie side by side, a little apart.
+    # Offset the bars of equal weight a little.
     apart = (weights[-1] / weights[0]) ** 0.015 if len(weights) > 1 else 1.01
     for i, (loss, look) in enumerate(looks.items()):
         mine = sorted((row for row in rows if _loss(row) == loss), key=_weight)

@@ -1,4 +1,4 @@
-"""Points with their intervals, as every figure of contrasts draws them: filled where the sign is settled, else open."""
+"""Points with intervals, as in every figure of contrasts: filled if the sign is settled, else open."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Look = tuple[str, str]
 """Colour and marker."""
 
 _FIXED = ("copy", "distill", "finetune", "logits", "features")
-"""Arms that look the same in all figures, whichever others a study has."""
+"""Arms with the same look in all figures, whatever the other arms of a study."""
 
 
 def arms(reports: Iterable[Report]) -> dict[str, Look]:
-    """The look of every arm that is contrasted with a baseline, in the order in which studies name them."""
+    """Return the look of every arm that is contrasted with a baseline, in the order in which studies name them."""
     names = list(dict.fromkeys(row.arm for report in reports for row in contrasted(report)))
     fixed = {name: i for i, name in enumerate(_FIXED) if name in names}
     free = [i for i in range(len(names) + len(_FIXED)) if i not in fixed.values()]
@@ -31,7 +31,7 @@ def arms(reports: Iterable[Report]) -> dict[str, Look]:
 
 
 def looks(places: Mapping[str, int] | Sequence[str], count: int | None = None) -> dict[str, Look]:
-    """A colour and a marker for each name."""
+    """Return a colour and a marker for each name."""
     placed = places if isinstance(places, Mapping) else {name: i for i, name in enumerate(places)}
     most = len(placed) if count is None else count
     hues, shapes = style.colours(most), style.markers(most)
@@ -39,29 +39,29 @@ def looks(places: Mapping[str, int] | Sequence[str], count: int | None = None) -
 
 
 def contrasted(report: Report) -> list[ArmResult]:
-    """The arms that have a contrast with the baseline."""
+    """Return the arms that have a contrast with the baseline."""
     return [row for row in report.rows if row.contrast is not None]
 
 
 def point(axes: Axes, x: float, y: float, colour: str, marker: str, clear: bool, size: float = 4.0) -> None:
-    """A marker, filled if its contrast is clear of zero."""
+    """Draw a marker, filled if its contrast is clear of zero."""
     axes.plot(x, y, marker, ms=size, mfc=colour if clear else "white", mec=colour, mew=1.0, zorder=4)
 
 
 def across(axes: Axes, estimate: Estimate, y: float, look: Look, size: float = 4.0) -> None:
-    """A contrast along the horizontal axis."""
+    """Draw a contrast along the horizontal axis."""
     axes.plot([estimate.low, estimate.high], [y, y], color=look[0], solid_capstyle="butt", zorder=3)
     point(axes, estimate.value, y, *look, clear=estimate.clear, size=size)
 
 
 def upright(axes: Axes, x: float, estimate: Estimate, look: Look, base: float = 0.0) -> None:
-    """A contrast along the vertical axis, laid around ``base`` plus itself."""
+    """Draw a contrast along the vertical axis, at ``base`` plus its value."""
     axes.plot([x, x], [base + estimate.low, base + estimate.high], color=look[0], lw=0.9, solid_capstyle="butt")
     point(axes, x, base + estimate.value, *look, clear=estimate.clear, size=3.5)
 
 
 def key(look: Look, label: str, **options: Any) -> Line2D:
-    """An entry of a legend."""
+    """Return a legend entry."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], **{"color": look[0], "marker": look[1], "ms": 4.0, "lw": 1.2, "label": label, **options})

@@ -1,4 +1,4 @@
-"""How well students match their teacher's attention, and what they gain: is it matching that fails, or use?"""
+"""Divergence of students' maps from their teacher's, and gain: does the matching fail, or the use of the maps?"""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from atdiag.study.protocol import ArmResult, Reading, Report
 
 _MEAN, _BLOCK, _MATCHED = "JSD", re.compile(r"JSD block (\d+)"), "JSD heads matched"
-"""As ``ablations/match.py`` names what it measures, in bits."""
+"""Names of the measurements (in bits) in ``ablations/match.py``."""
 
 
 def match(reading: Reading) -> Figure:
-    """Left: divergence from the teacher's maps by block. Right: gain over the baseline against its mean over layers.
+    """Draw the divergence from the teacher's maps by block (left), and gain over mean divergence (right).
 
     A colour for each study, a marker for each arm; a stroke at zero is the baseline's divergence with heads matched one
-    to one, since the heads of a student that never saw the teacher have no order. The left panel is drawn where
-    divergence was measured by block. Raises ValueError where no arm's divergence was measured.
+    to one, since the heads of a student that never saw the teacher have no order. The left panel is drawn only if
+    divergence was measured by block. Raises ValueError if no arm's divergence was measured.
     """
     reports = reading.reports
     if not any(_MEAN in row.numbers for report in reports for row in marks.contrasted(report)):
@@ -37,7 +37,7 @@ def match(reading: Reading) -> Figure:
     if by_block:
         _left(panels[0], reports, list(hues.values()), arms)
     _right(panels[-1], reports, list(hues.values()), arms)
-    # A study is told by its colour alone, an arm by its marker alone: the legend names them apart.
+    # Colour identifies the study and marker the arm, so the legend lists them separately.
     keys = [marks.key((hue, "s"), name, ls="", ms=5) for name, hue in hues.items()]
     keys += [marks.key((style.INK, marker), name, ls=_form(name, arms)) for name, (_, marker) in arms.items()]
     if any(_MATCHED in report.rows[0].numbers for report in reports):
@@ -82,7 +82,7 @@ def _right(axes: Axes, reports: Sequence[Report], hues: list[str], arms: dict[st
 
 
 def _form(arm: str, arms: dict[str, marks.Look]) -> str:
-    """The line of an arm: the first's is solid."""
+    """Return the line style of an arm; the first arm's is solid."""
     return ("-", "--", ":", "-.")[list(arms).index(arm) % 4]
 
 

@@ -1,4 +1,4 @@
-"""The facts of each teacher's pre-training and architecture beside what its attention gives a student."""
+"""Facts about each teacher's pre-training and architecture, next to a student's gain from its attention."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 _FACTS = ("labels", "text", "momentum", "masking", "target")
 _WORDS = {"target": "other target"}
 _OBJECTIVE, _DATA, _MARK = 1.45, 0.75, 0.17
-"""Widths of the columns, relative to one another: in inches where there are many."""
+"""Relative widths of the columns: in inches if there are many."""
 
 _LINE = 0.105
 """Height of a line of text, in inches."""
 
 
 def recipes(reading: Reading) -> Figure:
-    """A row for each teacher, the highest gain first; filled: has it, empty: has not, no mark: not known.
+    """Draw a row for each teacher, by decreasing gain; filled: has it, empty: lacks it, no mark: unknown.
 
-    The gain is that of the first arm beside the baseline. Blue: clear above, red: clear below, grey: undecided.
+    The gain is that of the first arm after the baseline. Blue: clearly above, red: clearly below, grey: undecided.
     """
     reports = sorted(reading.reports, key=lambda report: -_outcome(report).contrast_or_raise().value)
     names = [textwrap.fill(name, 24) for name in captions.teachers(reports)]
@@ -71,7 +71,7 @@ def recipes(reading: Reading) -> Figure:
 
 
 def _parts(report: Report) -> tuple[str, ...]:
-    """What a teacher's network has beside the plain ViT."""
+    """Return the parts of a teacher's network that the plain ViT lacks."""
     network = report.study.teacher.network
     return (*network.components, *network.differences, *(() if network.class_token else ("no_class_token",)))
 
@@ -105,9 +105,9 @@ def _table(
     parts: Sequence[str],
     borrowed: Sequence[bool],
 ) -> None:
-    """Words of objective and data, then a mark for each fact of pre-training and each native component.
+    """Draw the objective and data in words, then a mark for each fact of pre-training and each native component.
 
-    borrowed: whether the facts of pre-training are those of another network, the one that a miniature stands for.
+    borrowed: whether the pre-training facts belong to the published network that a miniature represents.
     """
     start = _OBJECTIVE + _DATA + _MARK
     places = [start + _MARK * (i + (i >= len(_FACTS))) for i in range(len(_FACTS) + len(parts))]

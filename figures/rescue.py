@@ -1,4 +1,4 @@
-"""Before and after: what transfer gives the standard student, and what it gives one with the native components."""
+"""Before and after: gain from transfer in the standard student, and in one with the native components."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from atdiag.stats.contrasts import Estimate
     from atdiag.study.protocol import Reading, Report
 
-# As ``ablations/rescue.py`` names its arms and contrasts; the contrast of interest is the first.
+# Names of arms and contrasts in ``ablations/rescue.py``; the contrast of interest is the first.
 _PLAIN, _CONTROL, _PASSED = "standard + ", "native, scratch", "transfer in the native student"
 
 _LOOKS = {
@@ -23,8 +23,11 @@ _LOOKS = {
 
 
 def rescue(reading: Reading) -> Figure:
-    """A row for each teacher: the gain of transfer in the standard student, joined to that in the native one; below,
-    what the native components do without transfer. Right: the difference of the two gains, bold if clear of zero."""
+    """Draw a row for each teacher: the gain of transfer in the standard student, joined to that in the native one.
+
+    Below: the effect of the native components without transfer. Right: the difference of the two gains, bold if clear
+    of zero.
+    """
     figure, axes, places = rows.canvas(reading.reports, lambda report: 3)
     for place in places:
         estimates = _three(place.report)

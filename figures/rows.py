@@ -1,4 +1,4 @@
-"""A row for each study, grouped by its teacher's family: the layout of figures that compare many of them."""
+"""Layout with a row for each study, grouped by its teacher's family, for figures that compare many studies."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from atdiag.study.protocol import Report
 
 _LINE, _MARK, _GAP = 0.105, 0.08, 0.09
-"""Heights of a line of a label, of a mark, and of what is between rows, in inches."""
+"""Heights of a line of a label, of a mark, and of the gap between rows, in inches."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study is drawn: the middle of its row, and how high the row is, in inches from the top."""
+    """A study's position: the middle and the height of its row, in inches from the top."""
 
     report: Report
     middle: float
@@ -30,7 +30,7 @@ class Place:
 
 
 def families(reports: Sequence[Report]) -> dict[str, list[Report]]:
-    """The studies of each family of teachers, in the order of their first; one of timm's without a row is of "timm"."""
+    """Return the studies of each family, in order of first occurrence; unregistered models form the family "timm"."""
     registry = teachers.registry()
     out: dict[str, list[Report]] = {}
     for report in reports:
@@ -42,16 +42,16 @@ def families(reports: Sequence[Report]) -> dict[str, list[Report]]:
 def canvas(
     reports: Sequence[Report], marks: Callable[[Report], int], most: int = 24
 ) -> tuple[Figure, Axes, list[Place]]:
-    """A figure with a row for each study, and a horizontal axis that is still free.
+    """Create a figure with a row for each study and an unused horizontal axis.
 
-    marks: how many are drawn in a study's row, one below the other. Families have a title each and a thin line between
-    them, where there are several. most: characters of a line of a label.
+    marks: number of marks in a study's row, one below the other. Several families are separated by a title and a thin
+    line each. most: maximum characters per line of a label.
     """
     groups = families(reports)
     names = {
         id(report): textwrap.fill(name, most) for report, name in zip(reports, captions.studies(reports), strict=True)
     }
-    # A title is not to take more room than the labels below it do.
+    # A title should not be wider than the labels below it.
     widest = max(12, *(len(line) for name in names.values() for line in name.splitlines()))
     places: list[Place] = []
     heads, lines, labels = [], [], []
@@ -88,7 +88,7 @@ def canvas(
 
 
 def spread(place: Place, count: int) -> list[float]:
-    """Where so many marks lie in a row, from the top."""
+    """Return the positions of this many marks in a row, from the top."""
     step = (place.height - _GAP) / count
     return [place.middle + step * (i - (count - 1) / 2) for i in range(count)]
 
@@ -101,9 +101,9 @@ def column(
     before: float = 0.0,
     bold: Sequence[bool] = (),
 ) -> float:
-    """Small numbers right of the axes, below a head. ``before``: points that other columns take.
+    """Write small numbers right of the axes, below a heading; return the width used so far, in points.
 
-    Returns what is taken with this one.
+    before: width used by earlier columns, in points.
     """
     right = before + 6 + 3.5 * max(map(len, [head, *texts]))
     options: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": 6}

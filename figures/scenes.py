@@ -1,4 +1,4 @@
-"""The embedded data as a picture: 25 scenes of a task with their labels.
+"""Picture of the embedded data: 25 scenes of a task with their labels.
 
 python -m figures.scenes FILE.png [digits|larger]
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def scenes(task: str = "digits", clutter: int = 6) -> Figure:
-    """25 training scenes of a task, each under its label."""
+    """Draw 25 training scenes of a task, each under its label."""
     from atdiag.data import scenes
 
     made = scenes.train_scenes(task, 25, 0, clutter)

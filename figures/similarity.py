@@ -1,4 +1,4 @@
-"""How alike two networks' attention is: divergence and CKA by layer, and head by head."""
+"""Similarity of two networks' attention: divergence and CKA by layer, and divergence head by head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def by_layer(found: Sequence[Similarity]) -> Figure:
-    """Divergence by layer above, CKA below. Of one comparison every matching; of several the optimal one of each."""
+    """Draw divergence by layer above, CKA below: every matching for one comparison, the optimal one for several."""
     lines = 2 if len(found) == 1 else len(found)
     figure, (above, below) = style.panels(2, 1, height=2.7 + 0.13 * lines, sharex=True)
     if len(found) == 1:
@@ -52,7 +52,7 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
 
 
 def _pair(one: Similarity) -> str:
-    """The names of both, in two lines where one is too short for them."""
+    """Return the names of both networks, on two lines if too long for one."""
     a, b = style.short(one.a), style.short(one.b)
     return f"{a}{' ' if len(a) + len(b) < 42 else chr(10)}and {b}"
 
@@ -62,17 +62,17 @@ def _line(axes: Axes, one: Similarity, values: NDArray[np.float64], label: str, 
 
 
 _CELL = 0.3
-"""The most that a head's row is high, in inches."""
+"""Maximum height of a head's row, in inches."""
 
 
 def heads(one: Similarity, rows: Rows = "all") -> Figure:
-    """Every head of A (down) with every head of B (across), a panel for each layer; dots: matched one to one."""
+    """Draw every head of A (rows) against each of B (columns), a panel for each layer; dots: optimal matching."""
     matrices = one.heads[rows]
     count, down, across = matrices.shape
     columns = min(4, count)
     lines = -(-count // columns)
     panel = (style.COLUMN - 0.75) / columns
-    tall = max(min(panel * down / across, _CELL * down), 0.4)  # few heads in few layers are not blown up
+    tall = max(min(panel * down / across, _CELL * down), 0.4)  # don't enlarge a few heads in a few layers
     figure, panels = style.panels(lines, columns, height=max(lines * (tall + 0.2), 1.3) + 0.6)
     top = max(float(matrices.max()), 1e-6)
     image = None

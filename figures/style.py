@@ -1,4 +1,4 @@
-"""One style for all figures: two-column paper widths, colour-blind safe, legible in print."""
+"""Shared style of all figures: two-column paper widths, colour-blind safe, legible in print."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMN = 3.35
 """Width of one column of a two-column paper, in inches. A figure is saved at exactly its size."""
 
 PAGE = 2 * COLUMN + 0.25
-"""Of both columns and what is between them."""
+"""Width of both columns and the gap between them, in inches."""
 
 # Okabe and Ito's palette, safe for the common forms of colour blindness.
 INK, GREY = "#222222", "#6E6E6E"
@@ -46,7 +46,7 @@ _SETTINGS = {
 
 
 def colours(count: int) -> list[str]:
-    """So many colours for lines; more than the palette has are shades of one, in order."""
+    """Return this many line colours; beyond the palette, shades of one colour, in order."""
     if count <= len(CYCLE):
         return list(CYCLE[:count])
     import seaborn as sns
@@ -55,12 +55,12 @@ def colours(count: int) -> list[str]:
 
 
 def markers(count: int) -> list[str]:
-    """So many markers, so that lines can be told apart without colours."""
+    """Return this many markers, so that lines can be told apart without colour."""
     return ["os^vDPXd*h"[i % 10] for i in range(count)]
 
 
 def canvas(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
-    """An empty figure in the house style, drawn without a display."""
+    """Create an empty figure in the shared style, drawn without a display."""
     import seaborn as sns
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,7 +74,7 @@ def canvas(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
 
 
 def panels(rows: int, columns: int, height: float, width: float = COLUMN, **options: Any) -> tuple[Figure, list[Axes]]:
-    """As :func:`canvas`, with several axes, row by row. options: as of matplotlib's ``subplots``."""
+    """Create a figure with several axes, row by row. options: for matplotlib's ``subplots``."""
     import seaborn as sns
 
     figure, first = canvas(height, width)
@@ -87,14 +87,14 @@ def panels(rows: int, columns: int, height: float, width: float = COLUMN, **opti
 
 
 def describe(figure: Figure, title: str, below: str = "") -> None:
-    """A title, and a line below, over the whole width: beside wide labels the axes are too narrow for them."""
+    """Add a title, and a line below, over the figure's full width, since wide labels make the axes narrow."""
     figure.suptitle(title, x=0.01, ha="left")
     if below:
         figure.supxlabel(below, x=0.99, ha="right")
 
 
 def finish(figure: Figure, title: str, keys: Sequence[Line2D], note: str = "") -> None:
-    """A title above, a legend with a note below; the figure grows by what they take, so its axes keep their size."""
+    """Add a title, and a legend with a note below; the figure grows to fit them, so that the axes keep their size."""
     width, height = figure.get_size_inches()
     note = "\n".join(textwrap.fill(line, int(17 * width)) for line in note.splitlines())
     longest = max((len(str(key.get_label())) for key in keys), default=0)
@@ -118,7 +118,7 @@ def finish(figure: Figure, title: str, keys: Sequence[Line2D], note: str = "") -
 
 
 def short(name: str, most: int = 26) -> str:
-    """A name with its middle left out, where it is longer than there is room for.
+    """Shorten a name that is too long by leaving out its middle.
 
     >>> short("clip_b (mini)"), short("vit_so400m_patch14_reg4_siglip_gap_896", 20)
     ('clip_b (mini)', 'vit_so400m...gap_896')

@@ -1,8 +1,8 @@
-"""Three classifiers on fixed features: a linear one, the nearest neighbours, the nearest class mean.
+"""Three classifiers on fixed features: linear, nearest neighbours, nearest class mean.
 
-Each is scikit-learn's of the same name on the same features (``LogisticRegression``, ``KNeighborsClassifier``,
-``NearestCentroid``), written in torch so that it runs where the features are and fits a path of penalties from one
-another. Shapes: n training images, m test images, D features, K classes.
+Each agrees with its scikit-learn counterpart on the same features (``LogisticRegression``, ``KNeighborsClassifier``,
+``NearestCentroid``). They are written in torch to run on the features' device and to warm-start a path of penalties.
+Shapes: n training images, m test images, D features, K classes.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from atdiag.core import randomness
 from atdiag.core.errors import UserError
 
 PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
-"""The linear probe's choices of regularisation, strong to weak: see :func:`fit_linear`."""
+"""Penalties that the linear probe chooses from, strong to weak: see :func:`fit_linear`."""
 
 HELD_OUT = 0.2
-"""The share of the training images on which the regularisation is chosen."""
+"""Share of the training images held out to choose the penalty."""
 
 NEIGHBOURS = 20
-"""As in DINO's evaluation (Caron et al. 2021), there with weighted votes."""
+"""Number of neighbours, as in DINO's evaluation (Caron et al. 2021; votes are weighted there)."""
 
 _SMALL = 2**20
-"""Numbers in the features of a problem that one thread solves faster than several."""
+"""Number of feature values up to which one thread is faster than several."""
 
 _PATH_TOLERANCE = 1e-3
-"""On the path of penalties: nearer to the minimum takes twice as long and chooses the same, within the noise."""
+"""Tolerance on the path of penalties: a tighter one takes twice as long and chooses the same penalty, up to noise."""
 
 _PATIENCE = 2
-"""The path of penalties ends after so many that are no better than the best."""
+"""Stop the path after this many penalties in a row that do not improve on the best."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Linear:
     penalty: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Features [m, D] -> classes [m]."""
+        """Map features [m, D] to classes [m]."""
         return (x.to(self.weight) @ self.weight.T + self.bias).argmax(-1)
 
 
 def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """Less the mean and by the standard deviation of the training images, feature by feature, all of the tensors.
+    """Standardise all tensors, feature by feature, by the mean and standard deviation over the training images.
 
-    A feature that is constant there is only centred (as scikit-learn's ``StandardScaler`` does).
+    A feature that is constant over them is only centred (as in scikit-learn's ``StandardScaler``).
     """
     wide = train.to(_wide(train))
     mean, std = wide.mean(0), wide.std(0, correction=0)
@@ -65,11 +65,11 @@ def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
 def fit_linear(
     x: Tensor, y: Tensor, classes: int, penalty: float, start: Linear | None = None, tolerance: float = 1e-6
 ) -> Linear:
-    """Multinomial logistic regression: least ``mean cross-entropy + penalty / 2 * |weight|^2`` (Frobenius).
+    """Fit multinomial logistic regression: minimise ``mean cross-entropy + penalty / 2 * |weight|^2`` (Frobenius norm).
 
-    scikit-learn's ``LogisticRegression(C=1 / (penalty * n))`` has the same minimum. By L-BFGS with a strong Wolfe
-    search, until no component of the gradient is above ``tolerance``. x: [n, D] in float64 (float32 on MPS); y: int64
-    [n]. Raises RuntimeError where that is not reached.
+    scikit-learn's ``LogisticRegression(C=1 / (penalty * n))`` has the same minimum. Uses L-BFGS with a strong Wolfe
+    line search until no component of the gradient exceeds ``tolerance``. x: [n, D] in float64 (float32 on MPS); y:
+    int64 [n]. Raises RuntimeError if that fails to converge.
     """
     rows, width = x.shape
     target = torch.zeros(rows, classes, dtype=x.dtype, device=x.device)
@@ -101,7 +101,7 @@ def fit_linear(
         search.step(closure)  # type: ignore[no-untyped-call]
         closure()
     assert parameter.grad is not None
-    if not (left := float(parameter.grad.abs().max())) <= 100 * tolerance:  # a NaN is no success
+    if not (left := float(parameter.grad.abs().max())) <= 100 * tolerance:  # a NaN must fail, too
         raise RuntimeError(f"the linear probe with penalty {penalty:g} did not come to its minimum (gradient {left:g})")
     fitted = parameter.detach()
     return Linear(fitted[:, :width].clone(), fitted[:, width].clone(), penalty)
@@ -110,10 +110,10 @@ def fit_linear(
 def choose_linear(
     x: Tensor, y: Tensor, classes: int, held_out: Tensor, penalties: Sequence[float] = PENALTIES
 ) -> Linear:
-    """The linear probe with the penalty that is best on the held-out training images, fitted again on all of them.
+    """Return the linear probe with the best penalty on the held-out training images, refitted on all of them.
 
-    held_out: bool [n]. Penalties are tried from strong to weak, each from the last one's solution, until two in a row
-    are no better than the best so far; of equal ones the stronger is taken. Nothing of a test set is seen.
+    held_out: bool [n]. Penalties are tried from strong to weak, each warm-started from the last, until two in a row do
+    not improve on the best; ties go to the stronger. No test image is used.
     """
     best, found, since = -1.0, penalties[0], 0
     fitted: Linear | None = None
@@ -131,16 +131,16 @@ def choose_linear(
 
 
 def hold_out(clusters: NDArray[np.int64], share: float = HELD_OUT) -> NDArray[np.bool_]:
-    """Which training images are held out: bool [n], about a share of them, whole clusters, the same ones every time.
+    """Return which training images are held out: bool [n], about a share of them, whole clusters, always the same ones.
 
-    Raises UserError where there are too few.
+    Raises UserError if there are too few images.
     """
     _, index, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
     order = randomness.generator(0, "probe/held-out", len(sizes)).permutation(len(sizes))
     before = np.cumsum(sizes[order]) - sizes[order]
     chosen = np.zeros(len(sizes), np.bool_)
     chosen[order[before < share * len(clusters)]] = True
-    chosen[order[-1]] = False  # something is left to fit to, even where clusters are large
+    chosen[order[-1]] = False  # keep at least one cluster for fitting
     out: NDArray[np.bool_] = chosen[index]
     if not out.any():
         raise UserError(f"{len(clusters)} training images are too few to hold some of them out", "give more")
@@ -148,9 +148,9 @@ def hold_out(clusters: NDArray[np.int64], share: float = HELD_OUT) -> NDArray[np
 
 
 def neighbours(train: Tensor, y: Tensor, test: Tensor, classes: int, k: int = NEIGHBOURS) -> Tensor:
-    """The majority class among the k nearest training images by cosine similarity: [m, D] -> classes [m].
+    """Return the majority class among the k nearest training images by cosine similarity: [m, D] -> classes [m].
 
-    Of classes with equal votes the lowest number. Raises UserError for k out of range.
+    Ties go to the lowest class number. Raises UserError for k out of range.
     """
     if not 1 <= k <= len(train):
         raise UserError(f"{k} neighbours of {len(train)} training images", "give fewer neighbours or more images")
@@ -164,19 +164,19 @@ def neighbours(train: Tensor, y: Tensor, test: Tensor, classes: int, k: int = NE
 
 
 def centroids(train: Tensor, y: Tensor, test: Tensor, classes: int) -> Tensor:
-    """The class whose mean over the training images is nearest (Euclidean): [m, D] -> classes [m]."""
+    """Return the class with the nearest mean over its training images (Euclidean): [m, D] -> classes [m]."""
     here = torch.zeros(classes, len(train), dtype=train.dtype, device=train.device)
     here[y, torch.arange(len(y), device=y.device)] = 1
     count = here.sum(-1, keepdim=True)
     means = here @ train / count.clamp_min(1)
     distance = torch.cdist(test, means, compute_mode="donot_use_mm_for_euclid_dist")
-    distance[:, count[:, 0] == 0] = torch.inf  # a class without training images is never meant
+    distance[:, count[:, 0] == 0] = torch.inf  # never predict a class without training images
     return distance.argmin(-1)
 
 
 @contextlib.contextmanager
 def _threads(x: Tensor) -> Iterator[None]:
-    """One thread for a small problem on a CPU: several would wait for each other more than they compute."""
+    """Use one thread for a small problem on a CPU, where several would spend most of their time waiting."""
     before = torch.get_num_threads()
     if x.device.type == "cpu" and x.numel() < _SMALL:
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The images that a network is looked into with: some of a data set, files, or a folder."""
+"""Images for analysis: a selection of a data set's images, files, or a folder."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from atdiag.data.decoding import BrokenImageError, View, decode, to_array
 from atdiag.data.splits import Images, Split
 
 SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-"""Of files that are taken for images in a folder: a PDF, say, can be written as one, and not read."""
+"""Suffixes of the files taken as images in a folder: formats that Pillow can read (a PDF, for example, it only
+writes)."""
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Some images. pixels: [b, C, S, S] in [0, 1]; index: their places [b] among all; labels: [b], or None."""
+    """A batch of images. pixels: [b, C, S, S] in [0, 1]; index: positions [b] in the set; labels: [b], or None."""
 
     pixels: Tensor
     index: NDArray[np.int64]
@@ -35,9 +36,9 @@ class ImageBatch:
 
 @dataclass
 class ImageSet:
-    """Images in an order, read batch by batch. Those that can't be read are an error, or ``skipped`` with ``skip_bad``.
+    """An ordered set of images, read batch by batch; an unreadable image is an error, or ``skipped`` with ``skip_bad``.
 
-    names: what each is called (a path, or ``digits 17``); labels and clusters: int64 [n], or None where not known.
+    names: one for each image (a path, or ``digits 17``); labels and clusters: int64 [n], or None if unknown.
     """
 
     names: tuple[str, ...]
@@ -45,18 +46,18 @@ class ImageSet:
     labels: NDArray[np.int64] | None = None
     clusters: NDArray[np.int64] | None = None
     data: Data | None = None
-    """The data set that they are of."""
+    """The data set that the images belong to, if any."""
     skip_bad: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
-    """Name -> why it can't be read, of those met so far."""
+    """Name -> why the image can't be read, for those encountered so far."""
     on_progress: Callable[[int], None] | None = field(default=None, repr=False)
-    """Is told how many have been gone through, after each batch."""
+    """Callback (done), called after each batch with the number of images processed."""
 
     def head_rows(self, network: Network) -> NDArray[np.int64] | None:
-        """The rows of a network's head that are the data set's classes, in the order of its labels.
+        """Return the rows of a network's head that belong to the data set's classes, in the order of its labels.
 
-        A head of 1,000 classes is taken for ImageNet-1k's, of which the classes of some data sets are a part. None
-        where no labels are known, or where the head is for other classes.
+        A head of 1,000 classes is assumed to be ImageNet-1k's, of which some data sets use a subset of classes. None if
+        no labels are known or the head is for other classes.
         """
         if self.labels is None:
             return None
@@ -70,7 +71,7 @@ class ImageSet:
         return len(self.names)
 
     def reordered(self, order: NDArray[np.int64]) -> ImageSet:
-        """The same images in another order; those that are skipped are noted here too."""
+        """Return the same images in another order; skipped images are recorded in this set, too."""
         labels, clusters = (None if x is None else x[order] for x in (self.labels, self.clusters))
         called = tuple(self.names[i] for i in order)
         return ImageSet(
@@ -85,9 +86,9 @@ class ImageSet:
         )
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[ImageBatch]:
-        """The images in batches of at most ``size``.
+        """Yield the images in batches of at most ``size``.
 
-        Raises UserError that names an image which can't be read, unless ``skip_bad``; and where none can be.
+        Raises UserError naming an unreadable image, unless ``skip_bad``; also if no image is readable.
         """
         seen = 0
         for start in range(0, len(self), size):
@@ -115,44 +116,44 @@ class ImageSet:
 
 class _Source(Protocol):
     def read(self, index: int) -> NDArray[np.uint8]:
-        """An image, uint8 [C, S, S]. Raises BrokenImageError."""
+        """Read an image, uint8 [C, S, S]. Raises BrokenImageError."""
 
 
 @dataclass(frozen=True)
 class _Reordered:
-    """Another's images in another order."""
+    """The images of another source, reordered."""
 
     source: _Source
     order: NDArray[np.int64]
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """uint8 [C, S, S]."""
+        """Read an image, uint8 [C, S, S]."""
         return self.source.read(int(self.order[index]))
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some images of a split."""
+    """A subset of a split's images."""
 
     split: Split
     rows: NDArray[np.int64]
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """uint8 [C, S, S]."""
+        """Read an image, uint8 [C, S, S]."""
         pixels: NDArray[np.uint8] = self.split.take(self.rows[index : index + 1])[0]
         return pixels
 
 
 @dataclass(frozen=True)
 class _Files:
-    """Files: the shorter side resized to the network's image size (bicubic), the middle cut out."""
+    """Image files: the shorter side is resized to the network's image size (bicubic), then the centre is cropped."""
 
     paths: tuple[Path, ...]
     size: int
     channels: int
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """uint8 [C, S, S]. Raises BrokenImageError for a file that is no image."""
+        """Read an image, uint8 [C, S, S]. Raises BrokenImageError for a file that is not a readable image."""
         picture = decode(self.paths[index])
         return to_array(View(self.size, 1.0)(picture if self.channels == 3 else picture.convert("L")))
 
@@ -160,16 +161,16 @@ class _Files:
 def choose(
     wanted: int | str | Path | Sequence[str | Path], data: Data | None, network: Network, skip_bad: bool = False
 ) -> ImageSet:
-    """The images that are meant, for a network's channels and image size.
+    """Return the selected images, at a network's channels and image size.
 
     ====================  =============================================================================================
-    ``64``                so many test images of the data set, spread evenly over it (files of a set are often in the
-                          order of their classes); 0: all of them
-    ``3,17,40-43``        these test images, by their indices (a single one: ``17,``)
-    files, a folder       the files; the images in a folder and in its folders, by name. No labels are known of them
+    ``64``                this many test images of the data set, spread evenly over it (files are often sorted by
+                          class); 0: all of them
+    ``3,17,40-43``        the test images with these indices (a single one: ``17,``)
+    files, a folder       the files; all images in a folder and its subfolders, sorted by name. Without labels
     ====================  =============================================================================================
 
-    Raises UserError for what is none of these, or is not there.
+    Raises UserError for any other selection, and for images that do not exist.
     """
     meant = named(wanted)
     if isinstance(meant, int):
@@ -181,9 +182,9 @@ def choose(
 
 
 def named(wanted: int | str | Path | Sequence[str | Path]) -> int | list[int] | tuple[Path, ...]:
-    """What :func:`choose` is asked for, before any data set is looked at: a number, indices, or files.
+    """Parse a selection for :func:`choose` without opening any data set: a number, indices, or files.
 
-    Raises UserError for what is none of these, and for files that are not there.
+    Raises UserError for any other selection, and for files that do not exist.
     """
     parts = [wanted] if isinstance(wanted, int | str | Path) else list(wanted)
     if not parts:
@@ -206,9 +207,9 @@ _INDICES = re.compile(r"[\d\s,-]+")
 
 
 def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> ImageSet:
-    """Images uint8 [n, C, S, S] that are there already, as networks see them (not normalised), and their classes [n].
+    """Wrap arrays uint8 [n, C, S, S] of unnormalised images, and optionally their classes [n].
 
-    Raises UserError for arrays of another kind or shape.
+    Raises UserError for another dtype or shape.
     """
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or not len(pixels):

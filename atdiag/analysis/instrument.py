@@ -1,4 +1,4 @@
-"""nnsight as an instrument that leaves no trace: how it is loaded, what it plants, and its faults in our words."""
+"""Load nnsight without side effects on the process, and translate its errors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 PLANTED = ("forward", "__nnsight__")
-"""What nnsight leaves on a module whose source it has read."""
+"""Attributes that nnsight leaves on a module whose source it has read."""
 
 
 def nnsight() -> Any:
-    """The module nnsight, without the ``save`` that it hangs on every object of the process when it is imported."""
+    """Import nnsight, without the ``save`` method that its import adds to every Python object of the process."""
     fresh = "nnsight" not in sys.modules
     import nnsight
 
@@ -24,7 +24,7 @@ def nnsight() -> Any:
 
 
 def out_of_order() -> type[Exception]:
-    """What nnsight raises where a place is waited for that was passed, or is never reached."""
+    """Return the error that nnsight raises for a location that was already passed, or is never reached."""
     from nnsight.intervention.interleaver import OutOfOrderError
 
     kind: type[Exception] = OutOfOrderError
@@ -32,7 +32,7 @@ def out_of_order() -> type[Exception]:
 
 
 def translated(fault: Exception) -> str:
-    """What nnsight says of a place that was not reached when it was waited for, in our words."""
+    """Describe, in our words, nnsight's error for a location that was not reached."""
     found = re.search(r"blocks\.(\d+)\.?([\w.]*)", str(fault))
     if not found:
         return str(fault)

@@ -1,8 +1,8 @@
-"""Interventions: put other maps, queries, keys or values into a trained network, and see what it still knows.
+"""Interventions: replace maps, queries, keys or values in a trained network and measure the effect.
 
-A map that agrees with the teacher's need not be one that *this* network can use, and one that differs need not hurt it.
-Nothing is trained: the network runs as it is and again with some of its attention replaced, and what changes in its
-accuracy, and in its residual stream block by block, is what the replaced part was good for.
+A map that agrees with the teacher's may still be one that *this* network can't use, and a different one need not hurt.
+Nothing is trained: the network runs unchanged and with some of its attention replaced. The differences in accuracy, and
+in the residual stream after each block, measure what the replaced part contributes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A network with something replaced, beside the same network as it is. n images, L blocks."""
+    """The effect of one replacement, compared with the unchanged network. n images, L blocks."""
 
     subject: str
     replaced: str
@@ -40,19 +40,19 @@ class Outcome:
     heads: tuple[int, ...] | None
     images: int
     before: NDArray[np.int64]
-    """Predictions [n] as it is: among the data set's classes, as its labels count them, where those are known."""
+    """Predictions [n] of the unchanged network: as the data set's labels where its classes are known."""
     after: NDArray[np.int64]
     """Predictions [n] with the replacement."""
     labels: NDArray[np.int64] | None
     clusters: NDArray[np.int64] | None
-    """Images of one cluster are not independent."""
+    """Cluster of each image [n]: images in the same cluster are not independent."""
     residual: NDArray[np.float64]
-    """Change of the residual stream that leaves each block [L]: the norm of the difference over all tokens, relative to
-    the norm as it is; mean over images. 0: no change; about 1.4: nothing in common."""
+    """Relative change of the residual stream after each block [L]: norm of the difference over all tokens divided by
+    the norm of the unchanged stream; mean over images. 0: no change; about 1.4: uncorrelated."""
     residual_class: NDArray[np.float64] | None
-    """The same of the class token alone."""
+    """The same for the class token alone."""
     logits: float
-    """Largest change of any of the network's outputs."""
+    """Largest absolute change of any logit."""
 
     @property
     def top1(self) -> tuple[float, float] | None:
@@ -63,9 +63,9 @@ class Outcome:
 
     @property
     def change(self) -> tuple[float, float, float] | None:
-        """After minus before in points, with its 95 % interval over images (by cluster); None without labels.
+        """Change of top-1 in percentage points (after minus before) with its 95 % interval; None without labels.
 
-        Paired over images: sums by cluster, Student's t with one degree of freedom less than there are clusters.
+        Paired over images: sums by cluster, Student's t with one degree of freedom fewer than clusters.
         """
         if self.labels is None:
             return None
@@ -84,13 +84,16 @@ class Outcome:
 
     @property
     def flips(self) -> float:
-        """Predictions that changed, in per cent."""
+        """Share of predictions that changed, in per cent."""
         return float(100 * np.mean(self.before != self.after))
 
 
 def frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """A line for each outcome and block: what was replaced, top-1 in per cent before and after, the change in points
-    with its interval, flips in per cent, and the change of the residual stream that leaves the block."""
+    """Tabulate outcomes, one row for each outcome and block.
+
+    Columns: the replacement, top-1 in per cent before and after, the change in points with its interval, flips in per
+    cent, and the relative change of the residual stream after the block.
+    """
     import pandas as pd
 
     lines = []
@@ -120,7 +123,7 @@ def frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
 
 
 class _Sums:
-    """What is kept of one replacement while the images pass."""
+    """Running sums of one replacement over the images."""
 
     def __init__(self, depth: int) -> None:
         self.predictions: list[Tensor] = []
@@ -136,10 +139,10 @@ def intervene(
     batch: int | None = None,
     seed: int = 0,
 ) -> list[Outcome]:
-    """Run a network as it is and under each replacement, in one pass over the images.
+    """Run a network unchanged and under each replacement, in one pass over the images.
 
-    Images come in an order drawn with ``seed``, so that ``shuffled`` gives each one the map of an image of any class.
-    Raises UserError for a replacement that can't be made, and for ``shuffled`` of fewer than two images.
+    Images come in an order drawn with ``seed``, so that ``shuffled`` gives each one the map of an image of a random
+    class. Raises UserError for a replacement that is not possible, and for ``shuffled`` with fewer than two images.
     """
     replacements = [replacements] if isinstance(replacements, Replacement) else list(replacements)
     pairs = [check(subject, one) for one in replacements]
@@ -179,7 +182,7 @@ def intervene(
 
 
 def _even(images: int, batch: int) -> int:
-    """A batch size that leaves no image alone in the last batch."""
+    """Return a batch size that leaves no single image in the last batch."""
     batch = max(2, batch)
     while images > batch and images % batch == 1:
         batch += 1
@@ -189,7 +192,7 @@ def _even(images: int, batch: int) -> int:
 def _wants(
     subject: Subject, replacements: Sequence[Replacement], pairs: Sequence[tuple[tuple[int, int], ...]]
 ) -> dict[int, tracing.TraceRequest]:
-    """What must be traced of each subject, by its identity: of the one that is changed, its residual stream too."""
+    """Return each subject's trace request, by identity; the intervened one's includes the residual stream."""
     parts: dict[int, set[str]] = {id(subject): {"residual"}}
     layers: dict[int, set[int]] = {id(subject): set(range(subject.network.depth))}
     names = {id(subject): subject}
@@ -204,7 +207,7 @@ def _wants(
 
 
 def _predictions(logits: Tensor | None, rows: NDArray[np.int64] | None) -> Tensor:
-    """The likeliest class [B], among those that the images may have."""
+    """Return the most likely class [B] among the data set's classes."""
     assert logits is not None
     among = logits if rows is None else logits[:, torch.from_numpy(rows).to(logits.device)]
     return among.argmax(-1).cpu()
@@ -221,7 +224,7 @@ def _take_in(total: _Sums, own: Traced, after: Traced, class_token: bool) -> Non
 
 
 def _relative(x: Tensor, y: Tensor) -> Tensor:
-    """Sum over images of ``|y - x| / |x|``."""
+    """Return the sum over images of ``|y - x| / |x|``."""
     x, y = x.float(), y.float()
     total: Tensor = ((y - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)).sum()
     return total

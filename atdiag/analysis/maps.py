@@ -1,4 +1,4 @@
-"""Where networks look: the attention of chosen queries laid over the image, by subject, layer and head.
+"""Attention maps of chosen queries over the image, by subject, layer and head.
 
 >>> from atdiag.analysis import images, maps, subjects
 >>> from atdiag.core.spec import Data
@@ -37,34 +37,36 @@ WORDS = ("centre", "cls")
 
 @dataclass(frozen=True)
 class Shown:
-    """Where one subject looks. n images, L layers, Q queries, H heads that are shown (one: the mean), g x g patches.
+    """One subject's attention over the image.
 
-    Maps are attention weights on the patches as they are, not brought to sum to one: what is left is on the class token
-    and the registers (``elsewhere``).
+    n images, L layers, Q queries, H heads shown (1 for the mean), g x g patches.
+
+    Maps hold the attention weights on patches without renormalising them: the remainder is on the class token and the
+    registers (``elsewhere``).
     """
 
     label: str
     network: Network
     names: tuple[str, ...]
-    """Of the images, [n]."""
+    """Image names, [n]."""
     pixels: NDArray[np.float32]
     """[n, C, S, S] in [0, 1]."""
     layers: tuple[int, ...]
     queries: tuple[str, ...]
-    """As they were asked for."""
+    """Queries, as given."""
     places: tuple[int, ...]
-    """The token of each query."""
+    """Token index of each query."""
     heads: tuple[str, ...]
-    """``mean``, or the heads' numbers."""
+    """``mean``, or head numbers."""
     attention: NDArray[np.float32]
     """[n, L, Q, H, g, g]."""
     elsewhere: NDArray[np.float32]
-    """Of each query's attention, the share on tokens that are no patches [n, L, Q, H]."""
+    """Share of each query's attention on tokens other than patches [n, L, Q, H]."""
     rollout: NDArray[np.float32] | None
-    """Up to the last of the layers, [n, Q, g, g]; None where it was not asked for."""
+    """Rollout up to the last of the layers, [n, Q, g, g]; None if not requested."""
 
     def frame(self) -> pd.DataFrame:
-        """A line for each map: subject, image, query, layer, head, the largest weight with its patch, elsewhere."""
+        """Tabulate one row for each map: subject, image, query, layer, head, largest weight, its patch, elsewhere."""
         import pandas as pd
 
         lines = []
@@ -87,7 +89,7 @@ class Shown:
         return pd.DataFrame(lines)
 
     def point(self, query: int) -> tuple[float, float] | None:
-        """The middle of a query's patch in pixels (x, y); None for the class token."""
+        """Return the centre of a query's patch in pixels (x, y); None for the class token."""
         patch = self.places[query] - self.network.prefix_tokens
         if patch < 0:
             return None
@@ -97,7 +99,7 @@ class Shown:
 
 
 def place(query: str, network: Network, label: str = "the network") -> int:
-    """The token that a query names: ``centre``, ``cls``, or ``x,y``, the patch with that pixel.
+    """Return the token index of a query: ``centre``, ``cls``, or ``x,y``, the patch that contains that pixel.
 
     x counts from the left and y from the top, in pixels of the image as the network sees it. Raises UserError.
     """
@@ -126,10 +128,10 @@ def maps(
     roll: bool = True,
     batch: int | None = None,
 ) -> Shown:
-    """The attention of some queries in some layers, for every image; with the rollout up to the last of these.
+    """Return the attention of some queries in some layers, for every image, with the rollout up to the last layer.
 
-    layers: None: first, middle and last. For a few images: what comes back grows with their number. Raises UserError
-    for a layer, head or query that is not there.
+    layers: None for first, middle and last. Meant for a few images: the result grows with their number. Raises
+    UserError for a layer, head or query that does not exist.
     """
     network = subject.network
     if layers is None:

@@ -1,4 +1,4 @@
-"""What each layer knows: how well classes can be read from the residual stream after every block.
+"""Layer-wise probing: how well classes can be predicted from the residual stream after each block.
 
     >>> from atdiag.analysis import images, probing, subjects
     >>> from atdiag.core.spec import Data
@@ -8,14 +8,14 @@
     >>> found.correct["linear", "class"].shape, bool(found.top1("head")[-1] > 70)
     ((2, 256), True)
 
-*Features*: of every layer the class token, the mean of the patch tokens (registers are in neither), and both side by
-side; as they leave the block, before any norm, standardised by the training images (see ``classifiers``). Training and
-test images go through all networks once, and of each image only these are kept. *Probes*: linear (Alain & Bengio 2016),
-k nearest neighbours, nearest class mean. *Early exit*: the trained head, with the last norm before it, put on every
-layer (the "logit lens"); no training at all.
+*Features*: for each layer the class token, the mean of the patch tokens (neither includes registers), and both
+concatenated; taken at the block's output before any norm, standardised by the training images (see ``classifiers``).
+Each image passes through all networks once, and only these features are kept. *Probes*: linear (Alain & Bengio 2016),
+k nearest neighbours, nearest class mean. *Early exit*: the trained head, preceded by the final norm, applied to every
+layer (the "logit lens"), without training.
 
-Probes say what can be read from a layer, not that the network uses it. Their training images of embedded data are
-scenes that no run was trained on (of the training digits): on a run's own scenes its features are too good.
+Probes show what can be read from a layer, not that the network uses it. On embedded data they train on scenes that no
+run was trained on (made of the training digits): on its own training scenes a run's features would be too good.
 """
 
 from __future__ import annotations
@@ -42,64 +42,64 @@ Tokens = Literal["class", "patch", "both"]
 Probe = Literal["linear", "knn", "centroid", "head"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)
 FITTED: tuple[Probe, ...] = ("linear", "knn", "centroid")
-"""The probes that are fitted to features; ``head`` is the early exit."""
+"""Probes fitted to features; ``head`` is the early exit."""
 
 SCENES_SEED = 2**31 - 1
-"""The data seed of the scenes that probes are fitted to: runs count theirs from 0."""
+"""Data seed of the scenes that probes are fitted to; seeds of runs count from 0."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What was kept of one subject and n images. L layers, C width."""
+    """Features of one subject for n images. L layers, C width."""
 
     tokens: Mapping[Tokens, Tensor]
-    """``class`` (where there is a class token) and ``patch``: float32 [L, n, C], on the subject's device."""
+    """``class`` (if there is a class token) and ``patch``: float32 [L, n, C], on the subject's device."""
     early: NDArray[np.int64] | None
-    """The trained head's class after each layer, of the data set's own, [L, n]; None where it was made for others."""
+    """Early-exit predictions among the data set's classes, [L, n]; None if the head is for other classes."""
     output: NDArray[np.int64] | None
-    """The class that the network itself says, likewise, [n]."""
+    """Predictions of the network itself, likewise, [n]."""
 
     def of(self, tokens: Tokens, layer: int) -> Tensor:
-        """The features of one layer (by its place among the layers), [n, C] or, of both, [n, 2C]."""
+        """Return the features of one layer (by position in the list of layers): [n, C], or [n, 2C] for both."""
         if tokens == "both":
             return torch.cat([self.tokens["class"][layer], self.tokens["patch"][layer]], dim=-1)
         return self.tokens[tokens][layer]
 
     @property
     def kinds(self) -> tuple[Tokens, ...]:
-        """The features that there are."""
+        """The available kinds of features."""
         return TOKENS if "class" in self.tokens else ("patch",)
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What each layer of one subject knows. L layers, n test images."""
+    """Probing results of one subject. L layers, n test images."""
 
     label: str
     id: str
     layers: tuple[int, ...]
     train: int
-    """Training images that the probes were fitted to."""
+    """Number of training images that the probes were fitted to."""
     correct: Mapping[tuple[Probe, Tokens | Literal[""]], NDArray[np.bool_]]
-    """(probe, tokens) -> what was right, [L, n]; of the early exit ("head", "")."""
+    """(probe, tokens) -> which predictions are correct, [L, n]; the early exit is ("head", "")."""
     penalties: Mapping[Tokens, NDArray[np.float64]]
-    """The linear probe's regularisation by tokens, [L]."""
+    """The chosen penalty of the linear probe by tokens, [L]."""
     neighbours: int
     clusters: NDArray[np.int64]
-    """Of each test image, [n]: those with the same number are not independent."""
+    """Cluster of each test image, [n]: images in the same cluster are not independent."""
     itself: NDArray[np.bool_] | None = None
-    """What the network itself got right, [n]; None where its classes are not the data set's."""
+    """Which predictions of the network itself are correct, [n]; None if its classes are not the data set's."""
 
     def top1(self, probe: Probe, tokens: Tokens | Literal[""] = "") -> NDArray[np.float64]:
-        """Accuracy in per cent by layer, [L]."""
+        """Return accuracy in per cent by layer, [L]."""
         found: NDArray[np.float64] = 100 * self.correct[probe, tokens].mean(axis=1)
         return found
 
 
 def training_pictures(data: Data, network: Network, count: int | None = None, skip_bad: bool = False) -> ImageSet:
-    """Training images to fit probes to: fresh scenes, or ``count`` (None: data.train) real ones spread over the set.
+    """Return training images for probes: fresh scenes, or ``count`` (None: data.train) real images spread over the set.
 
-    Raises UserError for images that the network does not take, and for more than there are.
+    Raises UserError for images that the network can't take, and for a count that exceeds the set.
     """
     data_set = sources.find(data)
     count = data.train if count is None else count
@@ -123,13 +123,13 @@ def training_pictures(data: Data, network: Network, count: int | None = None, sk
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some images of a split."""
+    """A subset of a split's images."""
 
     split: Split
     rows: NDArray[np.int64]
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """uint8 [C, S, S]. Raises BrokenImageError."""
+        """Read an image, uint8 [C, S, S]. Raises BrokenImageError."""
         (image,) = self.split.take(self.rows[index : index + 1])
         return image  # type: ignore[no-any-return]
 
@@ -144,9 +144,9 @@ def features(
     exits: bool = True,
     batch: int | None = None,
 ) -> tuple[list[Features], NDArray[np.int64]]:
-    """The features of several subjects in one pass over the images, and the places [n] of the images that were read.
+    """Return several subjects' features from one pass over the images, and the indices [n] of the images read.
 
-    exits: also what their trained heads say.
+    exits: include the early-exit predictions.
     """
     heads = [pictures.head_rows(one.network) if exits else None for one in subjects]
     leave = [None if rows is None else _early_exit(one) for one, rows in zip(subjects, heads, strict=True)]
@@ -175,7 +175,7 @@ def features(
 
 
 class _Part(NamedTuple):
-    """The features of one batch b: of class token and mean patch [L, b, C], classes early [L, b] and in the end [b]."""
+    """Features of b images: class token and mean patch [L, b, C], early predictions [L, b], final ones [b]."""
 
     token: Tensor | None
     mean: Tensor
@@ -197,7 +197,7 @@ def _joined(parts: list[_Part]) -> Features:
 
 
 def _early_exit(subject: Subject) -> Callable[[Tensor], Tensor] | None:
-    """From the residual stream [b, N, C] to the trained head's logits; None where the network has no such path."""
+    """Return the function from residual stream [b, N, C] to the head's logits; None if the network has no such path."""
     module: Any = subject.module.model if isinstance(subject.module, Outside) else subject.module
     norm, head = getattr(module, "norm", None), getattr(module, "forward_head", None)
     if not isinstance(norm, nn.Module) or head is None:
@@ -212,7 +212,7 @@ def _early_exit(subject: Subject) -> Callable[[Tensor], Tensor] | None:
 
 
 def _check_exit(subject: Subject, early: Tensor, said: Tensor) -> None:
-    """The last layer's early exit is the network's own output, or else it is no early exit."""
+    """Check that the last layer's early exit equals the network's own output."""
     if early.shape != said.shape or not torch.allclose(early, said, rtol=1e-3, atol=1e-3):
         raise TracingError(
             f"{subject.label}: its head on the last block's output does not give its own output, so it can't be put "
@@ -232,7 +232,7 @@ def probe(
     penalties: Sequence[float] = classifiers.PENALTIES,
     batch: int | None = None,
 ) -> list[Probed]:
-    """Accuracy after every layer of several subjects that see the same images: one pass over each set of images.
+    """Probe every layer of several subjects that see the same images, in one pass over each set of images.
 
     layers: blocks counted from 0; None: all. Raises UserError for images without labels, and for more neighbours than
     training images.
@@ -289,7 +289,7 @@ def _fitted(
     neighbours: int,
     penalties: Sequence[float],
 ) -> tuple[list[NDArray[np.int64]], float]:
-    """What the three probes say of the test images, [m] each, and the linear probe's penalty."""
+    """Fit the three probes; return their test predictions, [m] each, and the linear probe's penalty."""
     x, z = classifiers.standardise(train, test)
     y = torch.from_numpy(labels).to(x.device)
     classes = int(labels.max()) + 1

@@ -1,4 +1,4 @@
-"""What can be put into a network's attention in place of its own: another network's, or its own after a change."""
+"""Replacements for a network's attention: another network's, or a modified version of its own."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Part = Literal["map", "q", "k", "v"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 Change = Literal["own", "uniform", "identity", "shuffled", "no-sinks"]
-"""What is put in, beside another network's: ``own``, the network's own, which changes nothing; ``uniform``, every query
-attends to all tokens alike; ``identity``, to itself alone; ``shuffled``, the network's own of another image;
-``no-sinks``, its own without the token that gets most of the attention (the largest column mean of the map, for each
+"""Replacements other than another network's attention. ``own``: the network's own, unchanged; ``uniform``: every query
+attends to all tokens equally; ``identity``: to itself alone; ``shuffled``: the network's own for another image;
+``no-sinks``: its own without the token that gets most of the attention (the largest column mean of the map, for each
 head and image), renormalised."""
 
 CHANGES: tuple[Change, ...] = get_args(Change)
@@ -33,31 +33,31 @@ CHANGES: tuple[Change, ...] = get_args(Change)
 
 @dataclass(frozen=True)
 class Replacement:
-    """What is put into which blocks and heads of a network."""
+    """A replacement of attention in some blocks and heads of a network."""
 
     source: Change | Subject
     part: Part = "map"
     layers: tuple[int, ...] | None = None
-    """Blocks of the network that is changed; None: all."""
+    """Blocks of the intervened network; None: all."""
     heads: tuple[int, ...] | None = None
-    """None: all."""
+    """Heads; None: all."""
     layer_map: Mapping[int, int] | None = None
-    """Its block -> the other network's, where they are not the same ones."""
+    """Block -> block of the source network, where they differ."""
 
     @property
     def label(self) -> str:
-        """``q of clip_b (mini)``, ``shuffled map``."""
+        """Short label, such as ``q of clip_b (mini)`` or ``shuffled map``."""
         source = self.source
         return f"{self.part} of {source.label}" if isinstance(source, Subject) else f"{source} {self.part}"
 
 
-# --- what is put in ------------------------------------------------------------------------------------------------
+# --- replacement values --------------------------------------------------------------------------------------------
 
 
 def without_sinks(p: Tensor) -> Tensor:
-    """Maps [B, H, N, N] without the key that has the largest column mean, per image and head; rows sum to one again.
+    """Remove from maps [B, H, N, N] the key with the largest column mean, per image and head; rows sum to one again.
 
-    A row that has nothing else attends to all other tokens alike.
+    A row with no other weight becomes uniform over the other tokens.
     """
     p = p.clone()
     sink = p.mean(-2).argmax(-1)[..., None, None].expand(*p.shape[:-1], 1)
@@ -68,7 +68,7 @@ def without_sinks(p: Tensor) -> Tensor:
 
 
 def _changed(kind: str, part: Part, layer: Layer, tokens: int) -> Map | Tensor:
-    """A network's own map, q, k or v after a change."""
+    """Return a network's own map, q, k or v after a modification."""
     if part != "map":
         own = layer.tensor(part)
         return own if kind == "own" else own.roll(1, 0)
@@ -87,11 +87,11 @@ def _changed(kind: str, part: Part, layer: Layer, tokens: int) -> Map | Tensor:
     return Averaged(without_sinks(ops.probabilities(map)))
 
 
-# --- what may be put in --------------------------------------------------------------------------------------------
+# --- checks --------------------------------------------------------------------------------------------------------
 
 
 def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
-    """The pairs (block that is changed, block it takes from) of a replacement. Raises UserError."""
+    """Return the pairs (intervened block, source block) of a replacement. Raises UserError."""
     if one.part not in PARTS:
         raise UserError(f"nothing named {one.part!r} can be replaced{suggest(one.part, PARTS)}", ", ".join(PARTS))
     streaming.check_heads(subject, one.heads)
@@ -120,7 +120,7 @@ def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
 
 
 def _check_tokens(subject: Subject, source: Subject) -> None:
-    """Raise UserError where a network's heads or tokens are not the other's: nothing of it has a place there then."""
+    """Raise UserError unless two networks have the same heads and compatible tokens."""
     mine, theirs = subject.network, source.network
     wanted = f"{mine.heads} heads, {mine.grid} x {mine.grid} patches, {'a' if mine.class_token else 'no'} class token"
     hint = f"put in what is of a network with {wanted}"
@@ -140,7 +140,7 @@ def _check_tokens(subject: Subject, source: Subject) -> None:
 
 
 def _check_copied(subject: Subject, one: Replacement, layers: Sequence[int]) -> None:
-    """A student that copies has some of its attention replaced already."""
+    """Raise UserError if a replacement conflicts with the part of its attention that a copy-student copies."""
     transfer = subject.transfer
     copied = sorted(set(layers) & set(transfer.layers)) if transfer.method == "copy" else []
     if not copied:
@@ -159,7 +159,7 @@ def _check_copied(subject: Subject, one: Replacement, layers: Sequence[int]) -> 
 def _given(
     subject: Subject, one: Replacement, layer: int, value: Map | Tensor, before: Mapping[int, AttentionOverride]
 ) -> AttentionOverride:
-    """What a block is given under a replacement, on top of what it takes from its teacher anyway."""
+    """Return a block's override under a replacement, on top of its teacher's override, if any."""
     if one.heads is None or len(one.heads) == subject.network.heads:
         return AttentionOverride(one.part, value)
     heads = split_heads(one.heads, subject.network.heads, subject.device)
@@ -184,10 +184,10 @@ def givens(
     shown: Mapping[int, Traced],
     before: Mapping[int, AttentionOverride],
 ) -> dict[int, AttentionOverride]:
-    """What the blocks of a network are given under a replacement, for a batch.
+    """Return the overrides of a network's blocks under a replacement, for a batch.
 
-    own: what was traced of the network as it is; shown: of the other networks, by the identity of their subjects;
-    before: what it takes from its teacher anyway.
+    own: trace of the unchanged network; shown: traces of the other networks, by the identity of their subjects; before:
+    overrides from its teacher.
     """
     out = {}
     for layer, theirs in pairs:
@@ -201,7 +201,7 @@ def givens(
 
 
 def _fitted(layer: Layer, one: Replacement, subject: Subject) -> Map | Tensor:
-    """Another network's map, q, k or v on this one's tokens: registers that it lacks are sliced off before softmax."""
+    """Restrict another network's map, q, k or v to this one's tokens: extra registers are sliced off before softmax."""
     assert isinstance(one.source, Subject)
     theirs = one.source.network
     kept = None

@@ -1,7 +1,7 @@
-"""Attention rollout: how much of each input token reaches each token of a layer, if only attention moved anything.
+"""Attention rollout: the share of each input token in each token of a layer, if only attention mixed tokens.
 
-After Abnar & Zuidema 2020 (Quantifying attention flow in transformers): the map averaged over heads, half of it
-replaced by the identity for the residual connection, multiplied over the layers from the first one.
+After Abnar & Zuidema 2020 (Quantifying attention flow in transformers): the map averaged over heads and mixed half and
+half with the identity for the residual connection, multiplied over the layers from the first one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def steps(maps: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Maps [B, H, N, N] of the layers from the first on -> the rollout up to each of them, [B, N, N].
+    """Yield the rollout up to each layer, [B, N, N], from maps [B, H, N, N] in order from the first layer.
 
-    Rows sum to one: row i says of which input tokens token i is made after that layer.
+    Rows sum to one: row i holds the shares of the input tokens in token i after that layer.
     """
     rolled: Tensor | None = None
     for p in maps:
@@ -25,7 +25,7 @@ def steps(maps: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def rollout(maps: Iterable[Tensor]) -> Tensor:
-    """The rollout over all layers [B, N, N]. Raises ValueError where there is no layer."""
+    """Return the rollout over all layers [B, N, N]. Raises ValueError if there are none."""
     last: Tensor | None = None
     for last in steps(maps):  # noqa: B007
         pass

@@ -1,15 +1,15 @@
-"""How alike two networks' attention is, head by head, and how alike what flows through them.
+"""Similarity of two networks' attention, head by head, and of their residual streams.
 
-*Maps*: the Jensen-Shannon divergence (Lin 1991) of two attention rows, with base-2 logarithms: 0 where they are equal,
-1 where they have nothing in common; ``scipy.spatial.distance.jensenshannon(p, q, base=2) ** 2``. It is averaged over
-queries and images for every pair of heads, since heads have no order, and the pairs are matched afterwards, in four
+*Maps*: the Jensen-Shannon divergence (Lin 1991) of two attention rows, with base-2 logarithms: 0 if they are equal,
+1 if they are disjoint; ``scipy.spatial.distance.jensenshannon(p, q, base=2) ** 2``. It is averaged over
+queries and images for every pair of heads, since heads have no order; the heads are then matched in one of four
 ways (:data:`MATCHINGS`).
 
 *Residual streams*: linear centred kernel alignment (CKA; Kornblith et al. 2019, Similarity of neural network
-representations revisited, section 3), each token of each image being a sample. It is exact: the covariances that define
-it are sums, so they stream.
+representations revisited, section 3); each token of each image is a sample. It is exact: the covariances that define
+it are sums and can be accumulated over batches.
 
-Both for all queries (tokens), and for the class token's and the patches' apart.
+Both are given for all queries (tokens), and separately for the class token and the patches.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Matching = Literal["same", "optimal", "best", "averaged"]
-"""``same``: head i with head i. ``optimal``: one to one, so that the mean is least (scipy's linear_sum_assignment).
-``best``: each head with the nearest of the other network, whoever else has it; the mean over the heads of both.
-``averaged``: not heads, but the maps averaged over them."""
+"""``same``: head i with head i. ``optimal``: one to one with the least mean (scipy's linear_sum_assignment). ``best``:
+each head with the nearest head of the other network, with repetition; mean over the heads of both. ``averaged``: the
+head-averaged maps instead of heads."""
 
 Rows = Literal["all", "class", "patch"]
 """Which queries (for CKA: tokens)."""
@@ -48,30 +48,30 @@ MATCHINGS: tuple[Matching, ...] = get_args(Matching)
 ROWS: tuple[Rows, ...] = get_args(Rows)
 
 _BLOCK_CPU, _BLOCK = 2**18, 2**26
-"""Elements of the maps of all heads that are compared at a time: on a CPU what its cache holds, elsewhere 256 MiB."""
+"""Elements of the maps of all heads compared at a time: on a CPU what fits in cache, elsewhere 256 MiB."""
 
 
 # --- two maps ------------------------------------------------------------------------------------------------------
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """The Jensen-Shannon divergence in bits of rows that sum to one, [..., N] and [..., N] -> [...], from 0 to 1.
+    """Return the Jensen-Shannon divergence in bits (0 to 1) of rows that sum to one, [..., N] twice -> [...].
 
-    As the entropy of the mean less the mean of the entropies, in the tensors' own precision: what float32 leaves of a
-    divergence near 0 is some 1e-6 bits.
+    Computed as the entropy of the mean minus the mean of the entropies, in the tensors' own precision: in float32 the
+    absolute error near 0 is about 1e-6 bits.
     """
     mixed = _entropy((p + q) / 2)
     return (mixed - (_entropy(p) + _entropy(q)) / 2).clamp(0, 1)
 
 
 def _entropy(p: Tensor) -> Tensor:
-    # Some five times faster on a CPU than torch.special.entr. What is 0 stays 0, whatever its logarithm is taken for.
+    # About five times faster on a CPU than torch.special.entr. The clamp leaves 0 log 0 = 0.
     terms = p.clamp_min(torch.finfo(p.dtype).tiny).log_().mul_(p)
     return terms.sum(-1).div_(-math.log(2))
 
 
 def pairwise(one: Tensor, other: Tensor) -> Tensor:
-    """The divergence of every head of one map with every head of another, for each query, summed over images.
+    """Return the divergence of every head of one map from every head of another, for each query, summed over images.
 
     [B, H, N, N] and [B, G, N, N] -> [H, G, N].
     """
@@ -100,7 +100,7 @@ def _wide(like: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Shared:
-    """The tokens that two networks have in common: their indices in each (None: all), and what they are."""
+    """The tokens that two networks share: their indices in each (None: all), and which kinds they are."""
 
     of_a: tuple[int, ...] | None
     of_b: tuple[int, ...] | None
@@ -109,22 +109,23 @@ class Shared:
     note: str = ""
 
     def rows(self, which: Rows) -> slice:
-        """Where a group is among the shared tokens."""
+        """Return the slice of a group among the shared tokens."""
         if which == "class":
             return slice(0, 1)
         return slice(-self.patches, None) if which == "patch" else slice(None)
 
     @property
     def groups(self) -> tuple[Rows, ...]:
-        """The groups that there are."""
+        """The available groups of tokens."""
         return ROWS if self.class_token else ("all", "patch")
 
 
 def shared(a: Network, b: Network, labels: tuple[str, str] = ("the one", "the other")) -> Shared:
-    """The tokens that can be compared: patches on one grid, the class token if both have one.
+    """Return the tokens that can be compared: patches on one grid, and the class token if both networks have one.
 
-    Registers stay where both have as many; else, like a class token that the other lacks, they are sliced off *before*
-    softmax, which is the map renormalised over the tokens that are left. Raises UserError for different grids.
+    Registers are included if both networks have the same number; otherwise, like a class token that only one has, they
+    are sliced off *before* softmax, which renormalises the map over the remaining tokens. Raises UserError for
+    different grids.
     """
     if a.grid != b.grid:
         raise UserError(
@@ -151,7 +152,7 @@ def shared(a: Network, b: Network, labels: tuple[str, str] = ("the one", "the ot
 
 
 def _selected(map: Map, tokens: tuple[int, ...] | None) -> Tensor:
-    """A map as a tensor [B, H, M, M] on some of the tokens."""
+    """Return a map as a tensor [B, H, M, M] on some of the tokens."""
     if tokens is None:
         return ops.probabilities(map)
     if isinstance(map, QK):
@@ -163,9 +164,9 @@ def _selected(map: Map, tokens: tuple[int, ...] | None) -> Tensor:
 def pair_layers(
     a: Subject, b: Subject, layers: Sequence[int] | None = None, layer_map: Mapping[int, int] | None = None
 ) -> tuple[tuple[int, int], ...]:
-    """Which block of A is compared with which of B: the same ones, or those of ``layer_map``.
+    """Return the pairs (block of A, block of B) to compare: equal indices, or those of ``layer_map``.
 
-    Raises UserError for networks of different depth without one, and for blocks that are not there.
+    Raises UserError for networks of different depth without a ``layer_map``, and for blocks that do not exist.
     """
     if layer_map is None:
         if a.network.depth != b.network.depth:
@@ -199,14 +200,14 @@ def _check_map(a: Subject, b: Subject, layer_map: Mapping[int, int]) -> None:
 
 
 class Covariance:
-    """Sums over samples that give linear CKA: of x, y, x x^T, y y^T and x y^T. They add up over batches and groups."""
+    """Running sums for linear CKA: of x, y, x x^T, y y^T and x y^T; they add up over batches and groups."""
 
     def __init__(self) -> None:
         self.count = 0
         self._sums: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in samples [n, C] and [n, D]."""
+        """Add samples [n, C] and [n, D]."""
         x, y = x.to(_wide(x)), y.to(_wide(y))
         self.count += len(x)
         new = [x.sum(0), y.sum(0), x.T @ x, y.T @ y, x.T @ y]
@@ -219,7 +220,7 @@ class Covariance:
         return out
 
     def cka(self) -> float:
-        """``|Y^T X|^2 / (|X^T X| |Y^T Y|)`` of centred samples (Frobenius norms), 0 to 1; NaN where one is constant."""
+        """Return ``|Y^T X|^2 / (|X^T X| |Y^T Y|)`` of centred samples (Frobenius norms); NaN if one is constant."""
         x, y, xx, yy, xy = self._sums
         n = self.count
         xx, yy, xy = xx - torch.outer(x, x) / n, yy - torch.outer(y, y) / n, xy - torch.outer(x, y) / n
@@ -232,7 +233,7 @@ class Covariance:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Two networks compared on some images. L compared pairs of layers, H heads of A, G of B."""
+    """The comparison of two networks. L compared pairs of layers, H heads of A, G of B."""
 
     a: str
     b: str
@@ -244,11 +245,11 @@ class Similarity:
     averaged: Mapping[Rows, NDArray[np.float64]]
     """Mean divergence of the head-averaged maps [L]."""
     cka: Mapping[Rows, NDArray[np.float64]]
-    """[L]."""
+    """Linear CKA [L], by group of tokens."""
     notes: tuple[str, ...] = field(default=())
 
     def matched(self, how: Matching, rows: Rows = "all") -> NDArray[np.float64]:
-        """Mean divergence by layer [L] under a matching. NaN for ``same`` where the numbers of heads differ."""
+        """Return the mean divergence by layer [L] under a matching; NaN for ``same`` if the numbers of heads differ."""
         found = self.heads[rows]
         if how == "averaged":
             return self.averaged[rows]
@@ -260,13 +261,13 @@ class Similarity:
         return np.array([one[pairs].mean() for one, pairs in zip(found, self.assignments(rows), strict=True)])
 
     def assignments(self, rows: Rows = "all") -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """The optimal one-to-one matching of each layer: heads of A, and the head of B for each."""
+        """Return the optimal one-to-one matching of each layer: heads of A and, for each, its head of B."""
         from scipy.optimize import linear_sum_assignment
 
         return [linear_sum_assignment(one) for one in self.heads[rows]]
 
     def frame(self) -> pd.DataFrame:
-        """A line for each layer and group: a, b, layer_a, layer_b, rows, the four divergences in bits, cka, images."""
+        """Tabulate one row for each layer and group, with the four divergences in bits and CKA."""
         import pandas as pd
 
         lines = []
@@ -280,7 +281,7 @@ class Similarity:
 
 
 class _Pair:
-    """The running sums of one comparison."""
+    """Running sums of one comparison."""
 
     def __init__(self, a: Subject, b: Subject, pairs: tuple[tuple[int, int], ...]) -> None:
         self.a, self.b, self.pairs = a, b, pairs
@@ -308,7 +309,7 @@ class _Pair:
         if self.shared.of_b is not None:
             y = y[:, list(self.shared.of_b)]
         prefix = x.shape[1] - self.shared.patches
-        if self.shared.class_token:  # the class token alone: registers join neither group
+        if self.shared.class_token:  # the class token alone: registers belong to neither group
             self.streams[i]["prefix"].add(x[:, 0], y[:, 0])
         self.streams[i]["patch"].add(x[:, prefix:].flatten(0, 1), y[:, prefix:].flatten(0, 1))
 
@@ -347,9 +348,9 @@ def check(
     layers: Sequence[int] | None = None,
     layer_map: Mapping[int, int] | None = None,
 ) -> None:
-    """Raise UserError for networks that can't be compared as :func:`similarity` would.
+    """Raise UserError for networks that :func:`similarity` can't compare.
 
-    What no option can mend comes first: token grids, then images of another kind, then layers.
+    Faults that no option can fix are reported first: token grids, then image formats, then layers.
     """
     for b in others:
         shared(a.network, b.network, (a.label, b.label))
@@ -366,10 +367,10 @@ def similarity(
     layer_map: Mapping[int, int] | None = None,
     batch: int | None = None,
 ) -> list[Similarity]:
-    """A compared with each of the others, in one pass over the images: memory does not grow with their number.
+    """Compare A with each of the others in one pass over the images; memory does not grow with the number of images.
 
-    layers: of A; layer_map: block of A -> block of B, which networks of different depth need. A copy-student's map is
-    the one it uses, its teacher's. Raises UserError for what can't be compared.
+    layers: blocks of A; layer_map: block of A -> block of B, needed for networks of different depth. A copy-student is
+    compared by the map it uses, its teacher's. Raises UserError for networks that can't be compared.
     """
     others = [others] if isinstance(others, Subject) else list(others)
     check(a, others, layers, layer_map)

@@ -1,4 +1,4 @@
-"""Where a block's attention can be read in the source of its forward, and what to make of what is found there."""
+"""Locate a block's attention in the source of its forward, and convert the traced values to an attention record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from atdiag.transfer.ops import QK, Averaged, Map
 
 
 class TracingError(UserError):
-    """What was read of a network is not what it should be: the message names the layer."""
+    """A traced value is not what it should be; the message names the layer."""
 
 
 Kind = Literal["ours", "fused", "explicit"]
@@ -30,7 +30,7 @@ _NODES: dict[Kind, str] = {
     "fused": r"scaled_dot_product_attention_\d+$",
     "explicit": r"^attn_softmax_\d+$",
 }
-"""By how a block attends: what nnsight calls the place in the source where its map is to be had."""
+"""Kind of attention -> pattern of nnsight's name for the node where its map can be read."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Site:
 
 
 def locate(module: nn.Module, names: Sequence[str]) -> tuple[Kind, list[str]]:
-    """How a module attends, and the places in its source (nnsight's names) where that can be: one, if all is well."""
+    """Return how a module attends, and the nodes in its source (nnsight's names) that match; normally exactly one."""
     kind: Kind = "ours" if isinstance(module, Attention) else "fused"
     if kind == "fused" and not getattr(module, "fused_attn", True):
         kind = "explicit"
@@ -51,12 +51,12 @@ def locate(module: nn.Module, names: Sequence[str]) -> tuple[Kind, list[str]]:
 
 
 def seen(site: Site, node: Any, network: Network, images: int, layer: int) -> AttentionRecord:
-    """The map and the values at a site. Raises TracingError for attention that is no map over all tokens."""
+    """Return the map and the values at a site. Raises TracingError for attention that is not a map over all tokens."""
     arguments, output = node
     if site.kind == "ours":
         given = arguments[0][1] if len(arguments[0]) > 1 else arguments[1].get("given")
         seen = _ours(output[1], given)
-        if isinstance(seen.map, Averaged):  # one for all images, heads or queries: the same numbers for each of them
+        if isinstance(seen.map, Averaged):  # one map for all images, heads or queries: broadcast it
             whole = images, network.heads, network.tokens, network.tokens
             seen = AttentionRecord(Averaged(seen.map.p.expand(whole)), seen.v)
         return seen
@@ -76,7 +76,7 @@ def seen(site: Site, node: Any, network: Network, images: int, layer: int) -> At
 
 
 def _ours(seen: AttentionRecord, given: AttentionOverride | None) -> AttentionRecord:
-    """What our module used: where a map was given to some heads alone, both kinds as one map."""
+    """Return our module's record; if some heads were overridden, merge both groups of heads into one map."""
     if given is None or given.tensor != "map" or given.heads is None:
         return AttentionRecord(*seen)
     assert not isinstance(given.value, Tensor)
@@ -84,7 +84,7 @@ def _ours(seen: AttentionRecord, given: AttentionOverride | None) -> AttentionRe
 
 
 def joined(part: Map, rest: Map, heads: Heads) -> Map:
-    """One map of two, each of some of the heads: by q and k where both are, with the narrower ones padded by zeros."""
+    """Join the maps of two groups of heads; defined by q and k if both are, padding the narrower heads with zeros."""
     if isinstance(part, QK) and isinstance(rest, QK):
         both = (part, rest)
         width = max(map.q.shape[-1] for map in both)
@@ -114,10 +114,10 @@ def _of_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> AttentionRecord:
-    """The map and values of one call of scaled dot-product attention (its arguments, by their names)."""
+    """Return the map and values of a call of scaled dot-product attention, given its arguments by name."""
     if is_causal or dropout_p:
         raise TracingError("it attends with a causal mask or dropout")
-    if key.shape[1] and (groups := heads // key.shape[1]) > 1:  # one key serves several heads
+    if key.shape[1] and (groups := heads // key.shape[1]) > 1:  # grouped queries: one key serves several heads
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     bias = None
     if attn_mask is not None:
@@ -130,7 +130,7 @@ def _of_sdpa(
 
 
 def attended(given: AttentionOverride, seen: AttentionRecord) -> Tensor:
-    """What attention puts out [B, H, N, d] where it is given something in place of its own."""
+    """Return the attention output [B, H, N, d] under an override."""
     qk, v = seen.qk, seen.v
     assert v is not None
     if given.tensor == "map":

@@ -1,4 +1,4 @@
-"""What the attention of each layer and head looks like, in numbers.
+"""Attention statistics by layer and head.
 
     >>> from atdiag.analysis import images, statistics, subjects
     >>> from atdiag.core.spec import Data
@@ -7,25 +7,25 @@
     >>> found.heads["entropy"].shape, found.layers_only["high_norm"].shape
     ((12, 2), (12,))
 
-Of each head, as means over images (and queries, where there are several):
+For each head, as means over images (and queries where applicable):
 
-``entropy``     of an attention row, in bits: from 0 (one token) to log2 N (all alike).
-``distance``    how far a patch looks: the distance between the centres of query and key patch, weighted by the
-                attention among patches (brought to sum to one), in pixels (Dosovitskiy et al. 2021, figure 7; Raghu et
+``entropy``     entropy of an attention row in bits, from 0 (one token) to log2 N (uniform).
+``distance``    attention distance: the distance between the centres of query and key patch, weighted by the
+                attention among patches (renormalised), in pixels (Dosovitskiy et al. 2021, figure 7; Raghu et
                 al. 2021, section 3).
 ``class_share`` attention on the class token, and ``register_share`` on the registers, over all queries. NaN without.
-``sink``        the largest column mean: how much of all queries' attention the most attended token gets, from 1 / N to
-                1 (attention sinks: Xiao et al. 2024; the share is taken for each image before the mean).
-``redundancy``  mean Jensen-Shannon divergence from the other heads of the layer, in bits: near 0, the head says what
-                others say already. NaN for a single head.
+``sink``        largest column mean: the most attended token's share of all queries' attention, from 1 / N to
+                1 (attention sinks: Xiao et al. 2024; taken for each image before averaging).
+``redundancy``  mean Jensen-Shannon divergence from the other heads of the layer, in bits: near 0, the head duplicates
+                others. NaN for a single head.
 ``rank``        effective rank of the map (Roy & Vetterli 2007): the exponential of the entropy of its singular values,
-                from 1 (all queries look alike) to N. Of at most ``rank_images`` images, spread over all: it costs a
-                decomposition for each map.
+                from 1 (all rows equal) to N. Over at most ``rank_images`` evenly spaced images: it costs a
+                decomposition (SVD) for each map.
 
-Of each layer:
+For each layer:
 
-``high_norm``   share of all tokens whose norm in the stream that leaves the block is above a threshold (Darcet et al.
-                2024, who read an absolute one off a model's histogram). By default relative, since streams differ in
+``high_norm``   share of all tokens whose norm at the block's output is above a threshold (Darcet et al.
+                2024, who read an absolute one off a histogram). By default relative, since streams differ in
                 scale: :data:`HIGH_NORM` times the median norm of the image's patches in that layer.
 ``norm``        that median norm.
 """
@@ -55,14 +55,14 @@ OF_HEADS = ("entropy", "distance", "class_share", "register_share", "sink", "red
 OF_LAYERS = ("high_norm", "norm")
 
 HIGH_NORM = 4.0
-"""How many times the median norm of an image's patches a token's norm is when it is called high."""
+"""A token's norm is called high above this multiple of the median norm of the image's patches."""
 
 RANK_IMAGES = 64
 
 
 @dataclass(frozen=True)
 class Stats:
-    """One subject's attention in numbers. L layers, H heads."""
+    """Attention statistics of one subject. L layers, H heads."""
 
     label: str
     id: str
@@ -70,14 +70,14 @@ class Stats:
     layers: tuple[int, ...]
     images: int
     heads: Mapping[str, NDArray[np.float64]]
-    """By name (:data:`OF_HEADS`), [L, H]."""
+    """Name (:data:`OF_HEADS`) -> [L, H]."""
     layers_only: Mapping[str, NDArray[np.float64]]
-    """By name (:data:`OF_LAYERS`), [L]."""
+    """Name (:data:`OF_LAYERS`) -> [L]."""
     rank_images: int
-    """How many images the effective rank is of."""
+    """Number of images over which the effective rank is averaged."""
 
     def frame(self) -> pd.DataFrame:
-        """A line for each layer and head: subject, layer, head, the columns of both tables, images."""
+        """Tabulate one row for each layer and head: subject, layer, head, the columns of both tables, images."""
         import pandas as pd
 
         lines: list[dict[str, Any]] = []
@@ -90,31 +90,31 @@ class Stats:
         return pd.DataFrame(lines)
 
 
-# --- of a map ------------------------------------------------------------------------------------------------------
+# --- one map -------------------------------------------------------------------------------------------------------
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Maps [B, H, N, N] -> mean entropy of their rows in bits [B, H]."""
+    """Return the mean entropy in bits [B, H] of the rows of maps [B, H, N, N]."""
     bits: Tensor = torch.special.entr(p).sum(-1).mean(-1) / math.log(2)
     return bits
 
 
 def distance(p: Tensor, network: Network) -> Tensor:
-    """Maps [B, H, N, N] of a network -> mean attention distance among patches in pixels [B, H]."""
+    """Return the mean attention distance among patches in pixels [B, H], of maps [B, H, N, N]."""
     patches = p[:, :, network.prefix_tokens :, network.prefix_tokens :]
     patches = patches / patches.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
     return (patches * _distances(network).to(p)).sum(-1).mean(-1)
 
 
 def _distances(network: Network) -> Tensor:
-    """Between the centres of all pairs of patches, in pixels [n, n]."""
+    """Return the distances between the centres of all pairs of patches, in pixels [n, n]."""
     steps = torch.arange(network.grid, dtype=torch.float64) * network.patch_size
     places = torch.cartesian_prod(steps, steps)
     return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def effective_rank(p: Tensor) -> Tensor:
-    """Matrices [..., N, N] -> exp of the entropy (in nats) of their singular values, which sum to one: [...]."""
+    """Return exp of the entropy (in nats) of the normalised singular values of matrices [..., N, N]: [...]."""
     values = torch.linalg.svdvals(p)
     values = values / values.sum(-1, keepdim=True)
     rank: Tensor = torch.special.entr(values).sum(-1).exp()
@@ -122,7 +122,7 @@ def effective_rank(p: Tensor) -> Tensor:
 
 
 def redundancy(p: Tensor) -> Tensor:
-    """Maps [B, H, N, N] -> mean divergence of each head from the others in bits, a sum over images [H]; NaN for one."""
+    """Return each head's mean divergence from the others in bits, [H], summed over images; NaN for a single head."""
     heads = p.shape[1]
     found = similarity.pairwise(p, p).mean(-1)
     if heads == 1:
@@ -130,11 +130,11 @@ def redundancy(p: Tensor) -> Tensor:
     return (found.sum(1) - found.diagonal()) / (heads - 1)
 
 
-# --- of a stream of images -----------------------------------------------------------------------------------------
+# --- a stream of images --------------------------------------------------------------------------------------------
 
 
 class _Running:
-    """The running sums of one subject: a reduction of a tracing pass."""
+    """Running sums of one subject: a reduction of a tracing pass."""
 
     def __init__(self, subject: Subject, layers: tuple[int, ...], threshold: float | None, every: int) -> None:
         self.subject, self.layers, self.threshold, self.every = subject, layers, threshold, every
@@ -142,9 +142,9 @@ class _Running:
         self.sums: dict[tuple[str, int], Tensor] = {}
 
     def add(self, traced: Traced) -> None:
-        """Take in one batch."""
+        """Add one batch."""
         network, images = self.subject.network, len(traced.pixels)
-        ranked = slice(-self.images % self.every, None, self.every)  # by order: also where images are skipped
+        ranked = slice(-self.images % self.every, None, self.every)  # counted over the images read: some may be skipped
         self.images += images
         self.ranked += len(range(images)[ranked])
         for layer, found in traced.layers.items():
@@ -160,7 +160,8 @@ class _Running:
             self._sum("redundancy", layer, redundancy(p)[None])
             self._sum("rank", layer, effective_rank(p[ranked]))
             norms = found.tensor("residual").norm(dim=-1)
-            # The middle one of an even number is the lower of two (torch's median): which of them is no matter.
+            # For an even number torch's median is the lower of the two middle values; the difference is irrelevant
+            # here.
             middle = norms[:, network.prefix_tokens :].median(-1).values
             limit = HIGH_NORM * middle[:, None] if self.threshold is None else self.threshold
             self._sum("high_norm", layer, (norms > limit).double().mean(-1))
@@ -172,7 +173,7 @@ class _Running:
         self.sums[name, layer] = self.sums[name, layer] + total if (name, layer) in self.sums else total
 
     def result(self) -> Stats:
-        """The means over the images."""
+        """Return the means over the images."""
         network = self.subject.network
 
         def mean(name: str) -> NDArray[np.float64]:
@@ -197,11 +198,11 @@ def attention_stats(
     rank_images: int = RANK_IMAGES,
     batch: int | None = None,
 ) -> list[Stats]:
-    """Several subjects' attention in numbers, in one pass over the images: memory does not grow with their number.
+    """Compute several subjects' attention statistics in one pass over the images.
 
-    A copy-student's maps are the ones that it uses, its teacher's. threshold: the norm above which a token's is called
-    high; None: relative, see the module. Raises UserError for layers that are not there and for subjects that see
-    different images.
+    Memory does not grow with the number of images. A copy-student's maps are those it uses, its teacher's. threshold:
+    norm above which a token's norm is called high; None: relative, see the module. Raises UserError for layers that do
+    not exist and for subjects that take different images.
     """
     traces = [(one, tracing.request(one, ("map", "residual"), layers)) for one in subjects]
     every = max(1, -(-len(pictures) // max(rank_images, 1)))

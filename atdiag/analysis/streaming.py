@@ -1,4 +1,4 @@
-"""Trace many images batch by batch: as they are, in the mean, or into any reduction.
+"""Trace many images batch by batch: keep everything, the mean, or any reduction.
 
 >>> from atdiag.analysis import images, streaming, subjects
 >>> from atdiag.core.spec import Data
@@ -28,9 +28,9 @@ from atdiag.core.errors import UserError
 def stream(
     traces: Sequence[tuple[Subject, TraceRequest]], pictures: ImageSet, batch: int | None = None
 ) -> Iterator[tuple[Traced, ...]]:
-    """Trace several subjects side by side, on the same images: one :class:`Traced` for each, batch by batch.
+    """Trace several subjects side by side on the same images; yield one :class:`Traced` for each, batch by batch.
 
-    Nothing is kept from one batch to the next. All subjects are on one device and take images of one kind.
+    Keeps nothing from one batch to the next. All subjects must be on one device and take images of the same format.
     """
     check_images([subject for subject, _ in traces])
     networks = [subject.network for subject, _ in traces]
@@ -45,23 +45,23 @@ def stream(
 
 
 class Reduction(Protocol):
-    """What is made of a stream without keeping it."""
+    """An accumulator over a stream of traced batches."""
 
     def add(self, traced: Traced) -> None:
-        """Take in one batch."""
+        """Add one batch."""
 
 
 def reduce(
     subject: Subject, pictures: ImageSet, want: TraceRequest, reductions: Sequence[Reduction], batch: int | None = None
 ) -> None:
-    """Trace a subject once, and let every reduction take in every batch."""
+    """Trace a subject once and feed every batch to every reduction."""
     for (traced,) in stream([(subject, want)], pictures, batch):
         for reduction in reductions:
             reduction.add(traced)
 
 
 class Mean:
-    """The mean over images of each thing and layer, summed in float64 (float32 where the device has none)."""
+    """The mean over images for each quantity and layer, summed in float64 (float32 if the device lacks it)."""
 
     def __init__(self, what: Iterable[What], heads: Sequence[int] | None = None) -> None:
         self.what, self.heads = tuple(what), heads
@@ -69,7 +69,7 @@ class Mean:
         self._sums: dict[tuple[What, int], Tensor] = {}
 
     def add(self, traced: Traced) -> None:
-        """Take in one batch."""
+        """Add one batch."""
         self.count += len(traced.pixels)
         wide = torch.float32 if traced.pixels.device.type == "mps" else torch.float64
         for layer, found in traced.layers.items():
@@ -79,7 +79,7 @@ class Mean:
                 self._sums[what, layer] = self._sums[what, layer] + total if (what, layer) in self._sums else total
 
     def result(self) -> dict[tuple[What, int], Tensor]:
-        """(what, layer) -> its mean, on the CPU, shapes as in :data:`What` without B."""
+        """Return (what, layer) -> its mean, on the CPU, shaped as in :data:`What` without B."""
         return {key: (total / self.count).cpu() for key, total in self._sums.items()}
 
 
@@ -92,10 +92,10 @@ def trace(
     mean: bool = False,
     batch: int | None = None,
 ) -> dict[tuple[What, int], Tensor]:
-    """(what, layer) -> a tensor on the CPU, for all images (shapes as in :data:`What`) or their mean (without B).
+    """Return (what, layer) -> a tensor on the CPU: all images (shaped as in :data:`What`) or their mean (no B).
 
-    With ``mean`` memory does not grow with the number of images. heads: of map, logits, q, k, v; None: all. Raises
-    UserError for what can't be asked for, TracingError for what can't be read.
+    With ``mean``, memory does not grow with the number of images. heads: of map, logits, q, k, v; None: all. Raises
+    UserError for an invalid request, TracingError for a quantity that can't be read.
     """
     want = request(subject, what, layers)
     check_heads(subject, heads)

@@ -1,4 +1,4 @@
-"""What can be looked into (teachers, runs, checkpoints, any ViT of one's own), and the one place that finds it."""
+"""Subjects of analysis (teachers, runs, checkpoints, a user's own ViT) and how to find them."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ _SUBJECTS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A frozen network with a name; one that copies, together with the teacher that it needs at test time."""
+    """A frozen network with a name; a copy-student comes with the teacher that it needs at test time."""
 
     label: str
-    """How it is named in tables and figures, such as ``clip_b (mini)`` or ``1a2b3c copy``."""
+    """Name in tables and figures, such as ``clip_b (mini)`` or ``1a2b3c copy``."""
     body: evaluation.Predictor | nn.Module
-    """The network with its teacher, or a network that is not ours."""
+    """The network with its teacher, or a foreign network."""
     network: Network
     data: Data | None = None
-    """The data set that it was trained on, where that is known."""
+    """The data set that it was trained on, if known."""
     id: str = ""
-    """A run's id, or a weight file's sha256: what a table needs to name the same subject again."""
+    """A run's id or a weight file's sha256: enough to refer to the same subject again."""
     spec: RunSpec | None = None
-    """Of a run's student, what the run is."""
+    """The run's spec, if the subject is a run's student."""
 
     @property
     def module(self) -> nn.Module:
-        """The network that runs: images [B, channels, S, S] in [0, 1] -> logits [B, classes]."""
+        """The network to run: images [B, channels, S, S] in [0, 1] -> logits [B, classes]."""
         return self.body.network if isinstance(self.body, evaluation.Predictor) else self.body
 
     @property
@@ -64,16 +64,16 @@ class Subject:
 
     @property
     def transfer(self) -> Transfer:
-        """What passes to it from its teacher."""
+        """The transfer from its teacher."""
         return self.body.transfer if isinstance(self.body, evaluation.Predictor) else Transfer()
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
+        """The device of its parameters."""
         return next(self.module.parameters()).device
 
     def to(self, device: torch.device | str) -> Subject:
-        """Move it, and its teacher if it has one; returns itself."""
+        """Move the subject, and its teacher if it has one, to a device; return the subject."""
         self.module.to(device)
         if isinstance(self.body, evaluation.Predictor):
             if self.body.teacher is not None:
@@ -85,7 +85,7 @@ class Subject:
 
     @torch.no_grad()
     def given(self, pixels: Tensor) -> dict[int, AttentionOverride]:
-        """What its blocks take from its teacher for images [B, channels, S, S] in [0, 1]; empty unless it copies.
+        """Return the overrides from its teacher for images [B, channels, S, S] in [0, 1]; empty unless it copies.
 
         Raises ValueError for a copy-student without its teacher.
         """
@@ -101,7 +101,7 @@ class Subject:
 
 
 def teacher_of(subject: Subject) -> Subject:
-    """The teacher of a run's student, as it was when it taught. Raises UserError where there is none."""
+    """Return the teacher of a run's student, as used in training. Raises UserError if there is none."""
     spec = subject.spec
     if spec is None or spec.teacher is None:
         raise UserError(f"{subject.label} has no teacher", "name a network with --from")
@@ -109,7 +109,7 @@ def teacher_of(subject: Subject) -> Subject:
 
 
 class Outside(nn.Module):
-    """A ViT of timm as it is, behind the face that ours have: images in [0, 1] in, normalised here, logits out."""
+    """An unmodified timm ViT with our interface: takes images in [0, 1], normalises them itself, returns logits."""
 
     mean: Tensor
     std: Tensor
@@ -125,15 +125,15 @@ class Outside(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, channels, S, S] in [0, 1] -> the network's own output."""
+        """Map images [B, channels, S, S] in [0, 1] to the network's own output."""
         out: Tensor = self.model((images - self.mean) / self.std)
         return out
 
 
 def of(model: nn.Module, label: str, network: Network | None = None) -> Subject:
-    """A network of one's own as a subject: a :class:`ViT`, or a ViT of timm.
+    """Wrap a network as a subject: a :class:`ViT`, or a timm ViT.
 
-    One of timm is run as it is and in eval mode, its fused attention on or off as it was; it gets images in [0, 1] and
+    A timm ViT runs unmodified in eval mode, with fused attention on or off as configured; it takes images in [0, 1] and
     normalises them by the mean and std of its own configuration. Raises UserError for one without softmax attention
     over all of its tokens.
     """
@@ -144,20 +144,20 @@ def of(model: nn.Module, label: str, network: Network | None = None) -> Subject:
 
 
 def find(reference: str, profile: str = "mini", data: Data | None = None, store: Store | None = None) -> Subject:
-    """The subject of a reference, frozen, on the CPU.
+    """Return the subject that a reference names, frozen, on the CPU.
 
     ===========================  ======================================================================================
-    ``clip_b``                   a teacher of the registry, at the profile
+    ``clip_b``                   a teacher in the registry, at the profile
     ``timm:MODEL[@/path/file]``  any softmax-attention ViT of timm
-    ``1a2b3c``                   a run by its id or the first digits of it (at least 4): its trained weights, or its
-                                 checkpoint while it is not finished
-    ``start:1a2b3c``             the same run's student before its first step, without what its teacher gives
-    ``/path/to/file``            a run's folder, its checkpoint (a copy beside ``spec.json`` too) or its weights; a file
+    ``1a2b3c``                   a run by its id or a prefix of it (at least 4 digits): its trained weights, or its
+                                 checkpoint if it is unfinished
+    ``start:1a2b3c``             the same run's student at initialisation, without its teacher's overrides
+    ``/path/to/file``            a run's folder, its checkpoint (or a copy beside ``spec.json``) or its weights; a file
                                  written by ``atdiag pretrain``
     ===========================  ======================================================================================
 
-    data: the images that it will see, where the reference itself does not say. Raises UserError, with what may have
-    been meant, for a reference that names nothing.
+    data: the images that it will see, unless the reference implies them. Raises UserError, with suggestions, for a
+    reference that names nothing.
     """
     name = reference.partition("@")[0]
     if name in teachers.registry() or name.startswith(teachers.TIMM):
@@ -173,7 +173,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     if store is not None and re.fullmatch("[0-9a-f]{1,16}", run_id):
         found = _run(run_id, store)
         return of_start(found) if begin else of_run(found)
-    # An id is typed by its first digits.
+    # Ids may be abbreviated to a prefix.
     ids = [run.id[: max(len(reference), 4)] for run in store.list()] if store else []
     near = suggest(reference, teachers.miniatures()) or suggest(reference, [*teachers.registry(), *ids])
     raise UserError(
@@ -183,12 +183,12 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
 
 
 def _run(run_id: str, store: Store) -> Run:
-    """The run of an id's first digits. Raises UserError, with what may have been meant, unless there is just one."""
+    """Return the run whose id has this prefix. Raises UserError, with suggestions, unless exactly one does."""
     ids = [run.id for run in store.list()]
     try:
         return store.find(run_id)
     except KeyError as fault:
-        if len(run_id) < 4 or any(one.startswith(run_id) for one in ids):  # what was meant is clear, and not which
+        if len(run_id) < 4 or any(one.startswith(run_id) for one in ids):  # too short or ambiguous: no suggestions
             near = ""
         else:
             near = suggest(run_id, [one[: len(run_id)] for one in ids])
@@ -201,7 +201,7 @@ def _teacher(reference: str, profile: str, data: Data | None) -> Subject:
 
 
 def _image_size(reference: str, profile: str, data: Data | None) -> int | None:
-    """Of what a teacher will see: the data set's images where they are real, else what it is made for."""
+    """Return a teacher's input size: the data set's for real images, else None or the teacher's default."""
     name = reference.partition("@")[0]
     row = teachers.registry().get(name)
     if row is not None and profile == "mini" and name == reference and teachers.is_published(name):
@@ -218,7 +218,7 @@ def _image_size(reference: str, profile: str, data: Data | None) -> int | None:
 
 
 def loaded(spec: Teacher, data: Data | None) -> Subject:
-    """A teacher with its weights. Raises UserError that says where they would go, if they are not here."""
+    """Load a teacher with its weights. Raises UserError saying where the weights belong if they are missing."""
     if spec.sha256 is None:
         raise UserError(f"the weights of {spec.label} are not on this machine", teachers.how_to_get(spec))
     try:
@@ -226,7 +226,8 @@ def loaded(spec: Teacher, data: Data | None) -> Subject:
     except (loading.WeightsMissingError, ValueError) as fault:
         raise UserError(str(fault)) from None
     body = evaluation.Predictor(found) if isinstance(found, ViT) else found
-    # A published network is what it is at any profile. A path is too long for a table: two files have two hashes.
+    # A published network is the same at any profile. A path is too long for a table, but two files differ in their
+    # hash.
     name, _, own = spec.name.removeprefix(teachers.TIMM).partition("@")
     average = " average" if spec.branch == "ema" else ""
     label = spec.label if teachers.is_miniature(spec) else f"{name} {spec.sha256[:6]}{average}" if own else name
@@ -234,12 +235,12 @@ def loaded(spec: Teacher, data: Data | None) -> Subject:
 
 
 def of_run(run: Run) -> Subject:
-    """A run's student: with the trained weights, or with its checkpoint's while it is not finished."""
+    """Return a run's student with its trained weights, or with its checkpoint's if the run is unfinished."""
     return _student(run.spec, run.weights if run.finished else run.checkpoint)
 
 
 def of_start(run: Run) -> Subject:
-    """A run's student as it was before its first step, with its own attention whatever it takes later."""
+    """Return a run's student at initialisation, with its own attention whatever its transfer."""
     spec = run.spec
     network = students.build(spec.network, spec.seed.model)
     if spec.init.source == "teacher":
@@ -255,9 +256,9 @@ def of_start(run: Run) -> Subject:
 
 
 def _student(spec: RunSpec, file: Path) -> Subject:
-    """The student of a spec with the weights of a file, together with its teacher if it copies.
+    """Build the student of a spec with the weights of a file, together with its teacher if it copies.
 
-    Raises DamagedRunError for a damaged file of the run itself, UserError for one that lies elsewhere.
+    Raises DamagedRunError for a damaged file of the run itself, UserError for a file elsewhere.
     """
     run = Run(file.parent)
     own = run.id == spec.id and file in (run.weights, run.checkpoint)
@@ -290,7 +291,7 @@ def _student(spec: RunSpec, file: Path) -> Subject:
 
 
 def _nothing_yet(spec: RunSpec, run: Run) -> Exception:
-    """What to say of a run whose file with its state is not there."""
+    """Return the error for a run that has no saved state yet."""
     if run.weights.exists():
         return UserError(
             f"run {spec.id} is not finished: {run.path / 'result.json'} is not there",
@@ -300,7 +301,7 @@ def _nothing_yet(spec: RunSpec, run: Run) -> Exception:
 
 
 class _UnreadableError(UserError):
-    """A file that holds no state."""
+    """A file that holds no saved state."""
 
     def __init__(self, problem: str, cause: str, hint: str | None = None) -> None:
         super().__init__(problem, hint)
@@ -314,7 +315,7 @@ def _kind(spec: RunSpec) -> str:
 
 
 def _state(file: Path, run: str | None = None) -> tuple[dict[str, Tensor], int | None]:
-    """A state dict and, of a checkpoint, the step. Raises UserError for a file that is neither."""
+    """Read a state dict and, from a checkpoint, its step. Raises UserError for a file that is neither."""
     try:
         if file.suffix == ".safetensors":
             return {name: tensor.float() for name, tensor in files.tensors(file).items()}, None
@@ -328,7 +329,7 @@ def _state(file: Path, run: str | None = None) -> tuple[dict[str, Tensor], int |
 
 
 def _file(path: Path) -> Subject:
-    """A run's folder, a file beside its ``spec.json``, or a miniature's file."""
+    """Load a run's folder, a file beside its ``spec.json``, or a miniature's file."""
     if not path.exists():
         raise UserError(f"there is no file {path}", _SUBJECTS)
     folder, file = (path, None) if path.is_dir() else (path.parent, path)

@@ -1,8 +1,7 @@
-"""Reading what a network computes while it runs: nnsight looks into the network as it is, whatever it is.
+"""Trace the internal activations of any network with nnsight, without modifying the network.
 
-Nothing is switched in the network. Where its attention is fused, queries and keys are read as they enter the kernel,
-and a layer's map is computed from them when it is asked for. Shapes: B images, H heads, N tokens, d head width, C
-width.
+Where its attention is fused, queries and keys are read as they enter the kernel, and a layer's map is computed from
+them on request. Shapes: B images, H heads, N tokens, d head width, C width.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ from atdiag.transfer.ops import QK, Map
 
 What = Literal["map", "logits", "q", "k", "v", "attn", "mlp", "residual"]
 """``map`` [B, H, N, N], its ``logits`` before softmax [B, H, N, N]; ``q``, ``k``, ``v`` [B, H, N, d] as they enter the
-product; ``attn`` and ``mlp``, what the block's two modules put out, before LayerScale [B, N, C]; ``residual``, the
-stream that leaves the block [B, N, C]."""
+product; ``attn`` and ``mlp``, the outputs of the block's two modules, before LayerScale [B, N, C]; ``residual``, the
+residual stream at the block's output [B, N, C]."""
 
 WHAT: tuple[What, ...] = get_args(What)
 PER_HEAD: frozenset[What] = frozenset({"map", "logits", "q", "k", "v"})
 _OF_QK: frozenset[What] = frozenset({"logits", "q", "k"})
-"""What there is only where a map is known by its queries and keys."""
+"""Quantities available only if a map is given by its queries and keys."""
 
 _SWITCH = "set fused_attn of its attention to True"
 
 BATCH = 64
-"""Images that are traced at a time, unless one layer's maps of so many would be more than ``_MOST`` numbers."""
+"""Images traced at a time, unless one layer's maps would then exceed ``_MOST`` elements."""
 _MOST = 2**25
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What was read of one block; None where it was not asked for."""
+    """The traced values of one block; None where not requested."""
 
     map: Map | None = None
     v: Tensor | None = None
@@ -55,15 +54,15 @@ class Layer:
 
     @property
     def used(self) -> Map:
-        """The map that the block used: by q and k where there are such, else as a tensor."""
+        """The map that the block used: by q and k if available, else as a tensor."""
         if self.map is None:
             raise TracingError("no map was asked for")
         return self.map
 
     def tensor(self, what: What, heads: Sequence[int] | None = None) -> Tensor:
-        """One of the things by name, shapes as in :data:`What`, of some heads. In float32 or better.
+        """Return one quantity by name, shaped as in :data:`What`, for some heads, in float32 or better.
 
-        Raises TracingError where there is no such thing: q, k and logits of a map that was given as a tensor.
+        Raises TracingError for q, k or logits of a map that was given as a tensor.
         """
         out = self._whole(what)
         return out[:, list(heads)] if heads is not None and what in PER_HEAD else out
@@ -85,32 +84,32 @@ class Layer:
 
 @dataclass(frozen=True)
 class Traced:
-    """What was read for one batch."""
+    """The traced values of one batch."""
 
     layers: Mapping[int, Layer]
     pixels: Tensor
     """[B, channels, S, S] in [0, 1]."""
     index: Any
-    """int64 [B]: the images' places among all that are traced."""
+    """int64 [B]: the images' positions in the traced set."""
     labels: Any = None
     logits: Tensor | None = None
-    """The network's output [B, classes], where asked for."""
+    """The network's output [B, classes], if requested."""
 
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """What is asked of a tracing pass."""
+    """The quantities to trace in a pass."""
 
     what: frozenset[What]
     layers: tuple[int, ...]
     logits: bool = False
-    """Also the network's output."""
+    """Whether to include the network's output."""
 
 
 def request(
     subject: Subject, what: Iterable[str] = ("map",), layers: Sequence[int] | None = None, logits: bool = False
 ) -> TraceRequest:
-    """What is asked for, checked. layers: blocks counted from 0 at the input; None: all. Raises UserError."""
+    """Return a validated request. layers: blocks counted from 0 at the input; None: all. Raises UserError."""
     names = frozenset(what)
     for name in sorted(names - set(WHAT)):
         raise UserError(f"nothing named {name!r} can be traced{suggest(name, WHAT)}", f"known: {', '.join(WHAT)}")
@@ -126,7 +125,7 @@ def request(
 
 
 class Reader:
-    """Looks into one subject; a context manager, which leaves the network as it found it::
+    """Traces one subject; a context manager that restores the network on exit::
 
     with Reader(subject) as reader:
         traced = reader(pixels, wanted)
@@ -141,7 +140,7 @@ class Reader:
 
     def __enter__(self) -> Reader:
         module = self.subject.module
-        # nnsight puts a forward of its own on every module whose source it reads, and leaves it there.
+        # nnsight replaces the forward of every module whose source it reads, and leaves it replaced.
         self._before = {m: {k: m.__dict__[k] for k in instrument.PLANTED if k in m.__dict__} for m in module.modules()}
         self._root = self._nnsight.NNsight(module)
         return self
@@ -159,9 +158,8 @@ class Reader:
     ) -> Traced:
         """Trace images [B, channels, S, S] in [0, 1] on the subject's device.
 
-        given: what blocks use instead of their own; by default what the subject takes from its teacher. Raises
-        UserError for a block without softmax attention, TracingError that names the layer for a block that was not run
-        or gave a NaN.
+        given: overrides by block; by default those from the subject's teacher. Raises UserError for a block without
+        softmax attention, TracingError naming the layer for a block that did not run or produced a NaN.
         """
         network = self.subject.network
         if pixels.shape[1:] != (network.channels, network.image_size, network.image_size):
@@ -169,7 +167,7 @@ class Reader:
             raise UserError(f"{self.subject.label} sees images of {sees}, and these are {list(pixels.shape[1:])}")
         given = self.subject.given(pixels) if given is None else given
         read = want.layers if want.what & PER_HEAD else ()
-        put = {} if isinstance(self.subject.module, ViT) else given  # ours takes it as an argument
+        put = {} if isinstance(self.subject.module, ViT) else given  # our ViT takes overrides as an argument
         where = {layer: self._site(layer) for layer in sorted({*read, *put})}
         self._check_explicit(where, want, put)
         nodes, outputs, logits = self._run(pixels, want, where, {} if put else given, put)
@@ -187,7 +185,7 @@ class Reader:
     def _check_explicit(
         self, where: Mapping[int, Site], want: TraceRequest, put: Mapping[int, AttentionOverride]
     ) -> None:
-        """Raise UserError for what can't be had where attention is explicit: there only the map passes by."""
+        """Raise UserError for quantities that explicit attention does not expose: there only the map can be read."""
         lost = sorted(want.what & {*_OF_QK, "v"})
         for layer, site in where.items():
             if site.kind != "explicit":
@@ -211,9 +209,10 @@ class Reader:
         given: Mapping[int, AttentionOverride],
         put: Mapping[int, AttentionOverride],
     ) -> tuple[dict[int, Any], dict[int, dict[str, Any]], Tensor | None]:
-        """One pass: what was at each layer's site, what its modules put out, and the network's output.
+        """Run one pass; return each layer's value at its site, its modules' outputs, and the network's output.
 
-        given: as an argument of the network; put: written into the pass where its attention is read.
+        given: overrides passed to the network as an argument; put: overrides written at the attention's site during the
+        pass.
         """
         root, save = self._root, self._nnsight.save
         names = [name for name in ("attn", "mlp") if name in want.what]
@@ -224,7 +223,7 @@ class Reader:
         network, images = self.subject.network, len(pixels)
         call = (pixels, dict(given)) if given else (pixels,)
         try:
-            # Everything is read in the order in which the network computes it: nnsight can't go back.
+            # Read everything in the order in which the network computes it: nnsight can't go back.
             with root.trace(*call) as tracer:
                 nodes: dict[int, Any] = save({})
                 outputs: dict[int, dict[str, Any]] = save({layer: {} for layer in want.layers})
@@ -258,7 +257,7 @@ class Reader:
 
     @property
     def _path(self) -> str:
-        """Where the blocks are: of a network that is not ours, one step further inside."""
+        """The attribute path of the blocks; a foreign network is nested one level deeper."""
         return "blocks" if hasattr(self.subject.module, "blocks") else "model.blocks"
 
     def _envoy(self, layer: int) -> Any:
@@ -268,7 +267,7 @@ class Reader:
         return envoy[layer]
 
     def _site(self, layer: int) -> Site:
-        """Where a block's map is to be read, by the source of its attention. Raises UserError where there is none."""
+        """Return where a block's map can be read in the source of its attention. Raises UserError if nowhere."""
         block = self._blocks[layer]
         attn = getattr(block, "attn", None)
         inside = isinstance(attn, nn.Module)
@@ -283,7 +282,7 @@ class Reader:
 
 
 def _check_finite(layers: Mapping[int, Layer], label: str) -> None:
-    """Raise TracingError that names the first layer with a NaN (an infinity becomes one in what follows)."""
+    """Raise TracingError naming the first layer with a NaN (an infinity becomes one downstream)."""
     flags: list[Tensor] = []
     where: list[tuple[int, str]] = []
     for layer, one in layers.items():
@@ -296,7 +295,7 @@ def _check_finite(layers: Mapping[int, Layer], label: str) -> None:
             if tensor is not None:
                 flags.append(tensor.isfinite().all())
                 where.append((layer, name))
-    if flags and not (fine := torch.stack(flags)).all():  # one look at the device for all layers
+    if flags and not (fine := torch.stack(flags)).all():  # one synchronisation with the device for all layers
         layer, name = next(place for place, good in zip(where, fine.tolist(), strict=True) if not good)
         raise TracingError(f"layer {layer} of {label}: its {name} is not finite")
 
@@ -305,13 +304,13 @@ def _check_finite(layers: Mapping[int, Layer], label: str) -> None:
 
 
 def batch_size(*networks: Network) -> int:
-    """How many images are traced at a time: no layer's maps are more than ``_MOST`` numbers."""
+    """Return how many images to trace at a time, so that no layer's maps exceed ``_MOST`` elements."""
     largest = max(network.heads * network.tokens**2 for network in networks)
     return max(1, min(BATCH, _MOST // largest))
 
 
 def check_images(subjects: Sequence[Subject]) -> None:
-    """Raise UserError for subjects that do not see images of one kind."""
+    """Raise UserError unless all subjects take images of the same format."""
     kinds = {(one.network.image_size, one.network.channels) for one in subjects}
     if len(kinds) > 1:
         told = " and ".join(f"{size} x {size} x {channels}" for size, channels in sorted(kinds))

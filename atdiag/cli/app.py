@@ -1,4 +1,4 @@
-"""The command line. Imports nothing heavy: every command imports its work when it is called."""
+"""The command line. Imports nothing heavy: every command imports what it needs when called."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from atdiag.cli.messages import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_TERMINATED, E
 
 
 class _Commands(TyperGroup):
-    """Commands in the order they are told, ablations from entry points first."""
+    """Commands in listing order, with ablations from entry points first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Experiments first, in the order in which they were added; then everything else."""
+        """Return the experiments first, in the order in which they were added; then everything else."""
         found = [name for name in self.commands if name not in RESERVED]
         return [*found, *(name for name in RESERVED if name in self.commands)]
 
@@ -56,9 +56,9 @@ def _options(
     pass
 
 
-@functools.cache  # a process may call main again; every command is there once
+@functools.cache  # a process may call main again; each command is added only once
 def _complete(app: typer.Typer) -> None:
-    """Add the commands that other modules hold, and those that other packages bring."""
+    """Add the commands of other modules and other packages."""
     experiments.add_commands(app)
     reproduce.add_commands(app)
     inspect.add_commands(app)
@@ -72,14 +72,14 @@ def _complete(app: typer.Typer) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script. Wrong input: one line, exit 2. A fault at run time: one line, exit 1."""
+    """Run the console script. Wrong input: one line, exit 2. A fault at run time: one line, exit 1."""
     signal.signal(signal.SIGTERM, _terminate)
     code: Any
     try:
         _complete(app)
-        # In a context of its own: what a command sets there, such as where data sets lie, ends with it.
+        # Run in a copied context, so that what a command sets, such as the data folder, ends with it.
         run = functools.partial(app, args=arguments, prog_name="atdiag", standalone_mode=False)
-        code = contextvars.copy_context().run(run) or 0  # Ctrl-C comes back as 130
+        code = contextvars.copy_context().run(run) or 0  # Ctrl-C is returned as 130
     except SystemExit as asked:  # SIGTERM
         code = asked.code
     except Exception as fault:
@@ -94,13 +94,13 @@ def _terminate(*_: Any) -> None:
 
 
 def _explain(fault: Exception) -> int:
-    """Say what went wrong in one line, and give the exit code."""
+    """Report an error in one line, and return the exit code."""
     from atdiag.core.errors import UserError
 
     if isinstance(fault, UserError):
         say(str(fault))
         return EXIT_USAGE
-    if hasattr(fault, "format_message"):  # a usage error of the command-line library
+    if hasattr(fault, "format_message"):  # a usage error from Click
         if type(fault).__name__ == "NoArgsIsHelpError":
             typer.echo(fault.format_message(), err=True)
             return EXIT_USAGE

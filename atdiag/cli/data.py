@@ -49,7 +49,7 @@ def data_check(
 ) -> None:
     """Read every image of a data set: name broken ones, write hashes.
 
-    Exit code 1 if an image is broken. The manifest, with the sha256 of each file, lies in the cache folder.
+    Exit code 1 if an image is broken. The manifest, with the sha256 of each file, is stored in the cache folder.
     """
     resolve(data_dir)
     from atdiag.data import listing, manifest, sources

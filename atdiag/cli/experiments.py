@@ -1,4 +1,4 @@
-"""A command for each installed ablation: resolve the settings, train what is not finished, report, write, draw.
+"""A command for each installed ablation: resolve settings, train unfinished runs, report, write files, draw.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """A command for each installed ablation: its own options, then those that all experiments have."""
+    """Add a command for each installed ablation: its own options, then those common to all experiments."""
     taken: set[str] = set()
     for one in registry.installed():
         if one.name in taken or one.name in RESERVED:
@@ -69,7 +69,7 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
 
 
 def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:
-    """Raise UserError, before anything is trained, where something can't be trained or measured."""
+    """Raise UserError, before training, if something can't be trained or measured."""
     from atdiag.execution import devices
     from atdiag.study import pipeline
 
@@ -80,7 +80,7 @@ def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> N
 
 
 def train(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:
-    """Train and measure what has not been, with progress bars."""
+    """Train and measure what is missing, with progress bars."""
     from atdiag.execution import devices
     from atdiag.execution.run import execute
     from atdiag.reports import console
@@ -95,17 +95,17 @@ def train(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> N
 
 
 def unfinished(plan: Plan, store: Store) -> int:
-    """How many runs of a plan are not finished now."""
+    """Return how many runs of a plan are currently unfinished."""
     from atdiag.execution.plan import pending
 
     return len(pending(plan.specs, store))
 
 
 def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
-    """An ablation's studies for the teacher that was asked for; for each of several (``a,b``), or of ``all``.
+    """Return an ablation's studies for the given teacher, for each of several (``a,b``), or for ``all``.
 
-    Of all teachers (with ``leave_out``: of several), those that the ablation refuses are left out, and the series says
-    so. Raises UserError for a refused teacher that was named, and where none is left.
+    For all teachers (with ``leave_out``: for several), those that the ablation refuses are left out, with a note in the
+    series. Raises UserError for a refused teacher that was named, and if none is left.
     """
     from atdiag.core.selection import comma_separated
     from atdiag.study.protocol import Series
@@ -120,7 +120,7 @@ def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
 def check_overrides(
     plan: Callable[[Lab], list[RunSpec]], specs: list[RunSpec], settings: Settings, sets: list[str]
 ) -> None:
-    """Raise UserError for a setting given with --set that changes none of the runs (``specs``) that are planned."""
+    """Raise UserError for a setting given with --set that changes none of the planned runs (``specs``)."""
     from atdiag.core.errors import UserError
     from atdiag.study import settings as profiles
     from atdiag.study.builder import Lab
@@ -129,7 +129,7 @@ def check_overrides(
     for name in (item.partition("=")[0].strip() for item in sets):
         plain = profiles.without(settings, name)
         if plain is None or plain == settings.profile or _is_so(name, specs, settings):
-            continue  # it can't be left out, or says what is so anyway
+            continue  # required, or equal to the default
         others = {key: value for key, value in settings.overrides.items() if key != name}
         try:
             without = plan(Lab(replace(settings, profile=plain, overrides=others)))
@@ -140,7 +140,7 @@ def check_overrides(
 
 
 def _is_so(name: str, specs: list[RunSpec], settings: Settings) -> bool:
-    """Whether a setting under ``transfer.`` names what some transfer is in any case."""
+    """Return whether a setting under ``transfer.`` states what already holds for some transfer."""
     section, _, field = name.partition(".")
     if section != "transfer":
         return False

@@ -1,4 +1,4 @@
-"""Commands that look inside: trace, similarity, intervene. Each is a function of ``analysis`` with words around it.
+"""Commands that look inside networks: trace, similarity, intervene. Each wraps a function of ``analysis``.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -57,9 +57,9 @@ def trace(
     images: Images = None,
     mean: Annotated[bool, typer.Option("--mean", help="Only the mean over the images.")] = False,
 ) -> None:
-    """Write what a network computes inside: attention maps, queries, keys, values, outputs, the residual stream.
+    """Write a network's internal values: attention maps, queries, keys, values, outputs, the residual stream.
 
-    The file has a tensor for each thing and block, such as map.5 [images, heads, tokens, tokens].
+    The file has a tensor for each quantity and block, such as map.5 [images, heads, tokens, tokens].
     """
     from safetensors.torch import save
 
@@ -110,8 +110,8 @@ def similarity(
 ) -> None:
     """Compare two networks' attention, head by head: Jensen-Shannon divergence by layer, in bits, and CKA.
 
-    Heads have no order: they are matched one to one so that the divergence is least (optimal), each with its nearest
-    (best), by index (same), or averaged before. 0: the same maps; 1: nothing in common.
+    Heads have no order: they are matched one to one with the least divergence (optimal), each with its nearest (best),
+    by index (same), or averaged first. 0: the same maps; 1: disjoint.
     """
     from atdiag.analysis import similarity as work
     from atdiag.reports import writers
@@ -122,7 +122,7 @@ def similarity(
     a, *bs = session.subjects
     pairs = layer_pairs(layer_map)
     blocks = chosen(layers, a.network.depth, "--layers")
-    work.check(a, bs, blocks, pairs)  # before images are asked for: with others the networks would fit no better
+    work.check(a, bs, blocks, pairs)  # first: other images would not make incompatible networks fit
     pictures = session.pictures(images)
     with watched(images=pictures):
         found = work.similarity(a, bs, pictures, blocks, pairs)
@@ -151,7 +151,7 @@ def similarity(
 
 
 def _similarity_table(one: Similarity) -> Table:
-    """A line for each layer: the four matchings over all queries, the optimal one of class token and patches, CKA."""
+    """Return a table with a row for each layer: all matchings, optimal ones of class and patch tokens, CKA."""
     shown = table(f"{one.a} and {one.b}", "layer", "optimal", "best", "same", "averaged", "class", "patches", "CKA")
     columns = [one.matched(how) for how in ("optimal", "best", "same", "averaged")]
     none = columns[0] * float("nan")
@@ -189,9 +189,9 @@ def intervene(
     each: Annotated[bool, typer.Option("--each", help="One block at a time, not all of them at once.")] = False,
     images: Images = None,
 ) -> None:
-    """Replace a trained network's attention, without training, and see what it still knows.
+    """Replace a trained network's attention, without training, and measure the effect.
 
-    Reports accuracy before and after, and how far the residual stream moves, block by block.
+    Reports accuracy before and after, and the change of the residual stream, block by block.
     """
     from atdiag.analysis import interventions as work
     from atdiag.analysis import subjects
@@ -259,6 +259,6 @@ def _outcomes_table(found: Sequence[Outcome]) -> Table:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """The commands of this module."""
+    """Add the commands of this module."""
     for command in (trace, similarity, intervene):
         add(app, command.__name__, command)

@@ -1,4 +1,4 @@
-"""Commands that show where networks look: attention-stats, maps.
+"""Commands that show attention: attention-stats, maps.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -56,10 +56,10 @@ def attention_stats(
     ] = None,
     rank_images: Annotated[int, typer.Option(help="Images for the effective rank, which is slow.")] = 64,
 ) -> None:
-    """What attention looks like in numbers, by layer and head; several subjects side by side.
+    """Summarise attention by layer and head in numbers, for several subjects side by side.
 
     Entropy, attention distance, share on class token and registers, sinks, redundancy of heads, effective rank,
-    high-norm tokens: what each is, and its source, lies in the module atdiag.analysis.statistics.
+    high-norm tokens. The module atdiag.analysis.statistics defines each and gives its source.
     """
     import pandas as pd
 
@@ -115,7 +115,7 @@ _SHORT = {
 
 
 def _stats_table(one: Stats) -> Table:
-    """A line for each layer: the mean over heads of each number that there is."""
+    """Return a table with a row for each layer: the mean over heads of each available statistic."""
     import numpy as np
 
     columns = {name: values.mean(1) for name, values in one.heads.items()} | dict(one.layers_only)
@@ -146,9 +146,9 @@ def maps(
     head: Annotated[str, typer.Option(help="mean, all, or a head's number.")] = "mean",
     no_rollout: Annotated[bool, typer.Option("--no-rollout", help="Leave the attention rollout out.")] = False,
 ) -> None:
-    """Pictures of where networks look: subjects down, layers across, for each image and query a figure.
+    """Draw attention maps: subjects in rows, layers in columns, a figure for each image and query.
 
-    At the end of a row the attention rollout up to its last layer.
+    Each row ends with the attention rollout up to its last layer.
     """
     import pandas as pd
 
@@ -163,10 +163,10 @@ def maps(
     folder = given.folder("maps")
     wanted = images or ["0"]
     if all(re.fullmatch(r"[\d\s,-]+", text) and not Path(text).exists() for text in wanted):
-        wanted = [",".join([*wanted, ""])]  # indices, and no number of images
+        wanted = [",".join([*wanted, ""])]  # trailing comma: indices rather than a number of images
     meant = choosing.named(wanted)
     assert not isinstance(meant, int)
-    if len(meant) > _MOST_IMAGES:  # said before networks are loaded
+    if len(meant) > _MOST_IMAGES:  # fail before networks are loaded
         raise UserError(f"{len(meant)} images are {len(meant)} figures", f"give at most {_MOST_IMAGES}")
     session = InspectionSession(subjects, given)
     asked = chosen_of_all(layers, session.subjects)
@@ -174,7 +174,7 @@ def maps(
     queries = tuple(query or ["centre"])
     found: list[Shown] = []
     for one in session.subjects:
-        # Each sees the images at its own size: networks of different token grids can be laid side by side.
+        # Each network sees the images at its own size, so that different token grids can be compared.
         pictures = choosing.choose(wanted, session.data, one.network, given.skip_bad)
         with watched(images=pictures):
             found.append(work.maps(one, pictures, asked, queries, which, not no_rollout))

@@ -1,4 +1,4 @@
-"""What the command line says beside its results: exit codes, one line on standard error, and what a stop leaves.
+"""Messages of the command line: exit codes, lines on standard error, and what an interrupted command leaves.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -10,7 +10,7 @@ import typer
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 LOOKING = ("trace", "similarity", "intervene", "probe", "attention-stats", "maps")
-"""Commands that look inside: they train nothing, and write at their end."""
+"""Commands that look inside networks: they train nothing, and write their files at the end."""
 
 RESERVED = (
     "reproduce",
@@ -22,11 +22,11 @@ RESERVED = (
     "data",
     *LOOKING,
 )
-"""Names of commands that are no experiments."""
+"""Names of commands that are not experiments."""
 
 
 def stopped(command: str) -> str:
-    """What is left of a command that was stopped, by its name."""
+    """Describe what an interrupted command leaves, by its name."""
     if command in ("pretrain", "reproduce") or command not in RESERVED:
         return "stopped: checkpoints are written, the same command goes on from there"
     if command in LOOKING:
@@ -35,5 +35,5 @@ def stopped(command: str) -> str:
 
 
 def say(text: str) -> None:
-    """Tell the user something in one line, on standard error."""
+    """Print one line on standard error."""
     typer.echo(f"atdiag: {' '.join(text.splitlines())}", err=True)

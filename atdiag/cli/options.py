@@ -1,4 +1,4 @@
-"""Options that commands share, and how a command comes to them beside its own.
+"""Options that commands share, and how they are added to a command's own.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -58,7 +58,7 @@ _Deterministic = Annotated[
 ]
 
 Common = Mapping[str, tuple[Any, Any]]
-"""Options by the names of their parameters: annotation and default."""
+"""Options by parameter name: annotation and default."""
 
 EXECUTION: Common = {
     "device": (_Device, None),
@@ -66,7 +66,7 @@ EXECUTION: Common = {
     "deterministic": (_Deterministic, False),
     "data_dir": (DataDir, None),
 }
-"""How runs are executed: fields of :class:`ExecutionOptions` by name."""
+"""Execution options: fields of :class:`ExecutionOptions` by name."""
 
 EXPERIMENT: Common = {
     "profile": (Profile, None),
@@ -79,11 +79,11 @@ EXPERIMENT: Common = {
     "runs": (Runs, None),
     **EXECUTION,
 }
-"""The options that every experiment has."""
+"""Options common to all experiments."""
 
 
 def execution_options(given: Mapping[str, Any]) -> ExecutionOptions:
-    """The execution options among some that were typed."""
+    """Return the execution options among the given options."""
     named = {field.name for field in fields(ExecutionOptions)}
     values = {name: value for name, value in given.items() if name in named}
     if values.get("data_dir") is not None:
@@ -92,10 +92,10 @@ def execution_options(given: Mapping[str, Any]) -> ExecutionOptions:
 
 
 def joined(function: Callable[..., Any], common: Common, call: Callable[..., None]) -> Callable[..., None]:
-    """A command with a function's own options (its parameters but the first), then the ``common`` ones.
+    """Return a command with a function's own options (all parameters but the first), then the ``common`` ones.
 
-    ``call`` does the work: it is given the function with its own options filled in, which asks for nothing but its
-    first parameter, and each common option by name.
+    call: does the work; it receives the function with its own options filled in, so that only the first parameter is
+    missing, and each common option by name.
     """
     signature = inspect.signature(function, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]

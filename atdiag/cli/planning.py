@@ -1,4 +1,4 @@
-"""What an experiment says before it trains: what would be run, on what, at which cost.
+"""Output of an experiment before training: what will be run, on what, at what cost.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def header(series: Series, settings: Settings) -> None:
-    """Say what an experiment is about, and at which scale."""
+    """Print what an experiment is about, and its scale."""
     from atdiag.reports import tables
 
     typer.echo(f"atdiag {series.ablation}: {tables.subject(series)}")
@@ -32,7 +32,7 @@ def header(series: Series, settings: Settings) -> None:
 
 
 def scale(studies: tuple[Study, ...], settings: Settings) -> None:
-    """Say on what is trained, for how long, and whose the teachers are."""
+    """Print the data, the training length, and the origin of the teachers."""
     from atdiag.networks.registry import teachers
 
     arms = [arm.specs[0] for study in studies for arm in study.arms]
@@ -57,7 +57,7 @@ def scale(studies: tuple[Study, ...], settings: Settings) -> None:
 
 
 def announce(plan: Plan, store: Store) -> None:
-    """Say how much is to be trained, and about how long it takes."""
+    """Print how much is to be trained, and the estimated time."""
     if not plan.todo:
         typer.echo(f"{count(len(plan.specs), 'run')}, all finished before: nothing to train")
         return
@@ -71,7 +71,7 @@ def announce(plan: Plan, store: Store) -> None:
 
 
 def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) -> None:
-    """The plan of an experiment, in full."""
+    """Print the full plan of an experiment."""
     from rich.console import Console
     from rich.table import Table
 
@@ -111,12 +111,12 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
 
 
 def measures(series: Series) -> list[str]:
-    """What is taken of finished runs, by name."""
+    """Return the names of the measurements of finished runs."""
     return list(dict.fromkeys(measure.name for study in series.studies for measure in study.measures))
 
 
 def _planned(series: Series) -> list[tuple[str, RunSpec]]:
-    """Every run once, with the name of the first arm that has it."""
+    """Return every run once, with the name of the first arm that contains it."""
     several = len(series.studies) > 1
     named: dict[str, tuple[str, RunSpec]] = {}
     for study in series.studies:
@@ -127,7 +127,7 @@ def _planned(series: Series) -> list[tuple[str, RunSpec]]:
 
 
 def _resolved(series: Series, settings: Settings) -> dict[str, dict[str, Any]]:
-    """The settings that its runs are made of: data, transfer, recipes, student."""
+    """Return the settings of its runs: data, transfer, recipes, student."""
     profile = settings.profile
     scenes = {"test_per_source", "clutter"} if profile.data.image_size else set()
     form = profile.transfer.model_dump(mode="json", exclude_defaults=True)
@@ -146,7 +146,7 @@ def _resolved(series: Series, settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def _size(network: Network) -> str:
-    """``standard, 22.1 M parameters, 4.6 GFLOPs per image``."""
+    """Format a network's size: ``standard, 22.1 M parameters, 4.6 GFLOPs per image``."""
     from atdiag.networks.model import students
 
     parts = ", ".join(network.components) or "standard"
@@ -159,7 +159,7 @@ def _short(value: Any) -> str:
 
 
 def names(teachers: Sequence[Teacher], most: int = 6) -> str:
-    """``deit_s, dino_s and 9 others``."""
+    """Format teachers' names: ``deit_s, dino_s and 9 others``."""
     labels = [teacher.label for teacher in teachers]
     rest = len(labels) - most
     return ", ".join(labels) if rest <= 1 else f"{', '.join(labels[:most])} and {rest} others"

@@ -1,4 +1,4 @@
-"""``atdiag probe``: what layers know.
+"""``atdiag probe``: layer-wise probing.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Arm:
-    """One condition: a name, where a finished experiment gives one, and the references of its runs."""
+    """One condition: its name, if a finished experiment gives one, and the references of its runs."""
 
     name: str | None
     references: tuple[str, ...]
 
 
 def _arms(references: Sequence[str]) -> list[_Arm]:
-    """What is meant: a subject as it is; of an experiment's JSON file the teacher itself and every arm."""
+    """Resolve references: a subject by itself; for an experiment's JSON file, the teacher and every arm."""
     from atdiag.core.errors import UserError
 
     out: list[_Arm] = []
@@ -71,7 +71,7 @@ def _arms(references: Sequence[str]) -> list[_Arm]:
 
 
 def _named(arms: Sequence[_Arm], subjects: Sequence[Subject]) -> list[tuple[str, int]]:
-    """The name of each arm, no two alike, and how many subjects are its runs."""
+    """Return the name of each arm, all distinct, and the number of subjects that are its runs."""
     out: list[tuple[str, int]] = []
     place = 0
     for arm in arms:
@@ -104,7 +104,7 @@ def probe(
     ] = None,
     neighbours: Annotated[int, typer.Option(help="How many nearest neighbours vote.")] = 20,
 ) -> None:
-    """What each layer knows: accuracy of probes on every layer's tokens, and of the trained head put on it.
+    """Probe every layer's tokens for the classes, and apply the trained head to every layer.
 
     A linear probe (its regularisation chosen on a held-out part of the training images), nearest neighbours by cosine,
     and nearest class means, on class token, mean patch token, and both.
@@ -166,7 +166,7 @@ def probe(
 
 
 def _probe_tables(frame: pd.DataFrame) -> list[Table]:
-    """Of one or two subjects every probe; of more the linear probe and the early exit, side by side."""
+    """Return tables: every probe for one or two subjects; linear probe and early exit side by side for more."""
     names = list(frame.subject.unique())
     most = {name: "both" if ((frame.subject == name) & (frame.tokens == "both")).any() else "patch" for name in names}
     values = {
@@ -206,7 +206,7 @@ def _probe_tables(frame: pd.DataFrame) -> list[Table]:
 
 
 def _some(layers: Sequence[int]) -> list[int]:
-    """At most three of them, first and last among them: a terminal is not wide."""
+    """Return at most three layers, including the first and the last: a terminal is narrow."""
     count = min(3, len(layers))
     places = [round(i * (len(layers) - 1) / max(count - 1, 1)) for i in range(count)]
     return [layers[place] for place in places]

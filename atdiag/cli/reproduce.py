@@ -1,4 +1,4 @@
-"""``atdiag reproduce``: all analyses as one set of runs, and one table of claims. ``atdiag figures``: what is finished.
+"""``atdiag reproduce``: all analyses as one set of runs, with a table of claims. ``atdiag figures``: finished ones.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -21,7 +21,7 @@ from atdiag.cli.session import ExperimentSession, open_session
 from atdiag.core import paths, text
 from atdiag.core.text import count
 from atdiag.study import registry
-from atdiag.study.builder import Lab  # light: every ablation has it
+from atdiag.study.builder import Lab  # light: every ablation imports it
 from atdiag.study.protocol import LEFT_OUT
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _Quick = Annotated[bool, typer.Option("--quick", help="Fewer teachers, fewer var
 
 @dataclass(frozen=True)
 class Analyses:
-    """The analyses that can be made at a profile, and why the others can't."""
+    """The analyses that are possible at a profile, and why the others are not."""
 
     series: dict[str, Series]
     refused: dict[str, UserError]
@@ -51,7 +51,7 @@ class Analyses:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Both commands, with the options of the experiments."""
+    """Add both commands, with the options of the experiments."""
     app.command("reproduce")(joined(reproduce, EXPERIMENT, _reproduce))
     training = {*EXECUTION, "dry_run"} - {"data_dir"}
     common = {name: option for name, option in EXPERIMENT.items() if name not in training}
@@ -59,10 +59,10 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def reproduce(lab: Lab, quick: _Quick = False) -> Analyses:
-    """Make all analyses of the 2026 paper, and say what became of its claims.
+    """Run all analyses of the 2026 paper and judge its claims.
 
-    What several analyses share is trained once, and what is finished never again. Stopped at any point, the same line
-    goes on.
+    Runs shared by several analyses are trained once, and finished runs never again. After an interruption, the same
+    command resumes.
     """
     return _made(lab, quick, registry.placed())
 
@@ -167,7 +167,7 @@ def _folder(name: str, session: ExperimentSession, out: Path | None) -> Path:
 
 
 def _show(analyses: Analyses, plan: Plan, session: ExperimentSession) -> None:
-    """What would be run: for each analysis its runs, those that no earlier one has, and the time that they take."""
+    """Print the plan: for each analysis its runs, those that no earlier one shares, and their estimated time."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -223,7 +223,7 @@ def _judged(readings: dict[str, Reading]) -> list[Judged]:
 
 
 def _untestable(analyses: Analyses) -> list[Judged]:
-    """The claims of analyses that can't be made at the profile, with the reason."""
+    """Return the claims of analyses that are not possible at the profile, with the reason."""
     from ablations import claims
     from atdiag.study.claims import Judged
 
@@ -235,7 +235,7 @@ def _untestable(analyses: Analyses) -> list[Judged]:
 
 
 def _write_summary(judged: Sequence[Judged], readings: dict[str, Reading], folder: Path) -> list[Path]:
-    """The table of claims in every form, with the runs that it stands on."""
+    """Write the table of claims in every format, with the runs on which it is based."""
     import pandas as pd
 
     from atdiag.reports import tables, writers

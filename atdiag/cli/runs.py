@@ -1,4 +1,4 @@
-"""``atdiag runs``: list, show, compare, verify, export and remove what was trained.
+"""``atdiag runs``: list, show, compare, verify, export and remove trained runs.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -64,13 +64,13 @@ def _listed(run: Run) -> dict[str, Any]:
             "seed": f"{spec.seed.data}/{spec.seed.model}",
             "top1": run.result()["top1"] if run.finished else None,
         }
-    except (ValueError, KeyError):  # a file is damaged, or of another version: the others are listed all the same
+    except (ValueError, KeyError):  # damaged, or of another version: still list the others
         nothing = dict.fromkeys(("teacher", "student", "start", "transfer", "data", "seed"), "")
         return {"run": run.id, "state": "damaged", **nothing, "top1": None}
 
 
 def _transfer_text(transfer: Transfer) -> str:
-    """``copy 0-11``, ``distill q 6-11 x3``, ``distill 0-5 heads 0,2 mean over queries, mse x3``."""
+    """Format a transfer: ``copy 0-11``, ``distill q 6-11 x3``, ``distill 0-5 heads 0,2 mean over queries, mse x3``."""
     from atdiag.core.selection import ranges
 
     words: list[str] = [transfer.method]
@@ -92,9 +92,9 @@ def _transfer_text(transfer: Transfer) -> str:
 
 
 def store_of(runs: Path | None) -> Store:
-    """The store that ``--runs``, the environment or a file of settings names.
+    """Return the store named by ``--runs``, the environment or a settings file.
 
-    Raises UserError for a ``--runs`` that is no folder: nothing found there would look like all being well.
+    Raises UserError if ``--runs`` is not a folder: finding nothing there would look as if all were well.
     """
     from atdiag.core.errors import UserError
     from atdiag.core.runs import Store
@@ -116,7 +116,7 @@ def _find(store: Store, name: str) -> Run:
 
 @app.command("show")
 def runs_show(run: Annotated[str, typer.Argument(help="A run's id, or its first digits.")], runs: Runs = None) -> None:
-    """Show one run: what it is, where it stands, and what came out."""
+    """Show one run: its spec, state and results."""
     from atdiag.core.errors import UserError
 
     found = _find(store_of(runs), run)
@@ -140,12 +140,12 @@ def runs_show(run: Annotated[str, typer.Argument(help="A run's id, or its first 
 def runs_remove(
     run: Annotated[list[str], typer.Argument(help="Ids of runs, or their first digits.")], runs: Runs = None
 ) -> None:
-    """Delete runs. Their numbers can then only be had by training again."""
+    """Delete runs. Getting their results back requires training again."""
     from atdiag.core.errors import UserError
     from atdiag.core.runs import RunBusyError
 
     store = store_of(runs)
-    for one in [_find(store, name) for name in run]:  # all are found before any is removed
+    for one in [_find(store, name) for name in run]:  # find all before removing any
         try:
             store.remove(one)
         except RunBusyError as fault:
@@ -161,7 +161,7 @@ def runs_verify(
 ) -> None:
     """Hash every file of finished runs again, and name what is damaged.
 
-    Exit code 1 if anything is. Also checked: that spec, predictions, accuracy and teacher's weights belong together.
+    Exit code 1 if anything is. Also checks that spec, predictions, accuracy and teacher's weights are consistent.
     """
     from atdiag.training import audit
 
@@ -189,7 +189,7 @@ def runs_verify(
 
 
 def _tally(verdicts: list[Verdict]) -> str:
-    """``3 sound, 1 damaged, 1 not verifiable (older version: no hashes recorded)``."""
+    """Summarise verdicts: ``3 sound, 1 damaged, 1 not verifiable (older version: no hashes recorded)``."""
     notes = {
         "sound": "",
         "damaged": "",
@@ -210,7 +210,7 @@ def runs_diff(
     runs: Runs = None,
     json_: Json = False,
 ) -> None:
-    """Show by what two runs differ: specs, then what they were computed on, then results."""
+    """Show how two runs differ: specs, then environments, then results."""
     from rich.console import Console
     from rich.table import Table
 
@@ -246,9 +246,9 @@ def runs_export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write. [default: the terminal]")] = None,
     runs: Runs = None,
 ) -> None:
-    """Write all runs as one CSV: specs, states, results, what they were computed on.
+    """Write all runs as one CSV: specs, states, results, environments.
 
-    Runs that can't be read are in it with the state damaged; 'atdiag runs verify' looks closer.
+    Unreadable runs are included with the state damaged; 'atdiag runs verify' examines them.
     """
     from atdiag.core.errors import UserError
     from atdiag.core.runs import write_atomically

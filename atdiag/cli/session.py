@@ -1,4 +1,4 @@
-"""What a command works with: settings, store, device; of commands that look inside also subjects and images.
+"""Sessions of commands: settings, store and device; for commands that look inside networks, subjects and images.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from atdiag.study.settings import Settings
 
 SUBJECT = "a teacher (clip_b), a run's id (start:ID: before its first step), a file of a run, or timm:MODEL[@FILE]"
-"""What names a network."""
+"""Ways to name a network."""
 
 Images = Annotated[
     list[str] | None,
@@ -68,7 +68,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 
 @dataclass(frozen=True)
 class InspectionOptions:
-    """The options that all of these commands have, as they were typed."""
+    """Options common to all commands that look inside networks, as typed."""
 
     skip_bad: bool = False
     data: str | None = None
@@ -81,7 +81,7 @@ class InspectionOptions:
     json_: bool = False
 
     def folder(self, command: str) -> Path:
-        """Where tables and figures go. Raises UserError where nothing can be written."""
+        """Return the folder for tables and figures. Raises UserError if it can't be written."""
 
         out = self.out.expanduser() if self.out else Path("results") / command
         paths.writable(out, "--out")
@@ -89,7 +89,7 @@ class InspectionOptions:
 
 
 def add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
-    """Make a function a command: its own options, then those of :class:`InspectionOptions` that it does not replace."""
+    """Add a function as a command: its own options, then those of :class:`InspectionOptions` not replaced."""
     own = inspect.signature(function).parameters
     common = {name: option for name, option in _COMMON.items() if name not in own}
 
@@ -100,9 +100,9 @@ def add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
 
 
 def resolve(given_data_dir: Path | None = None, **given: Any) -> Settings:
-    """Resolve settings from options as they were typed, and look for data sets where they say.
+    """Resolve settings from options as typed, and set the data folder that they name.
 
-    Raises UserError for whatever is wrong with any of them.
+    Raises UserError for any invalid setting.
     """
     from atdiag.study import settings as profiles
 
@@ -116,7 +116,7 @@ def resolve(given_data_dir: Path | None = None, **given: Any) -> Settings:
 
 @dataclass(frozen=True)
 class ExperimentSession:
-    """What an experiment works with: resolved settings, where runs lie, and how they are executed."""
+    """Context of an experiment: resolved settings, the store of runs, and execution options."""
 
     settings: Settings
     store: Store
@@ -124,13 +124,13 @@ class ExperimentSession:
     equivalence: float | None = None
 
     def reading(self, series: Series) -> Reading:
-        """What came out of a series, all of whose runs are finished and measured."""
+        """Return the reading of a series, all of whose runs are finished and measured."""
         from atdiag.study.aggregate import read
 
         return read(series, self.settings, self.store, self.equivalence)
 
     def plan(self, specs: Sequence[RunSpec]) -> Plan:
-        """Which of some runs are to do, and what they cost."""
+        """Plan some runs: which are unfinished, and their cost."""
         from atdiag.execution import plan
 
         return plan.make(specs, self.store, self.options)
@@ -145,7 +145,7 @@ def open_session(
     data_dir: Path | None,
     **given: Any,
 ) -> ExperimentSession:
-    """Resolve what every experiment is told. Raises UserError for whatever is wrong with any of it."""
+    """Resolve the options of an experiment. Raises UserError for any invalid one."""
     from atdiag.core.runs import Store
     from atdiag.execution import devices
     from atdiag.training import compiled
@@ -179,20 +179,22 @@ class InspectionSession:
         self.subjects: list[Subject] = [
             subjects.find(reference, self.profile, data, self.store).to(self.device) for reference in references
         ]
-        # A run's student is looked into with the images that it was trained for, unless others are asked for.
+        # A run's student is examined on the data set that it was trained on, unless others are given.
         trained = next((one.data for one in self.subjects if one.spec is not None), None)
         own = trained is None or any(item.startswith("data.") for item in overrides)
         self.data = data if own else trained
 
     def pictures(self, images: Sequence[str] | None, default: int = 256) -> ImageSet:
-        """The images that are asked for; else ``default`` of the data set's. Raises UserError where the subjects do not
-        see images of one kind."""
+        """Return the given images, by default ``default`` of the data set's.
+
+        Raises UserError unless all subjects take images of the same format.
+        """
         import numpy as np
 
         from atdiag.analysis.images import choose
         from atdiag.analysis.tracing import check_images
 
-        check_images(self.subjects)  # before images are asked for, which could be of none of the kinds
+        check_images(self.subjects)  # before opening images, which could fit none of them
         network = self.subjects[0].network
         if images:
             return choose(list(images), self.data, network, self.given.skip_bad)
@@ -203,7 +205,7 @@ class InspectionSession:
     def tell(
         self, tables: Sequence[Table], notes: Sequence[str], files: Sequence[Path], document: Any, pictures: ImageSet
     ) -> None:
-        """Say what came out."""
+        """Print tables, notes and files, and the document as JSON if requested."""
         from rich.console import Console
 
         terminal = Console()
@@ -217,14 +219,14 @@ class InspectionSession:
 
 
 def chosen(text: str | None, count: int, option: str) -> tuple[int, ...] | None:
-    """Blocks or heads as they are typed; None for all. Raises UserError."""
+    """Parse blocks or heads; None for all. Raises UserError."""
     from atdiag.core.selection import indices
 
     return None if text is None else indices(text, count, option)
 
 
 def chosen_of_all(text: str | None, subjects: Sequence[Subject]) -> tuple[int, ...] | None:
-    """Blocks as they are typed, which every subject has. None: all of each. Raises UserError."""
+    """Parse blocks that every subject has; None: all of each. Raises UserError."""
     depths = sorted({one.network.depth for one in subjects})
     if text is not None and len(depths) > 1 and ":" in text:
         told = " and ".join(map(str, depths))
@@ -233,7 +235,7 @@ def chosen_of_all(text: str | None, subjects: Sequence[Subject]) -> tuple[int, .
 
 
 def layer_pairs(text: str | None) -> dict[int, int] | None:
-    """``0:0,5:11`` -> a mapping. Raises UserError."""
+    """Parse ``0:0,5:11`` as a mapping. Raises UserError."""
     from atdiag.core.errors import UserError
 
     if text is None:
@@ -252,14 +254,14 @@ def layer_pairs(text: str | None) -> dict[int, int] | None:
 
 
 def stem(*parts: str) -> str:
-    """A file name for what was looked at: readable, and another one for anything else."""
+    """Return a readable file name for the given parts, distinct from that of any others."""
     words = [re.sub(r"[^\w.-]+", "_", part).strip("_")[:40] for part in parts[:2]]
     return f"{'-'.join(words)}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:6]}"
 
 
 @contextlib.contextmanager
 def watched(**several: ImageSet) -> Iterator[None]:
-    """On a terminal a bar for each set of images, under its name, while they are gone through."""
+    """Show a progress bar on a terminal for each set of images, under its name."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -274,7 +276,7 @@ def _ticker(bar: Progress, task: TaskID) -> Callable[[int], None]:
 
 
 def left_out(pictures: ImageSet, kind: str = "images") -> list[str]:
-    """A note on the images that can't be read, with the names of the first; nothing where all can."""
+    """Return a note on unreadable images, with the first few names; empty if there are none."""
     names = list(pictures.skipped)
     if not names:
         return []
@@ -287,6 +289,6 @@ _NAMED = 10
 
 
 def shown_on(pictures: ImageSet) -> str:
-    """``256 test images of digits``."""
+    """Describe the images: ``256 test images of digits``."""
     seen = len(pictures) - len(pictures.skipped)
     return f"{seen} images" if pictures.data is None else f"{seen} test images of {pictures.data.name}"

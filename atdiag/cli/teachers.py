@@ -1,4 +1,4 @@
-"""``atdiag teachers``: list them, fetch their weights. ``atdiag pretrain``: rebuild a miniature.
+"""``atdiag teachers``: list teachers, download weights. ``atdiag pretrain``: rebuild a miniature.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -24,7 +24,7 @@ def teachers(
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
     json_: Json = False,
 ) -> None:
-    """List the teachers: weights and their licence, native components, tokens, and whether they are here now."""
+    """List the teachers: weights and licence, native components, tokens, and whether they are on this machine."""
     if context.invoked_subcommand is not None:
         return
     from atdiag.networks.registry import listing
@@ -56,11 +56,11 @@ def teachers(
 def teachers_pull(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Teachers, such as mocov3_s or timm:MODEL.")],
 ) -> None:
-    """Fetch published weights ahead of time, and check that they load."""
+    """Download published weights in advance, and check that they load."""
     from atdiag.networks.registry import teachers as registry
     from atdiag.networks.weights import pull
 
-    for name in names:  # all are known before any is fetched
+    for name in names:  # check all names before downloading any
         registry.source(name)
     for name in names:
         got = pull.pull(name)
@@ -75,7 +75,7 @@ def pretrain(
     out: Annotated[Path | None, typer.Option(help="The file to write. [default: ./<name>.safetensors]")] = None,
     install: Annotated[bool, typer.Option("--install", help="Put it in the shipped one's place.")] = False,
 ) -> None:
-    """Pre-train a miniature teacher again and compare its accuracy with the shipped one's."""
+    """Pre-train a miniature teacher again, and compare its accuracy with the shipped one's."""
     from atdiag.core.errors import UserError
     from atdiag.core.options import ExecutionOptions
     from atdiag.core.runs import Store

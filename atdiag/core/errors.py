@@ -1,4 +1,4 @@
-"""Errors that say what to do about them, and "did you mean"."""
+"""Errors with a remedy, and "did you mean" suggestions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A wrong input: one line that says what was wrong and what to type instead. Exit code 2, nothing written."""
+    """Wrong input: one line that says what was wrong and what to type instead. Exit code 2, nothing written."""
 
     def __init__(self, problem: str, hint: str | None = None) -> None:
         text = problem if hint is None else f"{problem}{' ' if problem.endswith('?') else ': '}{hint}"
@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """``, did you mean 'x'?`` where some known name is close, in whatever case, else nothing.
+    """Return ``, did you mean 'x'?`` for the closest known name, ignoring case, or an empty string.
 
     >>> suggest("Deit_B", ["deit_s", "deit_b"])
     ", did you mean 'deit_b'?"
@@ -26,8 +26,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 class FaultError(RuntimeError):
-    """Something failed at run time; what is done is kept, and the next start goes on from there."""
+    """A failure at run time; finished work is kept, and the next start resumes from there."""
 
 
 class StoppedError(RuntimeError):
-    """The user or the system asked to stop; every run under way wrote its checkpoint."""
+    """The user or the system asked to stop; every active run wrote its checkpoint."""

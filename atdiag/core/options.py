@@ -1,4 +1,4 @@
-"""How runs are executed: which device, how many threads, in which parts. Never part of what a run is."""
+"""Options for executing runs: device, threads, micro-batch. Never part of a run's spec."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class ExecutionOptions:
     """
 
     device: str | None = None
-    """cuda, mps or cpu; None: the best that is found where the run runs."""
+    """cuda, mps or cpu; None: the best device on the machine where the run executes."""
     threads: int | None = None
-    """Threads of one training process on a CPU; None: shared out over the cores."""
+    """Threads of one training process on a CPU; None: the cores divided among the processes."""
     micro_batch: int | None = None
-    """Largest number of images that go through a network at once; gradients are accumulated. None: the whole batch."""
+    """Maximum images per forward pass; gradients are accumulated. None: the whole batch."""
     deterministic: bool = False
-    """Use deterministic algorithms only: the same bits from a GPU each time."""
+    """Use deterministic algorithms only: bitwise reproducible results on a GPU."""
     data_dir: str | None = None
-    """Folder of all data sets; None: what the environment names where the run runs."""
+    """Folder of all data sets; None: from the environment where the run executes."""
     checkpoint_seconds: float = 30.0
-    """Least time between two checkpoints of a run."""
+    """Minimum time between two checkpoints of a run."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as a JSON document."""

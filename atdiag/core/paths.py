@@ -1,4 +1,4 @@
-"""Folders of this machine that environment variables name: where data sets lie, and what may be kept between runs."""
+"""Folders on this machine, from environment variables: data sets, and a cache kept between runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from atdiag.core.errors import UserError
 
 DATA = "ATDIAG_DATA"
-"""Names the folder of all data sets, here and for the processes that train."""
+"""Environment variable for the folder of all data sets, also passed to training processes."""
 CACHE = "ATDIAG_CACHE"
-"""Names the cache folder."""
+"""Environment variable for the cache folder."""
 
 
 _DATA: ContextVar[Path | None] = ContextVar("data_dir", default=None)
 
 
 def data_dir() -> Path | None:
-    """Return the folder of all data sets: that of :func:`looking_in`, else the environment's; None where neither."""
+    """Return the folder of all data sets, from :func:`looking_in`, else from the environment; None if neither."""
     given = _DATA.get()
     if given is None and (named := os.environ.get(DATA)):
         given = Path(named).expanduser().absolute()
@@ -29,13 +29,13 @@ def data_dir() -> Path | None:
 
 
 def look_in(folder: Path | str) -> None:
-    """Look for data sets in a folder for the rest of this context, which a command line enters for each command."""
+    """Set the folder of all data sets for the rest of this context; the command line does so for each command."""
     _DATA.set(Path(folder).expanduser().absolute())
 
 
 @contextlib.contextmanager
 def looking_in(folder: Path | str | None) -> Iterator[None]:
-    """Look for data sets in a folder while it lasts; None: change nothing. It need not be there."""
+    """Set the folder of all data sets inside the context; None: change nothing. It need not exist."""
     token = _DATA.set(_DATA.get() if folder is None else Path(folder).expanduser().absolute())
     try:
         yield
@@ -44,7 +44,7 @@ def looking_in(folder: Path | str | None) -> Iterator[None]:
 
 
 def cache() -> Path:
-    """Where decoded images, manifests and checkpoints are kept: ``$ATDIAG_CACHE``, or the machine's usual place."""
+    """Return the folder for decoded images, manifests and checkpoints: ``$ATDIAG_CACHE``, or the platform's default."""
     from platformdirs import user_cache_path
 
     own = os.environ.get(CACHE)
@@ -69,7 +69,7 @@ def writable(folder: Path, option: str) -> None:
         existing = _existing(folder)
         if not existing.is_dir():
             raise UserError(f"{option} {folder}: {existing} is not a folder", f"choose another with {option}")
-        with tempfile.TemporaryFile(dir=existing):  # asking the system is no use: root may write anywhere, it says
+        with tempfile.TemporaryFile(dir=existing):  # permission bits are not enough: they allow root everything
             pass
     except OSError as fault:
         raise UserError(

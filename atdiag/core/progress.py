@@ -1,4 +1,4 @@
-"""How far something is, as it is reported while it runs."""
+"""Progress of a running task, and the callback that reports it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """Units done and to do (steps, evaluations), and what is being done.
+    """Units done and in total (steps, evaluations), and a description of the task.
 
-    images: how many went through a student since the start.
+    images: number of images that have passed through a student since the start.
     """
 
     done: int

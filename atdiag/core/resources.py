@@ -1,4 +1,4 @@
-"""Sizes are looked at before room is made: a file or a spec may ask for anything."""
+"""Check sizes before allocating memory: a file or a spec may declare anything."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not say."""
+    """Return this machine's memory in bytes; None if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -19,16 +19,16 @@ def memory() -> int | None:
 
 
 def room(need: float, what: str, hint: str | None = None) -> None:
-    """Raise UserError where ``what`` takes more bytes than this machine has memory, before any of them is asked for."""
+    """Raise UserError if ``what`` needs more bytes than this machine has memory; call before allocating."""
     have = memory()
     if have is not None and need > have:
         raise UserError(f"{what} take {need / GIB:,.1f} GiB of memory, and this machine has {have / GIB:,.1f}", hint)
 
 
 def small_file(path: Path, most: int = 16 * MIB) -> bytes:
-    """The bytes of a file that has no reason to be large.
+    """Return the contents of a file that should be small.
 
-    Raises ValueError for one of more than ``most`` bytes, of which no more than that is read, and OSError.
+    Raises ValueError for one of more than ``most`` bytes, after reading no more than that, and OSError.
     """
     with path.open("rb") as file:
         content = file.read(most + 1)
@@ -38,5 +38,5 @@ def small_file(path: Path, most: int = 16 * MIB) -> bytes:
 
 
 def available_cores() -> int:
-    """Cores that this process may use (affinity and SLURM's cgroups respected)."""
+    """Return the number of cores that this process may use (respects affinity and SLURM's cgroups)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,16 +1,16 @@
-"""A run is a directory, named by its spec's hash. It is the only truth: no database, no index.
+"""A run is a directory, named by its spec's hash. Nothing else holds its state: no database, no index.
 
-    <runs>/<id>/spec.json            what the run is
+    <runs>/<id>/spec.json            the spec
                 metrics.jsonl        one line per epoch
                 checkpoint           while it trains
                 tensorboard/         the same numbers as events
-                failure.json         if it stopped on a fault
+                failure.json         if it stopped at a fault
                 weights.safetensors  the trained student
                 predictions.npz      per test image: prediction, label, cluster, log-probability of the label
-                ood/<set>.npz        the same of other test sets, for a finished run that was evaluated on them
-                result.json          written last and atomically: a run is finished if and only if this file is there
+                ood/<set>.npz        the same for other test sets that the finished run was evaluated on
+                result.json          written last and atomically: a run is finished if and only if this file exists
 
-Every file (but events) appears whole or not at all: written beside, flushed, renamed, which also holds on NFS.
+Every file (except events) is written atomically: to a temporary file, flushed, then renamed; this also holds on NFS.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from atdiag.core.resources import GIB, small_file
 from atdiag.core.spec import RunSpec
 
 FILES = ("spec.json", "metrics.jsonl", "weights.safetensors", "predictions.npz")
-"""What a finished run consists of beside its result: nothing of it changes any more."""
+"""The files of a finished run besides its result; none of them changes any more."""
 
 State = Literal["finished", "training", "interrupted", "failed", "new"]
 
@@ -46,7 +46,7 @@ class RunBusyError(RuntimeError):
 
 
 class DamagedRunError(ValueError):
-    """A file of a run is not what was written there; the message says how to start the run afresh."""
+    """A file of a run differs from what was written; the message says how to restart the run."""
 
     def __init__(self, path: Path, cause: object) -> None:
         self.path, self.cause = path, str(cause).split("\n", 1)[0]
@@ -56,17 +56,17 @@ class DamagedRunError(ValueError):
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def broken_archive(path: Path) -> str | None:
-    """What is wrong with a zip archive, such as a checkpoint, by the checksums in it; None: nothing. Raises OSError."""
+    """Return the fault of a zip archive, such as a checkpoint, by its checksums; None if sound. Raises OSError."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    # What zipfile raises depends on where a bit was flipped: NotImplementedError in the method of compression.
+    # zipfile's exception depends on the flipped bit: in the compression method, NotImplementedError.
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, zlib.error) as fault:
         return str(fault) or type(fault).__name__
     return None if bad is None else f"{bad} in it is not what was written"
@@ -90,10 +90,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in one of a run's files. Raises DamagedRunError."""
+    """Return the JSON object in one of a run's files. Raises DamagedRunError."""
     try:
         out = json.loads(small_file(path))
-    except (ValueError, RecursionError) as fault:  # RecursionError: brackets within brackets
+    except (ValueError, RecursionError) as fault:  # RecursionError: deeply nested brackets
         raise DamagedRunError(path, fault) from None
     if not isinstance(out, dict):
         raise DamagedRunError(path, "it is no JSON object")
@@ -101,13 +101,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def digest(document: Any) -> str:
-    """sha256 of what a JSON document says, however it is laid out."""
+    """Return the sha256 of a JSON document's canonical form."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's directory. Making this object touches no file."""
+    """A run's directory. Constructing this object touches no file."""
 
     path: Path
 
@@ -118,7 +118,7 @@ class Run:
 
     @cached_property
     def spec(self) -> RunSpec:
-        """What the run is. Raises DamagedRunError where the file is not a spec, or not this run's."""
+        """The run's spec. Raises DamagedRunError if the file is not a spec, or not this run's."""
         path = self.path / "spec.json"
         if not path.is_file():
             raise DamagedRunError(path, "it is missing")
@@ -133,31 +133,31 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the result is there."""
+        """Whether the result exists."""
         return (self.path / "result.json").is_file()
 
     @property
     def checkpoint(self) -> Path:
-        """Where the state of an unfinished run is kept."""
+        """Path of an unfinished run's checkpoint."""
         return self.path / "checkpoint"
 
     @property
     def weights(self) -> Path:
-        """The trained student's weights."""
+        """Path of the trained student's weights."""
         return self.path / "weights.safetensors"
 
     @property
     def predictions(self) -> Path:
-        """The per-image test predictions."""
+        """Path of the per-image test predictions."""
         return self.path / "predictions.npz"
 
     def ood(self, test_set: str) -> Path:
-        """The per-image predictions on another test set, by the name of its file."""
+        """Return the path of the per-image predictions on another test set, by its file name."""
         return self.path / "ood" / f"{test_set}.npz"
 
     @property
     def state(self) -> State:
-        """Where the run stands."""
+        """State of the run."""
         if self.finished:
             return "finished"
         if self._locked():
@@ -167,7 +167,7 @@ class Run:
         return "interrupted" if self.checkpoint.exists() else "new"
 
     def result(self) -> dict[str, Any]:
-        """The finished run's result. Raises FileNotFoundError for an unfinished one, DamagedRunError for a damaged."""
+        """Return the finished run's result. Raises FileNotFoundError if unfinished, DamagedRunError if damaged."""
         path = self.path / "result.json"
         out: dict[str, Any] = _json(path)
         if out.get("id") != self.id:
@@ -177,10 +177,10 @@ class Run:
         return out
 
     def sound(self, path: Path) -> None:
-        """Look whether one of a finished run's files is the one that was written.
+        """Check that one of a finished run's files is the one that was written.
 
-        Raises DamagedRunError where it is gone, or its sha256 is not the one in ``result.json`` (older versions
-        recorded none there).
+        Raises DamagedRunError if it is missing, or if its sha256 differs from the one in ``result.json`` (older
+        versions recorded none there).
         """
         if not path.is_file():
             raise DamagedRunError(path, "it is missing")
@@ -189,12 +189,12 @@ class Run:
             raise DamagedRunError(path, "its sha256 is not the one in result.json")
 
     def failure(self) -> dict[str, Any] | None:
-        """Step and cause of the fault that stopped the run, if one did. Raises DamagedRunError."""
+        """Return step and cause of the fault that stopped the run, if any. Raises DamagedRunError."""
         path = self.path / "failure.json"
         return _json(path) if path.exists() else None
 
     def progress(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``: one for each epoch done so far. Raises DamagedRunError."""
+        """Return the lines of ``metrics.jsonl``: one for each epoch so far. Raises DamagedRunError."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
@@ -210,7 +210,7 @@ class Run:
         write_atomically(self.path / name, content)
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        """Replace ``metrics.jsonl`` (an interrupted run goes on from its checkpoint's lines)."""
+        """Replace ``metrics.jsonl`` (a resumed run starts from its checkpoint's lines)."""
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def fail(self, step: int, cause: str) -> None:
@@ -218,14 +218,13 @@ class Run:
         self.write("failure.json", json.dumps({"step": step, "cause": cause}))
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of the files that a finished run consists of beside its result, as they lie there now, by name."""
+        """Return the current sha256 of each of the finished run's files besides its result, by name."""
         return {name: file_sha256(self.path / name) for name in FILES if (self.path / name).is_file()}
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write the result, which makes the run finished, and drop what only an unfinished run needs.
+        """Write the result, which marks the run as finished, and remove files that only an unfinished run needs.
 
-        The result records the sha256 of the run's other files, and of itself, so that they can be told from damaged
-        ones later.
+        The result records the sha256 of the run's other files, and of itself, so that damage can be detected later.
         """
         document = {"id": self.id, **result, "files": self.hashes()}
         self.write("result.json", json.dumps({**document, "digest": digest(document)}, indent=1))
@@ -243,13 +242,13 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for training. The operating system lets go when the process dies, however it dies.
+        """Hold the run's lock for training; the operating system releases it if the process dies.
 
         Raises RunBusyError if another process holds it.
         """
         lock = FileLock(self.path / "lock")
         try:
-            # A moment's patience: someone who asks for this run's state holds the lock as long as that takes.
+            # Wait briefly: a process that only queries this run's state holds the lock for a moment.
             lock.acquire(timeout=0.1, poll_interval=0.01)
         except Timeout:
             raise RunBusyError(f"run {self.id} is being trained by another process") from None
@@ -260,7 +259,7 @@ class Run:
             lock.release()
 
     def _tidy(self) -> None:
-        """Delete half-written files that a killed process left; spec.json needs no lock, so its own may be alive."""
+        """Delete temporary files of a killed process, except for spec.json's, which is written without the lock."""
         for path in self.path.glob(".*-*"):
             if not path.name.startswith(".spec.json"):
                 path.unlink(missing_ok=True)
@@ -273,13 +272,13 @@ class Store:
         self.root = root
 
     def run(self, spec: RunSpec) -> Run:
-        """The run of a spec, which need not exist yet."""
+        """Return the run of a spec, which need not exist yet."""
         return Run(self.root / spec.id)
 
     def create(self, spec: RunSpec) -> Run:
-        """The run of a spec, its directory made.
+        """Return the run of a spec, after creating its directory.
 
-        Raises ValueError if another spec is in there, or if the spec is a plan for weights that are not here.
+        Raises ValueError if the directory holds another spec, or if the teacher's weights are not on this machine.
         """
         if spec.teacher is not None and spec.teacher.sha256 is None:
             raise ValueError(f"the weights of {spec.teacher.label} are not on this machine")
@@ -292,17 +291,17 @@ class Store:
         return run
 
     def list(self) -> list[Run]:
-        """All runs, oldest first; a folder that has lost its spec is one as long as it holds anything else of a run."""
+        """Return all runs, oldest first, including folders that lost their spec but hold another file of a run."""
         made: dict[Path, float] = {}
-        for name in (*FILES, "result.json", "checkpoint"):  # what a run is begun with comes first
+        for name in (*FILES, "result.json", "checkpoint"):  # in the order in which a run writes them
             for path in self.root.glob(f"*/{name}"):
                 if path.parent not in made:
-                    with contextlib.suppress(FileNotFoundError):  # removed a moment ago
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                         made[path.parent] = path.stat().st_mtime
         return [Run(path) for path in sorted(made, key=lambda path: (made[path], path.name))]
 
     def find(self, prefix: str) -> Run:
-        """The run whose id starts with ``prefix`` (4 digits at least). Raises KeyError unless there is exactly one."""
+        """Return the run whose id starts with ``prefix`` (at least 4 digits). Raises KeyError unless it is unique."""
         if len(prefix) < 4:
             raise KeyError(f"{prefix!r} is too short for a run's id: give at least 4 of its digits")
         matches = [run for run in self.list() if run.id.startswith(prefix)]
@@ -316,5 +315,5 @@ class Store:
     def remove(self, run: Run) -> None:
         """Delete a run's directory. Raises RunBusyError while it is being trained."""
         with run.lock():
-            (run.path / "result.json").unlink(missing_ok=True)  # first: what is left of it must not pass for finished
+            (run.path / "result.json").unlink(missing_ok=True)  # first, so that the remains never pass for finished
             shutil.rmtree(run.path)

@@ -1,4 +1,4 @@
-"""Choices as they are typed: one of several names, lists of names, blocks and heads."""
+"""Parse choices typed by the user: one of several names, lists of names, blocks and heads."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _ENDS = {"bottom": "first", "first": "first", "top": "last", "last": "last"}
 
 
 def choose(value: str, allowed: Sequence[str], option: str) -> str:
-    """``value`` if it is allowed. Raises UserError, with "did you mean", if not."""
+    """Return ``value`` if it is allowed. Raises UserError, with "did you mean", otherwise."""
     if value not in allowed:
         raise UserError(f"{option} {value!r}{suggest(value, allowed)} (choose from: {', '.join(allowed)})")
     return value
 
 
 def comma_separated(text: str, option: str, example: str) -> tuple[str, ...]:
-    """``a, b`` -> its parts, each once. Raises UserError where there are none."""
+    """Split ``a, b`` into its parts, without duplicates. Raises UserError if there are none."""
     parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not parts:
         raise UserError(f"{option} names none", f"write it as '{example}'")
@@ -26,9 +26,9 @@ def comma_separated(text: str, option: str, example: str) -> tuple[str, ...]:
 
 
 def indices(text: str | int | tuple[int, ...] | None, count: int, name: str) -> tuple[int, ...]:
-    """``3,5,7-9``, ``top:6``, ``bottom:6`` (also ``last:6``, ``first:6``) or None (all) -> indices below ``count``.
+    """Parse ``3,5,7-9``, ``top:6``, ``bottom:6`` (also ``last:6``, ``first:6``) or None (all): indices below ``count``.
 
-    Raises UserError that says what was wrong with it.
+    Raises UserError that says what is wrong.
 
     >>> indices("0,3-5", 12, "transfer.layers"), indices("top:2", 12, "transfer.layers")
     ((0, 3, 4, 5), (10, 11))
@@ -59,7 +59,7 @@ def indices(text: str | int | tuple[int, ...] | None, count: int, name: str) -> 
 
 
 def ranges(indices: Iterable[int]) -> str:
-    """Indices as :func:`indices` reads them; those that follow one another are a range.
+    """Format indices as :func:`indices` parses them, with consecutive ones as a range.
 
     >>> ranges((0, 1, 2, 5, 7, 8))
     '0-2,5,7-8'

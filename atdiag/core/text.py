@@ -1,4 +1,4 @@
-"""Numbers and names as a reader likes them."""
+"""Format numbers and names for readers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def count(number: int, what: str) -> str:
-    """A number of things.
+    """Format a number of things.
 
     >>> count(1, "run"), count(2, "process"), count(1000, "seed")
     ('1 run', '2 processes', '1,000 seeds')
@@ -16,7 +16,7 @@ def count(number: int, what: str) -> str:
 
 
 def shortlist(names: Iterable[str], most: int = 5) -> str:
-    """The first few of some names, and how many more there are.
+    """Format the first few names, and the number of the rest.
 
     >>> shortlist(["a", "b", "c"], most=2), shortlist(["a"]), shortlist([])
     ('a, b and 1 more', 'a', 'nothing')
@@ -28,7 +28,7 @@ def shortlist(names: Iterable[str], most: int = 5) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``, ``4 days``."""
+    """Format a duration as ``40 s``, ``12 min``, ``3.5 h`` or ``4 days``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def byte_size(count: int) -> str:
-    """A number of bytes for a reader.
+    """Format a number of bytes.
 
     >>> byte_size(5_408), byte_size(12_345_678)
     ('5.4 kB', '12.3 MB')

@@ -1,8 +1,7 @@
-"""The archives that data sets are published in, and what is made of them. The only module that unpacks anything.
+"""Unpack published archives into data set folders. The only module that unpacks anything.
 
-Nothing is written under a path that an archive gives: of the regular files in it those are read that the data set is
-known to have, into folders of the classes that :mod:`atdiag.data.catalogue` knows, and no more than it is known to
-have.
+Paths in an archive are never written to. Only regular files that belong to the data set are read, no more of them than
+it has, into class folders that :mod:`atdiag.data.catalogue` knows.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ from atdiag.data.catalogue import Facts, is_class
 from atdiag.data.decoding import to_picture
 
 Report = Callable[[int], None]
-"""Is told how many images are written."""
+"""Progress callback: (images written)."""
 
 _FOLDED = 3
-"""An archive of images unpacks to hardly more than it is, surely to less than this many times as much."""
+"""Decompression-bomb limit: at most this many times the archive's size (archives of images barely compress)."""
 
 
 @dataclass(frozen=True)
 class _Cifar:
-    """CIFAR's binary version: a record for each image, of some bytes with labels (the class's last) and 3 x 32 x 32."""
+    """CIFAR's binary version: one record per image, some label bytes (the class is the last) and 3 x 32 x 32 pixels."""
 
     train: tuple[str, ...]
     test: tuple[str, ...]
     labels: int
     names: str | None = None
-    """The file with the classes' names, in the order of the labels; else they are the facts', in their order."""
+    """The file with the class names, in the order of the labels; None: the classes in the catalogue, in their order."""
 
 
 _CIFAR = {
@@ -51,10 +50,10 @@ _PIXELS = 3 * 32 * 32
 
 
 def unpack(name: str, facts: Facts, path: Path, into: Path, report: Report) -> None:
-    """Make the folder of a data set of its archive, a file that is trusted no further than its name.
+    """Create a data set's folder from its archive, whose contents are untrusted.
 
-    Raises ValueError for one that is not what it should be, OSError where the folder can't be written. What is made of
-    an archive that turns out to be wrong stays: the caller removes it.
+    Raises ValueError for an invalid archive, OSError if the folder can't be written. The caller removes what an invalid
+    archive leaves behind.
     """
     most = _FOLDED * path.stat().st_size
     try:
@@ -71,7 +70,7 @@ _Member = tuple[PurePosixPath, int, IO[bytes]]
 
 
 def _regular(tar: tarfile.TarFile, most: int) -> Iterator[_Member]:
-    """Name, size and content of each regular file; what all of them take so far is bounded before it is read."""
+    """Yield name, size and content of each regular file; the total size is checked before each is read."""
     total = 0
     for member in tar:
         total += max(member.size, 0)
@@ -82,7 +81,7 @@ def _regular(tar: tarfile.TarFile, most: int) -> Iterator[_Member]:
 
 
 def _write_images(facts: Facts, members: Iterator[_Member], into: Path, report: Report) -> None:
-    """The images of an archive that is laid out as the data set is, in a folder of whatever name."""
+    """Write the images of an archive that has the data set's layout, below a top folder of any name."""
     due = {"train": facts.train, facts.tests[0]: facts.test}
     done = 0
     for path, _, content in members:
@@ -106,7 +105,7 @@ def _write_images(facts: Facts, members: Iterator[_Member], into: Path, report: 
 
 
 def _records(cifar: _Cifar, facts: Facts, members: Iterator[_Member]) -> dict[str, bytes]:
-    """The content of the files of CIFAR's archive that are of use, by name."""
+    """Return the content of the relevant files in CIFAR's archive, by name."""
     wanted: dict[str, int | None] = {cifar.names: None} if cifar.names else {}
     for files, images in ((cifar.train, facts.train), (cifar.test, facts.test)):
         wanted |= dict.fromkeys(files, images // len(files) * (cifar.labels + _PIXELS))
@@ -123,7 +122,7 @@ def _records(cifar: _Cifar, facts: Facts, members: Iterator[_Member]) -> dict[st
 
 
 def _write_cifar(cifar: _Cifar, facts: Facts, records: dict[str, bytes], into: Path, report: Report) -> None:
-    """A PNG for each record, numbered in the order of the archive."""
+    """Write a PNG for each record, numbered in the order of the archive."""
     classes = records[cifar.names].decode("ascii").split() if cifar.names else facts.class_folders.split("|")
     if len(set(classes)) != facts.classes or not all(is_class(facts, cls) for cls in classes):
         raise ValueError(f"it names classes that are not those of {facts.title}")
@@ -134,8 +133,8 @@ def _write_cifar(cifar: _Cifar, facts: Facts, records: dict[str, bytes], into: P
         for number, (label, pixels) in enumerate(_images(records, files, cifar.labels)):
             if label >= len(classes):
                 raise ValueError(f"an image of {split} has the label {label}")
-            # Not compressed: so every machine makes files of the same sizes, which are part of a spec's fingerprint,
-            # and they take the same room, a block each.
+            # Uncompressed: file sizes are then the same on every machine, as a spec's fingerprint requires, and each
+            # file occupies one disk block anyway.
             to_picture(pixels).save(into / split / classes[label] / f"{number:05d}.png", compress_level=0)
             done += 1
             report(done)

@@ -1,7 +1,7 @@
-"""Augmentation: what happens to a training image is a pure function of data seed, epoch and sample.
+"""Augmentation: a training image's view is a pure function of data seed, epoch and sample.
 
 Geometry is drawn for a whole batch at once from :func:`atdiag.core.randomness.uniform`; RandAugment, which draws from
-global generators, runs under :func:`atdiag.core.randomness.isolated`. Images stay uint8 all the way.
+global generators, runs under :func:`atdiag.core.randomness.isolated`. Images stay uint8 throughout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atdiag.data.decoding import to_array, to_picture
 from atdiag.data.splits import Split
 
 ATTEMPTS = 10
-"""Shapes that are tried until one fits into the image, as in torchvision and timm."""
+"""Attempts to draw a shape that fits the image, as in torchvision and timm."""
 
 CROP_RATIO = (3 / 4, 4 / 3)
 ERASE_AREA = (0.02, 1 / 3)
@@ -32,7 +32,7 @@ Box = tuple[int, int, int, int]
 
 
 def _shape(area: float, ratio: float) -> tuple[int, int]:
-    """Height and width of a rectangle of this area whose width is ``ratio`` times its height."""
+    """Return height and width of a rectangle of this area whose width is ``ratio`` times its height."""
     return round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
 
 
@@ -45,10 +45,10 @@ def _log_between(low: float, high: float, share: float) -> float:
 
 
 def crop_box(height: int, width: int, least: float, draws: NDArray[np.float64]) -> Box:
-    """Random resized crop (Szegedy et al. 2015) by torchvision's rule, from ``draws`` [ATTEMPTS, 4] in [0, 1).
+    """Draw a random resized crop (Szegedy et al. 2015) by torchvision's rule, from ``draws`` [ATTEMPTS, 4] in [0, 1).
 
-    Its area is a share between ``least`` and 1 of the image's, its sides' ratio log-uniform between 3/4 and 4/3. Where
-    no attempt fits: the largest crop in the middle with a ratio within these.
+    Its area is between ``least`` and 1 of the image's, its aspect ratio log-uniform between 3/4 and 4/3. If no attempt
+    fits: the largest central crop with an aspect ratio in that range.
     """
     for area, ratio, down, right in draws:
         h, w = _shape(height * width * _between(least, 1, area), _log_between(*CROP_RATIO, ratio))
@@ -60,7 +60,7 @@ def crop_box(height: int, width: int, least: float, draws: NDArray[np.float64]) 
 
 
 def erase_box(height: int, width: int, draws: NDArray[np.float64]) -> Box | None:
-    """Random erasing (Zhong et al. 2020) by timm's rule, from ``draws`` [ATTEMPTS, 4]; None where no attempt fits."""
+    """Draw a random-erasing box (Zhong et al. 2020) by timm's rule, from ``draws`` [ATTEMPTS, 4]; None if none fits."""
     for area, ratio, down, right in draws:
         h, w = _shape(height * width * _between(*ERASE_AREA, area), 1 / _log_between(*ERASE_RATIO, ratio))
         if 0 < h < height and 0 < w < width:
@@ -78,7 +78,7 @@ class Augment:
             self._rand_augment = _rand_augment(recipe.rand_augment, size, real)
 
     def __call__(self, images: Split, epoch: int, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Training views of some images of a split, uint8 [b, C, S, S]. Raises BrokenImageError."""
+        """Return training views of some images of a split, uint8 [b, C, S, S]. Raises BrokenImageError."""
         recipe = self.recipe
         if recipe.crop is None and self._rand_augment is None:
             pixels = images.take(samples)
@@ -89,7 +89,7 @@ class Augment:
                 draws = None if boxes is None else boxes[row].reshape(ATTEMPTS, 4)
                 pixels[row] = self._one(images, epoch, int(sample), draws)
         if recipe.flip:
-            # After RandAugment, whose operations have random signs: the same in distribution as before it.
+            # After RandAugment, whose operations have random signs: this has the same distribution as flipping before.
             mirrored = self._draws("flip", epoch, samples, 1)[:, 0] < 0.5
             pixels[mirrored] = pixels[mirrored][..., ::-1]
         if recipe.erase:
@@ -130,7 +130,7 @@ class Augment:
 def _rand_augment(config: str, size: int, real: bool) -> Callable[[Image.Image], Image.Image]:
     from timm.data.auto_augment import posterize, rand_augment_transform
 
-    settings: dict[str, Any] = {"translate_const": int(size * 0.45), "img_mean": (0, 0, 0)}  # scenes: black
+    settings: dict[str, Any] = {"translate_const": int(size * 0.45), "img_mean": (0, 0, 0)}  # scenes: black background
     if real:
         settings["img_mean"] = tuple(min(255, round(255 * value)) for value in IMAGENET_MEAN)
         settings["interpolation"] = Image.Resampling.BICUBIC
@@ -143,7 +143,7 @@ def _rand_augment(config: str, size: int, real: bool) -> Callable[[Image.Image],
 
 
 def _posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
-    """timm's, which asks for 0 bits at the highest magnitude: black, and since Pillow 13 an error."""
+    """Apply timm's Posterize, whose highest magnitude asks for 0 bits: black, and an error since Pillow 13."""
     from timm.data.auto_augment import posterize
 
     if bits < 1:

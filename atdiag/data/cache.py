@@ -1,8 +1,8 @@
-"""Data sets that fit are decoded once: a file in the cache folder holds their pixels for all later runs.
+"""Cache of decoded data sets: a file in the cache folder holds a split's pixels for all later runs.
 
-A split is cached where all its images have one size and the whole takes at most ``MOST`` bytes. Its name is a hash of
-the list of its files with sizes and times of writing, so a changed image is never served from an old cache. It is
-written beside its place and moved there whole; what a killed process left half-written is never read.
+A split is cached if all its images have one size and the total is at most ``MOST`` bytes. The cache file's name is a
+hash of the list of image files with sizes and modification times, so a changed image is never served from an old cache.
+It is written to a temporary file and renamed; what a killed process left is never read.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from atdiag.data.decoding import FORMATS, BrokenImageError, load
 from atdiag.data.image_folders import Files
 
 MOST = 4 * 2**30
-"""Bytes of pixels that are cached at most for one split (CIFAR-10: 0.15 GB; Imagenette-128: 0.47 GB)."""
+"""Maximum bytes of pixels cached for one split (CIFAR-10: 0.15 GB; Imagenette-128: 0.47 GB)."""
 
 _LOOK = 64
 _CHUNK = 256
 
 
 def decoded(files: Files) -> Path | None:
-    """The file with the decoded pixels of a split, uint8 [n, H, W, 3] (made now if need be), or None: it does not fit.
+    """Return the file with a split's decoded pixels, uint8 [n, H, W, 3], created if needed; None if not cacheable.
 
-    Raises BrokenImageError. A cache folder that can't be written is said in a warning, and images are then decoded as
-    they are needed: slower, with the same result.
+    Raises BrokenImageError. If the cache folder can't be written, warns, and images are then decoded on demand: slower,
+    but with the same result.
     """
     size = _one_size(files)
     if size is None:
         return None
     shape = (len(files), size[1], size[0], 3)
     path = paths.cache() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}.npy"
-    mixed = path.with_suffix(".mixed")  # says that the images turned out to have several sizes
+    mixed = path.with_suffix(".mixed")  # marks a split whose images turned out to have several sizes
     if mixed.exists():
         return None
     if _sound(path, shape):
@@ -50,9 +50,9 @@ def decoded(files: Files) -> Path | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if _sound(path, shape):  # another process was faster
+            if _sound(path, shape):  # another process created it meanwhile
                 return path
-            for left in path.parent.glob(f"{path.stem}.*.part"):  # of a process that was killed: the lock is ours
+            for left in path.parent.glob(f"{path.stem}.*.part"):  # left by a killed process: we hold the lock
                 left.unlink()
             if not _write(path, files, shape):
                 mixed.touch()
@@ -66,7 +66,7 @@ def decoded(files: Files) -> Path | None:
 
 
 def _one_size(files: Files) -> tuple[int, int] | None:
-    """The size (width, height) that some images spread over the split have in common, if all of them would fit."""
+    """Return the common size (width, height) of a sample of the images, if the whole split would fit."""
     look = np.unique(np.linspace(0, len(files) - 1, _LOOK).astype(int))
     sizes = set()
     for index in look:
@@ -75,7 +75,7 @@ def _one_size(files: Files) -> tuple[int, int] | None:
             with Image.open(io.BytesIO(stored.read()), formats=FORMATS) as picture:
                 sizes.add(picture.size)
         except Exception:
-            load(stored)  # says what is wrong with it
+            load(stored)  # raises the error that names the fault
             raise
         if len(sizes) > 1:
             return None
@@ -84,7 +84,7 @@ def _one_size(files: Files) -> tuple[int, int] | None:
 
 
 def _sound(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a whole cache of this shape lies there; one that is not is removed."""
+    """Return whether a complete cache of this shape exists; remove an invalid one."""
     if not path.exists():
         return False
     try:
@@ -98,13 +98,13 @@ def _sound(path: Path, shape: tuple[int, ...]) -> bool:
 
 
 def _write(path: Path, files: Files, shape: tuple[int, ...]) -> bool:
-    """Decode all images into a file. False if one has another size. Raises OSError where the disk has no room."""
+    """Decode all images into a file; return False if one differs in size. Raises OSError if the disk is full."""
     need, free = int(np.prod(shape)), shutil.disk_usage(path.parent).free
     if need > free - 2**28:
         raise OSError(f"{need / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        # Written, not mapped: on a full disk a write is an error, a store to a mapped page kills the process.
+        # Use writes, not a memory map: on a full disk a write raises, a store to a mapped page kills the process.
         with part.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
@@ -125,6 +125,6 @@ def _all_pixels(files: Files, shape: tuple[int, ...]) -> Iterator[bytes | None]:
         picture = load(files.stored(index))
         return picture.tobytes() if (picture.height, picture.width, 3) == shape else None
 
-    with ThreadPoolExecutor(available_cores()) as pool:  # Pillow decodes without holding the interpreter
+    with ThreadPoolExecutor(available_cores()) as pool:  # Pillow releases the GIL while decoding
         for start in range(0, len(files), _CHUNK):
             yield from pool.map(one, range(start, min(start + _CHUNK, len(files))))

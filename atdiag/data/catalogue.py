@@ -1,4 +1,4 @@
-"""What is known of each data set of real images before any of it is on this machine. Imports nothing heavy."""
+"""Catalogue of real-image data sets: known facts about each. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ CANVAS = 20
 
 @dataclass(frozen=True)
 class Archive:
-    """The file from which anyone may make a data set, with no account and no terms to agree to."""
+    """An archive from which anyone may create a data set, without account or terms to accept."""
 
     url: str
     size: int
-    """In bytes, exactly."""
+    """Exact size in bytes."""
     md5: str
-    """Of what was published."""
+    """MD5 of the published file."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One data set of real images.
+    """Facts about one data set of real images.
 
-    ``train`` and ``test`` are its numbers of images. A folder with other numbers is not this data set, or not all of
-    it (Imagenette's first edition has 12,894 and 500).
+    train, test: numbers of images. A folder with other numbers is not this data set, or incomplete (Imagenette's first
+    edition has 12,894 and 500).
     """
 
     title: str
@@ -35,35 +35,35 @@ class Facts:
     train: int
     test: int
     image_size: int
-    """The side of the crop that networks see unless a spec says otherwise, in pixels."""
+    """Default side of the crop that networks see, in pixels."""
     resolution: str
-    """Of the images as they are stored, in pixels."""
+    """Resolution of the stored images, in pixels."""
     folders: tuple[str, ...]
-    """Names of the folder that holds it, in the folder of all data sets."""
+    """Possible names of its folder, in the folder of all data sets."""
     tests: tuple[str, ...]
-    """Names of the folder that holds the test images; training images are in ``train``."""
+    """Possible names of the folder of test images; training images are in ``train``."""
     class_folders: str
-    """A regular expression: how the folder of a class is named."""
+    """Regular expression for the names of class folders."""
     classes_text: str
-    """The same in words."""
+    """Description of the class folders for messages."""
     source: str
     licence: str
     crop_share: float = 0.875
-    """Test images: which share of the shorter side the central crop keeps, once it has to be resized at all."""
+    """Test images: share of the shorter side that the central crop keeps if the image has to be resized."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    """Of the training images' pixels in [0, 1], for a network that brings none of its own."""
+    """Standard deviation of the training images' pixels in [0, 1], for a network without its own."""
     imagenet: tuple[int, ...] = ()
-    """Where the classes are ImageNet-1k's: their indices there, in the order of the classes here."""
+    """If the classes are ImageNet-1k's: their indices there, in the order of the classes here."""
     in_forms: bool = False
-    """Whether it is kept in several forms (resized, re-compressed), so that its name does not say which pixels: a spec
-    then holds the fingerprint of the files."""
+    """Whether it exists in several forms (resized, re-compressed), so that its name does not determine the pixels; a
+    spec then holds the fingerprint of the files."""
     annotations: str | None = None
-    """The year in ``train{year}.json``, the annotation files that it comes with in place of folders of classes."""
+    """The year in ``train{year}.json``, the annotation files that replace class folders."""
     archive: Archive | None = None
-    """What ``atdiag data check NAME --download`` fetches."""
+    """The file that ``atdiag data check NAME --download`` fetches."""
     closed: str = ""
-    """Why there is none."""
+    """Why there is no archive to download."""
 
 
 _WNID = r"n\d{8}"
@@ -186,22 +186,22 @@ FACTS: dict[str, Facts] = {
         ),
     ),
 }
-"""Data set -> what is known of it. Each is found in a folder that is given; none is downloaded unasked."""
+"""Data set -> facts. Data sets are found in the user's folder; none is downloaded unasked."""
 
 ANY_FOLDER = "folder:"
-"""``folder:PATH`` is a data set of one's own: ``train`` and ``val`` (or ``test``) with a folder for each class."""
+"""``folder:PATH`` is a user's data set: ``train`` and ``val`` (or ``test``) with a folder for each class."""
 
 OWN_TESTS = _TESTS
-"""Names of the folder of test images in a data set of one's own."""
+"""Possible names of the folder of test images in a user's data set."""
 
 
 def crop_share(name: str) -> float:
-    """The share of the shorter side that a test image's central crop keeps."""
+    """Return the share of the shorter side that a test image's central crop keeps."""
     return FACTS[name].crop_share if name in FACTS else 0.875
 
 
 def is_class(facts: Facts | TestFacts, folder: str) -> bool:
-    """Whether a folder is named as the set's classes are."""
+    """Return whether a folder is named like one of the set's classes."""
     return re.fullmatch(facts.class_folders, folder) is not None
 
 
@@ -210,27 +210,27 @@ def is_class(facts: Facts | TestFacts, folder: str) -> bool:
 
 @dataclass(frozen=True)
 class TestFacts:
-    """One set of test images for networks that know the classes of ImageNet-1k.
+    """Facts about a set of test images for networks with ImageNet-1k's classes.
 
-    ``classes`` of those 1,000 occur, in ``images`` images; where they are fewer, a network chooses among them alone.
+    ``classes`` of the 1,000 classes occur, in ``images`` images; if fewer than 1,000, predictions are made among those.
     """
 
-    __test__ = False  # it is no test, whatever pytest makes of its name
+    __test__ = False  # keeps pytest from collecting it because of its name
 
     title: str
     classes: int
     images: int
     per_class: int | None
-    """Images of each class, where all have as many."""
+    """Images of each class, if equal for all."""
     folders: tuple[str, ...]
-    """Names of the folder that holds the folders of the classes, in the folder of all data sets."""
+    """Possible names of its folder, in the folder of all data sets."""
     class_folders: str
-    """A regular expression: how the folder of a class is named."""
+    """Regular expression for the names of class folders."""
     classes_text: str
-    """The same in words."""
+    """Description of the class folders for messages."""
     source: str
     licence: str
-    """Of the collection: the images are their owners'."""
+    """Licence of the collection; the images belong to their owners."""
 
 
 _BY_SYNSET = "folders named by WordNet id, such as n01440764"
@@ -289,15 +289,15 @@ TEST_SETS: dict[str, TestFacts] = {
     "imagenet-v2-threshold": _version2("threshold0.7"),
     "imagenet-v2-top": _version2("top-images"),
 }
-"""Test set -> what is known of it. ``imagenet-v2`` alone is the variant that papers report (Recht et al. 2019)."""
+"""Test set -> facts. ``imagenet-v2`` alone is the variant that papers report (Recht et al. 2019)."""
 
 
 CORRUPTIONS: tuple[str, ...] = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "motion_blur", "fog"),
     *("brightness", "contrast", "occlusion", "pixelate", "jpeg"),
 )
-"""What can be done to the test images of any data set, see ``corruptions``."""
+"""Corruptions of any data set's test images, see ``corruptions``."""
 
 SMALLEST = 20
-"""Side of the smallest image, in pixels, that corruptions are for."""
+"""Minimum side of images for corruptions, in pixels."""
 SEVERITIES = (1, 2, 3, 4, 5)

@@ -1,17 +1,17 @@
-"""Test images made worse: eleven corruptions at five severities, after Hendrycks & Dietterich 2019.
+"""Corrupt test images: eleven corruptions at five severities, after Hendrycks & Dietterich 2019.
 
-The choice and the order of strength follow "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations" (ICLR 2019), whose ImageNet-C is for 224 px and whose CIFAR-10-C is for 32 px; ``occlusion`` is ours. The
-code is ours, so numbers are not to be compared with published ones for these two sets.
+The selection and severities follow "Benchmarking Neural Network Robustness to Common Corruptions and
+Perturbations" (ICLR 2019), whose ImageNet-C is for 224 px and CIFAR-10-C for 32 px; ``occlusion`` is ours. The
+code is ours, so numbers are not comparable with published ones for these two sets.
 
-Two rules carry a corruption to any size. **Lengths** (the radius of a blur, the way of a motion) are in proportion to
+Two rules adapt a corruption to any size. **Lengths** (a blur's radius, a motion's extent) are proportional to
 the image's width: the same share of a 20 px scene is blurred as of a 224 px photograph. **Intensities** (noise,
-contrast, JPEG quality ...) are interpolated in the logarithm of the width between what is fit for 32 px and for 224 px,
-because noise of one strength destroys more where fewer pixels show the same thing; outside of that range they stay.
+contrast, JPEG quality ...) are interpolated in the logarithm of the width between values for 32 px and for 224 px,
+because noise of equal strength destroys more where fewer pixels show an object; outside that range they are constant.
 
 Everything random is a pure function of corruption, image index and position (``randomness.uniform``), and the *same*
-numbers serve all severities: the noise of severity 3 is that of severity 2, stronger. So severities are paired like the
-arms of an experiment, and a batch's composition never matters.
+numbers serve all severities: the noise of severity 3 is that of severity 2, stronger. So severities are paired like
+the arms of an experiment, and a batch's composition never matters.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from atdiag.data.catalogue import CORRUPTIONS, SEVERITIES, SMALLEST
 from atdiag.data.decoding import to_array, to_picture
 from atdiag.data.splits import Split
 
-_SEED = 0  # like the test scenes, a corruption is part of a test set's definition and not of a run
-_VALUES = 2**20  # pixel values that are worked on at a time
+_SEED = 0  # part of a test set's definition, as the test scenes are, and not of a run
+_VALUES = 2**20  # pixel values processed at a time
 _FLOAT = NDArray[np.float64]
 
 Five = tuple[float, float, float, float, float]
@@ -40,7 +40,7 @@ Five = tuple[float, float, float, float, float]
 
 @dataclass(frozen=True)
 class _Batch:
-    """Images to be corrupted. pixels: [b, C, H, W] in [0, 1]; indices: [b]; name: the stream of its random numbers."""
+    """Images to corrupt. pixels: [b, C, H, W] in [0, 1]; indices: [b]; name: stream of the random numbers."""
 
     pixels: _FLOAT
     indices: NDArray[np.int64]
@@ -51,24 +51,24 @@ class _Batch:
         return int(self.pixels.shape[-1])
 
     def per_value(self) -> _FLOAT:
-        """A uniform number for each value of each image, [b, C, H, W]."""
+        """Return a uniform number for each value of each image, [b, C, H, W]."""
         count = int(np.prod(self.pixels.shape[1:]))
         drawn = randomness.uniform(_SEED, f"corruption/{self.name}", self.indices[:, None], np.arange(count))
         return drawn.reshape(self.pixels.shape)
 
     def per_image(self, count: int) -> _FLOAT:
-        """``count`` uniform numbers for each image, [b, count]."""
+        """Return ``count`` uniform numbers for each image, [b, count]."""
         return randomness.uniform(_SEED, f"corruption/{self.name}", self.indices[:, None], np.arange(count))
 
 
 def _intensity(width: int, small: Five, large: Five, severity: int) -> float:
-    """Between what is fit for 32 and for 224 px, geometrically, by the logarithm of the width."""
+    """Interpolate an intensity geometrically between its values for 32 and 224 px, by the logarithm of the width."""
     share = np.clip(np.log(width / 32) / np.log(224 / 32), 0, 1)
     return float(small[severity - 1] ** (1 - share) * large[severity - 1] ** share)
 
 
 def _length(width: int, at_224: Five, severity: int) -> float:
-    """In pixels, in proportion to the width."""
+    """Return a length in pixels, proportional to the width."""
     return at_224[severity - 1] * width / 224
 
 
@@ -76,24 +76,24 @@ def _length(width: int, at_224: Five, severity: int) -> float:
 
 
 def _gaussian_noise(batch: _Batch, severity: int) -> _FLOAT:
-    """Independent normal noise on every value."""
+    """Add independent normal noise to every value."""
     scale = _intensity(batch.width, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38), severity)
     return np.asarray(batch.pixels + scale * special.ndtri(batch.per_value() + 2.0**-55))
 
 
 def _shot_noise(batch: _Batch, severity: int) -> _FLOAT:
-    """Photon counts: Poisson of the pixel's brightness."""
+    """Replace values by photon counts: Poisson with the pixel's brightness as mean."""
     rate = _intensity(batch.width, (500, 250, 100, 75, 50), (60, 25, 12, 5, 3), severity)
     levels = np.rint(batch.pixels * 255).astype(np.int64)
     steps, most = _poisson_steps(rate)
-    # The inverse of each level's distribution function: the rows lie end to end, each raised by its number.
+    # Apply the inverse distribution function of each level: the rows lie end to end, each offset by its number.
     counts = np.searchsorted(steps, (levels + batch.per_value()).ravel(), side="right") - levels.ravel() * most
     return (counts / rate).reshape(levels.shape)
 
 
 @lru_cache(maxsize=16)
 def _poisson_steps(rate: float) -> tuple[_FLOAT, int]:
-    """Distribution functions of Poisson counts with means ``level / 255 * rate``, one row of each of 256 levels."""
+    """Return the distribution functions of Poisson counts of mean ``level / 255 * rate``, a row for each level."""
     most = int(rate + 10 * np.sqrt(rate) + 10)
     mean = np.arange(256)[:, None] / 255 * rate
     steps = special.pdtr(np.arange(most), mean)
@@ -102,7 +102,7 @@ def _poisson_steps(rate: float) -> tuple[_FLOAT, int]:
 
 
 def _impulse_noise(batch: _Batch, severity: int) -> _FLOAT:
-    """Salt and pepper: a share of the values becomes 0 or 1."""
+    """Add salt-and-pepper noise: set a share of the values to 0 or 1."""
     share = _intensity(batch.width, (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27), severity)
     drawn = batch.per_value()
     return np.where(drawn < share / 2, 0.0, np.where(drawn >= 1 - share / 2, 1.0, batch.pixels))
@@ -112,12 +112,12 @@ def _impulse_noise(batch: _Batch, severity: int) -> _FLOAT:
 
 
 def _defocus_blur(batch: _Batch, severity: int) -> _FLOAT:
-    """Every point becomes a disc."""
+    """Blur every point to a disc."""
     return _convolve(batch.pixels, _disc(_length(batch.width, (3, 4, 6, 8, 10), severity))[None])
 
 
 def _motion_blur(batch: _Batch, severity: int) -> _FLOAT:
-    """Every point becomes a line, of one direction in each image."""
+    """Blur every point to a line, of one direction in each image."""
     length = _length(batch.width, (6, 10, 16, 24, 32), severity)
     angle = np.pi * batch.per_image(1)
     along = length * (np.arange(count := max(16, int(8 * length))) / (count - 1) - 0.5)
@@ -133,10 +133,10 @@ def _disc(radius: float) -> _FLOAT:
 
 
 def _kernels(y: _FLOAT, x: _FLOAT) -> _FLOAT:
-    """Blur kernels [b, k, k] of points [b, t] in pixels from the middle.
+    """Return blur kernels [b, k, k] of points [b, t] in pixels from the centre.
 
-    A point between pixels falls on its four neighbours (the image is taken as linear between pixels), so that a blur
-    of less than a pixel blurs, and more with its length.
+    A point between pixels is split over its four neighbours (bilinear interpolation), so that lengths below one pixel
+    also blur, the more the longer they are.
     """
     reach = int(np.ceil(max(np.abs(y).max(), np.abs(x).max())))
     grid = np.arange(-reach, reach + 1)
@@ -145,7 +145,7 @@ def _kernels(y: _FLOAT, x: _FLOAT) -> _FLOAT:
 
 
 def _convolve(pixels: _FLOAT, kernels: _FLOAT) -> _FLOAT:
-    """Images [b, C, H, W] with kernels [b or 1, k, k], mirrored at the border."""
+    """Convolve images [b, C, H, W] with kernels [b or 1, k, k], with mirrored borders."""
     reach = kernels.shape[-1] // 2
     padded = np.pad(pixels, ((0, 0), (0, 0), (reach, reach), (reach, reach)), mode="symmetric")
     shape = [fft.next_fast_len(side, real=True) for side in padded.shape[-2:]]
@@ -153,14 +153,14 @@ def _convolve(pixels: _FLOAT, kernels: _FLOAT) -> _FLOAT:
     whole = fft.irfft2(product, shape)
     height, width = pixels.shape[-2:]
     out = whole[..., 2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
-    return np.asarray(np.round(out, 9))  # rounding errors of the transform must not decide which way 0.5 is rounded
+    return np.asarray(np.round(out, 9))  # rounding errors of the transform must not decide how 0.5 is rounded
 
 
 # --- weather and light ---------------------------------------------------------------------------------------------
 
 
 def _fog(batch: _Batch, severity: int) -> _FLOAT:
-    """A bright field that is smooth at every scale, over a share of the light."""
+    """Blend in a bright field that is smooth at every scale."""
     thick = _intensity(batch.width, (0.17, 0.33, 0.43, 0.50, 0.60), (0.60, 0.67, 0.71, 0.73, 0.75), severity)
     brightest = batch.pixels.max(axis=(1, 2, 3), keepdims=True)
     return np.asarray((1 - thick) * batch.pixels + thick * brightest * _clouds(batch)[:, None])
@@ -170,7 +170,7 @@ _OCTAVES = 5
 
 
 def _clouds(batch: _Batch) -> _FLOAT:
-    """Random fields [b, H, W] in [0, 1]: random grids of 3 x 3 to 33 x 33 points, each half as strong as the last."""
+    """Return random fields [b, H, W] in [0, 1]: grids of 3 x 3 to 33 x 33 points, each half as strong as the last."""
     height, width = batch.pixels.shape[-2:]
     sides = [2**octave + 1 for octave in range(1, _OCTAVES + 1)]
     drawn = np.split(batch.per_image(sum(side**2 for side in sides)), np.cumsum([s**2 for s in sides])[:-1], axis=1)
@@ -182,7 +182,7 @@ def _clouds(batch: _Batch) -> _FLOAT:
 
 
 def _stretched(points: _FLOAT, axis: int, pixels: int) -> _FLOAT:
-    """Points spread over ``pixels`` along an axis, and straight lines between them."""
+    """Stretch points over ``pixels`` along an axis by linear interpolation."""
     last = points.shape[axis] - 1
     at = np.linspace(0, last, pixels)
     before = np.minimum(at.astype(np.int64), last - 1)
@@ -191,23 +191,23 @@ def _stretched(points: _FLOAT, axis: int, pixels: int) -> _FLOAT:
 
 
 def _brightness(batch: _Batch, severity: int) -> _FLOAT:
-    """Lighter by a constant: the value of hue, saturation and value (of a grey image: the grey)."""
+    """Raise the brightness by a constant: the value in HSV (for a grey image, the grey level)."""
     more = _intensity(batch.width, (0.05, 0.10, 0.15, 0.20, 0.30), (0.1, 0.2, 0.3, 0.4, 0.5), severity)
     value = batch.pixels.max(axis=1, keepdims=True)
     lighter = np.minimum(value + more, 1)
-    # Hue and saturation stay where all channels grow by one factor; black has neither and becomes grey.
+    # Scaling all channels by one factor keeps hue and saturation; black has neither and becomes grey.
     return np.asarray(np.where(value > 0, batch.pixels * lighter / np.where(value > 0, value, 1), lighter))
 
 
 def _contrast(batch: _Batch, severity: int) -> _FLOAT:
-    """Nearer to the image's mean, each channel to its own."""
+    """Move values towards the image's mean, channel by channel."""
     left = _intensity(batch.width, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05), severity)
     mean = batch.pixels.mean(axis=(2, 3), keepdims=True)
     return np.asarray(mean + left * (batch.pixels - mean))
 
 
 def _occlusion(batch: _Batch, severity: int) -> _FLOAT:
-    """A grey square hides a part of the image: the larger one of a severity lies over the smaller one."""
+    """Hide part of the image behind a grey square; a severity's square covers that of the severity below."""
     share = (0.05, 0.10, 0.20, 0.30, 0.40)[severity - 1]
     height, width = batch.pixels.shape[-2:]
     drawn = batch.per_image(2)
@@ -223,11 +223,11 @@ def _occlusion(batch: _Batch, severity: int) -> _FLOAT:
 
 
 def _pixelate(batch: _Batch, severity: int) -> _FLOAT:
-    """Coarser pixels: each block is drawn nearer to its mean.
+    """Coarsen pixels: move each block towards its mean.
 
-    A small image leaves no room for five sizes of blocks: there a part of the way to the mean of 2 x 2 pixels is gone.
-    Blocks of fractions of a pixel would not do, because they shift the picture, by more or less as sizes happen to fit,
-    so that a stronger severity could do less.
+    A small image has no room for five block sizes: there, blocks of 2 x 2 pixels move part of the way to their mean.
+    Blocks of fractional size would shift the picture by an amount that depends on the sizes, so a higher severity could
+    do less.
     """
     side = round(_intensity(batch.width, (2, 2, 2, 2, 2), (2, 2, 3, 4, 5), severity))
     way = _intensity(batch.width, (0.3, 0.5, 0.65, 0.8, 1.0), (0.75, 1.0, 1.0, 1.0, 1.0), severity)
@@ -235,7 +235,7 @@ def _pixelate(batch: _Batch, severity: int) -> _FLOAT:
 
 
 def _blocks(pixels: _FLOAT, side: int) -> _FLOAT:
-    """Images of which each ``side x side`` block, from the upper left corner, is its mean."""
+    """Replace each ``side x side`` block, from the upper left corner, by its mean."""
     out = pixels
     for axis in (2, 3):
         starts = np.arange(0, out.shape[axis], side)
@@ -246,7 +246,7 @@ def _blocks(pixels: _FLOAT, side: int) -> _FLOAT:
 
 
 def _jpeg(picture: Image.Image, severity: int) -> Image.Image:
-    """Compressed and read again."""
+    """Compress as JPEG and decode again."""
     quality = round(_intensity(picture.width, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7), severity))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality)
@@ -269,10 +269,10 @@ _ARRAYS: dict[str, Callable[[_Batch, int], _FLOAT]] = {
 
 
 def corrupt(pixels: NDArray[np.uint8], name: str, severity: int, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Images [b, C, H, W] (C = 1 or 3; uint8, 0 to 255) after a corruption, likewise.
+    """Corrupt images [b, C, H, W] (C = 1 or 3; uint8, 0 to 255); the result has the same form.
 
-    indices: [b], the number of each image in its test set, which says what its noise is. Raises ValueError for an
-    unknown corruption or severity, and for images of another type, of under 20 px or without 1 or 3 channels.
+    indices: [b], each image's number in its test set, which keys its noise. Raises ValueError for an unknown corruption
+    or severity, and for images of another type, smaller than 20 px, or without 1 or 3 channels.
     """
     if name not in CORRUPTIONS or severity not in SEVERITIES:
         raise ValueError(f"no corruption {name!r} of severity {severity}: {', '.join(CORRUPTIONS)}, {SEVERITIES}")
@@ -294,7 +294,7 @@ def corrupt(pixels: NDArray[np.uint8], name: str, severity: int, indices: NDArra
 
 
 class Corrupted:
-    """The images of a split after a corruption: labels and clusters are the split's, an image's number is its place."""
+    """A corrupted split: labels and clusters are the split's, an image's number is its index."""
 
     def __init__(self, images: Split, name: str, severity: int) -> None:
         self.images, self.name, self.severity = images, name, severity
@@ -305,13 +305,13 @@ class Corrupted:
         return len(self.images)
 
     def picture(self, index: int) -> Image.Image:
-        """One image, as a test sees it."""
+        """Return one image in its test view."""
         return to_picture(self.take(np.array([index]))[0])
 
     def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Some images as a test sees them, uint8 [b, C, S, S]."""
+        """Return test views of some images, uint8 [b, C, S, S]."""
         return corrupt(self.images.take(samples), self.name, self.severity, samples)
 
     def batch(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The images from ``start`` to before ``stop`` as a test sees them, uint8 [b, C, S, S]."""
+        """Return test views of the images in ``[start, stop)``, uint8 [b, C, S, S]."""
         return corrupt(self.images.batch(start, stop), self.name, self.severity, np.arange(start, min(stop, len(self))))

@@ -1,4 +1,4 @@
-"""Real images: decoding, the view that a test sees, and a split of them as one object."""
+"""Real images: decoding, the test view, and a split as one object."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from atdiag.data.image_folders import Files, Stored
 
 
 class BrokenImageError(OSError):
-    """An image that can't be decoded, named by its path. A run that meets one stops: nothing is skipped in silence."""
+    """An image that can't be decoded, named by its path. A run that meets one stops: nothing is skipped silently."""
 
     def __init__(self, path: Path, why: str) -> None:
-        super().__init__(path, why)  # what unpickling passes to it
+        super().__init__(path, why)  # args must match the constructor for unpickling
         self.path, self.why = path, why
 
     def __str__(self) -> str:
@@ -26,13 +26,13 @@ class BrokenImageError(OSError):
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Formats that are read, whatever a file is called. Not all that Pillow knows: for EPS it would start Ghostscript."""
+"""Formats that are read, whatever a file's suffix. Not all that Pillow supports: for EPS it would run Ghostscript."""
 
 
 def decode(path: Path, content: bytes | None = None) -> Image.Image:
-    """An image as RGB at its stored size; EXIF orientation is ignored, as timm does. Raises BrokenImageError.
+    """Decode an image as RGB at its stored size; EXIF orientation is ignored, as in timm. Raises BrokenImageError.
 
-    ``content`` are the file's bytes, where they have been read already.
+    content: the file's bytes, if already read.
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as picture:
@@ -41,12 +41,12 @@ def decode(path: Path, content: bytes | None = None) -> Image.Image:
         raise BrokenImageError(path, "it is no image of a known format") from None
     except OSError as fault:
         raise BrokenImageError(path, fault.strerror or str(fault)) from None
-    except Exception as fault:  # Pillow's readers raise whatever a broken file leads them to
+    except Exception as fault:  # Pillow's readers raise many types on a broken file
         raise BrokenImageError(path, f"{type(fault).__name__}: {fault}") from None
 
 
 def load(stored: Stored) -> Image.Image:
-    """The same of an image wherever it lies. Raises BrokenImageError."""
+    """Decode a stored image, in a file or a tar. Raises BrokenImageError."""
     try:
         content = stored.read()
     except OSError as fault:
@@ -56,16 +56,16 @@ def load(stored: Stored) -> Image.Image:
 
 @dataclass(frozen=True)
 class View:
-    """What a test sees of an image: the shorter side resized to ``size / share`` (bicubic), the middle cut out.
+    """The test view of an image: resize the shorter side to ``size / share`` (bicubic), then crop the centre.
 
-    An image that is stored as ``size x size`` is taken as it is.
+    An image stored as ``size x size`` is used unchanged.
     """
 
     size: int
     share: float
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        """The view, ``size x size``."""
+        """Return the view, ``size x size``."""
         width, height = picture.size
         if width == height == self.size:
             return picture
@@ -80,21 +80,21 @@ class View:
 
 
 def to_array(picture: Image.Image) -> NDArray[np.uint8]:
-    """uint8 [C, H, W] of a grey or colour picture."""
+    """Convert a grey or colour picture to uint8 [C, H, W]."""
     array = np.asarray(picture)
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
 
 def to_picture(array: NDArray[np.uint8]) -> Image.Image:
-    """The picture of uint8 [C, H, W] with one or three channels."""
+    """Convert uint8 [C, H, W] with one or three channels to a picture."""
     return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(np.moveaxis(array, 0, -1)))
 
 
 class ImageFolder:
-    """A split of real images, each a cluster of its own.
+    """A split of real images, each its own cluster.
 
-    ``decoded``: a file with all images decoded at their stored size, uint8 [n, H, W, 3] (see ``cache``), or None: each
-    image is decoded when it is asked for.
+    decoded: a file with all images decoded at their stored size, uint8 [n, H, W, 3] (see ``cache``); None: decode each
+    image on demand.
     """
 
     channels = 3
@@ -118,16 +118,16 @@ class ImageFolder:
         return self._stored
 
     def path(self, index: int) -> Path:
-        """What an image is called: where it lies."""
+        """Return the path that names an image."""
         return self.files.stored(index).path
 
     def picture(self, index: int) -> Image.Image:
-        """An image at its stored size. Raises BrokenImageError."""
+        """Return an image at its stored size. Raises BrokenImageError."""
         stored = self._open()
         return load(self.files.stored(index)) if stored is None else Image.fromarray(stored[index])
 
     def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The test's view of some images, uint8 [b, 3, S, S]. Raises BrokenImageError."""
+        """Return test views of some images, uint8 [b, 3, S, S]. Raises BrokenImageError."""
         stored = self._open()
         if stored is not None and stored.shape[1:3] == (self.size, self.size):
             return np.ascontiguousarray(np.moveaxis(stored[samples], -1, 1))
@@ -137,5 +137,5 @@ class ImageFolder:
         return out
 
     def batch(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The test's view of the images from ``start`` to before ``stop``, uint8 [b, 3, S, S]."""
+        """Return test views of the images in ``[start, stop)``, uint8 [b, 3, S, S]."""
         return self.take(np.arange(start, min(stop, len(self))))

@@ -1,7 +1,7 @@
-"""Fetching a data set that its publishers give to anyone, when the user types ``atdiag data check NAME --download``.
+"""Download a freely available data set, for ``atdiag data check NAME --download``.
 
-All of it happens in a hidden folder beside the data set's place, from where the data set is moved whole: what an
-interruption leaves is never taken for it, and the next download removes that.
+Everything happens in a hidden folder next to the data set's place, from where the complete data set is moved. Remains
+of an interrupted download are never mistaken for it, and the next download removes them.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from atdiag.data import archives, image_folders, sources
 from atdiag.data.catalogue import FACTS, Archive, Facts
 
 Report = Callable[[str, int, int], None]
-"""Is told what is being done, and how much of how much is."""
+"""Progress callback: (stage, done, total)."""
 
 SCHEMES = ("https",)
 _SECONDS = 60
-"""How long a server may say nothing."""
+"""Timeout of a silent server, in seconds."""
 _BLOCK = 4096
-"""Bytes that the smallest file takes on most disks."""
+"""Bytes that the smallest file occupies on most disks."""
 
 
 class DownloadError(OSError):
-    """A data set that could not be fetched, in one line. Nothing of it is left behind."""
+    """A data set could not be downloaded; one line says why. Nothing of it is left behind."""
 
 
 def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | None:
-    """Download a data set into the folder of all data sets; None where it is found there already.
+    """Download a data set into the folder of all data sets; None if it is already there.
 
-    An archive that lies there under its published name is used in place of a download. Raises UserError where there is
-    nothing that may be downloaded or no place is said for it, DownloadError for one that can't be had, is not what was
-    published or does not fit on the disk, OSError where it can't be written.
+    An archive found there under its published name is used instead of a download. Raises UserError if nothing may be
+    downloaded or no folder is configured, DownloadError if the archive is unavailable, differs from the published one
+    or does not fit on the disk, OSError if the folder can't be written.
     """
     facts = FACTS.get(sources.find(name).name)
     if _is_there(name):
@@ -56,7 +56,7 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
         )
     root = image_folders.data_folder(name, facts.folders)
     if not root.is_dir():
-        image_folders.find(name)  # says so
+        image_folders.find(name)  # raises the error that says so
     part, place = root / f".{name}-part", root / facts.folders[0]
     with _alone(root / f".{name}.lock", lambda: report(f"waiting for another download of {name}", 0, 0)):
         if _is_there(name):
@@ -65,7 +65,7 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
             place.rmdir()
         if place.exists() or place.is_symlink():
             raise UserError(f"{place} is in the way of {name}, and is no folder", "move it away")
-        _remove(part)  # of a process that was killed: the lock is ours
+        _remove(part)  # left by a killed process: we hold the lock
         try:
             part.mkdir()
             _make(name, facts, facts.archive, part, report)
@@ -101,7 +101,7 @@ def _remove(folder: Path) -> None:
 
 
 def _make(name: str, facts: Facts, archive: Archive, part: Path, report: Report) -> None:
-    """The data set, whole, as the folder of its name in ``part``."""
+    """Create the complete data set as the folder of its name in ``part``."""
     images = facts.train + facts.test
     need, free = 2 * archive.size + _BLOCK * images, shutil.disk_usage(part).free
     if need > free:
@@ -121,7 +121,7 @@ def _make(name: str, facts: Facts, archive: Archive, part: Path, report: Report)
 
 
 def _md5() -> Any:
-    return hashlib.md5(usedforsecurity=False)  # where a system forbids it otherwise
+    return hashlib.md5(usedforsecurity=False)  # some systems forbid MD5 for security
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def _download(name: str, archive: Archive, path: Path, own: Path, report: Report
 
 
 class _NetworkError(Exception):
-    """Told apart from what writing a file raises."""
+    """A network failure, distinguished from errors of writing a file."""
 
 
 def _blocks(url: str) -> Iterator[bytes]:

@@ -1,11 +1,11 @@
-"""Where data sets of real images lie, and which files they are. Reads folders, never an image.
+"""Find the folders of real-image data sets and list their files. Reads folders, never an image.
 
-``ATDIAG_DATA`` (or ``--data-dir``, which sets it) names the folder of all data sets, each in a folder of its own::
+``ATDIAG_DATA`` (or ``--data-dir``) names the folder of all data sets, each in a folder of its own::
 
     $ATDIAG_DATA/cifar10/train/<class>/<image>
     $ATDIAG_DATA/cifar10/test/<class>/<image>
 
-Names that begin with a dot are passed over: they are what file systems leave behind. Imports nothing heavy, not even
+Names that begin with a dot are ignored: file systems create them. Imports nothing heavy, not even
 NumPy: planning asks for the number of classes.
 """
 
@@ -31,14 +31,14 @@ from atdiag.data.catalogue import ANY_FOLDER, FACTS, OWN_TESTS, Facts, TestFacts
 SplitName = Literal["train", "test"]
 SPLITS: tuple[SplitName, SplitName] = ("train", "test")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-"""Endings of files that are images, in any case. Other files are left alone."""
+"""Suffixes of image files, in any case. Other files are ignored."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where an image lies: ``size`` bytes of ``file`` from ``offset`` on, by default all of it.
+    """Location of an image: ``size`` bytes of ``file`` from ``offset``; by default the whole file.
 
-    ``path`` names it: the file itself, or for an image in a tar "train.tar/cat/0001.jpg".
+    path: the image's name, either the file or, in a tar, "train.tar/cat/0001.jpg".
     """
 
     path: Path
@@ -47,7 +47,7 @@ class Stored:
     size: int = -1
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError."""
+        """Read the image's bytes. Raises OSError."""
         with self.file.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -55,10 +55,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Files:
-    """The images of one split, by class and then by name.
+    """The images of one split, sorted by class and then by name.
 
-    ``files`` are paths below ``root``; ``keys`` name each image by class and file ("cat/0001.jpg") wherever it lies;
-    ``labels`` index ``classes``. ``spans``: for images in tars the tar's path below ``root``, offset and size of each.
+    files: paths below ``root``; keys: name of each image by class and file ("cat/0001.jpg") wherever it is stored;
+    labels: indices into ``classes``; spans: for images in tars, each one's tar (path below ``root``), offset and size.
     """
 
     root: Path
@@ -74,12 +74,12 @@ class Files:
 
     @property
     def counts(self) -> list[int]:
-        """Images of each class."""
+        """Number of images in each class."""
         seen = Counter(self.labels)
         return [seen[label] for label in range(len(self.classes))]
 
     def keep(self, chosen: Iterable[int]) -> Files:
-        """Some of the images, in the order that they have here."""
+        """Return a subset of the images, in the same order."""
         rows = sorted(chosen)
         return replace(
             self,
@@ -90,7 +90,7 @@ class Files:
         )
 
     def stored(self, index: int) -> Stored:
-        """Where an image lies."""
+        """Return the location of an image."""
         path = self.root / self.files[index]
         if not self.spans:
             return Stored(path, path)
@@ -98,9 +98,10 @@ class Files:
         return Stored(path, self.root / tar, offset, size)
 
     def subset(self, per_class: int | None = None, total: int | None = None) -> Files:
-        """The ``per_class`` images of each class, or ``total`` of all, that come first by sha256 of their key.
+        """Return the first ``per_class`` images of each class, or ``total`` of all, by sha256 of their key.
 
-        So the choice is the same on every machine, and does not change when images of other classes are added.
+        The selection is therefore the same on every machine, and does not change when images of other classes are
+        added.
         """
         if per_class is None and (total is None or total >= len(self)):
             return self
@@ -116,7 +117,7 @@ class Files:
         return self.keep(chosen)
 
     def fingerprint(self, with_times: bool = False) -> str:
-        """sha256 of the list of images and their sizes in bytes; ``with_times`` also of when each was last written."""
+        """Return the sha256 of the list of images and sizes in bytes; ``with_times`` includes modification times."""
         digest = hashlib.sha256()
         spans = self.spans or ((file, 0, -1) for file in self.files)
         last = ""
@@ -130,7 +131,7 @@ class Files:
 
 
 def find(name: str) -> Path:
-    """The folder of a data set. Raises UserError that says what was looked for, and where."""
+    """Return the folder of a data set. Raises UserError saying what was looked for, and where."""
     if name.startswith((ANY_FOLDER, tars.TIMM)):
         tars.check(name)
         folder = Path(name.partition(":")[2]).expanduser()
@@ -141,7 +142,7 @@ def find(name: str) -> Path:
 
 
 def data_folder(name: str, wanted: tuple[str, ...]) -> Path:
-    """The folder of all data sets, which need not be there. Raises UserError where it is not said."""
+    """Return the folder of all data sets, which need not exist. Raises UserError if none is configured."""
     given = paths.data_dir()
     if given is None:
         raise UserError(
@@ -152,7 +153,7 @@ def data_folder(name: str, wanted: tuple[str, ...]) -> Path:
 
 
 def search(name: str, wanted: tuple[str, ...]) -> Path:
-    """The folder of a set of images that may have any of some names. Raises UserError like :func:`find`."""
+    """Return the folder of a set of images with one of several names. Raises UserError like :func:`find`."""
     root = data_folder(name, wanted)
     if root.name in wanted and not any((root / alias).is_dir() for alias in wanted):
         return root  # the data set's own folder was given
@@ -168,7 +169,7 @@ def search(name: str, wanted: tuple[str, ...]) -> Path:
 
 
 def found(name: str) -> Path | None:
-    """The folder of a data set, or None where it is not found."""
+    """Return the folder of a data set; None if it is not found."""
     try:
         return find(name)
     except UserError:
@@ -176,7 +177,7 @@ def found(name: str) -> Path | None:
 
 
 def read(name: str, split: SplitName) -> Files:
-    """The images of a split, all of them. Raises UserError for a folder that is not laid out as it should be."""
+    """Return all images of a split. Raises UserError for a folder with an invalid layout."""
     root, facts = find(name), FACTS.get(name)
     if name.startswith(tars.TIMM):
         return _in_tars(root, split)
@@ -203,20 +204,20 @@ def read(name: str, split: SplitName) -> Files:
 
 
 def fingerprint(name: str) -> str:
-    """sha256 of the list of all images of both splits and their sizes: what ``folder:PATH`` is, whatever its path.
+    """Return the sha256 of the list of both splits' images and sizes, which identifies ``folder:PATH`` under any path.
 
-    Of ``timm:PATH`` it is that of a folder with the same images.
+    For ``timm:PATH`` it equals that of a folder with the same images.
     """
     return fingerprint_of([read(name, split) for split in SPLITS])
 
 
 def fingerprint_of(splits: Iterable[Files]) -> str:
-    """The same of splits that have been read."""
+    """Return the fingerprint of splits that have already been read."""
     return hashlib.sha256("\n".join(split.fingerprint() for split in splits).encode()).hexdigest()
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """The folders of the classes of a data set's training images, in the order of the labels."""
+    """Return the class folders of a data set's training images, in the order of the labels."""
     if name.startswith(tars.TIMM):
         return read(name, "train").classes
     root, facts = find(name), FACTS.get(name)
@@ -236,7 +237,7 @@ def _split_folder(name: str, root: Path, split: SplitName, facts: Facts | None) 
 
 
 def class_folders(name: str, folder: Path, facts: Facts | TestFacts | None) -> tuple[str, ...]:
-    """The names of the classes' folders in a folder, sorted. Raises UserError where they are not the set's."""
+    """Return the names of the class folders in a folder, sorted. Raises UserError if they are not the set's."""
     folders, images = [], 0
     for entry in _entries(folder):
         if entry.is_dir():
@@ -285,7 +286,7 @@ def _in_tars(root: Path, split: SplitName) -> Files:
 
 
 def _annotated(root: Path, split: SplitName, path: Path) -> Files:
-    """The layout in which iNaturalist is published: a JSON file in COCO's format beside the images."""
+    """Read iNaturalist's published layout: a JSON file in COCO's format beside the images."""
     try:
         document = json.loads(small_file(path, 4 * GIB))
         names = {int(image["id"]): str(image["file_name"]) for image in document["images"]}
@@ -321,11 +322,11 @@ def _names(folder: Path) -> list[str]:
 
 
 _UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
-"""What no line of a manifest can hold: control characters, and bytes that are no text."""
+"""Characters that a manifest can't hold: control characters, and bytes that are not text."""
 
 
 def images_in(folder: Path) -> Iterator[str]:
-    """Names of the images in a folder. Raises UserError where one would be lost, or could never be read."""
+    """Yield the names of the images in a folder. Raises UserError for one that would be lost or is unreadable."""
     for entry in _entries(folder):
         if _is_image(entry.name):
             if not entry.is_file():

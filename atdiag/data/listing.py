@@ -1,4 +1,4 @@
-"""What ``atdiag data`` shows: which data sets there are and where they were found, and what reading one brought."""
+"""Output of ``atdiag data``: the known data sets and their folders, and the result of scanning one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from atdiag.data.tars import TIMM
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row for each data set: name, title, classes, images, resolution, normalisation, source, licence, folder.
+    """Return a row for each data set: name, title, classes, images, resolution, normalisation, source, licence, folder.
 
-    Those without training images are other test sets, of ``atdiag ood``.
+    Those without training images are test sets for ``atdiag ood``.
     """
     tests = [
         {
@@ -46,7 +46,7 @@ def _searched(name: str, folders: tuple[str, ...]) -> str | None:
 
 
 def table(listed: list[dict[str, Any]]) -> Table:
-    """The rows as a table."""
+    """Format the rows as a table."""
     out = Table(box=box.SIMPLE_HEAD)
     out.collapse_padding, out.pad_edge = True, False
     for name in ("name", "classes", "training", "test", "pixels", "mean, std", "found"):
@@ -67,12 +67,12 @@ def where(listed: list[dict[str, Any]]) -> list[str]:
 
 
 def others() -> str:
-    """What else finished runs can be tested on, in a line."""
+    """Describe in one line the other test sets for finished runs."""
     return f"'atdiag ood' also tests on corruptions of any of them: {', '.join(CORRUPTIONS)}"
 
 
 def text(reading: Scan) -> list[str]:
-    """What came of reading a data set, in lines."""
+    """Format the result of scanning a data set as lines of text."""
     counts = " + ".join(f"{count:,} {split}" for split, count in reading.counts.items())
     width, height = reading.mean_size
     lines = [f"{reading.folder}: {counts} images, {reading.classes:,} classes, mean size {width:.0f} x {height:.0f}"]
@@ -85,7 +85,7 @@ def text(reading: Scan) -> list[str]:
 
 
 def document(reading: Scan) -> dict[str, Any]:
-    """The same for machines."""
+    """Return the result of scanning a data set as a JSON document."""
     return {
         "folder": str(reading.folder),
         "images": reading.counts,

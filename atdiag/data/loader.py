@@ -1,9 +1,9 @@
 """Order and augmentation of training batches: a pure function of data seed, epoch and sample.
 
-So a batch can be made at any time, in any process, in any company, and is the same. ``Stream.batch`` is that function;
-``Stream.batches`` gives the same batches ahead of time from worker processes.
+A batch is therefore the same in whichever process and order it is made. ``Stream.batch`` is that function;
+``Stream.batches`` yields the same batches, prepared in advance by worker processes.
 
-Images travel as uint8: a quarter of the bytes, and scaling, Mixup and CutMix happen where the networks are.
+Images are transferred as uint8: a quarter of the bytes; scaling, Mixup and CutMix happen on the networks' device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from atdiag.data.decoding import ImageFolder
 from atdiag.data.splits import Images, Split
 
 PREFETCH = 2
-"""Batches that each worker makes ahead."""
+"""Batches that each worker prepares in advance."""
 
 MOST_WORKERS = 16
 
@@ -35,16 +35,18 @@ Item = TypeVar("Item")
 
 
 class WorkerDiedError(RuntimeError):
-    """A process that makes batches is gone: killed, or out of memory."""
+    """A worker process that prepares batches died: killed, or out of memory."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 [B, C, S, S] as loaded; float32 in [0, 1], mixed, once ``to`` a device. labels: int64 [B]; samples:
+    """A batch of training images.
+
+    images: uint8 [B, C, S, S] as loaded; float32 in [0, 1], mixed, after ``to`` a device. labels: int64 [B]; samples:
     int64 [B], indices into the training set.
 
-    Where Mixup or CutMix applies, ``partner_labels`` [B] holds the other label of each image (the batch reversed),
-    ``lam`` the share of its own, and ``box`` CutMix's top, bottom, left, right.
+    With Mixup or CutMix, ``partner_labels`` [B] holds the other label of each image (the batch reversed), ``lam`` the
+    share of its own, and ``box`` CutMix's top, bottom, left, right.
     """
 
     images: Tensor
@@ -55,7 +57,7 @@ class Batch:
     box: tuple[int, int, int, int] | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, ready for a network: float32 in [0, 1], and mixed if it is to be."""
+        """Return the batch on a device as network input: float32 in [0, 1], with Mixup or CutMix applied if any."""
         partner = None if self.partner_labels is None else self.partner_labels.to(device, non_blocking=True)
         images, labels = (t.to(device, non_blocking=True) for t in (self.images, self.labels))
         if images.dtype == torch.uint8:
@@ -63,13 +65,13 @@ class Batch:
         return replace(self, images=images, labels=labels, partner_labels=partner)
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, from where a copy to the GPU runs beside other work."""
+        """Return the batch in page-locked memory, from where copies to the GPU are asynchronous."""
         partner = None if self.partner_labels is None else self.partner_labels.pin_memory()
         images, labels = self.images.pin_memory(), self.labels.pin_memory()
         return replace(self, images=images, labels=labels, partner_labels=partner)
 
     def parts(self, size: int | None) -> Iterator[Batch]:
-        """The batch in parts of at most ``size`` images; None: whole. It is on its device, and so mixed, already."""
+        """Yield micro-batches of at most ``size`` images; None: the whole batch. Call after :meth:`to`."""
         count = len(self.labels)
         if size is None or size >= count:
             yield self
@@ -86,7 +88,7 @@ class Batch:
             )
 
     def _mixed(self, images: Tensor) -> Tensor:
-        """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) with the reversed batch, by timm's formulas."""
+        """Apply Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) with the reversed batch, by timm's formulas."""
         if self.partner_labels is None:
             return images
         partner = images.flip(0)
@@ -98,7 +100,7 @@ class Batch:
 
 
 class Stream:
-    """The training batches of a data stream. Epochs are permutations; a last partial batch is left out."""
+    """The training batches of a data stream. Epochs are permutations; a last partial batch is dropped."""
 
     def __init__(self, data: Data, recipe: Recipe, seed: int) -> None:
         if recipe.batch_size > data.train:
@@ -117,7 +119,7 @@ class Stream:
         return self._epoch[1]
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0 over all epochs. Raises BrokenImageError."""
+        """Return the batch of a step, counted from 0 over all epochs. Raises BrokenImageError."""
         epoch, position = divmod(step, self.steps_per_epoch)
         size = self.recipe.batch_size
         samples = self._order(epoch)[position * size : (position + 1) * size]
@@ -129,17 +131,17 @@ class Stream:
         return Batch(images, labels, samples)
 
     def batches(self, start: int, stop: int, workers: int = 0, pin: bool = False) -> Generator[Batch, None, None]:
-        """The batches of the steps from ``start`` to before ``stop``, in order, the same for any number of workers.
+        """Yield the batches of steps ``[start, stop)`` in order, the same for any number of workers.
 
-        Workers live until the iterator ends or is closed, over all epochs, and are ahead by ``PREFETCH`` batches each;
-        with 0, batches are made here when they are asked for. ``pin`` (with CUDA): in page-locked memory.
+        Workers live until the iterator ends or is closed, over all epochs, each ``PREFETCH`` batches ahead; with 0
+        workers, batches are made on demand in this process. pin (with CUDA): use page-locked memory.
 
-        Raises BrokenImageError, and WorkerDiedError where a worker is killed.
+        Raises BrokenImageError, and WorkerDiedError if a worker is killed.
         """
         return _in_order(self.batch, range(start, stop), workers, pin)
 
     def _mix(self, step: int) -> tuple[float, tuple[int, int, int, int] | None]:
-        """The share of an image's own label at a step, and CutMix's box, or None for Mixup."""
+        """Return the share of an image's own label at a step, and CutMix's box, or None for Mixup."""
         from timm.data.mixup import rand_bbox
 
         draw = randomness.generator(self.seed, "mix", step)
@@ -149,21 +151,21 @@ class Stream:
         lam = float(draw.beta(alpha, alpha))
         if not use_cutmix:
             return lam, None
-        # timm's box, with its two global draws replaced by ours.
+        # timm's box, with its two draws from a global generator replaced by ours.
         size = self.images.size
         top, bottom, left, right = box = _box(size, size, lam, draw, rand_bbox)
         return 1 - (bottom - top) * (right - left) / (size * size), box
 
 
 def augments(recipe: Recipe) -> bool:
-    """Whether a recipe changes images one by one."""
+    """Return whether a recipe augments single images."""
     return bool(recipe.crop is not None or recipe.flip or recipe.erase or recipe.rand_augment)
 
 
 def test_batches(images: Split, size: int, workers: int = 0, pin: bool = False) -> Generator[Tensor, None, None]:
     """All images of a split as a test sees them, in order: uint8 [b, C, S, S], b = ``size`` but for the last.
 
-    Workers and ``pin`` as of :meth:`Stream.batches`.
+    Workers and ``pin`` as in :meth:`Stream.batches`.
     """
     return _in_order(_Chunks(images, size), range(0, len(images), size), workers, pin)
 
@@ -171,9 +173,9 @@ def test_batches(images: Split, size: int, workers: int = 0, pin: bool = False) 
 def default_workers(images: Split, recipe: Recipe | None, device: torch.device, processes: int = 1) -> int:
     """How many workers make batches, where the user says nothing. It changes how long they take, never what they are.
 
-    No worker for arrays in memory that are not augmented (``recipe`` None: as a test sees them): taking them is faster
-    than sending them. With CUDA, one for each processor that ``processes`` such trainings leave to each, at most 16.
-    On a CPU, where workers take processors from the networks, one for every four.
+    0 for arrays in memory without augmentation (``recipe`` None: test view): indexing them is faster than sending
+    them. With CUDA, the processors that each of ``processes`` such trainings has to itself, at most 16. On a CPU, where
+    workers compete with the networks, one for every four processors.
     """
     if isinstance(images, Images) and (recipe is None or not augments(recipe)):
         return 0
@@ -192,7 +194,7 @@ class _Chunks:
 
 @dataclass(frozen=True)
 class _Fault:
-    """What went wrong in a worker, sent home as it is: torch would wrap it into pages of traceback."""
+    """An error in a worker, passed back as it is: torch would wrap it in a long traceback."""
 
     error: Exception
 
@@ -209,7 +211,7 @@ class _Items(Dataset[Any]):
 
 
 def _in_order(make: Callable[[int], Item], indices: range, workers: int, pin: bool) -> Generator[Item, None, None]:
-    """``make`` of each index in order, made here or ahead of time in worker processes."""
+    """Yield ``make(index)`` in order, made here or in advance by worker processes."""
     if pin and not torch.cuda.is_available():
         raise ValueError("page-locked memory is for CUDA, which is not here")
     if workers == 0:
@@ -226,7 +228,7 @@ def _in_order(make: Callable[[int], Item], indices: range, workers: int, pin: bo
         collate_fn=_same,
         pin_memory=pin,
         worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # or it would advance the global one
+        generator=torch.Generator(),  # otherwise it would advance the global one
     )
     ahead: Any = iter(loader)
     try:
@@ -235,12 +237,12 @@ def _in_order(make: Callable[[int], Item], indices: range, workers: int, pin: bo
                 raise item.error
             yield item
     finally:
-        # Left to the garbage collector after an error, each worker is waited for five seconds.
+        # Otherwise garbage collection after an error waits five seconds for each worker.
         ahead._shutdown_workers()
 
 
 def _next(ahead: Iterator[Any]) -> Any:
-    """The next item, or None at the end."""
+    """Return the next item, or None at the end."""
     try:
         return next(ahead, None)
     except RuntimeError as fault:
@@ -250,9 +252,9 @@ def _next(ahead: Iterator[Any]) -> Any:
 
 
 def worker_died(fault: RuntimeError) -> WorkerDiedError | None:
-    """The WorkerDiedError that torch means by a fault, if it means one.
+    """Return the WorkerDiedError that torch's exception stands for, if any.
 
-    torch raises it from a signal's handler, so it may come out of whatever the process that trains is just doing.
+    torch raises it from a signal handler, so it may come out of any operation of the training process.
     """
     if "DataLoader worker" not in str(fault) or isinstance(fault, WorkerDiedError):
         return None
@@ -267,7 +269,7 @@ def _same(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains, which then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which then ends its workers
 
 
 def _box(height: int, width: int, lam: float, draw: np.random.Generator, rand_bbox: Any) -> tuple[int, int, int, int]:

@@ -1,8 +1,8 @@
-"""Every image of a data set read once: which are broken, and a manifest with the sha256 of each file.
+"""Scan a data set: read every image once, find broken ones, and write a manifest with each file's sha256.
 
-The manifest lies in the cache folder in the format of ``sha256sum`` (``sha256sum -c`` in the data set's folder reads
-it); its own sha256 is what a run can record. It is found again by the files' names, sizes and times of writing, so it
-is never taken for that of a data set that has changed since.
+The manifest is stored in the cache folder in the format of ``sha256sum`` (check with ``sha256sum -c`` in the data set's
+folder); a run records its sha256. It is looked up by the files' names, sizes and modification times, so it is never
+used for a data set that has changed since.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _CHUNK = 32
 
 @dataclass(frozen=True)
 class Scan:
-    """What came of reading every image of a data set.
+    """The result of scanning a data set.
 
-    ``broken``: path and reason. ``manifest`` and its ``sha256`` are None where an image is broken. ``mean_size``: width
-    and height in pixels, over the sound images. ``counts``: images of each split.
+    broken: path and reason. manifest, sha256: None if an image is broken. mean_size: width and height in pixels, over
+    the sound images. counts: images in each split.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ def read(
 ) -> Scan:
     """Read and hash every image of a data set (its splits by ``DataSet.files``), in parallel processes.
 
-    ``report`` is told how many of how many are read.
+    report: progress callback (done, total).
     """
     root = splits["train"].root
     images = [splits[split].stored(i) for split in SPLITS for i in range(len(splits[split]))]
@@ -113,7 +113,7 @@ def _folder() -> Path:
 
 
 def _one(image: Stored) -> tuple[str, tuple[int, int], str | None]:
-    """An image's sha256 and size, and why it is broken, if it is."""
+    """Return an image's sha256 and size, and why it is broken, if it is."""
     try:
         content = image.read()
     except OSError as fault:

@@ -2,9 +2,9 @@
 
 Two tasks on one canvas, after the cluttered-MNIST task of Mnih et al. 2014 ("Recurrent Models of Visual Attention"):
 
-- ``digits``: one digit lies at random among fragments of others; the label is the digit (10 classes). A network has
-  to find the digit before it can read it, which is why attention matters here.
-- ``larger``: two different digits lie without overlap among fragments; the label is the larger one's value less one
+- ``digits``: one digit, placed at random among fragments of others; the label is the digit (10 classes). A network has
+  to find the digit before it can classify it, which is why attention matters here.
+- ``larger``: two different digits without overlap among fragments; the label is the larger one's value minus one
   (9 classes: 1 to 9).
 
 The source digits are split into train and test *before* scenes are made, so no handwriting of the test set is ever
@@ -30,7 +30,7 @@ FRAGMENT = 5
 """Side of a fragment of clutter in pixels."""
 
 STEP = 4
-"""Digits lie at multiples of this many pixels, fragments anywhere."""
+"""Digits are placed at multiples of this many pixels, fragments anywhere."""
 
 _TEST_SHARE = 1 / 3
 _SPLIT_SEED = 0  # the split of the source digits is part of the data set's definition, not of a run
@@ -42,7 +42,7 @@ class Scenes:
     """Scenes of one split.
 
     images: uint8 [n, 1, 20, 20]; labels: int64 [n]; clusters: int64 [n], in a test split equal for scenes that share
-    source digits; sources: int64 [n, s], the source digits (indices into scikit-learn's set) that decide the label,
+    source digits; sources: int64 [n, s], the source digits (indices into scikit-learn's set) that determine the label,
     s = 1 or 2.
     """
 
@@ -57,7 +57,7 @@ class Scenes:
 
 @cache
 def _sources() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """scikit-learn's digits as uint8 [1797, 8, 8] in 0..255 and their labels."""
+    """Return scikit-learn's digits as uint8 [1797, 8, 8] in 0..255, and their labels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -66,7 +66,7 @@ def _sources() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 @cache
 def source_split() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the source digits for training and for test (a third of every class), fixed for all runs."""
+    """Return the indices of source digits for training and test (a third of every class), fixed for all runs."""
     _, labels = _sources()
     order = randomness.generator(_SPLIT_SEED, "digits/split").permutation(len(labels))
     test: list[NDArray[np.int64]] = []
@@ -80,7 +80,7 @@ def source_split() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _paste(
     canvas: NDArray[np.uint8], patches: NDArray[np.uint8], top: NDArray[np.int64], left: NDArray[np.int64]
 ) -> None:
-    """Lay patches [n, p, p] on canvas [n, 20, 20] at (top, left), the brighter pixel winning, all scenes at once."""
+    """Paste patches [n, p, p] on canvas [n, 20, 20] at (top, left), keeping the brighter pixel."""
     side = patches.shape[-1]
     scene = np.arange(len(canvas))[:, None, None]
     rows = top[:, None, None] + np.arange(side)[None, :, None]
@@ -101,7 +101,7 @@ def _clutter(canvas: NDArray[np.uint8], pool: NDArray[np.int64], count: int, dra
 
 
 def _make(sources: NDArray[np.int64], pool: NDArray[np.int64], clutter: int, draw: np.random.Generator) -> Scenes:
-    """Scenes of the given source digits [n] or pairs [n, 2], with clutter cut from ``pool``."""
+    """Generate scenes of the given source digits [n] or pairs [n, 2], with clutter cut from ``pool``."""
     images, labels = _sources()
     sources = sources.reshape(len(sources), -1)
     canvas = np.zeros((len(sources), CANVAS, CANVAS), np.uint8)
@@ -112,8 +112,8 @@ def _make(sources: NDArray[np.int64], pool: NDArray[np.int64], clutter: int, dra
         _paste(canvas, images[sources[:, 0]], top, left)
         label = labels[sources[:, 0]]
     else:
-        # The two digits lie apart along one axis (chosen by a coin) and anywhere along the other.
-        gap = free - DIGIT  # what is left along the axis once both lie side by side
+        # Separate the two digits along one random axis; place them anywhere along the other.
+        gap = free - DIGIT  # what is left along the axis once both are placed side by side
         first = draw.integers(0, gap + 1, len(sources))
         second = first + DIGIT + np.floor(draw.random(len(sources)) * (gap - first + 1)).astype(np.int64)
         across = draw.integers(0, free + 1, (2, len(sources)))
@@ -127,7 +127,7 @@ def _make(sources: NDArray[np.int64], pool: NDArray[np.int64], clutter: int, dra
 
 
 def _pairs(pool: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
-    """Disjoint pairs [m, 2] of source digits: random ones, but for those (a tenth) whose labels are the same."""
+    """Return disjoint random pairs [m, 2] of source digits, without the tenth or so that have equal labels."""
     _, labels = _sources()
     pairs = draw.permutation(pool)[: len(pool) // 2 * 2].reshape(-1, 2)
     differ: NDArray[np.bool_] = labels[pairs[:, 0]] != labels[pairs[:, 1]]
@@ -135,7 +135,7 @@ def _pairs(pool: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int
 
 
 def train_scenes(task: str, count: int, seed: int, clutter: int) -> Scenes:
-    """``count`` training scenes of ``task`` with ``clutter`` fragments each, a pure function of the arguments."""
+    """Generate ``count`` training scenes of ``task`` with ``clutter`` fragments each, as a pure function."""
     draw = randomness.generator(seed, f"digits/{task}/train", count, clutter)
     pool, _ = source_split()
     if task == "digits":
@@ -149,7 +149,7 @@ def train_scenes(task: str, count: int, seed: int, clutter: int) -> Scenes:
 
 
 def test_scenes(task: str, per_source: int, clutter: int) -> Scenes:
-    """The test scenes: every held-out digit (or pair) in ``per_source`` scenes, the same for every run."""
+    """Generate the test scenes: every held-out digit (or pair) in ``per_source`` scenes, the same for every run."""
     draw = randomness.generator(_TEST_SEED, f"digits/{task}/test", per_source, clutter)
     _, pool = source_split()
     sources = pool if task == "digits" else _pairs(pool, draw)

@@ -1,9 +1,9 @@
-"""Images in tar files, as clusters keep them: found by timm's reader once, and from then on spans of bytes.
+"""Images in tar files, as used on clusters: indexed once by timm's reader, then read as byte ranges.
 
-The only module that knows of timm's readers, of which it uses the one for tars. That one reads through all of a tar to
-find what is in it (for ImageNet 150 GB), so what it found is kept in the cache folder, by the tars' names, sizes and
-times of writing. An image is then read by opening the tar, like any file, at its place: nothing is held open, and all
-that a worker process is given is two numbers for each image.
+The only module that uses timm's readers, namely the one for tars. It reads through a whole tar to index it (for
+ImageNet 150 GB), so its index is kept in the cache folder, keyed by the tars' names, sizes and modification times. An
+image is then read by opening the tar like any file and seeking: no file stays open, and a worker process needs only two
+numbers for each image.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ _MEND = "give a folder of images as folder:PATH, or of tars as timm:PATH"
 
 
 class Packed(NamedTuple):
-    """An image in a tar: its class and file name, and where it begins in which tar, in bytes."""
+    """An image in a tar: class, file name, tar, and offset in bytes."""
 
     cls: str
     file: str
     tar: str
-    """Its path below the folder that holds the split."""
+    """The tar's path below the folder that holds the split."""
     offset: int
     size: int
 
 
 def check(name: str) -> None:
-    """Raise UserError for what timm can read and atdiag can't, or must not."""
+    """Raise UserError for paths that timm can read but atdiag can't, or must not."""
     prefix, slash, _ = name.removeprefix(TIMM).partition("/")
     if slash and (why := _OTHERS.get(prefix.lower())):
         raise UserError(f"{name} can't be a data set: timm's reader {prefix}/ {why}", _MEND)
 
 
 def place(root: Path, stems: Iterable[str]) -> Path | None:
-    """The tar, or the folder of tars, of a split that may have any of some names."""
+    """Return the tar, or the folder of tars, of a split with one of several names."""
     for stem in stems:
         if (tar := root / f"{stem}.tar").is_file():
             return tar
@@ -67,9 +67,9 @@ def place(root: Path, stems: Iterable[str]) -> Path | None:
 
 
 def images(path: Path) -> list[Packed]:
-    """All images of a split, by class and then by name; a class is the folder, or the tar, that an image lies in.
+    """Return all images of a split, sorted by class and then by name; a class is the folder, or the tar, of an image.
 
-    Hidden ones are passed over. Raises UserError for what is no tar of images in classes, and OSError.
+    Hidden files are ignored. Raises UserError for anything but a tar of images in classes, and OSError.
     """
     tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
     sizes = {}
@@ -83,7 +83,7 @@ def images(path: Path) -> list[Packed]:
     if found is None:
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(kept.with_suffix(".lock")):  # several processes start at once: one of them looks
+            with FileLock(kept.with_suffix(".lock")):  # of several processes starting at once, one builds the index
                 found = _read(kept)
                 if found is None:
                     found = _scan(path, tars)
@@ -99,7 +99,7 @@ def images(path: Path) -> list[Packed]:
 
 
 def _read(kept: Path) -> list[Packed] | None:
-    """What an earlier look found; None where there is none, or it can't be read."""
+    """Read a cached index; None if there is none, or it is unreadable."""
     try:
         rows: list[Any] = json.loads(small_file(kept, 4 * GIB))
         return [Packed(str(c), str(file), str(tar), int(offset), int(size)) for c, file, tar, offset, size in rows]
@@ -108,8 +108,10 @@ def _read(kept: Path) -> list[Packed] | None:
 
 
 def _look(file: IO[bytes], size: int) -> None:
-    """Read the headers of a tar, and of the tars in it. Raises TarError where one promises more than there is: timm's
-    reader would look for it without end."""
+    """Read the headers of a tar, and of the tars in it.
+
+    Raises TarError if one declares more data than there is, for which timm's reader would search endlessly.
+    """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.size < 0 or member.offset_data + member.size > size:
@@ -125,8 +127,8 @@ def _scan(path: Path, tars: Iterable[Path]) -> list[Packed]:
         for tar in tars:
             with tar.open("rb") as file:
                 _look(file, tar.stat().st_size)
-        # timm would keep what it found beside the tars as a pickle, and unpickle whatever lies there under that name.
-        # Its factory, create_reader, can't be told not to read a folder of tars as one of images: hence the reader.
+        # timm would store its index beside the tars as a pickle, and unpickle any file of that name. Its factory,
+        # create_reader, always reads a folder of tars as a folder of images: hence the reader class.
         reader = ReaderImageInTar(str(path), cache_tarinfo=False)
     except (tarfile.TarError, ValueError, EOFError, AssertionError, RecursionError) as fault:
         reason = "no image in it" if "unpack" in str(fault) else str(fault) or type(fault).__name__

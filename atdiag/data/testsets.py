@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from atdiag.data.splits import Split
 
 SEMANTICS = 1
-"""Raised when the same name and image come to mean other pixels or labels: stored predictions are then made again."""
+"""Incremented when a name and image come to mean other pixels or labels: stored predictions are then recomputed."""
 
 CLEAN = "clean"
 ALL_CORRUPTIONS = "corruptions"
-"""Stands for every corruption: ``corruptions``, ``corruptions:5``."""
+"""Name for all corruptions: ``corruptions``, ``corruptions:5``."""
 MIDDLE = 3
-"""The severity of a corruption that is named without one."""
+"""Default severity of a corruption."""
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """One test set by its full name: of ``TEST_SETS``, ``clean``, or a corruption with its severity."""
+    """A test set by its full name: one of ``TEST_SETS``, ``clean``, or a corruption with its severity."""
 
-    __test__ = False  # it is no test, whatever pytest makes of its name
+    __test__ = False  # keeps pytest from collecting it because of its name
 
     name: str
     corruption: str | None = None
@@ -50,17 +50,17 @@ class TestSet:
 
     @property
     def file(self) -> str:
-        """The name of its file in a run's directory, without the ending."""
+        """Name of its file in a run's directory, without the suffix."""
         return self.name.replace(":", "-")
 
     @property
     def own_images(self) -> bool:
-        """Whether its images are made of the run's own test images, so that it fits every run."""
+        """Whether it is made from the run's own test images, so that it fits every run."""
         return self.name not in TEST_SETS
 
 
 def find(name: str) -> TestSet:
-    """The test set of a name as it is typed. Raises UserError, with what may have been meant, for an unknown one."""
+    """Parse the name of a test set. Raises UserError, with suggestions, for an unknown one."""
     stem, colon, number = name.partition(":")
     if stem in CORRUPTIONS:
         severities = [str(severity) for severity in SEVERITIES]
@@ -77,10 +77,10 @@ def find(name: str) -> TestSet:
 
 
 def expand(typed: Iterable[str]) -> list[TestSet]:
-    """The test sets of some names as they are typed, each once and in their order.
+    """Parse names of test sets, each once and in their order.
 
-    ``corruptions`` (and ``corruptions:5``) is every corruption at a severity; a corruption, or ``corruptions``, with
-    ``:all`` is all five severities. Raises UserError for an unknown name.
+    ``corruptions`` (or ``corruptions:5``) stands for all corruptions at a severity; a corruption, or ``corruptions``,
+    with ``:all`` stands for all five severities. Raises UserError for an unknown name.
     """
     out: dict[str, TestSet] = {}
     for name in typed:
@@ -94,9 +94,9 @@ def expand(typed: Iterable[str]) -> list[TestSet]:
 
 
 def check(test_set: TestSet, data: Data, network: Network) -> None:
-    """Whether what is trained on a data set can be tested on a test set, and its images are here as they should be.
+    """Check that a network trained on a data set can be tested on a test set, and that its images are valid and here.
 
-    Decodes no image. Raises UserError where not.
+    Decodes no image. Raises UserError otherwise.
     """
     if test_set.own_images:
         if test_set.corruption and network.image_size < SMALLEST:
@@ -116,17 +116,16 @@ def check(test_set: TestSet, data: Data, network: Network) -> None:
 
 @cache
 def synsets() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet-1k's classes, in the order of the labels."""
+    """Return the WordNet ids of ImageNet-1k's classes, in the order of the labels."""
     from timm.data import ImageNetInfo
 
     return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
 def read(name: str) -> Files:
-    """The images of a set of ``TEST_SETS``; its classes are ImageNet-1k's 1,000, whichever occur.
+    """Return the images of a set in ``TEST_SETS``, with all of ImageNet-1k's 1,000 classes, whichever occur.
 
-    Raises UserError for a folder that is not here, is not laid out as it should be, or has classes that are none of
-    ImageNet-1k's.
+    Raises UserError for a folder that is missing, has an invalid layout, or has classes outside ImageNet-1k.
     """
     facts = TEST_SETS[name]
     folder = image_folders.search(name, facts.folders)
@@ -146,7 +145,7 @@ def read(name: str) -> Files:
 
 
 def _labels(name: str, folders: tuple[str, ...]) -> dict[str, int]:
-    """The label of each class's folder: its own number, or its WordNet id's place among ImageNet-1k's."""
+    """Return the label of each class folder: its number, or the index of its WordNet id in ImageNet-1k."""
     if all(cls.isdecimal() for cls in folders):
         return {cls: int(cls) for cls in folders}
     index = {synset: label for label, synset in enumerate(synsets())}
@@ -161,10 +160,10 @@ def _labels(name: str, folders: tuple[str, ...]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Opened:
-    """A test set's images as a data set's networks see them.
+    """A test set's images in the view for a data set's networks.
 
-    ``among``: the classes that predictions are made among, int64, sorted; None: all. ``fingerprint``: sha256 of the
-    list of files and sizes; None where the images are the run's own.
+    among: the classes to predict among, int64, sorted; None: all. fingerprint: sha256 of the list of files and sizes;
+    None if the images are the run's own.
     """
 
     images: Split
@@ -173,7 +172,7 @@ class Opened:
 
 
 def open_images(test_set: TestSet, data: Data) -> Opened:
-    """The images of a test set for what is trained on a data set. Raises UserError, and BrokenImageError."""
+    """Open the images of a test set for networks trained on a data set. Raises UserError, and BrokenImageError."""
     import numpy as np
 
     from atdiag.data import cache

@@ -1,4 +1,4 @@
-"""What a run costs, in floating-point operations and thread-seconds, before it is trained. Needs no torch."""
+"""Estimate what a run costs, in floating-point operations and thread-seconds, before training. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from atdiag.core.spec import Network, RunSpec
 from atdiag.data import sources
 
 FLOPS_PER_SECOND = 50e9
-"""What one CPU thread does, until finished runs say better (measured on an idle server core of 2025)."""
+"""Default FLOP/s of one CPU thread, until finished runs give a better value (measured on an idle server core of
+2025)."""
 
 
 _GPU_FLOPS_PER_SECOND = 50e12
-"""A guess for a GPU (not measured), until finished runs say better."""
+"""Default FLOP/s of a GPU: a guess, not measured, until finished runs give a better value."""
 
 
 _BLOCK = 90e6
-"""The least that a block costs in a step, as floating-point operations: its kernels have to be launched (fitted to
-miniatures of width 32 and 48; nothing beside what a ViT-S costs)."""
+"""Minimum cost of a block in a step, in floating-point operations, for launching its kernels (fitted to miniatures of
+width 32 and 48; negligible for a ViT-S)."""
 
 
 _RELATIVE = {"copy": 0.65, "distill": 0.95}
-"""What a method's step in all layers costs beside its operations: a student that copies has no q and k to learn, and
+"""Cost of a method's step in all layers, relative to its operation count: a copy-student has no q and k to learn, and
 one forward pass of the teacher serves a cohort (measured on 250 runs of miniatures)."""
 
 
 def macs(network: Network) -> float:
-    """Multiply-accumulates of one image's forward pass (blocks, patch embedding and head)."""
+    """Return the multiply-accumulates of one image's forward pass (blocks, patch embedding and head)."""
     n, c = network.tokens, network.width
     block = n * c * c * (4 + 2 * network.mlp_ratio) + 2 * n * n * c
     return network.depth * block + network.grid**2 * network.patch_size**2 * network.channels * c + c * network.classes
 
 
 def seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND, tested: bool = True) -> float:
-    """Estimated thread-seconds of a run: a step costs three forward passes of the student and one of the teacher."""
+    """Estimate a run's thread-seconds: a step costs three forward passes of the student and one of the teacher."""
     steps = spec.recipe.epochs * (spec.data.train // spec.recipe.batch_size)
     step = spec.recipe.batch_size * (3 * 2 * macs(spec.network) + _of_teacher(spec)) + spec.network.depth * _BLOCK
     share = len(spec.transfer.layers or ()) / spec.network.depth
@@ -45,23 +46,23 @@ def seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND, tested: b
 
 
 def testing_seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND) -> float:
-    """Estimated thread-seconds of a run's test: a forward pass of the student, and of the teacher that it copies."""
+    """Estimate the thread-seconds of a run's test: a forward pass of the student, and of its teacher if it copies."""
     teacher = _of_teacher(spec) if spec.transfer.method == "copy" else 0
     return sources.find(spec.data).test_images(spec.data) * (2 * macs(spec.network) + teacher) / flops_per_second
 
 
 def _of_teacher(spec: RunSpec) -> float:
-    """Floating-point operations of the teacher's part of a forward pass."""
+    """Return the floating-point operations of the teacher's part of a forward pass."""
     if spec.teacher is None or not spec.transfer.layers:
         return 0.0
     return 2 * macs(spec.teacher.network) * (spec.transfer.layers[-1] + 1) / spec.teacher.network.depth
 
 
 def measured_speed(store: Store, device: str, newest: int = 30) -> float:
-    """FLOP/s of a training process on this device: the median of the newest finished runs, or a rule of thumb."""
+    """Return the FLOP/s of a training process on this device: the newest finished runs' median, or the default."""
     found = []
     for run in store.list()[-newest:]:
-        # Whoever needs a run that is damaged, or of a version that recorded less, will hear of it.
+        # A damaged run, or one of a version that recorded less, is reported where it is used.
         with contextlib.suppress(DamagedRunError, FileNotFoundError, KeyError, TypeError):
             spec, result = run.spec, run.result()
             if result["seconds"] > 1 and result["environment"]["device"].startswith(device):

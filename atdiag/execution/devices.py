@@ -1,4 +1,4 @@
-"""Devices, asked of the system and not of torch, which takes seconds to import."""
+"""Find devices without importing torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def named(wanted: str | None) -> str | None:
 
 
 def resolve(wanted: str | None) -> str:
-    """Return the device to train on here: the wanted one, or the best that seems to be on this machine.
+    """Return the device to train on here: the requested one, or the best that seems to be on this machine.
 
-    Raises UserError for an unknown device, and for one that is not here.
+    Raises UserError for an unknown device, and for one that is not on this machine.
     """
     if named(wanted) is None:
         return next(device for device in KNOWN if _is_here(device))
@@ -45,7 +45,7 @@ def _is_here(device: str) -> bool:
 
 
 def processes_for(device: str, threads: int | None) -> int:
-    """Return how many training processes a device gets: one, or on a CPU as many as its cores have room for."""
+    """Return how many training processes a device gets: one, or on a CPU as many as fit its cores."""
     if device != "cpu":
         return 1
     return max(1, available_cores() // (threads or available_cores()))

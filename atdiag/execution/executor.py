@@ -1,6 +1,6 @@
-"""What executes jobs: an executor takes them, tells how far they are, and can be told to stop.
+"""The executor protocol: submit jobs, poll their progress, cancel them.
 
-It never decides what is done: that is read from run directories alone.
+An executor never decides what is finished: that is read from run directories alone.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from atdiag.execution.plan import Job
 
 @dataclass(frozen=True)
 class Update:
-    """What an executor tells when it is asked: progress over all jobs, and what became of runs, by id."""
+    """News from an executor: progress over all jobs, and the status of runs that ended, by id."""
 
     progress: Progress
     statuses: Mapping[str, str] = field(default_factory=dict)
 
 
 class Executor(Protocol):
-    """Somewhere that jobs can be executed: in this process, in others of this machine, on a cluster."""
+    """A place to execute jobs: this process, other processes of this machine, a cluster."""
 
     def processes(self, options: ExecutionOptions) -> int:
-        """Return how many jobs run side by side. Raises UserError where the options can't be met."""
+        """Return how many jobs run side by side. Raises UserError for options that can't be met."""
 
     def submit(self, jobs: Sequence[Job], store: Store, options: ExecutionOptions) -> None:
-        """Begin to execute jobs."""
+        """Start executing jobs."""
 
     def poll(self) -> Update | None:
-        """Wait a moment for news; None once every job has ended.
+        """Wait briefly for news; None once every job has ended.
 
-        Raises FaultError where a job ended by a fault, StoppedError where it was asked to stop.
+        Raises FaultError if a job failed, StoppedError if it was stopped on request.
         """
 
     def cancel(self) -> None:
-        """Stop what is under way, with a checkpoint written for every run. Does nothing after the end."""
+        """Stop running jobs after every run has written a checkpoint. Does nothing once all jobs have ended."""

@@ -1,4 +1,4 @@
-"""Execute jobs in a thread of this process: for notebooks and debuggers, and where processes can't be started."""
+"""Execute jobs in a thread of this process: for notebooks, debuggers, and places where processes can't be started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from atdiag.execution.turns import train_in_turn
 
 
 class InProcessExecutor:
-    """One thread that does all jobs one after another."""
+    """One thread that executes all jobs in turn."""
 
     def __init__(self) -> None:
         self._news: SimpleQueue[Update | BaseException | None] = SimpleQueue()
@@ -29,7 +29,7 @@ class InProcessExecutor:
         self._latest = Progress(0, 0)
 
     def processes(self, options: ExecutionOptions) -> int:
-        """Return 1. Raises UserError for a device that is not here."""
+        """Return 1. Raises UserError for a device that is not on this machine."""
         devices.resolve(options.device)
         return 1
 
@@ -38,12 +38,12 @@ class InProcessExecutor:
         cohorts = tuple(cohort for job in jobs for cohort in job.cohorts)
         order = Order(store.root.resolve(), options, processes=1, command=tuple(sys.argv), cohorts=cohorts)
         self._stop.clear()
-        context = contextvars.copy_context()  # where data sets are looked for
+        context = contextvars.copy_context()  # carries the data folder to the thread
         self._thread = threading.Thread(target=context.run, args=(self._work, order), daemon=True)
         self._thread.start()
 
     def poll(self) -> Update | None:
-        """Wait half a second for news."""
+        """Wait up to half a second for news."""
         if self._thread is None:
             return None
         try:
@@ -62,7 +62,7 @@ class InProcessExecutor:
         return None
 
     def cancel(self) -> None:
-        """Ask the thread to stop, which writes checkpoints first, and wait for it."""
+        """Ask the thread to write checkpoints and stop, and wait for it."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -71,7 +71,7 @@ class InProcessExecutor:
     def _work(self, order: Order) -> None:
         try:
             train_in_turn(order, self._news.put, self._stop.is_set)
-        except BaseException as fault:  # told where it is polled
+        except BaseException as fault:  # re-raised by poll
             self._news.put(fault)
         else:
             self._news.put(None)

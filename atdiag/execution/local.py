@@ -1,4 +1,4 @@
-"""Execute jobs in processes of this machine, one for each job."""
+"""Execute jobs in processes on this machine, one for each job."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from atdiag.execution.order import Order
 from atdiag.execution.plan import Job
 
 _LAST_WORDS = 30
-"""Lines of a worker's standard error that are kept."""
+"""Lines kept of a worker's standard error."""
 
 
 class LocalExecutor:
-    """Worker processes on this machine. They stop, with checkpoints written, when this process is gone."""
+    """Worker processes on this machine. If this process dies, they write checkpoints and stop."""
 
     def __init__(self) -> None:
         self._workers: list[subprocess.Popen[str]] = []
@@ -39,7 +39,7 @@ class LocalExecutor:
         self._store: Store | None = None
 
     def processes(self, options: ExecutionOptions) -> int:
-        """Return how many training processes the device has room for. Raises UserError for one that is not here."""
+        """Return how many training processes fit the device. Raises UserError if it is not on this machine."""
         return devices.processes_for(devices.resolve(options.device), options.threads)
 
     def submit(self, jobs: Sequence[Job], store: Store, options: ExecutionOptions) -> None:
@@ -54,7 +54,7 @@ class LocalExecutor:
             self._open.add(index)
 
     def poll(self) -> Update | None:
-        """Wait half a second for a message of any worker."""
+        """Wait up to half a second for a message from any worker."""
         if not self._open:
             return None
         statuses: dict[str, str] = {}
@@ -72,7 +72,7 @@ class LocalExecutor:
         return Update(Progress(done, total, images, doing), statuses)
 
     def cancel(self) -> None:
-        """Ask every worker to stop, which writes its checkpoints first, and wait for it."""
+        """Ask every worker to write its checkpoints and stop, and wait for it."""
         for worker in self._workers:
             if worker.poll() is None:
                 worker.terminate()
@@ -85,7 +85,7 @@ class LocalExecutor:
 
     def _start(self, index: int, order: Order) -> subprocess.Popen[str]:
         worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "atdiag.execution.worker"],  # -P: import nothing from the working folder
+            [sys.executable, "-P", "-m", "atdiag.execution.worker"],  # -P: don't import from the working folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -94,7 +94,7 @@ class LocalExecutor:
         )
         assert worker.stdin is not None
         worker.stdin.write(order.to_json() + "\n")
-        worker.stdin.flush()  # left open: its end tells the worker that we are gone
+        worker.stdin.flush()  # left open: end of file tells the worker that this process is gone
 
         def keep_errors() -> None:
             assert worker.stderr is not None
@@ -108,17 +108,17 @@ class LocalExecutor:
             assert worker.stdout is not None
             try:
                 for line in worker.stdout:
-                    with contextlib.suppress(json.JSONDecodeError):  # what a library printed in passing
+                    with contextlib.suppress(json.JSONDecodeError):  # a line that a library printed
                         self._messages.put((index, json.loads(line)))
             finally:
-                errors.join()  # its last words are read before its end is told
+                errors.join()  # read all of its standard error before reporting its end
                 self._messages.put((index, None))
 
         threading.Thread(target=listen, daemon=True).start()
         return worker
 
     def _ended(self, index: int, code: int) -> None:
-        """Raise what a worker's exit code means; nothing for 0."""
+        """Raise the error for a worker's exit code; none for 0."""
         if code == 0:
             return
         if code == 143:
@@ -128,14 +128,14 @@ class LocalExecutor:
             last = f"it was ended by {signal.Signals(-code).name}"
             last += " (out of memory?)" if code == -signal.SIGKILL else ""
         else:
-            # The exception's first line: what it goes on to say is indented, as is the traceback.
+            # The exception's first line: its further lines are indented, as is the traceback.
             last = next((line for line in reversed(words) if not line[0].isspace()), f"exit code {code}")
-            last = re.sub(r"^atdiag\.[\w.]+Error: ", "", last)  # our own errors say all in their message
+            last = re.sub(r"^atdiag\.[\w.]+Error: ", "", last)  # our own errors' messages are complete
         assert self._store is not None
         log = self._store.root / "last-fault.log"
         try:
             log.write_text("\n".join([*words, last]) + "\n")
             where = f" (its last words are in {log})"
-        except OSError:  # the fault may be that nothing can be written there
+        except OSError:  # the fault may be that this folder can't be written
             where = ""
         raise FaultError(f"a training process failed: {last}{where}; the same command goes on from there")

@@ -1,4 +1,4 @@
-"""What a training process is told to do: a JSON document, the same for every executor."""
+"""The order for a training process: a JSON document, the same for every executor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from atdiag.core.spec import RunSpec
 
 @dataclass(frozen=True)
 class Order:
-    """Cohorts to train one after another, where their runs lie, and how.
+    """Cohorts to train in turn, the folder of their runs, and the execution options.
 
-    processes: how many such processes share the machine. command: the command line that the runs record.
+    processes: number of such processes that share the machine. command: the command line to record in the runs.
     """
 
     runs: Path

@@ -1,4 +1,4 @@
-"""Which runs are still to do, in which cohorts, shared out over how many processes, at which cost. Needs no torch.
+"""Plan an execution: which runs to train, in which cohorts, over how many processes, at what cost. Imports no torch.
 
 On a CPU independent cohorts run in parallel processes of one thread each: at miniature size two such processes are far
 faster than one process with two threads.
@@ -19,7 +19,7 @@ _STARTUP_SECONDS = 8.0
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does: cohorts one after another."""
+    """The work of one process: cohorts to train in turn."""
 
     cohorts: tuple[tuple[RunSpec, ...], ...]
 
@@ -31,24 +31,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Runs, which of them are not finished, and what those cost on a device, which need not be on this machine."""
+    """Runs, which of them are unfinished, and their cost on a device, which need not be on this machine."""
 
     specs: tuple[RunSpec, ...]
     todo: tuple[RunSpec, ...]
     device: str
     processes: int
-    """That the device has room for."""
+    """Number of processes that fit the device."""
     speed: float
     """FLOP/s of one training process."""
 
     @property
     def seconds(self) -> float:
-        """Estimated wall seconds."""
+        """Estimated wall-clock seconds."""
         return estimate(self.todo, self.processes, self.speed)
 
 
 def make(specs: Sequence[RunSpec], store: Store, options: ExecutionOptions) -> Plan:
-    """Plan some runs: look once at which are finished. Raises UserError for an unknown device."""
+    """Plan runs, checking once which are finished. Raises UserError for an unknown device."""
     device = devices.named(options.device) or devices.resolve(None)
     todo = tuple(pending(specs, store))
     processes = devices.processes_for(device, options.threads)
@@ -56,7 +56,7 @@ def make(specs: Sequence[RunSpec], store: Store, options: ExecutionOptions) -> P
 
 
 def pending(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:
-    """Return the runs that are not finished."""
+    """Return the unfinished runs."""
     return [spec for spec in specs if not store.run(spec).finished]
 
 
@@ -73,9 +73,10 @@ def cohorts(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
 
 
 def share_out(specs: Sequence[RunSpec], processes: int) -> list[Job]:
-    """Share runs out over processes so that all end at about the same time, splitting as few cohorts as possible.
+    """Distribute runs over processes so that all end at about the same time, splitting as few cohorts as possible.
 
-    Cohorts are laid end to end by estimated cost and cut into equal parts; a run goes to the part its middle lies in.
+    Cohorts are laid end to end by estimated cost and cut into equal parts; a run goes to the part that contains its
+    middle.
     """
     laid = [(spec, index) for index, cohort in enumerate(cohorts(specs)) for spec in cohort]
     total = sum(cost.seconds(spec) for spec, _ in laid)
@@ -90,7 +91,7 @@ def share_out(specs: Sequence[RunSpec], processes: int) -> list[Job]:
 
 
 def estimate(specs: Sequence[RunSpec], processes: int, flops_per_second: float = cost.FLOPS_PER_SECOND) -> float:
-    """Estimate the wall seconds that these runs take."""
+    """Estimate the wall-clock seconds of these runs."""
     if not specs:
         return 0.0
     jobs = share_out(specs, processes)

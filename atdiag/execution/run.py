@@ -1,6 +1,6 @@
-"""Bring runs to their end with an executor.
+"""Train runs to completion with an executor.
 
-The run directory is the only truth: an executor is asked to train; what is finished is read from disk.
+The executor only trains; which runs are finished is read from their directories.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def execute(
     on_progress: OnProgress = ignore,
     executor: Executor | None = None,
 ) -> None:
-    """Bring every run to its end. Finished ones cost nothing; one that another process is training is waited for.
+    """Train every run to completion, skipping finished ones and waiting for those that another process is training.
 
     executor: None for processes on this machine.
 
-    Raises FaultError (what is done is kept), StoppedError, or UserError for options that the executor can't meet.
+    Raises FaultError (finished work is kept), StoppedError, or UserError for options that the executor can't meet.
     """
     executor = executor or LocalExecutor()
     while todo := plan.pending(specs, store):
@@ -53,7 +53,7 @@ def execute(
 def _work(
     executor: Executor, jobs: Sequence[plan.Job], store: Store, options: ExecutionOptions, on_progress: OnProgress
 ) -> dict[str, str]:
-    """Execute jobs to their end and return each run's status by id."""
+    """Execute jobs until all end, and return each run's status by id."""
     statuses: dict[str, str] = {}
     try:
         executor.submit(jobs, store, options)

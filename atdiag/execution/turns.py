@@ -1,4 +1,4 @@
-"""Train the cohorts of an order one after another, and tell how far all of them are."""
+"""Train the cohorts of an order in turn, and report progress over all of them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from atdiag.execution.executor import Update
 from atdiag.execution.order import Order
 
 _INTERVAL = 0.2
-"""Least seconds between two updates within a cohort's training."""
+"""Minimum seconds between two updates within a cohort's training."""
 
 
 def train_in_turn(order: Order, tell: Callable[[Update], None], should_stop: Callable[[], bool]) -> None:
-    """Do an order, until it is done or to stop. Raises what :func:`atdiag.training.cohort.train` raises.
+    """Execute an order until done or stopped. Raises what :func:`atdiag.training.cohort.train` raises.
 
-    tell: is given an update now and then while a cohort trains, and each cohort's statuses at its end.
+    tell: callback (update), called at intervals while a cohort trains and with each cohort's statuses at its end.
     """
     import torch
 
@@ -58,7 +58,7 @@ def _steps(cohort: Sequence[RunSpec]) -> int:
 
 
 class _Meter:
-    """Progress over all cohorts from that of the one under way."""
+    """Progress over all cohorts, computed from that of the current one."""
 
     def __init__(self, steps: Sequence[int], tell: Callable[[Update], None]) -> None:
         self.steps, self.tell = steps, tell
@@ -80,6 +80,6 @@ class _Meter:
 
     def _overall(self) -> Progress:
         done = sum(self.steps[: self.cohort])
-        if self.cohort < len(self.steps):  # runs that were finished before are not in the cohort's own total
+        if self.cohort < len(self.steps):  # runs that were already finished are not in the cohort's own total
             done += self.steps[self.cohort] - (self.last.total - self.last.done)
         return Progress(done, sum(self.steps), self.images + self.last.images, self.last.doing)

@@ -1,8 +1,8 @@
-"""One training process: reads its order, trains cohorts, reports JSON lines on standard output.
+"""A training process: reads its order, trains cohorts, reports JSON lines on standard output.
 
-``python -m atdiag.execution.worker`` reads the order from standard input and also stops when that ends, because then
-whoever ordered the work is gone. ``python -m atdiag.execution.worker ORDER.json`` reads it from a file and depends on
-nobody. Either stops, with every run's checkpoint written, on SIGTERM.
+``python -m atdiag.execution.worker`` reads the order from standard input and also stops at end of file, since then the
+submitting process is gone. ``python -m atdiag.execution.worker ORDER.json`` reads it from a file and runs
+independently. Both stop on SIGTERM. Whenever a worker stops, every run writes its checkpoint first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atdiag.execution.turns import train_in_turn
 
 
 def main() -> int:
-    """Do one order. Exit code 0: done (see the statuses), 143: stopped on request."""
+    """Execute one order; return exit code 0 when done (see the statuses), 143 when stopped on request."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
@@ -30,14 +30,14 @@ def main() -> int:
     else:
         order = Order.from_json(sys.stdin.readline())
         threading.Thread(target=_until_input_ends, args=(stop,), daemon=True).start()
-    # Standard output is the report channel: keep it for that, and send what libraries print to standard error.
+    # Reserve standard output for reports; redirect what libraries print to standard error.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
     def tell(update: Update) -> None:
         try:
             channel.write(json.dumps(asdict(update)) + "\n")
-        except BrokenPipeError:  # whoever ordered the work is gone, and standard input just has not said so yet
+        except BrokenPipeError:  # the submitting process is gone, though standard input has not ended yet
             stop.set()
 
     train_in_turn(order, tell, stop.is_set)
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def _until_input_ends(stop: threading.Event) -> None:
-    while os.read(0, 1024):  # not sys.stdin: a thread that waits in it can crash the interpreter's own end
+    while os.read(0, 1024):  # not sys.stdin: a thread blocked in it can crash the interpreter at exit
         pass
     stop.set()
 

@@ -1,4 +1,4 @@
-"""What is shown on a terminal: progress bars, tables, and a reading with its verdict."""
+"""Terminal output: progress bars, tables, and a reading with its verdict."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from atdiag.study.protocol import Reading
 
 _REFRESH = 0.5
-"""Seconds between two looks at how many runs are finished, which asks for the state of each."""
+"""Seconds between two counts of the finished runs, which read the state of each."""
 
 
 def bar(*columns: ProgressColumn) -> Bar:
-    """Return a progress bar on standard error that leaves nothing behind, and is absent where that is no terminal."""
+    """Return a progress bar on standard error that is transient, and hidden if that is not a terminal."""
     from rich.console import Console
     from rich.progress import Progress as Bar
 
@@ -33,7 +33,7 @@ def bar(*columns: ProgressColumn) -> Bar:
 
 @contextlib.contextmanager
 def counted(description: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar while it lasts; what it gives is the callback (done, total)."""
+    """Show a progress bar inside the context; yields the callback (done, total)."""
     with bar() as shown:
         task = shown.add_task(description, total=total)
         yield lambda done, total: shown.update(task, completed=done, total=total)
@@ -41,7 +41,7 @@ def counted(description: str, total: int | None = None) -> Iterator[Callable[[in
 
 @contextlib.contextmanager
 def staged() -> Iterator[OnProgress]:
-    """Show a bar for each thing that is done, one after another, under its name."""
+    """Show a named progress bar for each stage in turn."""
     with bar() as shown:
         tasks: dict[str, int] = {}
 
@@ -55,9 +55,9 @@ def staged() -> Iterator[OnProgress]:
 
 @contextlib.contextmanager
 def training(runs: int, unfinished: Callable[[], int]) -> Iterator[OnProgress]:
-    """Show how far a training is: a bar on a terminal, a line for each finished run elsewhere.
+    """Show training progress: a bar on a terminal, elsewhere a line for each finished run.
 
-    unfinished: says how many of the runs are not finished.
+    unfinished: returns the number of unfinished runs.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -90,7 +90,7 @@ def training(runs: int, unfinished: Callable[[], int]) -> Iterator[OnProgress]:
 
 
 def table(title: str, *columns: str) -> Table:
-    """Return an empty table for the terminal: the first column is of names, the others are of numbers."""
+    """Return an empty table for the terminal: names in the first column, numbers in the others."""
     from rich import box
     from rich.table import Table
 
@@ -101,7 +101,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 def show_reading(reading: Reading, files: Sequence[Path]) -> None:
-    """Print table, claims, notes, verdict and the files."""
+    """Print a reading's table, claims, notes, verdict and files."""
     from rich.console import Console
 
     console = Console()
@@ -115,6 +115,6 @@ def show_reading(reading: Reading, files: Sequence[Path]) -> None:
 
 
 def show_files(files: Sequence[Path]) -> None:
-    """Print paths, one a line, as they are: nothing in them is markup."""
+    """Print paths, one per line, without interpreting markup."""
     for path in files:
         print(f"  {path}")

@@ -1,4 +1,4 @@
-"""Where a reading's files lie, and its machine-readable form."""
+"""File names and the machine-readable form of a reading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def slug(series: Series) -> str:
-    """A file name for a series: its options, and a few digits that any change of a run's spec changes."""
+    """Return a file name for a series: its options, and a few digits of a hash over its runs' specs."""
     every = [tuple(study.options.values()) for study in series.studies]
     options = "-".join(every[0]) if len(set(every)) == 1 else ""
     words = re.sub(r"[^\w.-]+", "-", options.replace(" ", "")) or series.ablation
@@ -27,7 +27,7 @@ def slug(series: Series) -> str:
 
 
 def folder(series: Series, profile: str, out: Path | None) -> Path:
-    """The folder for a series' tables and figures, which can be made and written. Raises UserError where it can't."""
+    """Return the folder for a series' tables and figures. Raises UserError if it can't be created and written."""
     teachers = list(dict.fromkeys(study.teacher.name for study in series.studies))
     whom = _plain(teachers[0]) if len(teachers) == 1 else f"{len(teachers)}-teachers"
     chosen = out or Path("results") / f"{series.ablation}-{whom}-{profile}"
@@ -36,12 +36,12 @@ def folder(series: Series, profile: str, out: Path | None) -> Path:
 
 
 def _plain(name: str) -> str:
-    """A teacher's name as part of a file name: ``timm:MODEL@/path/file`` without the path."""
+    """Return a teacher's name for use in a file name: ``timm:MODEL@/path/file`` without the path."""
     return re.sub(r"[^\w.-]+", "-", name.partition("@")[0])
 
 
 def as_json(reading: Reading) -> dict[str, Any]:
-    """The machine-readable form of a reading."""
+    """Return a reading as a JSON document."""
     first = reading.reports[0]
     return {
         "ablation": reading.series.ablation,
@@ -55,7 +55,7 @@ def as_json(reading: Reading) -> dict[str, Any]:
 
 
 def caption(reading: Reading) -> str:
-    """What stands below the figure in a paper: what is shown, of how many images, seeds, runs, at which profile."""
+    """Return the figure's caption for a paper: what is shown, how many images, seeds and runs, at which profile."""
     report = reading.reports[0]
     estimates = [row.contrast for row in report.rows if row.contrast is not None]
     lines = [f"{tables.title(reading.series)}. Top-1 accuracy, and points against {report.rows[0].arm}."]

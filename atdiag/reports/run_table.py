@@ -1,6 +1,6 @@
-"""Runs as rows: what they are, what they were computed on and what came out, flat and comparable.
+"""Runs as flat, comparable rows: spec, environment and results.
 
-Needs no torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from atdiag.core.runs import Run
 
 RESULTS = ("top1", "test_images", "steps", "seconds", "images_per_second")
-"""What of a run's result is a number."""
+"""Numeric fields of a run's result."""
 
 _RECORDED = ("environment", "origin")
 _TIMES = ("environment.finished_at", "origin.started_at")
@@ -22,11 +22,11 @@ _TIMES = ("environment.finished_at", "origin.started_at")
 _MISSING = object()
 
 Difference = tuple[str, Any, Any]
-"""A field's dotted name, and its values on both sides (None where a side has no such field)."""
+"""A field's dotted name, and its values in both runs (None if a run lacks the field)."""
 
 
 def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted names; lists are values. ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    """Flatten nested mappings by dotted names; lists are values. ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
     out: dict[str, Any] = {}
     for key, value in document.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -35,7 +35,7 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _spec(run: Run) -> dict[str, Any]:
     document = run.spec.model_dump(mode="json")
-    if document["teacher"] is None:  # else a column of its own beside teacher.name and its like
+    if document["teacher"] is None:  # otherwise an extra column beside teacher.name etc.
         del document["teacher"]
     return flat(document)
 
@@ -49,7 +49,7 @@ def _recorded(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def row(run: Run) -> dict[str, Any]:
-    """A run as one flat row: id, state, results, every field of its spec, and what it was computed on.
+    """Return a run as one flat row: id, state, results, all fields of its spec, and its environment.
 
     A run whose spec or result can't be read has its id and the state ``damaged``.
     """
@@ -67,10 +67,10 @@ def row(run: Run) -> dict[str, Any]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV: a column for each field that any of them has, empty where a row lacks it; lists as JSON."""
+    """Format rows as CSV: a column for each field in any row, empty where a row lacks it; lists as JSON."""
     first = ["run", "state", *RESULTS]
     names = dict.fromkeys([*first, *(name for one in rows for name in one)])
-    # What runs were computed on comes last, however early the row that has it.
+    # Put the environment last, whichever row has it first.
     last = [name for name in names if name.partition(".")[0] in _RECORDED]
     out = io.StringIO()
     writer = csv.DictWriter(out, [*(name for name in names if name not in last), *last], lineterminator="\n")
@@ -81,7 +81,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def differences(one: Run, other: Run) -> dict[str, list[Difference]]:
-    """What tells two runs apart: ``spec``, ``environment`` (times left out), and all numbers of both under ``results``.
+    """Compare two runs: ``spec``, ``environment`` (without times), and all numbers of both under ``results``.
 
     Raises DamagedRunError.
     """

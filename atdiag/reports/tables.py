@@ -1,4 +1,4 @@
-"""A reading as a table: on the terminal, as a data frame, Markdown and LaTeX."""
+"""A reading as a table: on the terminal, as a data frame, in Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def title(series: Series) -> str:
-    """``reinit - clip_b (mini) - module attn, transfer copy``; of several teachers their number."""
+    """Return a title such as ``reinit - clip_b (mini) - module attn, transfer copy``; several teachers are counted."""
     first = series.studies[0]
     shared = {
         name: value
@@ -30,17 +30,17 @@ def title(series: Series) -> str:
 
 
 def subject(series: Series) -> str:
-    """Whom a series is about: its teacher, or how many."""
+    """Return a series' teacher, or the number of its teachers."""
     labels = list(dict.fromkeys(study.teacher.label for study in series.studies))
     return labels[0] if len(labels) == 1 else f"{len(labels)} teachers"
 
 
 def frame(reading: Reading) -> pd.DataFrame:
-    """One line for each arm, reference and further contrast of each study: what a table or a figure shows, in full.
+    """Tabulate each arm, reference and further contrast of each study, one row each, in full.
 
-    ablation, profile, study (its label), teacher, test_set, kind (arm, reference, contrast), name, top1 (%), contrast
-    (points), ci_low and ci_high (95 %), interval_covers, p, p_holm (corrected for all contrasts here), seeds, what else
-    was measured, runs (ids, separated by spaces), overrides.
+    Columns: ablation, profile, study (its label), teacher, test_set, kind (arm, reference, contrast), name, top1 (%),
+    contrast (points), ci_low and ci_high (95 %), interval_covers, p, p_holm (corrected for all contrasts here), seeds,
+    further measurements, runs (ids, separated by spaces), overrides.
     """
     import pandas as pd
 
@@ -59,7 +59,7 @@ def frame(reading: Reading) -> pd.DataFrame:
             measured = {"top1": None, **_numbers(estimate), "seeds": estimate.seeds}
             lines.append(common | {"kind": "contrast", "name": name} | measured | {"runs": runs})
     table = pd.DataFrame(lines)
-    table["runs"] = table.pop("runs")  # the longest, after what else was measured
+    table["runs"] = table.pop("runs")  # the longest column goes last, after the measurements
     first = reading.reports[0]
     table["overrides"] = " ".join(f"{name}={value}" for name, value in sorted(first.overrides.items()))
     table.insert(0, "profile", first.profile)
@@ -81,23 +81,23 @@ def _numbers(estimate: Estimate | None) -> dict[str, Any]:
 
 
 def rows(report: Report) -> list[ArmResult]:
-    """The arms, and the teacher as it is."""
+    """Return the arms, and the teacher itself."""
     return [*report.rows, *([report.reference] if report.reference else [])]
 
 
 def interval(estimate: Estimate) -> str:
-    """``+3.1 [+1.2, +5.0]``."""
+    """Format an interval: ``+3.1 [+1.2, +5.0]``."""
     return f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
 
 
 def probability(estimate: Estimate) -> str:
-    """The corrected p-value; nothing for a contrast from one seed."""
+    """Format the corrected p-value; empty for a contrast from one seed."""
     p = estimate.adjusted
     return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
 
 def _cells(name: str, row: ArmResult | None, estimate: Estimate | None, extra: Sequence[str]) -> list[str]:
-    """name, top-1, contrast, p, what else was measured, seeds."""
+    """Return a row's cells: name, top-1, contrast, p, further measurements, seeds."""
     seeds = row.seeds if row else estimate.seeds if estimate else 0
     measured = [f"{row.numbers[column]:.3g}" if row and column in row.numbers else "" for column in extra]
     versus = ["", ""] if estimate is None else [interval(estimate), probability(estimate)]
@@ -105,7 +105,7 @@ def _cells(name: str, row: ArmResult | None, estimate: Estimate | None, extra: S
 
 
 def _extra(reading: Reading) -> list[str]:
-    """What else was measured. Details of another column ("JSD block 0" beside "JSD") are left to the data frame."""
+    """Return the further measurements' columns, without details of another ("JSD block 0" beside "JSD")."""
     every = dict.fromkeys(name for report in reading.reports for row in report.rows for name in row.numbers)
     return [name for name in every if not any(name.startswith(f"{other} ") for other in every)]
 
@@ -125,7 +125,7 @@ def _lines(reading: Reading, report: Report) -> list[list[str]]:
 
 
 def terminal(reading: Reading) -> Table:
-    """The table that a terminal shows: a section for each study."""
+    """Return the table for the terminal: a section for each study."""
     from rich import box
     from rich.table import Table
 
@@ -154,7 +154,7 @@ def terminal(reading: Reading) -> Table:
 
 
 def markdown(reading: Reading) -> str:
-    """The same table in Markdown, with claims, verdict, notes, and the runs that it stands on."""
+    """Format the same table as Markdown, with claims, verdict, notes, and the runs it is based on."""
     head = _head(reading)
     lines = [f"### {title(reading.series)}", "", _bar(head), _bar(["---", *["---:"] * (len(head) - 1)])]
     for report in reading.reports:
@@ -175,7 +175,7 @@ def _bar(cells: Sequence[str]) -> str:
 
 
 def latex(reading: Reading) -> str:
-    """The same table for a paper, with booktabs' rules; its caption is the figure's."""
+    """Format the same table for a paper, with booktabs rules; its caption is the figure's."""
     head = _head(reading)
     body: list[list[str]] = []
     for report in reading.reports:
@@ -186,7 +186,7 @@ def latex(reading: Reading) -> str:
 
 
 def booktabs(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A LaTeX ``tabular`` with the rules of the package booktabs; texts are escaped."""
+    """Format a LaTeX ``tabular`` with booktabs rules; texts are escaped."""
     import pandas as pd
 
     table = pd.DataFrame([list(line) for line in body], columns=list(head))
@@ -198,19 +198,19 @@ CLAIMS = ("claim", "paper", "ours [95 %]", "verdict")
 
 
 def claim_cells(judged: Judged) -> tuple[str, str, str, str]:
-    """A claim in a table: what, the paper's number, ours with the span of its intervals, and the verdict."""
+    """Return a claim's cells: claim, the paper's number, ours with the span of its intervals, and the verdict."""
     span = "" if judged.low is None else f" [{judged.low:+.1f}, {judged.high:+.1f}]"
     verdict = judged.verdict + (f" ({judged.note})" if judged.note else "")
     return judged.claim.name, judged.claim.paper, f"{judged.ours}{span}", verdict
 
 
 def claims_markdown(judged: Sequence[Judged]) -> list[str]:
-    """The claims as lines of a Markdown table."""
+    """Format the claims as lines of a Markdown table."""
     return [_bar(CLAIMS), _bar(["---"] * len(CLAIMS)), *(_bar(claim_cells(one)) for one in judged)]
 
 
 def claim_record(judged: Judged) -> dict[str, Any]:
-    """A claim and what became of it: name, text, paper, source, verdict, ours, ci_low, ci_high, seeds, note."""
+    """Return a judged claim as a record: name, text, paper, source, verdict, ours, ci_low, ci_high, seeds, note."""
     return {
         **judged.claim.model_dump(include={"name", "text", "paper", "source"}),
         "verdict": judged.verdict,
@@ -223,7 +223,7 @@ def claim_record(judged: Judged) -> dict[str, Any]:
 
 
 def claims_table(judged: Sequence[Judged], name: str = "the papers' claims, here") -> Table:
-    """The claims on a terminal."""
+    """Return a table of the claims for the terminal."""
     from rich import box
     from rich.table import Table
 
@@ -237,7 +237,7 @@ def claims_table(judged: Sequence[Judged], name: str = "the papers' claims, here
 
 
 def notes(reading: Reading) -> list[str]:
-    """What a reader must know beside the numbers."""
+    """Return the notes that a reader needs beside the numbers."""
     reports, first = reading.reports, reading.reports[0]
     out = [*reading.series.notes, *(note for report in reports for note in report.study.notes)]
     out += [f"{report.study.teacher.label}: {note}." for report in reports for note in report.weights]
@@ -273,7 +273,7 @@ def _corrected(reading: Reading) -> str:
 
 
 def _power(reading: Reading) -> list[str]:
-    """How many seeds would settle what is undecided, were the effects as estimated."""
+    """Estimate how many seeds would settle the undecided contrasts, if the effects are as estimated."""
     from atdiag.stats.contrasts import seeds_needed
 
     open_ = [
@@ -284,7 +284,7 @@ def _power(reading: Reading) -> list[str]:
     ]
     said = []
     for name, estimate in open_:
-        # Those that are settled no longer count among Holm's hypotheses.
+        # Settled contrasts no longer count among Holm's hypotheses.
         strict = replace(estimate, level=1 - (1 - estimate.level) / len(open_))
         needed = seeds_needed(strict)
         said.append(f"{name}: {'more than 1,000' if needed is None else f'about {needed}'}")

@@ -1,4 +1,4 @@
-"""The one place where results become files."""
+"""Write results to files; no other module does."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from atdiag.study.protocol import Reading
 
 FIGURE_KINDS = ("png", "pdf")
-"""Endings that every figure is written with."""
+"""File suffixes of every figure."""
 
 _ORDER = ("csv", "md", "tex", "json", "txt")
-"""In which the other files of a result are listed."""
+"""Order in which the other files of a result are listed."""
 
 
 def write(
     folder: Path, stem: str, texts: Mapping[str, str], report: Mapping[str, Any], figures: Mapping[str, Figure]
 ) -> list[Path]:
-    """Write a result in every form, and return the files.
+    """Write a result in every format, and return the files.
 
-    texts: ending -> content. report: what becomes ``<stem>.json``, with the list of ``files`` added. figures: what is
-    added to the stem -> a figure, written as each of ``FIGURE_KINDS``. All figures are drawn before anything is
-    written, and nothing of another result is touched.
+    texts: suffix -> content. report: content of ``<stem>.json``, to which the list of ``files`` is added. figures: what
+    is appended to the stem -> a figure, written in each of ``FIGURE_KINDS``. All figures are drawn before anything is
+    written, and no file of another result is touched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {
@@ -42,13 +42,13 @@ def write(
     contents = {**texts, "json": json.dumps({**report, "files": [str(path) for path in files]}, indent=1)}
     for path, image in drawn.items():
         write_atomically(path, image)
-    for kind, text in contents.items():  # the JSON last: whoever reads it finds the others
+    for kind, text in contents.items():  # JSON last: whoever reads it finds the other files
         write_atomically(folder / f"{stem}.{kind}", text)
     return files
 
 
 def draw(figure: Figure, kind: str) -> bytes:
-    """Return a figure in a format. The same figure is the same bytes: a PDF does not say when it was made."""
+    """Render a figure in a format. Equal figures give equal bytes: a PDF holds no creation time."""
     content = io.BytesIO()
     figure.savefig(content, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
     return content.getvalue()
@@ -68,7 +68,7 @@ def write_reading(reading: Reading, folder: Path) -> list[Path]:
 def figure_of(reading: Reading) -> Figure:
     """Draw the figure that a series names, by its entry point of ``atdiag.figures``.
 
-    Raises ValueError where none of that name is installed.
+    Raises ValueError if none of that name is installed.
     """
     name = reading.series.figure or reading.reports[0].study.figure
     found = [entry for entry in entry_points(group="atdiag.figures") if entry.name == name]

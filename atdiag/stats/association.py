@@ -1,11 +1,11 @@
-"""What goes with what, over a handful of units: exact tests, and what so few units could show at all.
+"""Associations over a handful of units: exact tests, and the smallest p-values that so few units can reach.
 
-Two classes against two classes: Fisher's exact test (1935), two-sided. A discrete test of few units can't reach a small
-p-value whatever comes out; one that could not reach the level is not counted among the hypotheses that Holm's method
-corrects for (Tarone 1990), since its smallest p-value depends on nothing but how many units are on each side. Facts
-that part the units in the same way are one hypothesis, and nothing here tells them from each other.
+Two binary variables: Fisher's exact test (1935), two-sided. With few units this discrete test can't reach a small
+p-value whatever the outcome. A test that could not reach the level is not counted among the hypotheses that Holm's
+method corrects for (Tarone 1990), since its smallest p-value depends only on the number of units on each side. Facts
+that divide the units in the same way are one hypothesis, since nothing here can tell them apart.
 
-Two orders: Spearman's rank correlation, its p-value from all permutations up to eight units.
+Two rankings: Spearman's rank correlation, its p-value from all permutations up to eight units.
 
 Sources: Fisher, J. R. Stat. Soc. 98 (1935). Tarone, Biometrics 46 (1990).
 """
@@ -24,14 +24,14 @@ from atdiag.stats.contrasts import holm
 
 LEVEL = 0.05
 _EXACT = 8
-"""Units up to which all permutations are looked at; from there on scipy's approximation by Student's t is close."""
+"""Number of units up to which all permutations are enumerated; beyond it scipy's Student's t approximation is close."""
 
 Kind = Literal["recipe", "architecture"]
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that a unit has or has not. Units of which it is not known are missing."""
+    """A property that a unit has or lacks. Units for which it is unknown are missing."""
 
     name: str
     kind: Kind
@@ -40,20 +40,20 @@ class Fact:
 
 @dataclass(frozen=True)
 class TestedFact:
-    """A fact against the units' outcomes."""
+    """The test of a fact against the units' outcomes."""
 
     fact: Fact
     fails: tuple[tuple[str, ...], tuple[str, ...]]
-    """Units that fail: those that have it, those that have it not."""
+    """Units that fail: those with the fact, those without."""
     gains: tuple[tuple[str, ...], tuple[str, ...]]
-    """Units that gain, likewise."""
+    """Units that gain: those with the fact, those without."""
     p: float
     least: float
-    """The smallest p-value that so many units on each side could reach."""
+    """Smallest p-value possible with these numbers of units on each side."""
     adjusted: float | None = None
-    """Corrected by Holm's method; None: it could not have reached the level, and was not counted."""
+    """p-value corrected by Holm's method; None if it could not have reached the level and was not counted."""
     same: tuple[Fact, ...] = ()
-    """Other facts that part these units in the same way."""
+    """Other facts that divide these units in the same way."""
 
     @property
     def separates(self) -> bool:
@@ -64,17 +64,17 @@ class TestedFact:
 
     @property
     def clear(self) -> bool:
-        """Whether the corrected test is below the level."""
+        """Whether the corrected p-value is below the level."""
         return self.adjusted is not None and self.adjusted < LEVEL
 
 
 def fisher(table: Sequence[Sequence[int]]) -> float:
-    """Two-sided p-value of a 2 x 2 table: the probability of all tables with its margins that are no likelier."""
+    """Return the two-sided p-value of a 2 x 2 table: the probability of all tables that are no more likely."""
     return float(stats.fisher_exact(np.asarray(table, np.int64)).pvalue)
 
 
 def least(fails: int, gains: int, having: int) -> float:
-    """The smallest p-value that ``having`` of ``fails + gains`` units with a fact could reach.
+    """Return the smallest p-value possible if ``having`` of ``fails + gains`` units have a fact.
 
     >>> round(least(4, 7, 4), 4)  # 4 of 11: one table of 330
     0.003
@@ -86,9 +86,9 @@ def least(fails: int, gains: int, having: int) -> float:
 
 
 def against(facts: Sequence[Fact], outcomes: Mapping[str, str]) -> list[TestedFact]:
-    """Every fact against the outcomes of those units that gain or fail; others do not count.
+    """Test every fact against the outcomes of the units that gain or fail, ignoring other units.
 
-    Holm's correction is over distinct partitions of the units that could have reached the level.
+    Holm's correction counts the distinct partitions of the units that could have reached the level.
     """
     found, partitions = [], []
     for fact in facts:
@@ -109,7 +109,7 @@ def against(facts: Sequence[Fact], outcomes: Mapping[str, str]) -> list[TestedFa
     out = []
     for one, part in zip(found, partitions, strict=True):
         same = [f.fact for f, other in zip(found, partitions, strict=True) if other == part and f is not one]
-        constant = frozenset() in part  # which part nothing
+        constant = frozenset() in part  # facts that all or no units have divide nothing
         out.append(
             TestedFact(
                 one.fact, one.fails, one.gains, one.p, one.least, adjusted.get(part), () if constant else tuple(same)
@@ -120,7 +120,7 @@ def against(facts: Sequence[Fact], outcomes: Mapping[str, str]) -> list[TestedFa
 
 @dataclass(frozen=True)
 class Ranks:
-    """A rank correlation. ``least``: the smallest p-value that so many units (with these ties) could reach."""
+    """A rank correlation. ``least``: the smallest p-value possible with so many units (and these ties)."""
 
     rho: float
     p: float
@@ -129,9 +129,9 @@ class Ranks:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> Ranks:
-    """Spearman's rank correlation with a two-sided p-value (twice the smaller tail), exact up to eight units.
+    """Return Spearman's rank correlation with a two-sided p-value (twice the smaller tail), exact up to eight units.
 
-    Without an order in one of the two (all equal) there is none: rho 0, p 1. Raises ValueError for fewer than 3 units.
+    If all values of one variable are equal, rho is 0 and p is 1. Raises ValueError for fewer than 3 units.
     """
     if len(x) != len(y) or len(x) < 3:
         raise ValueError(f"ranks need three pairs at least: {len(x)} and {len(y)} values")
@@ -144,7 +144,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Ranks:
 
 
 def _p(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Of centred ranks."""
+    """Return the p-value for centred ranks."""
     if len(a) > _EXACT:
         return float(stats.spearmanr(a, b).pvalue)
 

@@ -8,24 +8,24 @@ MS_S, MS_C and MS_E, and
 
     Var(mean) = (MS_S + max(MS_C - MS_E, 0)) / (S C)
 
-which is two-way clustering (Cameron, Gelbach & Miller 2011), except that the images' component may not be negative.
+which is two-way clustering (Cameron, Gelbach & Miller 2011) with a non-negative image component.
 The interval takes Student's t with Satterthwaite's (1946) degrees of freedom nu, shrunk towards their lower bound m
-when there are few seeds: ``df = m (nu / m) ** min(1, m / 4)``, ``m = min(S, C) - 1``. From five seeds on it is nu.
-Beyond 95 %, and for p-values below 0.05, it goes on towards m: ``m (df / m) ** (log 0.05 / log alpha) ** 2``.
+when there are few seeds: ``df = m (nu / m) ** min(1, m / 4)``, ``m = min(S, C) - 1``. With five or more seeds df = nu.
+Beyond 95 %, and for p-values below 0.05, it shrinks further: ``m (df / m) ** (log 0.05 / log alpha) ** 2``.
 
-Why shrunk: with 2 degrees of freedom MS_S is now and then far too small, and just then nu is far too large (the known
+Why shrink: with 2 degrees of freedom MS_S is sometimes far too small, and exactly then nu is far too large (the known
 weakness of Welch's test below 5 df: Best & Rayner 1987). False alarms at 95 % with 3 seeds and 599 clusters, over a
-grid of variance components with no seed or image effect among them (normal theory, 200,000 studies each):
-MS_S + MS_C - MS_E as it is with nu 2.0-7.7 %; with MS_C - MS_E >= 0 and nu 5.0-7.7; with S - 1 df 0.0-4.8; images
+grid of variance components that includes no seed or no image effect (normal theory, 200,000 studies each):
+unconstrained MS_S + MS_C - MS_E with nu 2.0-7.7 %; with MS_C - MS_E >= 0 and nu 5.0-7.7; with S - 1 df 0.0-4.8; images
 alone where MS_S < MS_E 3.2-7.5; MS_S >= MS_E enforced 1.7-7.5; Cochran & Cox 2.9-5.0; seeds alone 4.9-16.4; **as
 shipped 3.5-5.8** (2 seeds: 0.8-6.2, nu 12.7; 5 seeds: 4.9-5.8). On simulated right and wrong answers, 2,000 studies
 for each of 13 settings, 4.2-6.6 (tests/study).
 
-Why further beyond 95 %: Holm's method asks m contrasts for p-values down to 0.05 / m, and there one df for all levels
+Why further beyond 95 %: Holm's method needs p-values down to 0.05 / m for m contrasts, where one df for all levels
 is wrong by a growing factor. Largest rate over the grid as a multiple of the nominal 5, 1, 0.5 and 0.1 % with 2, 3, 5
 and 8 seeds: one df for all levels 1.2, 2.8, 4.2, 12; 1.2, 2.1, 2.9, 7.3; 1.2, 1.8, 2.3, 4.8; 1.1, 1.3, 1.4, 2.1; **as
-shipped at most 1.25, with any** (the price is power: 3 seeds reach small p-values by large effects alone). Simulated as
-real runs vary, 3 seeds, 12 distilled arms against one baseline: a false alarm somewhere in 15 % of studies with one df,
+shipped at most 1.25, with any** (at a cost in power: 3 seeds reach small p-values for large effects only). Simulated as
+real runs vary, 3 seeds, 12 distilled arms against one baseline: some false alarm in 15 % of studies with one df,
 in 3 % as shipped (benchmarks/false_alarms.py).
 
 Sources: Baayen, Davidson & Bates, J. Mem. Lang. 59 (2008). Best & Rayner, Technometrics 29 (1987). Cameron, Gelbach &
@@ -49,12 +49,12 @@ from scipy import optimize, stats
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What one arm got right on the n test images. Raises ValueError where the shapes do not fit."""
+    """The correctness of one arm on the n test images. Raises ValueError for shapes that do not match."""
 
     correct: Mapping[Any, NDArray[np.bool_]]
-    """Seed -> bool [n]. A seed is anything hashable; equal seeds of two arms are paired."""
+    """Seed -> bool [n]. Seeds are any hashable values; equal seeds of two arms are paired."""
     clusters: NDArray[np.int32]
-    """Cluster of each image, [n]: images with the same number are not independent."""
+    """Cluster of each image, [n]: images in the same cluster are not independent."""
 
     def __post_init__(self) -> None:
         if self.clusters.ndim != 1 or not len(self.clusters):
@@ -75,51 +75,54 @@ class Estimate:
     low: float
     high: float
     level: float
-    """Of the interval from ``low`` to ``high``, such as 0.95."""
+    """Confidence level of the interval from ``low`` to ``high``, such as 0.95."""
     p: float
-    """Two-sided, of ``value`` being 0."""
+    """Two-sided p-value for ``value`` = 0."""
     seeds: int
     images: int
     clusters: int
     df: float
     se: float
     covers: Literal["seeds and images", "images only"]
-    """One seed says nothing of other seeds, so its interval covers images only."""
+    """An interval from a single seed covers images only."""
     var_seed: float | None
-    """Variance component of seeds, points squared, cut off at 0. None with one seed: unknown."""
+    """Variance component of seeds, points squared, truncated at 0. None (unknown) with one seed."""
     var_cluster: float
-    """Of clusters; with one seed, of clusters and the residual together."""
+    """Variance component of clusters; with one seed, of clusters and the residual together."""
     var_residual: float | None
-    """Of one cluster with one seed, beyond both. None with one seed."""
+    """Residual variance of one cluster with one seed. None with one seed."""
     adjusted: float | None = None
-    """``p`` corrected for the number of contrasts that it was read with (:func:`holm`); None: it was read alone."""
+    """``p`` corrected for the number of contrasts tested together (:func:`holm`); None if tested alone."""
     within: float | None = None
-    """The margin, in points, within which it was found to be equivalent to 0; None: it was not, or nobody asked."""
+    """The margin, in points, within which the contrast was found equivalent to 0; None if not found or not tested."""
 
     @property
     def clear(self) -> bool:
-        """Whether the sign is settled: the interval covers seeds and images and excludes zero, and so does the
-        corrected test where the contrast was read among others."""
+        """Whether the sign is settled.
+
+        That is: the interval covers seeds and images and excludes zero, and the corrected p-value, if any, is below the
+        corresponding level.
+        """
         apart = self.low > 0 or self.high < 0
         corrected = self.adjusted is None or self.adjusted < 1 - self.level
         return self.covers == "seeds and images" and apart and corrected
 
     def interval(self, level: float) -> tuple[float, float]:
-        """The interval at another level. Raises ValueError unless 0 < level < 1."""
+        """Return the interval at another level. Raises ValueError unless 0 < level < 1."""
         return _interval(self.value, self.se, self.df, self.least_df, level)
 
     @property
     def least_df(self) -> float:
-        """What ``df`` would be, were all variance that of seeds; with one seed ``df`` itself."""
+        """``df`` if all variance came from seeds; with one seed ``df`` itself."""
         return min(self.seeds, self.clusters) - 1 or self.df
 
 
 def estimate(arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: float = 0.95) -> Estimate:
-    """The contrast ``sum_a weights[a] * accuracy(a)``, over the seeds that all its arms have.
+    """Estimate the contrast ``sum_a weights[a] * accuracy(a)``, over the seeds that all its arms share.
 
     ``{"copy": 1, "scratch": -1}`` is a difference, ``{"a": 1, "b": -1, "c": -1, "d": 1}`` a difference of differences,
-    ``{"copy": 1}`` one arm's accuracy. Arms of weight 0 do not count. Where all clusters score alike in all seeds (an
-    arm minus itself, an arm that gets everything right) there is no variance, and the interval has no width.
+    ``{"copy": 1}`` one arm's accuracy. Arms of weight 0 are ignored. If all clusters score alike in all seeds (an arm
+    minus itself, an arm without errors) the variance is 0 and the interval has no width.
 
     Raises ValueError for an unknown arm, no arm, arms that share no seed or were measured on different images, and
     images that all belong to one cluster.
@@ -142,7 +145,7 @@ def estimate(arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: 
     points = np.zeros((len(common), len(first.clusters)))
     for name, arm in chosen.items():
         points += 100 * used[name] * np.stack([arm.correct[seed] for seed in common])
-    points = points.round(9)  # weights such as 0.1 + 0.2 - 0.3 leave 1e-15 behind, which is no effect
+    points = points.round(9)  # weights such as 0.1 + 0.2 - 0.3 leave a rounding error of 1e-15, which is no effect
     scores = _cluster_scores(points, first.clusters)
     seeds, clusters = scores.shape
     if clusters < 2:
@@ -159,7 +162,7 @@ def estimate(arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: 
         var_seed, var_residual = max(ms_seed - ms_residual, 0) / clusters, ms_residual
         var_cluster = max(ms_cluster - ms_residual, 0) / seeds
         if ms_seed + seeds * var_cluster < 1e-9 * ms_residual:
-            ms_seed = ms_residual  # seeds that tie to the last image are luck: MS_S is MS_E at least, in expectation
+            ms_seed = ms_residual  # exact ties of all seeds are chance: in expectation MS_S is at least MS_E
         of_seeds, of_clusters = ms_seed / (seeds * clusters), var_cluster / clusters
         variance, df = of_seeds + of_clusters, _degrees(of_seeds, of_clusters, seeds, clusters)
         least = min(seeds, clusters) - 1.0
@@ -184,10 +187,10 @@ def estimate(arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: 
 
 
 def _cluster_scores(points: NDArray[np.float64], clusters: NDArray[np.int32]) -> NDArray[np.float64]:
-    """[S, n] images -> [S, C] scores, one for each cluster, whose mean over clusters is the mean over images.
+    """Convert images [S, n] to cluster scores [S, C] whose mean over clusters equals the mean over images.
 
-    Of clusters of equal size they are the means. Of others they are the mean's linearisation as a ratio of totals
-    (Cochran 1977, Sampling Techniques, ch. 6); about each seed's own mean, so that seeds do not leak into MS_E.
+    For clusters of equal size these are the cluster means; otherwise the mean's linearisation as a ratio of totals
+    (Cochran 1977, Sampling Techniques, ch. 6), about each seed's own mean, so that seeds do not leak into MS_E.
     """
     _, index, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
     means = points.mean(axis=1, keepdims=True)
@@ -197,7 +200,7 @@ def _cluster_scores(points: NDArray[np.float64], clusters: NDArray[np.int32]) ->
 
 
 def _mean_squares(scores: NDArray[np.float64]) -> tuple[float, float, float]:
-    """MS_S, MS_C and MS_E of [S, C] scores, S and C at least 2."""
+    """Return MS_S, MS_C and MS_E of scores [S, C], S and C at least 2."""
     seeds, clusters = scores.shape
     by_seed, by_cluster = scores.mean(axis=1, keepdims=True), scores.mean(axis=0, keepdims=True)
     residual = scores - by_seed - by_cluster + scores.mean()
@@ -209,7 +212,7 @@ def _mean_squares(scores: NDArray[np.float64]) -> tuple[float, float, float]:
 
 
 def _degrees(of_seeds: float, of_clusters: float, seeds: int, clusters: int) -> float:
-    """Degrees of freedom of a variance that is the sum of the two given, by the module's rule."""
+    """Return the degrees of freedom of the sum of two variance terms, by the module's rule."""
     least = min(seeds, clusters) - 1
     squares = of_seeds**2 / (seeds - 1) + of_clusters**2 / (clusters - 1)
     satterthwaite = (of_seeds + of_clusters) ** 2 / squares if squares > 0 else least
@@ -217,7 +220,7 @@ def _degrees(of_seeds: float, of_clusters: float, seeds: int, clusters: int) -> 
 
 
 def _degrees_at(alpha: float, df: float, least: float) -> float:
-    """Degrees of freedom for a two-sided test at level alpha, by the module's rule."""
+    """Return the degrees of freedom for a two-sided test at level alpha, by the module's rule."""
     further = min(1.0, log(0.05) / log(alpha)) ** 2
     degrees: float = least * (df / least) ** further
     return degrees
@@ -231,7 +234,7 @@ def _interval(value: float, se: float, df: float, least: float, level: float) ->
 
 
 def _p_value(t: float, df: float, least: float) -> float:
-    """The level alpha of the interval that just reaches zero, t standard errors away."""
+    """Return the level alpha of the interval that just reaches zero, t standard errors away."""
 
     def of(log_alpha: float) -> float:
         return float(stats.t.logsf(t, _degrees_at(exp(log_alpha), df, least))) + log(2) - log_alpha
@@ -243,7 +246,7 @@ def _p_value(t: float, df: float, least: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number by Holm's step-down method, in the order given.
+    """Adjust p-values for multiple testing by Holm's step-down method, keeping their order.
 
     Raises ValueError where one is not in [0, 1].
 
@@ -260,14 +263,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def seeds_needed(estimate: Estimate, power: float = 0.8, most: int = 1000) -> int | None:
-    """How many seeds in all would make the contrast clear with this power, were it and its components as estimated.
+    """Return the total number of seeds that would make the contrast clear with this power; None if above ``most``.
 
-    None if no number up to ``most`` would: more seeds do not make the test set larger. The smallest S with
-    ``|value| >= (t(level) + t(power)) * se(S)``, the usual approximation to noncentral t (a little too many where the
-    answer is below 5). From 3 seeds the components themselves are uncertain by a factor of two and more, so this is an
-    order of magnitude and not a promise.
+    Assumes that the contrast and its variance components are as estimated; more seeds do not enlarge the test set, so
+    there may be no such number. It is the smallest S with ``|value| >= (t(level) + t(power)) * se(S)``, the usual
+    approximation to noncentral t (slightly too large if the answer is below 5). With 3 seeds the components themselves
+    are uncertain by a factor of two or more, so take it as an order of magnitude.
 
-    Raises ValueError for an estimate from one seed, which knows nothing of seeds, and for a power outside [0.5, 1).
+    Raises ValueError for an estimate from one seed, which says nothing about seeds, and for a power outside [0.5, 1).
     """
     if estimate.var_seed is None or estimate.var_residual is None:
         raise ValueError("one seed says nothing of how seeds vary: run at least two")
@@ -291,9 +294,10 @@ def seeds_needed(estimate: Estimate, power: float = 0.8, most: int = 1000) -> in
 
 
 def equivalent(estimate: Estimate, margin: float) -> bool:
-    """Whether the contrast lies within ``margin`` points of 0, by two one-sided tests at 5 % (Schuirmann 1987).
+    """Return whether the contrast is within ``margin`` points of 0, by two one-sided 5 % tests (Schuirmann 1987).
 
-    That is: its 90 % interval lies inside. Never from one seed. Raises ValueError unless the margin is positive.
+    Equivalently: its 90 % interval lies within the margin. Never with one seed. Raises ValueError unless the margin is
+    positive.
     """
     if not margin > 0:
         raise ValueError(f"the margin of equivalence is a positive number of points, not {margin}")

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gap:
-    """The mean of differences that are paired by seed, with Student's t over seeds; images are held fixed."""
+    """A mean of differences paired by seed, with Student's t over seeds; images are held fixed."""
 
     value: float
     low: float
@@ -20,9 +20,9 @@ class Gap:
 
 
 def gap(ones: Mapping[Any, float], others: Mapping[Any, float]) -> Gap | None:
-    """``ones`` minus ``others`` by seed, over the seeds that both have; None from fewer than two.
+    """Compare ``ones`` with ``others`` (first minus second) over their common seeds; None for fewer than two.
 
-    The interval is at 95 %. Where all differences are equal it has no width.
+    The interval is at 95 %. If all differences are equal it has no width.
     """
     from scipy import stats
 

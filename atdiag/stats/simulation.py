@@ -1,17 +1,17 @@
-"""Simulated studies: right and wrong answers of arms whose true accuracies are known, as random as real runs.
+"""Simulate studies: correctness of arms with known true accuracies, as variable as real runs.
 
-What the protocol's own error rates are measured with: how often does :func:`atdiag.stats.contrasts.estimate` call a
-difference clear where there is none, and how often does it find one that is there?
+Used to measure the protocol's error rates: how often :func:`atdiag.stats.contrasts.estimate` calls a
+difference clear if there is none, and how often it finds a real one.
 
-The model is a probit one with crossed random effects (Searle, Casella & McCulloch 1992; for correctness of items:
-Baayen, Davidson & Bates 2008). Arm a with seed s is right on image i of cluster c when
+The model is a probit model with crossed random effects (Searle, Casella & McCulloch 1992; for correctness of items:
+Baayen, Davidson & Bates 2008). Arm a with seed s is correct on image i of cluster c if
 
     threshold_a + cluster_c + image_i + arm_ac + run_as + (run x cluster)_asc + (seed x image)_si + noise_asi > 0
 
-with independent normal terms whose variances sum to 1, so that an arm's accuracy is Phi(threshold_a) whatever they are.
+with independent normal terms whose variances sum to 1, so that an arm's accuracy is always Phi(threshold_a).
 Two answers whose latent correlation is rho then have covariance Phi2(h, h; rho) - Phi(h)^2, which is inverted to find
-each variance from what real runs show (:func:`moments`): nothing is chosen by hand. Arms with the same seed see the
-same batches and start alike, so that they err together on some images: a term (seed x image) without arm.
+each variance from real runs' moments (:func:`moments`): nothing is chosen by hand. Arms with the same seed see the
+same batches and initial weights, so they err together on some images: a term (seed x image) without arm.
 """
 
 from __future__ import annotations
@@ -29,28 +29,31 @@ from atdiag.stats.contrasts import Estimate, Outcomes
 
 @dataclass(frozen=True)
 class Moments:
-    """How the answers of real runs vary together: means over the arms of a contrast."""
+    """Second moments of correctness in real runs: means over the arms of a contrast."""
 
     accuracy: float
-    """Share of right answers."""
+    """Share of correct answers."""
     same_image: float
     """Covariance of two runs of an arm on the same image."""
     same_cluster: float
-    """Of two runs of an arm on two images of a cluster."""
+    """Covariance of two runs of an arm on two images of a cluster."""
     same_run: float
-    """Of one run on two images of a cluster."""
+    """Covariance of one run on two images of a cluster."""
     var_seed: float
-    """Component of the contrast, points squared, as :class:`Estimate` has it."""
+    """Seed component of the contrast, points squared, as in :class:`Estimate`."""
     var_cluster: float
-    """Likewise. 0 where the arms are the same condition."""
+    """Cluster component, likewise. 0 if the arms are the same condition."""
     var_residual: float
-    """Likewise."""
+    """Residual component, likewise."""
     clusters: int
     images: int
 
 
 def moments(arms: Mapping[str, Outcomes], contrast: Estimate) -> Moments:
-    """The moments of two arms and of their contrast. Raises ValueError for an arm with one run, or lone images."""
+    """Return the moments of two arms and of their contrast.
+
+    Raises ValueError for an arm with a single run, or if no cluster has two images.
+    """
     if contrast.var_seed is None or contrast.var_residual is None:
         raise ValueError("one seed says nothing of how seeds vary: run at least two")
     accuracy, image, cluster, run = np.mean([_of_arm(arm) for arm in arms.values()], axis=0).tolist()
@@ -76,7 +79,7 @@ def _of_arm(arm: Outcomes) -> tuple[float, float, float, float]:
     accuracy = right.mean()
     y = right - accuracy
     totals = np.stack([np.bincount(index, weights=row) for row in y])
-    # Sums over pairs of runs, and over pairs of images of a cluster, as squares of sums less the squares themselves.
+    # Sums over pairs of runs, and over pairs of images in a cluster: square of the sum minus the sum of squares.
     runs = len(y) * (len(y) - 1)
     image = ((y.sum(0) ** 2).sum() - (y**2).sum()) / (runs * y.shape[1])
     own = (totals**2).sum() - (y**2).sum()
@@ -86,31 +89,31 @@ def _of_arm(arm: Outcomes) -> tuple[float, float, float, float]:
 
 @dataclass(frozen=True)
 class Population:
-    """What studies are drawn from: each random effect's share of the latent variance."""
+    """The population that studies are drawn from: each random effect's share of the latent variance."""
 
     cluster: float
-    """Of how hard a cluster is for everyone."""
+    """Difficulty of a cluster for all arms."""
     image: float
-    """Of how hard an image is beyond its cluster."""
+    """Difficulty of an image beyond its cluster."""
     arm: float
-    """Of what one arm finds easy in a cluster and another does not."""
+    """Interaction of arm and cluster."""
     run: float
-    """Of a run as a whole: what seeds do to accuracy."""
+    """Run as a whole: the effect of the seed on accuracy."""
     run_cluster: float
-    """Of a run with a cluster."""
+    """Interaction of run and cluster."""
     together: float
-    """Of a seed with an image, whatever the arm."""
+    """Interaction of seed and image, common to all arms."""
     clusters: int
     per_cluster: int
 
     @staticmethod
     def like(found: Moments) -> Population:
-        """The population that has these moments. What would be negative, as sampling error makes it, is 0.
+        """Return the population with these moments, with negative variances (from sampling error) set to 0.
 
-        Clusters are as large as they are on average. Raises ValueError for moments that no such population has.
+        Assumes clusters of average size. Raises ValueError for moments that no such population has.
         """
         p, size = found.accuracy, round(found.images / found.clusters)
-        steady = _inverse(p, found.same_cluster)  # cluster and arm
+        steady = _inverse(p, found.same_cluster)  # shared by cluster and arm
         run = _inverse(p, found.var_seed / 2e4)
         target = found.var_cluster / 2e4
 
@@ -123,7 +126,7 @@ class Population:
             raise ValueError("the arms' clusters differ by more than clusters vary in any arm")
         arm = float(optimize.brentq(excess, 0, steady)) if target > 0 else 0.0
         run_cluster = max(_inverse(p, found.same_run) - steady - run, 0)
-        # The variance of a cluster's score is what its images have alone and in pairs, less what the arms share.
+        # The variance of a cluster's score comes from its images, alone and in pairs, minus what the arms share.
         total = (found.var_seed + found.var_cluster + found.var_residual) / 2e4
         pairs = _covariance(p, steady + run + run_cluster) - _covariance(p, steady - arm)
         shared = _inverse(p, p - p**2 - size * (total - (1 - 1 / size) * pairs))
@@ -133,7 +136,7 @@ class Population:
         return Population(steady - arm, image, arm, run, run_cluster, together, found.clusters, size)
 
     def study(self, rng: np.random.Generator, accuracies: Mapping[str, float], seeds: int) -> dict[str, Outcomes]:
-        """One study: arms of these true accuracies (shares) with this many seeds, on images of its own."""
+        """Simulate a study: arms with these true accuracies (shares), this many seeds, and new images."""
         ids = np.repeat(np.arange(self.clusters, dtype=np.int32), self.per_cluster)
 
         def effect(variance: float, *shape: int) -> NDArray[np.float32]:
@@ -153,12 +156,12 @@ class Population:
 
 
 def _covariance(p: float, rho: float) -> float:
-    """Of two answers with chance p each whose latent variables correlate by rho (Owen's T; Owen 1956)."""
+    """Return the covariance of two answers with chance p each and latent correlation rho (Owen's T; Owen 1956)."""
     return float(p - p**2 - 2 * special.owens_t(special.ndtri(p), sqrt((1 - rho) / (1 + rho))))
 
 
 def _inverse(p: float, covariance: float) -> float:
-    """The latent correlation of two answers with this covariance; 0 for a negative one."""
+    """Return the latent correlation of two answers with this covariance; 0 for a negative one."""
     if covariance <= 0:
         return 0.0
     if covariance >= p - p**2:

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def read(series: Series, settings: Settings, store: Store, equivalence: float | None = None) -> Reading:
-    """Read a series' finished runs; correct for the number of its contrasts (Holm); judge the papers' claims.
+    """Read a series' finished runs, correct for the number of contrasts (Holm), and judge the papers' claims.
 
-    equivalence: a margin in points; contrasts that lie within it (two one-sided tests) are said to make no difference.
-    Raises ValueError where runs of different semantics would be compared.
+    equivalence: margin in points; contrasts within it (by two one-sided tests) are reported as making no difference.
+    Raises ValueError if runs of different semantics would be compared.
     """
     measured = corrected([_measured(study, settings, store) for study in series.studies], equivalence)
     reports = tuple(_concluded(report) for report in measured)
@@ -33,12 +33,12 @@ def read(series: Series, settings: Settings, store: Store, equivalence: float | 
 
 
 def report(study: Study, settings: Settings, store: Store) -> Report:
-    """Read one study's finished runs. Raises ValueError where runs of different semantics would be compared."""
+    """Read one study's finished runs. Raises ValueError if runs of different semantics would be compared."""
     return read(Series.join([study]), settings, store).reports[0]
 
 
 def corrected(reports: Iterable[Report], equivalence: float | None = None) -> list[Report]:
-    """The reports with every contrast's p-value corrected for the number of contrasts in all of them (Holm 1979).
+    """Correct every contrast's p-value for the number of contrasts in all reports (Holm 1979).
 
     A contrast from one seed decides nothing and is left out. The same contrast of the same runs, as when two teachers
     share an arm, counts once.
@@ -71,7 +71,7 @@ def _concluded(report: Report) -> Report:
 
 
 def _measured(study: Study, settings: Settings, store: Store) -> Report:
-    """A study's numbers, before anything is concluded from them."""
+    """Return a study's numbers, before any conclusions."""
     from atdiag.stats.contrasts import estimate
 
     if len(versions := {spec.semantics for spec in study.specs}) > 1:
@@ -94,7 +94,7 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
 
 
 def outcomes(arm: Arm, store: Store, test_set: str | None = None) -> Outcomes:
-    """What an arm's finished runs said of each image, by seed: of their own test images, or of another test set.
+    """Return an arm's correctness on each image, by seed: on its own test images, or on another test set.
 
     Raises DamagedRunError for predictions that can't be read or disagree with the run's result, FileNotFoundError for a
     test set that a run was not evaluated on.
@@ -129,7 +129,7 @@ def _row(
 
 
 def _dropped(result: Mapping[str, Any]) -> tuple[str, ...]:
-    """``blocks.3.attn.x`` and its likes as one ``blocks.*.attn.x``."""
+    """Merge names such as ``blocks.3.attn.x`` over blocks, as ``blocks.*.attn.x``."""
     names = (result["start"] or {}).get("dropped", ())
     return tuple(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names))
 
@@ -144,7 +144,7 @@ def _which_weights(origin: Mapping[str, Any] | None) -> str:
 
 
 def _handicap(report: Report) -> str:
-    """A teacher weaker than the baseline makes any transfer look like a failure: say so."""
+    """Return a note if the teacher is weaker than the baseline, which makes any transfer look like a failure."""
     if report.reference is None or report.reference.top1 >= report.rows[0].top1:
         return ""
     return (

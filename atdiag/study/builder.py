@@ -1,4 +1,4 @@
-"""Make the arms of an experiment from settings: the field's constructions by name."""
+"""Build the arms of an experiment from settings."""
 
 from __future__ import annotations
 
@@ -19,29 +19,32 @@ from atdiag.study.settings import Settings, changed, describe
 
 @dataclass(frozen=True)
 class Lab:
-    """What an ablation makes its arms with: the settings, and the field's constructions by name."""
+    """Builder of an ablation's arms: the settings, and standard constructions by name."""
 
     settings: Settings
 
     def under(self, name: str, value: Any) -> Lab:
-        """The lab with another setting, such as ``recipe.epochs``. Raises UserError where it contradicts the others."""
+        """Return the lab with another value of a setting, such as ``recipe.epochs``.
+
+        Raises UserError for a contradiction.
+        """
         return Lab(changed(self.settings, name, value))
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """Names of the teachers that there are at the profile: miniatures at mini, else the published ones."""
+        """Names of the available teachers: miniatures at profile mini, else the published ones."""
         mini = self.settings.profile.name == "mini"
         return teachers.miniatures() if mini else tuple(filter(teachers.is_published, teachers.registry()))
 
     def teacher(self, name: str) -> Teacher:
-        """A teacher at the profile, on the profile's images. Raises UserError if there is none.
+        """Return a teacher at the profile, on the profile's images. Raises UserError if there is none.
 
-        Where its published weights are not on this machine it is a plan (``sha256`` None), which can't be trained with.
+        If its published weights are not on this machine, it is a plan (``sha256`` None), which can't be trained with.
         """
         return teachers.teacher(name, self.settings.profile.name, self.settings.profile.data.image_size)
 
     def student(self, teacher: Teacher, components: Iterable[str] = ()) -> Network:
-        """The student's architecture: standard, with some of the teacher's native components, or with all."""
+        """Return the student's architecture: standard, or with some or all of the teacher's native components."""
         components = tuple(components)
         for name in components:
             if name not in teacher.network.components:
@@ -55,9 +58,9 @@ class Lab:
     def transfer(
         self, method: str, network: Network, layers: Sequence[int] | None = None, allowed: Sequence[str] = METHODS
     ) -> Transfer:
-        """A transfer in the profile's form; ``layers`` are the blocks, where the experiment chooses them.
+        """Return a transfer with the profile's settings; ``layers``: blocks, if the experiment chooses them.
 
-        Raises UserError for a method that is not allowed, and for a form that contradicts itself.
+        Raises UserError for a method that is not allowed, and for contradictory settings.
         """
         choose(method, allowed, "--transfer")
         try:
@@ -76,9 +79,9 @@ class Lab:
         transfer: Transfer | None = None,
         recipe: str | None = None,
     ) -> Arm:
-        """An arm over the seeds of the settings.
+        """Return an arm over the seeds of the settings.
 
-        recipe: which of the profile's recipes it is optimised by; None: that of its transfer method.
+        recipe: which of the profile's recipes it uses; None: that of its transfer method.
         """
         profile = self.settings.profile
         transfer = transfer or Transfer()
@@ -102,13 +105,13 @@ class Lab:
             raise UserError(describe(fault)) from None
 
     def baseline(self, teacher: Teacher) -> Arm:
-        """The standard student from scratch with no transfer: the same runs for every teacher of the same student."""
+        """Return the standard student from scratch, without transfer: equal for all teachers of the same student."""
         return self.arm(BASELINE, self.student(teacher))
 
     def reference(self, teacher: Teacher) -> Arm | None:
-        """The teacher as it is, with its own head, on the test images; None if its head is for another task.
+        """Return the teacher itself, with its own head, on the test images; None if its head is for another task.
 
-        Of an ImageNet head, the rows of the data set's classes are taken, where those are ImageNet's.
+        From an ImageNet head it takes the rows of the data set's classes, if those are ImageNet classes.
         """
         data, network = self.settings.profile.data, teacher.network
         rows = sources.find(data).head_rows(network.classes)
@@ -127,5 +130,5 @@ class Lab:
 
 
 def recipe_of(transfer: Transfer) -> str:
-    """Whose recipe a transfer is optimised by: the comparison losses by distillation's."""
+    """Return the method whose recipe a transfer uses; the comparison losses use that of distillation."""
     return transfer.method if transfer.method in ("copy", "none") else "distill"

@@ -1,4 +1,4 @@
-"""What papers claim, as data, and the form of what became of it here.
+"""Claims of papers, as data, and their verdicts here.
 
 A claim names contrasts: of which teachers, in which direction.
 """
@@ -18,24 +18,24 @@ Verdict = Literal["holds", "does not hold", "undecided", "not testable here"]
 
 
 class Claim(Spec):
-    """What a paper says of contrasts of an ablation."""
+    """A paper's claim about contrasts of an ablation."""
 
     name: str
-    """Short, for tables: ``benchmark: four fail``."""
+    """Short name for tables: ``benchmark: four fail``."""
     text: str
     paper: str
-    """Its numbers, as the source gives them."""
+    """The paper's numbers, as stated in the source."""
     source: str
     arms: tuple[str, ...] = ()
-    """Which arms, minus their baseline: names, ``*`` standing for anything."""
+    """Arms, each minus its baseline; names may contain ``*`` as a wildcard."""
     contrasts: tuple[str, ...] = ()
-    """Which further contrasts of the ablation, likewise."""
+    """Further contrasts of the ablation, likewise."""
     direction: Literal["above", "below"] | None = None
-    """Of zero. A claim about something else than contrasts names none, and an ablation's own findings judge it."""
+    """Relative to zero. A claim that is not about contrasts has none, and the ablation's own findings judge it."""
     families: tuple[str, ...] = ()
-    """Of which teachers; empty: of any."""
+    """Families of teachers; empty: any."""
     failing: tuple[str, ...] = ()
-    """Only of teachers whose arms of these names are clear below their baseline: nothing else can be reversed."""
+    """Restrict to teachers for which these arms are clearly below their baseline: only a failure can be reversed."""
 
     @model_validator(mode="after")
     def _has_a_direction(self) -> Self:
@@ -46,7 +46,7 @@ class Claim(Spec):
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim and what became of it. ``low`` and ``high`` span all intervals that it was judged by."""
+    """A claim with its verdict. ``low`` and ``high`` span all intervals that it was judged by."""
 
     claim: Claim
     verdict: Verdict
@@ -59,6 +59,6 @@ class Judged:
 
 
 def read(path: Path) -> dict[str, tuple[Claim, ...]]:
-    """A claims file: for each ablation a list of tables with the fields of :class:`Claim`."""
+    """Read a claims file: for each ablation a list of tables with the fields of :class:`Claim`."""
     content = tomllib.loads(path.read_text(encoding="utf-8"))
     return {ablation: tuple(Claim.model_validate(claim) for claim in claims) for ablation, claims in content.items()}

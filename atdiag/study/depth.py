@@ -1,4 +1,4 @@
-"""Accuracy over depth: what probes found in each layer of an arm's runs, with intervals over seeds and images."""
+"""Accuracy over depth: probe results for each layer of an arm's runs, with intervals over seeds and images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def frame(arms: Mapping[str, Sequence[Probed]], level: float = 0.95) -> pd.DataFrame:
-    """Accuracy in per cent of each layer by probe and tokens, with its interval: a line for each.
+    """Tabulate accuracy in per cent by layer, probe and tokens, with intervals, one row each.
 
-    arms: name -> the runs of one condition (one network alone, too), all probed on the same images. Columns: subject,
+    arms: name -> the runs of one condition (or one network alone), all probed on the same images. Columns: subject,
     layer (-1: the network itself), probe (linear, knn, centroid, head: early exit, itself), tokens (class, patch, both,
-    empty), top1, ci_low, ci_high (cut off at 0 and 100), interval_covers, seeds, images, clusters, train, penalty (the
-    geometric mean over seeds). Intervals are of the test images and of seeds (``contrast``), given the images that the
-    probes were fitted to. Raises ValueError for runs of one arm that were probed in different layers.
+    empty), top1, ci_low, ci_high (clipped to 0 and 100), interval_covers, seeds, images, clusters, train, penalty
+    (geometric mean over seeds). Intervals cover test images and seeds (``contrast``), given the images that the probes
+    were fitted to. Raises ValueError for runs of one arm that were probed in different layers.
     """
     import pandas as pd
 

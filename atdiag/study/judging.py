@@ -1,9 +1,9 @@
-"""The verdict on a claim: *holds*, *does not hold*, *undecided*, *not testable here*.
+"""Judge a claim: *holds*, *does not hold*, *undecided*, *not testable here*.
 
-It follows from the intervals of the contrasts that the claim names, with the correction for the number of contrasts
-that they were read with, and from nothing else. A claim holds where every one of them is clear of zero in the claimed
-direction, and does not hold where at least one is clear of zero in the other direction or was shown to be equivalent to
-zero. Everything else is undecided: too few seeds are not evidence against a paper.
+The verdict depends only on the intervals of the contrasts that the claim names, corrected for the number of contrasts
+tested with them. A claim holds if every one of them is clear of zero in the claimed direction, and does not hold if at
+least one is clear of zero in the other direction or was shown to be equivalent to zero. Everything else is undecided:
+too few seeds are not evidence against a paper.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def judge_claim(claim: Claim, reports: Sequence[Report]) -> Judged:
-    """The verdict on a claim from the reports of the studies that it is of."""
+    """Judge a claim from the reports of its studies."""
     found: list[Estimate] = []
     tested: set[str] = set()
     spared: list[str] = []
@@ -71,7 +71,7 @@ def _verdict(claim: Claim, estimates: Sequence[Estimate]) -> Verdict:
 
 
 def _ours(claim: Claim, estimates: Sequence[Estimate]) -> str:
-    """``+3.1``; of several contrasts ``+3.1 to +9.2 (5 of 6 clear)``."""
+    """Format our result: ``+3.1``, or for several contrasts ``+3.1 to +9.2 (5 of 6 clear)``."""
     if len(estimates) == 1:
         return f"{estimates[0].value:+.1f}"
     sign = _sign(claim)

@@ -1,13 +1,13 @@
-"""How far a run's attention maps are from a teacher's: measured once, and kept in the run's directory.
+"""Divergence of a run's attention maps from a teacher's: measured once, and stored in the run's directory.
 
     <run>/match/<first 12 digits of the teacher's sha256>.json
 
 The Jensen-Shannon divergence in bits (:mod:`atdiag.analysis.similarity`) on some of the run's own test images, by
-block, in the mean over images, queries and heads; two numbers of each block. *Head by head* compares head i with head
-i, which is what attention distillation asks for. *Heads matched* pairs the heads one to one so that the mean is least:
-the heads of a student that never saw the teacher have no order, so this is as close as it can be said to be.
+block, averaged over images, queries and heads; two numbers for each block. *Head by head* compares head i with head
+i, as attention distillation does. *Heads matched* pairs the heads one to one with the least mean:
+the heads of a student that never saw the teacher have no order, so this is its best achievable match.
 
-A scratch run is the baseline of every teacher of the same student, so there is a file for each teacher.
+A scratch run is the baseline for every teacher of the same student, so there is one file per teacher.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from atdiag.analysis.images import ImageSet
 
 IMAGES = 256
-"""Test images, spread evenly over the test set; all of a smaller one."""
+"""Number of test images, evenly spaced in the test set; all images of a smaller set."""
 VERSION = 2
-"""Of what is measured and how it is written: another one is taken again."""
+"""Version of the measurement and its file; other versions are measured again."""
 _AT_A_TIME = 4
-"""Students that are compared with the teacher in one pass."""
+"""Students compared with the teacher in one pass."""
 
 HEAD_BY_HEAD = "JSD"
 HEADS_MATCHED = "JSD heads matched"
@@ -41,8 +41,8 @@ HEADS_MATCHED = "JSD heads matched"
 class Match:
     """The measurement of runs' maps against a teacher's (a :class:`~atdiag.study.protocol.Measurement`).
 
-    A student that copies all maps of this teacher has them by construction, and the teacher itself is no student:
-    neither is measured.
+    Not measured: a student that copies all maps of this teacher, for which they are equal by construction, and the
+    teacher itself.
     """
 
     teacher: Teacher
@@ -60,14 +60,14 @@ class Match:
             sources.find(data).check(data, network)
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
-        """The runs of which it has not been taken, or whose file is damaged or of another version."""
+        """Return the runs without a measurement, or with a damaged file or one of another version."""
         return [run for run in runs if self._is_measured(run.spec) and self._saved(run) is None]
 
     def take(self, runs: Sequence[Run], device: str, on_progress: Callable[[int, int], None]) -> None:
-        """Compare finished runs with the teacher, and write what came out.
+        """Compare finished runs with the teacher, and store the results.
 
         Raises ValueError for an unfinished run, UserError for one with other heads or tokens than the teacher's,
-        DamagedRunError for one whose weights are not those that it ended with.
+        DamagedRunError for one whose weights differ from those recorded in its result.
         """
         from atdiag.analysis import subjects
         from atdiag.analysis.similarity import similarity
@@ -91,9 +91,9 @@ class Match:
                 on_progress(done, len(runs))
 
     def numbers(self, run: Run) -> dict[str, float]:
-        """``JSD`` (head by head, mean over blocks), ``JSD heads matched``, and ``JSD block 0`` and on, head by head.
+        """Return ``JSD`` (head by head, mean over blocks), ``JSD heads matched``, and ``JSD block 0`` and so on.
 
-        Zeros for a student that copies all maps; empty for the teacher itself and where nothing was taken.
+        Zeros for a student that copies all maps; empty for the teacher itself and without a measurement.
         """
         if self._is_copied(run.spec):
             blocks = matched = [0.0] * run.spec.network.depth
@@ -105,7 +105,7 @@ class Match:
         return out | {f"{HEAD_BY_HEAD} block {i}": value for i, value in enumerate(blocks)}
 
     def _is_copied(self, spec: RunSpec) -> bool:
-        """Whether a student's maps are this teacher's, all of them and as they are."""
+        """Return whether all of a student's maps are exactly this teacher's."""
         own = spec.transfer
         whole = own.layers == tuple(range(spec.network.depth)) and not own.teacher_layers and own.heads is None
         as_is = own.method == "copy" and own.tensor == "map" and own.average is None
@@ -116,7 +116,7 @@ class Match:
         return not is_teacher and not self._is_copied(spec)
 
     def _check(self, run: Run) -> None:
-        if not run.finished:  # its checkpoint's maps would be taken for those of the trained student
+        if not run.finished:  # never measure a checkpoint in place of the trained student
             raise ValueError(f"run {run.id} is not finished")
         own, theirs = run.spec.network.heads, self.teacher.network.heads
         if own != theirs:
@@ -149,14 +149,14 @@ class Match:
         run.write(self._file(), json.dumps({**content, "head_by_head": same, "heads_matched": optimal}, indent=1))
 
     def _saved(self, run: Run) -> tuple[list[float], list[float]] | None:
-        """Head by head and with heads matched, by block; None where there is no whole file of this measurement."""
+        """Read the measurement by block, head by head and with heads matched; None without a valid file of it."""
         path = run.path / self._file()
         try:
             content = json.loads(path.read_text())
             if {name: content[name] for name in self._about()} != self._about():
                 return None
             found = [[float(value) for value in content[name]] for name in ("head_by_head", "heads_matched")]
-            if content["digest"] != digest(found):  # a number was changed: it is measured again
+            if content["digest"] != digest(found):  # a number was changed: measure again
                 return None
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return None

@@ -1,4 +1,4 @@
-"""Bring a series to what can be read: look whether it can be trained, train, measure. Prints nothing."""
+"""Prepare, train and measure a series. Prints nothing."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ def check_teachers(todo: Sequence[RunSpec]) -> None:
 
 
 def check(series: Sequence[Series], todo: Sequence[RunSpec]) -> None:
-    """Look, before anything is trained, at images and weights: of the runs that are to be trained, and of what is
-    measured afterwards.
+    """Check images and weights before training, for the runs to train and for the later measurements.
 
-    Raises UserError where they are not here, or not what they should be.
+    Raises UserError if any are missing or invalid.
     """
     for data, network in {spec.data: spec.network for spec in todo}.items():
         sources.find(data).check(data, network)
@@ -53,7 +52,7 @@ def check(series: Sequence[Series], todo: Sequence[RunSpec]) -> None:
 
 
 def measurements(series: Sequence[Series]) -> list[tuple[Measurement, list[RunSpec]]]:
-    """Return every measurement once, with the runs that it is to be taken of."""
+    """Return every measurement once, with the runs to measure."""
     found: dict[str, tuple[Measurement, dict[str, RunSpec]]] = {}
     for study in (study for one in series for study in one.studies):
         for measurement in study.measures:
@@ -63,13 +62,13 @@ def measurements(series: Sequence[Series]) -> list[tuple[Measurement, list[RunSp
 
 
 def unmeasured(series: Sequence[Series], store: Store) -> list[RunSpec]:
-    """Return the runs that have not been measured as their studies ask, once for each measurement."""
+    """Return the runs that lack a measurement which their studies request, once for each measurement."""
     runs = [(measurement, spec, store.run(spec)) for measurement, specs in measurements(series) for spec in specs]
     return [spec for measurement, spec, run in runs if not run.finished or measurement.missing([run])]
 
 
 def measure(series: Sequence[Series], store: Store, device: str, on_progress: OnProgress) -> None:
-    """Take of the finished runs what has not been taken."""
+    """Take all missing measurements of the finished runs."""
     for measurement, specs in measurements(series):
         if missing := measurement.missing([store.run(spec) for spec in specs]):
             name = measurement.name

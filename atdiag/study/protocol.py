@@ -1,9 +1,9 @@
-"""The protocol that every experiment follows: options -> arms -> contrasts -> claims, verdict.
+"""The protocol of every experiment: options -> arms -> contrasts -> claims, verdict.
 
-An ablation is a function from a :class:`Lab` and its own options to a :class:`Study`: which arms there are, which of
-their contrasts answer the question, and how the answer is put in a sentence. Studies that differ in one thing (teacher,
-size, length, data set) are read together as a :class:`Series`. Nothing here trains; ``schedule`` does that, and
-``reading`` reads what came out of the run directories.
+An ablation is a function from a :class:`Lab` and its own options to a :class:`Study`: the arms, the contrasts between
+them that answer the question, and a sentence that states the answer. Studies that differ in one thing (teacher, size,
+length, data set) are read together as a :class:`Series`. Nothing here trains: ``execution`` does that, and
+``aggregate`` reads the results from run directories.
 """
 
 from __future__ import annotations
@@ -45,53 +45,53 @@ class Contrast:
 
 
 class Measurement(Protocol):
-    """What is taken of finished runs beside their own test predictions: once, and kept in their directories."""
+    """A measurement of finished runs besides their test predictions: taken once, and stored in their directories."""
 
     @property
     def name(self) -> str:
-        """What is taken, in a few words, such as "test on gaussian_noise"."""
+        """Short name, such as "test on gaussian_noise"."""
 
     def check(self, specs: Sequence[RunSpec]) -> None:
-        """Raise UserError, before anything is trained, where it could not be taken of these runs."""
+        """Raise UserError, before training, if these runs could not be measured."""
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
-        """Those of which it has not been taken."""
+        """Return the runs that have not been measured."""
 
     def take(self, runs: Sequence[Run], device: str, on_progress: Callable[[int, int], None]) -> None:
-        """Take it, and write it into the runs' directories. on_progress: callback (done, total)."""
+        """Take the measurement and store it in the runs' directories. on_progress: callback (done, total)."""
 
     def numbers(self, run: Run) -> Mapping[str, float]:
-        """What a table shows of it, by column, in the mean over an arm's runs; empty for nothing."""
+        """Return the measurement's numbers for tables, by column, to be averaged over an arm's runs; may be empty."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A planned experiment. The first arm is the baseline; every other arm is contrasted with it anyway."""
+    """A planned experiment. The first arm is the baseline, with which every other arm is contrasted in any case."""
 
     ablation: str
     teacher: Teacher
     options: Mapping[str, str]
     arms: tuple[Arm, ...]
     contrasts: tuple[Contrast, ...]
-    """What is asked beyond arm minus baseline; the first is the contrast of interest."""
+    """Contrasts besides arm minus baseline; the first is the contrast of interest."""
     verdict: Callable[[Report], str]
     figure: str = "contrasts"
-    """Of this study alone: an entry point of ``atdiag.figures``, from a :class:`Report`."""
+    """Figure of this study alone, from a :class:`Report`: an entry point of ``atdiag.figures``."""
     together: str = "gains"
-    """Of several such studies: an entry point, from a :class:`Reading`."""
+    """Figure of several such studies, from a :class:`Reading`: an entry point."""
     label: str = ""
-    """What tells it from the others of a series; the teacher's, if nothing is given."""
+    """Label that distinguishes the study within a series; default: the teacher's."""
     test_set: str | None = None
-    """The images that it is measured on, where they are not the test images of its own data set."""
+    """Test set to evaluate on, if not the test images of its own data set."""
     measures: tuple[Measurement, ...] = ()
     claims: tuple[Claim, ...] = ()
-    """What a paper says of this experiment."""
+    """Claims of papers about this experiment."""
     reference: Arm | None = None
-    """The teacher as it is, for its own accuracy."""
+    """The teacher itself, for its own accuracy."""
     notes: tuple[str, ...] = ()
-    """What a reader should know of how the arms were made."""
+    """Notes for readers on how the arms were made."""
     curve: Mapping[str, int] = field(default_factory=dict)
-    """Arm -> its place on the horizontal axis, for a figure that draws one."""
+    """Arm -> its position on the horizontal axis, for a figure with a curve."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.teacher.label)
@@ -109,21 +109,21 @@ class Study:
 
 
 LEFT_OUT = "Left out: "
-"""How a note begins that names what an ablation refuses."""
+"""Prefix of a note that names what an ablation refuses."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Studies that are read together. Each has its own baseline; between them one thing differs."""
+    """Studies that are read together. Each has its own baseline; they differ from each other in one thing."""
 
     ablation: str
     studies: tuple[Study, ...]
     figure: str = ""
-    """Of all of them, from a :class:`Reading`; none: what the studies themselves name."""
+    """Figure of all of them, from a :class:`Reading`; empty: the one that the studies name."""
     verdict: Callable[[Sequence[Report]], str] | None = None
-    """What they say together; None: what each says, one after another."""
+    """Joint verdict; None: the studies' verdicts in sequence."""
     findings: Callable[[Sequence[Report]], Sequence[Judged]] | None = None
-    """Verdicts on claims that are about something else than one contrast of each study."""
+    """Verdicts on claims that are not about one contrast of each study."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -133,14 +133,14 @@ class Series:
 
     @property
     def claims(self) -> tuple[Claim, ...]:
-        """What papers say of these studies, each once."""
+        """Claims of papers about these studies, each once."""
         return tuple(dict.fromkeys(claim for study in self.studies for claim in study.claims))
 
     @staticmethod
     def of_each(names: Iterable[str], make: Callable[[str], Study | Series], leave_out: bool) -> Series:
-        """The studies that ``make`` gives for some names; with ``leave_out`` those that it refuses are told in a note.
+        """Return the studies that ``make`` builds for some names; with ``leave_out``, refused ones become a note.
 
-        Raises the UserError of the first that is refused, where none may be, or none is left.
+        Otherwise, or if none is left, raises the UserError of the first refusal.
         """
         parts: list[Study | Series] = []
         refused: list[UserError] = []
@@ -158,9 +158,9 @@ class Series:
 
     @staticmethod
     def join(parts: Sequence[Study | Series]) -> Series:
-        """Studies and series of one ablation as one series.
+        """Join studies and series of one ablation into one series.
 
-        Raises UserError for a study without a baseline and another arm, ValueError where there are no studies.
+        Raises UserError for a study without a baseline and another arm, ValueError without any study.
         """
         many = [part for part in parts if isinstance(part, Series)]
         studies = tuple(s for part in parts for s in ([part] if isinstance(part, Study) else part.studies))
@@ -179,7 +179,7 @@ class Series:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """An arm as measured. ``contrast`` is arm minus baseline (None for the baseline and the reference)."""
+    """Results of an arm. ``contrast`` is arm minus baseline (None for the baseline and the reference)."""
 
     arm: str
     top1: float
@@ -187,12 +187,12 @@ class ArmResult:
     runs: tuple[str, ...]
     contrast: Estimate | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """What else was measured, in the mean over its runs, by column."""
+    """Further measurements, averaged over its runs, by column."""
     by_run: tuple[Mapping[str, float], ...] = ()
-    """The same of each of ``runs``, in their order."""
+    """The same for each of ``runs``, in their order."""
 
     def contrast_or_raise(self) -> Estimate:
-        """The contrast with the baseline; ValueError for the baseline itself."""
+        """Return the contrast with the baseline; raise ValueError for the baseline itself."""
         if self.contrast is None:
             raise ValueError(f"{self.arm} is not contrasted with the baseline")
         return self.contrast
@@ -200,7 +200,7 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Report:
-    """A finished study: what was measured, and what follows."""
+    """Results and conclusions of a finished study."""
 
     study: Study
     profile: str
@@ -217,25 +217,25 @@ class Report:
 
     @property
     def estimates(self) -> list[tuple[str, Estimate]]:
-        """Every contrast by name: each arm minus the baseline, then what is asked beyond."""
+        """All contrasts by name: each arm minus the baseline, then the further ones."""
         arms = [(row.arm, row.contrast) for row in self.rows if row.contrast is not None]
         return [*arms, *self.contrasts.items()]
 
     def made_of(self, name: str) -> tuple[str | None, frozenset[tuple[tuple[str, ...], float]]]:
-        """What a contrast is made of: on which images, which runs with which weights."""
+        """Return what defines a contrast: its test set, and its runs with their weights."""
         runs = {row.arm: row.runs for row in self.rows}
         asked = {contrast.name: contrast.weights for contrast in self.study.contrasts}
         weights: Mapping[str, float] = asked.get(name) or {name: 1, self.rows[0].arm: -1}
         return self.study.test_set, frozenset((runs[arm], weight) for arm, weight in weights.items() if weight)
 
     def row(self, arm: str) -> ArmResult:
-        """The row of an arm."""
+        """Return the row of an arm."""
         return next(row for row in self.rows if row.arm == arm)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A finished series: the reports of its studies, what became of the papers' claims, and what follows."""
+    """A finished series: its studies' reports, the verdicts on papers' claims, and the conclusion."""
 
     series: Series
     reports: tuple[Report, ...]
@@ -244,13 +244,13 @@ class Reading:
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """The runs that all its numbers stand on."""
+        """The runs on which all its numbers are based."""
         rows = [row for report in self.reports for row in (*report.rows, report.reference) if row]
         return tuple(dict.fromkeys(run for row in rows for run in row.runs))
 
 
 def _comparable(baseline: Arm, arm: Arm) -> None:
-    """Raise UserError where an arm can't be contrasted with a baseline: other test images, or no seed in common."""
+    """Raise UserError if an arm can't be contrasted with a baseline: other test images, or no common seed."""
 
     def tested(one: Arm) -> set[str]:
         return {s.data.model_copy(update={"train": 1, "per_class": None}).model_dump_json() for s in one.specs}

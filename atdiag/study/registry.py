@@ -1,4 +1,4 @@
-"""The installed ablations, found by entry points and ordered by what stands beside each function.
+"""The installed ablations, found by entry points and ordered by their decorators.
 
 Imports nothing heavy.
 """
@@ -21,7 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an ablation stands among the others, and with which options ``atdiag reproduce`` runs it.
+    """An ablation's position in listings, and its options for ``atdiag reproduce``.
 
     An option with several values in a tuple is varied over them, and the studies are read together.
     """
@@ -29,9 +29,9 @@ class Placement:
     order: int
     reproduce: Mapping[str, Any] = field(default_factory=dict)
     mini: Mapping[str, Any] | None = None
-    """Instead of ``reproduce`` at profile mini."""
+    """Replaces ``reproduce`` at profile mini."""
     quick: Mapping[str, Any] | None = None
-    """Instead of either with ``--quick``."""
+    """Replaces either of them with ``--quick``."""
 
     def options(self, profile: str, quick: bool) -> Mapping[str, Any]:
         """Return the options at a profile."""
@@ -47,12 +47,12 @@ def ablation(
     mini: Mapping[str, Any] | None = None,
     quick: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
-    """Give an ablation its place among the others and its part in ``atdiag reproduce``::
+    """Declare an ablation's position in listings and its options for ``atdiag reproduce``::
 
     @ablation(order=60, reproduce={"module": ("mlp", "attn")})
     def reinit(lab: Lab, ...) -> Study: ...
 
-    A function without it is a command like any other, listed last, and no part of ``reproduce``.
+    A function without this decorator is still a command, listed last, but not part of ``reproduce``.
     """
 
     def place(function: Function) -> Function:
@@ -63,13 +63,13 @@ def ablation(
 
 
 def placement(function: Callable[..., Any]) -> Placement | None:
-    """Return what :func:`ablation` said of a function; None of one that it was not said of."""
+    """Return a function's placement from :func:`ablation`; None without one."""
     return getattr(function, _ATTRIBUTE, None)
 
 
 @dataclass(frozen=True)
 class Installed:
-    """An ablation that some package brings: its function, or why it can't be loaded."""
+    """An ablation provided by a package: its function, or why it can't be loaded."""
 
     name: str
     source: str
@@ -79,7 +79,7 @@ class Installed:
 
 
 def installed() -> list[Installed]:
-    """Return every ablation in order; of those of one name the first is ours, if any is."""
+    """Return every ablation in order; among those of one name ours, if any, is first."""
     found = [_loaded(entry.name, entry.value, entry.load) for entry in _entries()]
 
     def rank(one: Installed) -> tuple[bool, float]:
@@ -90,7 +90,7 @@ def installed() -> list[Installed]:
 
 
 def placed() -> dict[str, tuple[Callable[..., Any], Placement]]:
-    """Return the ablations that are part of ``atdiag reproduce``, by name, in order."""
+    """Return the ablations in ``atdiag reproduce``, by name, in order."""
     out: dict[str, tuple[Callable[..., Any], Placement]] = {}
     for one in installed():
         if one.function is not None and (place := placement(one.function)) is not None:
@@ -105,5 +105,5 @@ def _entries() -> Iterator[Any]:
 def _loaded(name: str, source: str, load: Callable[[], Any]) -> Installed:
     try:
         return Installed(name, source, load())
-    except Exception as fault:  # another package's fault must not take the others' commands away
+    except Exception as fault:  # another package's fault must not disable the other commands
         return Installed(name, source, None, f"{type(fault).__name__}: {fault}")

@@ -1,4 +1,4 @@
-"""Profiles: the scale at which everything runs, and how a user's settings are resolved.
+"""Profiles (the scale of experiments), and the resolution of a user's settings.
 
 Precedence, for the profile and for every setting: command line, then environment, then ``atdiag.toml`` in the working
 directory, then the default (``mini``).
@@ -26,24 +26,24 @@ from atdiag.data.embedded import USUAL
 from atdiag.study.transfer_settings import TransferSettings
 
 METHODS = ("none", "copy", "distill", "finetune")
-"""What may have a recipe of its own. ``finetune`` starts from all of a teacher's weights and transfers nothing."""
+"""Methods with a recipe. ``finetune`` starts from all of a teacher's weights and transfers nothing."""
 
 
 class Profile(Spec):
-    """A scale: data, a recipe for each transfer method, and how many seeds."""
+    """A scale: data, a recipe for each transfer method, and a number of seeds."""
 
     name: str
     summary: str
     data: Data
     recipe: dict[str, Recipe]
-    """By transfer method, so that methods may differ in their optimisation, as in the 2024 paper."""
+    """By transfer method, since optimisation may differ between methods, as in the 2024 paper."""
     transfer: TransferSettings = TransferSettings()
-    """The form of every transfer, where an experiment does not vary it."""
+    """Settings of every transfer, unless the experiment varies them."""
     seeds: int
     device: str | None = None
-    """Where its runs are trained unless the user says otherwise; None: the best device that is here."""
+    """Default training device; None: the best device found."""
     threads: int | None = None
-    """Threads of one training process on a CPU; None shares out the cores."""
+    """Threads of one training process on a CPU; None: the cores divided among the processes."""
 
 
 _MINI_RECIPE = Recipe(epochs=4, batch_size=32, lr=2e-3, warmup_epochs=0.5)
@@ -64,12 +64,12 @@ _DEIT = Recipe(
     precision="bfloat16",
 )
 """Touvron et al. 2021, table 9, for 100 epochs (Qin et al. 2026 train up to 100): one recipe for scratch, copy and
-distillation, so that a contrast is the transfer's. The papers' differ by method and size; ``recipe.copy.lr`` and its
-likes say so."""
+distillation, so that a contrast measures the transfer. The papers' recipes differ by method and size; set
+``recipe.copy.lr`` etc. to follow them."""
 
 
 def _recipes(recipe: Recipe, finetune_lr: float) -> dict[str, Recipe]:
-    """A recipe for each method: the same, but that a network which knows much already takes smaller steps."""
+    """Return a recipe for each method: all equal, except that fine-tuning uses a smaller learning rate."""
     return dict.fromkeys(METHODS, recipe) | {"finetune": recipe.model_copy(update={"lr": finetune_lr})}
 
 
@@ -80,7 +80,7 @@ PROFILES: dict[str, Profile] = {
         data=USUAL,
         recipe=_recipes(_MINI_RECIPE, finetune_lr=5e-4),
         seeds=3,
-        device="cpu",  # so small that a GPU would wait for its kernels' launches, and the same bits everywhere
+        device="cpu",  # too small to benefit from a GPU, and bitwise equal everywhere
         threads=1,
     ),
     "small": Profile(
@@ -102,17 +102,17 @@ PROFILES: dict[str, Profile] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a command works with, resolved: profile with overrides applied, seeds, and where runs and results lie."""
+    """A command's resolved settings: profile with overrides applied, seeds, and folders of runs and results."""
 
     profile: Profile
     seeds: tuple[Seed, ...]
     runs: Path
     data_dir: Path | None = None
-    """Where data sets are looked for; None: nowhere in particular, which most commands do not need."""
+    """Folder of all data sets; None: not set, which is enough for most commands."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """The user's overrides by dotted name, as they were applied."""
+    """The user's overrides by dotted name, as applied."""
     varied: dict[str, Any] = field(default_factory=dict)
-    """What an experiment set on top of them, likewise."""
+    """Settings that an experiment varied on top of them, likewise."""
 
 
 def resolve(
@@ -124,7 +124,7 @@ def resolve(
     environment: Mapping[str, str] = os.environ,
     folder: Path = Path(),
 ) -> Settings:
-    """Resolve a command's settings. Raises UserError for whatever is wrong with any of them."""
+    """Resolve a command's settings. Raises UserError for any invalid one."""
     path = folder / "atdiag.toml"
     file = _read_file(path)
     name = _name(profile, environment, path, file)
@@ -145,9 +145,9 @@ def resolve(
 
 
 def changed(settings: Settings, name: str, value: Any) -> Settings:
-    """The settings with another value of one, by dotted name: an experiment varies it, whatever the user set.
+    """Return the settings with another value of one, by dotted name; an experiment's value overrides the user's.
 
-    Raises UserError where it contradicts the others.
+    Raises UserError if it contradicts the others.
     """
     varied = settings.varied | {name: value}
     others = {key: given for key, given in settings.overrides.items() if _general(key) != name}
@@ -156,7 +156,7 @@ def changed(settings: Settings, name: str, value: Any) -> Settings:
 
 
 def without(settings: Settings, name: str) -> Profile | None:
-    """The profile as it would be without one of the user's overrides; None if the others then contradict each other."""
+    """Return the profile without one of the user's overrides; None if the others then contradict each other."""
     others = {key: value for key, value in settings.overrides.items() if key != name}
     try:
         with paths.looking_in(settings.data_dir):
@@ -166,7 +166,7 @@ def without(settings: Settings, name: str) -> Profile | None:
 
 
 def profile_name(profile: str | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> str:
-    """The name of the profile that is meant. Raises UserError for an unknown one, and says where it was given."""
+    """Return the name of the selected profile. Raises UserError for an unknown one, saying where it was given."""
     path = folder / "atdiag.toml"
     return _name(profile, environment, path, _read_file(path))
 
@@ -202,16 +202,16 @@ _SETTINGS = (
     *(f"recipe.{method}.{field}" for method in METHODS for field in Recipe.model_fields),
     *(f"transfer.{field}" for field in TransferSettings.model_fields),
 )
-"""What can be overridden, by dotted name. ``recipe.lr`` is for all methods, ``recipe.copy.lr`` for one."""
+"""Settings that can be overridden, by dotted name. ``recipe.lr`` applies to all methods, ``recipe.copy.lr`` to one."""
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """``atdiag.toml``: profile, seeds, runs, and any of the tables data, recipe and transfer."""
+    """Read ``atdiag.toml``: profile, seeds, runs, and the tables data, recipe and transfer."""
     if not path.exists():
         return {}
     try:
         content = tomllib.loads(small_file(path).decode())
-    except (ValueError, RecursionError, OSError) as fault:  # not TOML, not UTF-8, a number of 5,000 digits, a folder
+    except (ValueError, RecursionError, OSError) as fault:  # invalid TOML or UTF-8, a number of 5,000 digits, a folder
         raise UserError(f"{path} can't be read ({fault})") from None
     out: dict[str, Any] = {"set": {}}
     for key, value in content.items():
@@ -239,7 +239,7 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _overrides(path: Path, file: Mapping[str, Any], sets: Sequence[str]) -> dict[str, Any]:
-    """The overrides of the file and of ``--set`` by dotted name. What ``--set`` names wins, for all methods or one."""
+    """Return the overrides from the file and from ``--set`` by dotted name; ``--set`` wins, for one method or all."""
     line: dict[str, Any] = {}
     for item in sets:
         name, value = _parse(item)
@@ -257,38 +257,38 @@ def _overrides(path: Path, file: Mapping[str, Any], sets: Sequence[str]) -> dict
 
 
 def _general(name: str) -> str:
-    """``recipe.copy.lr`` -> ``recipe.lr``; other names as they are."""
+    """Drop the method from ``recipe.copy.lr`` -> ``recipe.lr``; other names are returned unchanged."""
     section, *rest = name.split(".")
     return f"{section}.{rest[-1]}"
 
 
 def _parse(item: str) -> tuple[str, Any]:
-    """``recipe.epochs=40`` -> its name and value (JSON where it reads as JSON, else a string)."""
+    """Split ``recipe.epochs=40`` into name and value (parsed as JSON if possible, else a string)."""
     name, sign, text = item.partition("=")
     if not sign or not name.strip():
         raise UserError(f"--set {_short(item)} is not NAME=VALUE", "write it as '--set recipe.epochs=40'")
     try:
         return name.strip(), json.loads(text)
-    except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError too
+    except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError, too
         return name.strip(), text
 
 
 def _apply(profile: Profile, overrides: Mapping[str, Any]) -> Profile:
-    """A profile with overrides by dotted name."""
+    """Apply overrides by dotted name to a profile."""
     document = profile.model_dump(mode="json")
     document["data"] = _data(profile.data, overrides.get("data.name"))
-    # The general before the particular, so that recipe.copy.lr wins over recipe.lr.
+    # General settings first, so that recipe.copy.lr wins over recipe.lr.
     for name, value in sorted(overrides.items(), key=lambda pair: pair[0].count(".")):
         section, *rest = name.split(".")
         if section in ("transfer", "data"):
-            document[section][rest[0]] = value  # of data: see _data
+            document[section][rest[0]] = value  # data: see _data
         elif len(rest) == 2:
             document["recipe"][rest[0]][rest[1]] = value
         else:
             for method in METHODS:
                 document["recipe"][method][rest[0]] = value
     try:
-        # As strict JSON: lists are tuples and 3 is a float there, but true is not 1 and "3" is no number.
+        # Validate as strict JSON: lists become tuples and 3 a float, but true is not 1 and "3" is not a number.
         applied = Profile.model_validate_json(json.dumps(document, default=str), strict=True)
     except ValidationError as fault:
         raise UserError(describe(fault, overrides)) from None
@@ -299,39 +299,39 @@ def _apply(profile: Profile, overrides: Mapping[str, Any]) -> Profile:
 
 
 def _data(usual: Data, name: Any) -> dict[str, Any]:
-    """The profile's data as a document to apply overrides to; for another set than the usual one, a spec of that."""
+    """Return the data to apply overrides to, as a document: the profile's, or defaults for another data set."""
     if name in (None, usual.name) or not isinstance(name, str):
         return usual.model_dump(mode="json")
     return sources.find(name).usual(usual).model_dump(mode="json")
 
 
 def describe(fault: ValidationError, given: Collection[str] = ()) -> str:
-    """A validation error as one line: the setting (as the user named it), what was given, and what is wanted."""
+    """Format a validation error as one line: the setting (as the user named it), its value, and what is allowed."""
     first = fault.errors()[0]
     parts = [str(part) for part in first["loc"]]
     if len(parts) > 2 and parts[0] == "recipe" and ".".join(parts[:3]) not in given:
-        del parts[1]  # recipe.<method>.<field>, and the user named recipe.<field>
+        del parts[1]  # recipe.<method>.<field>: the user named recipe.<field>
     message = first["msg"].removeprefix("Value error, ")
-    if not parts:  # what contradicts itself is the whole, which the message describes
+    if not parts:  # an inconsistency of the whole model, which the message describes
         return message
     return f"{'.'.join(parts)}={_short(first['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _short(value: Any) -> str:
-    """A value in one short line."""
+    """Format a value as one short line."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]} ... {text[-10:]}"
 
 
 _MOST = {"data.train": 10_000_000, "data.test_per_source": 1_000, "recipe.epochs": 100_000}
-"""Beyond these a typing error is likelier than a wish, and memory or a lifetime ends before the run does."""
+"""Limits beyond which a typing error is more likely than intent; memory or time would run out long before."""
 
 _RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?|-tweights)*")
-"""timm's configuration string, which timm itself reads only when training starts."""
+"""timm's configuration string, which timm itself parses only when training starts."""
 
 
 def _check_sense(profile: Profile) -> None:
-    """Raise UserError for settings that are each well formed, but contradict each other or can't be trained with."""
+    """Raise UserError for settings that are valid alone but contradict each other or can't be trained with."""
     data = profile.data
     if profile.transfer.weight == 0:
         raise UserError("transfer.weight=0 transfers nothing", "give a positive weight")

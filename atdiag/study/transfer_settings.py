@@ -1,4 +1,4 @@
-"""What passes, as a user says it: ``transfer.layers=top:6``, ``transfer.heads=0,3``, ``transfer.tensor=q``."""
+"""Transfer settings as typed by a user: ``transfer.layers=top:6``, ``transfer.heads=0,3``, ``transfer.tensor=q``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from atdiag.core.spec.losses import LossName
 
 
 class TransferSettings(Spec):
-    """The settings under ``transfer.``: the form that every transfer of an experiment has unless the experiment itself
-    varies it. Fields as in :class:`atdiag.core.spec.Transfer`."""
+    """The settings under ``transfer.``, used by every transfer of an experiment unless the experiment varies them.
+
+    Fields as in :class:`atdiag.core.spec.Transfer`.
+    """
 
     weight: NonNegative | None = None
-    """Factor of the transfer loss; None: 3.0 of maps, as in the 2024 paper's code, and 1.0 of logits and features."""
+    """Factor of the transfer loss; None: 3.0 for maps, as in the 2024 paper's code, and 1.0 for logits and features."""
     loss: LossName | None = None
     reduce: Literal["sum", "mean"] = "sum"
     tensor: Literal["map", "q", "k", "v"] = "map"
@@ -26,11 +28,11 @@ class TransferSettings(Spec):
     def transfer(
         self, method: TransferMethod, depth: int, heads: int, layers: tuple[int, ...] | None = None
     ) -> Transfer:
-        """The transfer of a method in this form.
+        """Return the transfer of a method with these settings.
 
-        layers: the blocks, where the experiment itself chooses them. Fields that a method does not have are left out:
-        whether a user's setting changes anything is for the command to check. Raises UserError for blocks or heads that
-        are not there.
+        layers: blocks, if the experiment chooses them. Fields that do not apply to a method are ignored: the command
+        checks whether each of the user's settings has an effect. Raises UserError for blocks or heads that do not
+        exist.
         """
         if layers is None:
             layers = indices(self.layers, depth, "transfer.layers")

@@ -1,4 +1,4 @@
-"""What a contrast amounts to, as an outcome and in words."""
+"""Classify a contrast, and describe it in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def effect(estimate: Estimate) -> str:
-    """An estimate in words: ``+3.1 points [1.2, 5.0]``."""
+    """Format an estimate: ``+3.1 points [1.2, 5.0]``."""
     return f"{estimate.value:+.1f} points [{estimate.low:+.1f}, {estimate.high:+.1f}]"
 
 
@@ -17,16 +17,16 @@ Outcome = Literal["gains", "fails", "undecided"]
 
 
 def outcome(estimate: Estimate) -> Outcome:
-    """What a contrast with the baseline amounts to: clear of zero above it, below it, or neither."""
+    """Classify a contrast with the baseline: clearly above zero, clearly below, or neither."""
     return "undecided" if not estimate.clear else "gains" if estimate.value > 0 else "fails"
 
 
 def verb_phrase(
     estimate: Estimate, better: str, worse: str, same: str = "can't be told from noise", be: str = "is"
 ) -> str:
-    """A verb phrase for an estimate, with its numbers; with one seed always "undecided".
+    """Return a verb phrase for an estimate, with its numbers; with one seed always "undecided".
 
-    An interval that includes zero does not say that there is no effect, so no phrase says that.
+    An interval that includes zero does not show that there is no effect, so no phrase says that.
     """
     if estimate.seeds < 2:
         return f"{be} undecided with one seed ({effect(estimate)}, images only)"

@@ -1,6 +1,6 @@
-"""Whether runs are still what was written: every file hashed again, checkpoints too, what belongs together compared.
+"""Verify runs: hash every file again, checkpoints included, and check that the files agree with each other.
 
-Needs no torch, and trains, mends and deletes nothing.
+Imports no torch, and trains, repairs and deletes nothing.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from atdiag.networks.weights import sources
 from atdiag.training import predictions
 
 _AT_ONCE = 4
-"""Runs that are hashed at the same time: more only makes a disk seek."""
+"""Runs hashed at the same time; more would only make a disk seek."""
 
 State = Literal["sound", "damaged", "not verifiable", "unfinished"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of looking at one run.
+    """The result of verifying one run.
 
-    ``faults``: file and what is wrong with it. ``remedy``: what to do about them. ``teacher_here``: False where the
-    weights of the run's teacher are not on this machine, so that nothing is said of them; None where it has none.
+    faults: each file with its fault. remedy: what to do about them. teacher_here: False if the weights of the run's
+    teacher are not on this machine and so were not verified; None if the run has no teacher.
     """
 
     run: Run
@@ -45,8 +45,8 @@ class Verdict:
 
 
 def verify(runs: Sequence[Run], report: Callable[[int, int], None] = lambda done, total: None) -> list[Verdict]:
-    """Look at every file of some runs. ``report`` is told how many of how many are done."""
-    weights = cache(_weights)  # a teacher of many runs is hashed once
+    """Verify every file of some runs. report: progress callback (done, total)."""
+    weights = cache(_weights)  # hash a teacher shared by many runs once
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         out = []
         for verdict in pool.map(lambda run: _verify(run, weights), runs):
@@ -62,7 +62,7 @@ def _verify(run: Run, weights: Callable[[Teacher], tuple[Path, str] | None]) -> 
         result = run.result() if run.finished else None
     except DamagedRunError as fault:
         return Verdict(run, "damaged", ((fault.path, fault.cause),), afresh)
-    except OSError as fault:  # of a disk that fails, say: what can be read of other runs is looked at all the same
+    except OSError as fault:  # a failing disk, for example: go on with the other runs
         return Verdict(run, "damaged", ((run.path, fault.strerror or str(fault)),), "look at that disk first")
     if result is None:
         why = broken_archive(run.checkpoint) if run.checkpoint.exists() else None
@@ -75,7 +75,7 @@ def _verify(run: Run, weights: Callable[[Teacher], tuple[Path, str] | None]) -> 
         except DamagedRunError as fault:
             faults.append((fault.path, fault.cause))
     remedy = afresh
-    if not faults:  # what was made afterwards, beside a run that is sound
+    if not faults:  # derived files are checked only beside a sound run
         faults = _elsewhere(run)
         remedy = "delete it, and it is made again"
     here = None
@@ -93,7 +93,7 @@ def _verify(run: Run, weights: Callable[[Teacher], tuple[Path, str] | None]) -> 
 
 
 def _files(run: Run, meant: object) -> list[tuple[Path, str]]:
-    """Which of a run's files are not those that its result names."""
+    """List the files of a run that differ from what its result names."""
     if not isinstance(meant, dict):
         return [(run.path / "result.json", "its table of files is none")]
     faults = []
@@ -124,12 +124,12 @@ def _elsewhere(run: Run) -> list[tuple[Path, str]]:
 
 
 def _weights(teacher: Teacher) -> tuple[Path, str] | None:
-    """The file of a teacher's weights on this machine, if it is here, and its sha256 as it is now."""
+    """Return the path of a teacher's weights on this machine, if present, and their current sha256."""
     try:
         if teachers.is_miniature(teacher):
             path: Path | None = sources.shipped_path(teacher.name)
         else:
             path = sources.find(teachers.source(teacher.name))
         return None if path is None else (path, sources.fresh_sha256(path))
-    except (UserError, OSError):  # a teacher that only another machine knows, a file that is gone
+    except (UserError, OSError):  # a teacher known only on another machine, a deleted file
         return None

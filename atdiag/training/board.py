@@ -1,4 +1,4 @@
-"""Training curves for TensorBoard: the numbers of ``metrics.jsonl`` once more, as events in ``<run>/tensorboard``."""
+"""Training curves for TensorBoard: the numbers of ``metrics.jsonl`` as events in ``<run>/tensorboard``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atdiag.core.runs import Run
 class Board:
     """A run's event file, opened when the first epoch ends.
 
-    A convenience: ``metrics.jsonl`` is the record. Where the package ``tensorboard`` is missing nothing is written.
+    A convenience: ``metrics.jsonl`` is the record. Without the package ``tensorboard``, nothing is written.
     """
 
     def __init__(self, run: Run) -> None:
@@ -21,10 +21,10 @@ class Board:
         self._written = 0
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Write what is new in a run's metrics.
+        """Write the new lines of a run's metrics.
 
-        The first call of a process writes all lines anew in place of what an earlier process wrote, so that a run
-        which was killed and goes on from an older step has one curve.
+        A process's first call rewrites all lines and replaces an earlier process's events, so that a run that was
+        killed and resumed from an earlier step has a single curve.
         """
         if self._writer is None:
             try:

@@ -1,4 +1,4 @@
-"""The state of an unfinished run: enough to go on to the same weights, bit for bit, that it would have had."""
+"""The state of an unfinished run, sufficient to resume it and end with the same weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from atdiag.core.runs import Run, broken_archive
 from atdiag.networks.weights import files
 
 VERSION = 2
-"""2: the average of the weights beside them, and the run's id."""
+"""Version 2 added the moving average of the weights and the run's id."""
 
 _READ = (1, VERSION)
-"""Versions that can be gone on from. What a later one added has the value under which nothing changed."""
+"""Versions that can be resumed. Fields that a later version added default to the earlier behaviour."""
 
 
 @dataclass
 class Checkpoint:
-    """Everything that changes while a run trains. Randomness is no part of it: it is a function of the step."""
+    """All state that changes while a run trains. Randomness is not part of it, being a function of the step."""
 
     step: int
     """Steps done."""
     student: dict[str, Any]
     optimizer: dict[str, Any]
     seconds: float
-    """Training time so far."""
+    """Training time so far, in seconds."""
     metrics: list[dict[str, Any]]
     sums: dict[str, float] = field(default_factory=dict)
-    """Running sums of the epoch under way."""
+    """Running sums of the current epoch."""
     ema: dict[str, Any] | None = None
-    """The average of the student's weights, where the recipe keeps one."""
+    """The moving average of the student's weights, if the recipe keeps one."""
     run: str = ""
-    """The id of the run that it is of; version 1 did not say."""
+    """The id of the checkpoint's run; empty in version 1."""
     version: int = VERSION
 
     @property
     def weights(self) -> dict[str, Any]:
-        """What would be tested if the run ended here."""
+        """The weights that would be tested if the run ended here."""
         return self.student if self.ema is None else self.ema
 
 
@@ -54,15 +54,17 @@ def save(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def read(path: Path, run: str | None = None) -> Checkpoint:
-    """The checkpoint in a file. Raises ValueError, with the reason in one line, for a damaged one or another version's,
-    and for one of another run than ``run`` if that is said.
+    """Read a checkpoint from a file.
 
-    Read with ``weights_only``: nothing in the file is executed. What it says of its own size is checked before.
+    Loads with ``weights_only``, so nothing in the file is executed, after checking the sizes that it declares.
+
+    Raises ValueError, with a one-line reason, for a damaged file, another version, or a checkpoint of another run than
+    ``run`` if that is given.
     """
     try:
         if files.check(path) != "zip":
             raise ValueError("it is no checkpoint")
-        if broken := broken_archive(path):  # torch.load does not look at the checksums in its archive
+        if broken := broken_archive(path):  # torch.load does not verify its archive's checksums
             raise zipfile.BadZipFile(broken)
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content["version"]
@@ -71,7 +73,7 @@ def read(path: Path, run: str | None = None) -> Checkpoint:
             tensors = (*found.student.values(), *(found.ema or {}).values())
             if not isinstance(found.step, int) or not all(isinstance(x, Tensor) for x in tensors):
                 raise ValueError("its parts are not what they should be")
-    except Exception as fault:  # a damaged archive raises whatever it happens to hit
+    except Exception as fault:  # torch raises many types on a damaged archive
         raise ValueError(f"{path} can't be read ({type(fault).__name__})") from fault
     if version not in _READ:
         raise ValueError(
@@ -83,7 +85,7 @@ def read(path: Path, run: str | None = None) -> Checkpoint:
 
 
 def load(run: Run) -> Checkpoint | None:
-    """A run's checkpoint, or None if it has none. Raises ValueError for one that won't do, and says what to do."""
+    """Load a run's checkpoint; None if it has none. Raises ValueError, with a remedy, for one that can't be used."""
     if not run.checkpoint.exists():
         return None
     try:

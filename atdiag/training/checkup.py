@@ -1,4 +1,4 @@
-"""What ``atdiag doctor`` looks at."""
+"""The checks of ``atdiag doctor``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at."""
+    """The result of one check."""
 
     what: str
     found: str
@@ -30,7 +30,7 @@ class Finding:
 
 
 def examine(runs: Path) -> list[Finding]:
-    """Versions, device, disk, embedded data, miniature teachers, and whether both attention paths agree here."""
+    """Check versions, device, disk, embedded data, miniature teachers, and that both attention paths agree here."""
     device = best_device()
     return [
         Finding("versions", ", ".join(f"{name} {number}" for name, number in versions().items())),
@@ -92,7 +92,7 @@ def _cross_entropy(device: torch.device) -> Finding:
 
 
 def _kernels(device: torch.device) -> Finding:
-    """Which kernels of scaled dot-product attention run here, without and with a teacher's position bias."""
+    """Report which scaled dot-product attention kernels run here, without and with a teacher's position bias."""
     qk, _, v = _random(device, 197)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = (x.to(dtype).requires_grad_() for x in (qk.q, qk.k, v))

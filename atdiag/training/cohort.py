@@ -1,8 +1,8 @@
 """Train runs side by side on the same batches.
 
-A cohort's runs share each decoded, augmented batch and one forward pass of their teacher. That is cheaper than training
-them one by one, and makes their contrast paired; it changes no result: a run alone and in company ends with the same
-weights, bit for bit on a CPU with the same number of threads.
+A cohort's runs share each decoded, augmented batch and one forward pass of their teacher. This is cheaper than training
+them one by one and pairs their contrasts, but changes no result: alone or in company, a run ends with the same weights,
+bit for bit on a CPU with the same number of threads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Status = Literal["finished", "failed", "interrupted", "busy"]
 
 
 class OutOfMemoryError(RuntimeError):
-    """A step does not fit on the device; the message says what would."""
+    """A training step does not fit in device memory; the message names a ``micro_batch`` that does."""
 
 
 def train(
@@ -51,16 +51,16 @@ def train(
     processes: int = 1,
     command: Sequence[str] | None = None,
 ) -> dict[str, Status]:
-    """Train, evaluate and store the runs of one cohort; finished ones are left alone, interrupted ones go on.
+    """Train, evaluate and store the runs of one cohort; skip finished runs, resume interrupted ones.
 
-    All must have the same data stream and, where they have one, the same teacher. ``should_stop`` is asked after each
-    step: when it says so, every run writes its checkpoint and the call returns. ``processes``: how many such trainings
-    share the machine. ``command``: the command line that is recorded; None: this process's. Returns each run's status
-    by id.
+    All runs must have the same data stream and, where they have one, the same teacher. should_stop: polled after each
+    step; once it returns True, every run writes its checkpoint and the call returns. processes: number of such
+    trainings that share the machine. command: the command line to record; None for this process's. Returns each run's
+    status by id.
 
-    Raises UserError or ValueError, with nothing written, for runs that can't be trained together or at all. What goes
-    wrong with one run alone (a loss that is not finite, a checkpoint that can't be read) is that run's failure. Raises
-    OutOfMemoryError where a step does not fit on the device; it names the ``micro_batch`` that would.
+    Raises UserError or ValueError, with nothing written, for runs that can't be trained, or not together. A fault of a
+    single run (a loss that is not finite, a checkpoint that can't be read) fails only that run. Raises OutOfMemoryError
+    if a step does not fit in device memory; it names a ``micro_batch`` that does.
     """
     specs = list({spec.id: spec for spec in specs}.values())
     for spec in specs:
@@ -93,26 +93,26 @@ def train(
 
 
 class _Averages:
-    """The teacher's maps averaged over examples, for the runs of a cohort: what several of them take is made once."""
+    """The teacher's maps averaged over examples, computed once for all runs of a cohort that use the same ones."""
 
     def __init__(self, teacher: ViT | Foreign | None, images: Split | None) -> None:
         self.teacher, self.images = teacher, images
         self.made: dict[Hashable, dict[int, Averaged]] = {}
 
     def of(self, spec: RunSpec) -> dict[int, Averaged]:
-        """For one run; empty if its transfer takes none. Raises ValueError where teacher and student do not fit."""
+        """Return a run's averages, empty if it uses none. Raises ValueError if teacher and student do not fit."""
         transfer = spec.transfer
         if self.teacher is None or transfer.average != "examples":
             return {}
         tokens = self.teacher.network.tokens_shared_with(spec.network)
-        key = transfer.sources, transfer.heads, tokens  # all that it depends on within a cohort
+        key = transfer.sources, transfer.heads, tokens  # all that the averages depend on within a cohort
         if key not in self.made:
             self.made[key] = evaluation.averages(spec, self.teacher, self.images)
         return self.made[key]
 
 
 class _Cohort:
-    """The runs under way, their shared batches, and what became of those that ended (``status``)."""
+    """The active runs of a cohort, their shared batches, and the status of those that ended (``status``)."""
 
     def __init__(
         self,
@@ -140,12 +140,12 @@ class _Cohort:
             try:
                 teacher = self.teacher if s.teacher else None
                 self.members.append(RunTrainer(run, s, teacher, averages.of(s), steps, device))
-            except ValueError as fault:  # a checkpoint that can't be read, a teacher's weight that does not fit
+            except ValueError as fault:  # a checkpoint that can't be read, teacher weights that do not fit
                 self._fail(run, 0, str(fault))
         self.compiled = compiled.wanted(device)
         if self.compiled:
             for network in (*(m.student for m in self.members), self.teacher):
-                if isinstance(network, ViT):  # another's modules are left as they are
+                if isinstance(network, ViT):  # a foreign network's modules stay as they are
                     compiled.compile_blocks(network)
         self.total = sum(m.total for m in self.members)
         self.images = 0
@@ -154,7 +154,7 @@ class _Cohort:
     def work(
         self, on_progress: OnProgress, should_stop: Callable[[], bool], command: Sequence[str] | None
     ) -> dict[str, Status]:
-        """Train all members from the earliest step that any of them still has to do, and finish each as it ends."""
+        """Train all members from the earliest step that any of them needs, and finish each one when it is done."""
         self.on_progress, self.should_stop = on_progress, should_stop
         self.origin = provenance.origin(self.data, self.device, command)
         try:
@@ -188,12 +188,12 @@ class _Cohort:
                 begin = time.monotonic()
                 for member in self.members:
                     member.save()
-                # Never more than a twentieth of the time, however slow the disk.
+                # Spend at most a twentieth of the time on saving, however slow the disk.
                 last_save = time.monotonic()
                 interval = max(self.options.checkpoint_seconds, 20 * (last_save - begin))
 
     def _step(self, step: int) -> None:
-        # A member that is ahead (its checkpoint was written later than another's) waits for the others.
+        # A member that is ahead (with a later checkpoint than the others) waits for the rest.
         active = [m for m in self.members if m.step == step]
         if not active:
             self._leave_batches()
@@ -201,7 +201,7 @@ class _Cohort:
         begin = time.perf_counter()
         try:
             batch = self._batch(step).to(self.device)
-        except (OSError, WorkerDiedError):  # between two steps, so what was learnt up to here is sound
+        except (OSError, WorkerDiedError):  # raised between steps, so the state up to here is valid
             with contextlib.suppress(OSError):
                 for member in self.members:
                     member.save()
@@ -214,7 +214,7 @@ class _Cohort:
             self._advance(batch, active)
         except torch.OutOfMemoryError:
             fits = False
-        if not fits:  # outside of the handler, whose traceback holds on to what was allocated
+        if not fits:  # outside the handler, whose traceback keeps the allocated tensors alive
             raise self._too_large(batch, active)
         for member in active:
             self.images += len(batch.labels)
@@ -222,7 +222,7 @@ class _Cohort:
                 member.end_epoch()
 
     def _advance(self, batch: Batch, active: list[RunTrainer]) -> None:
-        """One step of some members, in parts of the batch if it is to be."""
+        """Advance some members by one step, in micro-batches if requested."""
         learnt = 0
         for part in batch.parts(self.options.micro_batch):
             learnt += len(part.labels)
@@ -240,12 +240,12 @@ class _Cohort:
                 own = evaluation.fit(shown, member.teacher, member.spec.network)
                 own = replace(own, averages=member.averages)
             member.learn(part, own, share)
-            if last:  # each member at once, whose gradients then make room for the next one's
+            if last:  # member by member: each update frees gradients for the next
                 member.update()
             member.seconds += shared + time.perf_counter() - begin
 
     def _too_large(self, batch: Batch, active: list[RunTrainer]) -> OutOfMemoryError:
-        """The error of a step that does not fit, with the number of images that does: found out by trying."""
+        """Return the error for a step that does not fit, with the largest micro-batch that does, found by trial."""
         tried = min(self.options.micro_batch or len(batch.labels), len(batch.labels))
         size = tried // 2
         while size and not self._fits(batch, size, active):
@@ -258,11 +258,12 @@ class _Cohort:
         return OutOfMemoryError(f"{where}: --micro-batch {size} fits, and gives the same result up to rounding")
 
     def _fits(self, batch: Batch, size: int, active: list[RunTrainer]) -> bool:
-        """Whether a part of ``size`` images can be learnt from. What it gave is forgotten."""
+        """Return whether a forward and backward pass on ``size`` images fits; its gradients are dropped."""
         fits = True
         try:
             self._forget(active)
-            # The optimiser's two moments are made in the first update, which this try does not reach.
+            # The first update allocates the optimiser's two moments; this trial makes no update, so reserve their
+            # memory.
             reserved = [
                 torch.empty_like(parameter)
                 for member in active
@@ -284,7 +285,7 @@ class _Cohort:
             torch.cuda.empty_cache()
 
     def _batch(self, step: int) -> Batch:
-        """The batch of a step. Asked for in order, batches are made ahead of time where there are workers to do so."""
+        """Return the batch of a step; workers, if any, prepare batches in advance while steps come in order."""
         assert self.stream is not None
         if self._ahead is None:
             stream, cuda = self.stream, self.device.type == "cuda"
@@ -293,7 +294,7 @@ class _Cohort:
         return next(self._ahead)
 
     def _leave_batches(self) -> None:
-        """End the workers that make batches."""
+        """Stop the workers that prepare batches."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -309,12 +310,12 @@ class _Cohort:
         return shown
 
     def _finish(self) -> None:
-        """Test and store the members that are done, and let go of them."""
+        """Evaluate, store and release the members that are done."""
         ended = [m for m in self.members if m.done]
         self.members = [m for m in self.members if not m.done]
         if whole := [m for m in ended if m.cause is None]:
             self._tell("testing")
-            precision = whole[0].spec.recipe.precision  # the same for all: it is part of the stream
+            precision = whole[0].spec.recipe.precision  # the same for all: precision is part of the stream
             with compiled.eagerly() if self.compiled else nullcontext():
                 workers = default_workers(self.test, None, self.device, self.processes)
                 results = evaluation.predict([m.subject() for m in whole], self.test, self.device, precision, workers)
@@ -322,7 +323,7 @@ class _Cohort:
                 if np.isfinite(predictions.log_p).all():
                     self._store(member, predictions)
                     self.status[member.run.id] = "finished"
-                else:  # after the last update no loss is looked at
+                else:  # no loss is checked after the last update
                     member.cause = "the trained network's outputs are not finite"
         for member in ended:
             member.board.close()
@@ -338,7 +339,7 @@ class _Cohort:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in member.outcome.state_dict().items()}
         run.write("weights.safetensors", to_safetensors(state, {"run": run.id}))
         run.write("predictions.npz", predictions.to_bytes())
-        run.write_metrics(member.metrics)  # a checkpoint's lines, if the end came just after it was written
+        run.write_metrics(member.metrics)  # in case the process ended right after the last checkpoint
         trained = member.total * spec.recipe.batch_size
         run.finish(
             {

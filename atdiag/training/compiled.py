@@ -1,4 +1,4 @@
-"""Compiling the blocks of teachers and students (torch.compile): the same numbers within rounding, in fewer kernels."""
+"""Compile the blocks of teachers and students (torch.compile): equal numbers up to rounding, fewer kernels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 VARIABLE = "ATDIAG_COMPILE"
 
 _LIMIT = 64
-"""Compiled forms of a block in one process: one for each mix of components and of what is given, seen and dropped."""
+"""Maximum compiled variants of a block per process: one for each combination of components, overrides, captures and
+drop path."""
 
 
 def choice() -> str:
-    """What the user says of compiling: "1", "0" or nothing. Raises UserError for anything else."""
+    """Return ``ATDIAG_COMPILE``: "1", "0" or empty. Raises UserError for anything else."""
     said = os.environ.get(VARIABLE, "")
     if said not in ("", "0", "1"):
         raise UserError(f"{VARIABLE}={said}", "give 1 to compile the networks, 0 not to")
@@ -28,19 +29,19 @@ def choice() -> str:
 
 
 def wanted(device: torch.device) -> bool:
-    """Whether networks are compiled: on CUDA, unless ``ATDIAG_COMPILE`` (0 or 1) says otherwise.
+    """Return whether to compile networks: on CUDA only, unless ``ATDIAG_COMPILE`` (0 or 1) says otherwise.
 
-    On a CPU the compiler takes longer than a miniature's whole training.
+    On a CPU, compiling takes longer than a miniature's whole training.
     """
     said = choice()
     return device.type == "cuda" if said == "" else said == "1"
 
 
 def compile_blocks(network: ViT, backend: str = "inductor") -> None:
-    """Compile every block of a network in place. All blocks of one shape share what is compiled.
+    """Compile every block of a network in place; blocks of one shape share their compiled code.
 
-    ``fullgraph``: a break in a block's graph is an error and no silent loss of speed. So is one recompilation too many,
-    where torch would fall back to running uncompiled without a word.
+    With ``fullgraph`` a graph break is an error instead of a silent loss of speed. So is exceeding the recompilation
+    limit, where torch would otherwise silently run uncompiled.
     """
     import torch
 
@@ -52,7 +53,7 @@ def compile_blocks(network: ViT, backend: str = "inductor") -> None:
 
 
 def eagerly() -> AbstractContextManager[None]:
-    """Run compiled networks uncompiled: for test images, whose last batch has a shape of its own."""
+    """Run compiled networks uncompiled: for test images, whose last batch has a different shape."""
     import torch
 
     return cast(AbstractContextManager[None], torch.compiler.set_stance("force_eager"))

@@ -1,6 +1,6 @@
-"""The same bits from a GPU each time: what ``--deterministic`` switches on.
+"""Bitwise reproducible training on a GPU (``--deterministic``).
 
-A CPU gives them anyway, with one number of threads; there the option changes nothing.
+A CPU with a fixed number of threads is reproducible anyway; there the option changes nothing.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from atdiag.core.errors import UserError
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 _REPEATABLE = (":4096:8", ":16:8")
-"""Workspaces with which cuBLAS promises the same bits on several streams; the second is smaller and slower."""
+"""cuBLAS workspaces that guarantee reproducible results on several streams; the second is smaller and slower."""
 
 
 @contextmanager
 def algorithms(wanted: bool) -> Iterator[None]:
-    """While it lasts, torch uses deterministic algorithms alone, if they are ``wanted``.
+    """Restrict torch to deterministic algorithms inside the context if ``wanted``.
 
-    Strictly: an operation that has none is an error. With torch's ``warn_only`` the backward passes of flash and of
-    memory-efficient attention would not be deterministic either. cuDNN's attention is not, so it is off; cuDNN's
-    convolutions are not chosen by a race; and torch's compiler, where it has a deterministic mode, follows this switch.
+    An operation without a deterministic algorithm is an error: with torch's ``warn_only`` the backward passes of flash
+    and memory-efficient attention would not be deterministic either. cuDNN's attention is not deterministic and is
+    disabled; cuDNN's convolutions are not selected by benchmark; torch's compiler, where it has a deterministic mode,
+    follows this switch.
 
-    Sets ``CUBLAS_WORKSPACE_CONFIG``, which stays set: cuBLAS reads it once. Raises UserError where CUDA was begun
-    without it.
+    Sets ``CUBLAS_WORKSPACE_CONFIG`` and leaves it set, since cuBLAS reads it once. Raises UserError if CUDA was
+    initialised without it.
     """
     if not wanted:
         yield

@@ -1,4 +1,4 @@
-"""Measuring a subject on the test images: anything that gives logits, a copy-student together with its teacher."""
+"""Evaluate subjects on test images: any network that returns logits, or a copy-student together with its teacher."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ __all__ = ["Predictions", "Predictor", "averages", "fit", "load_subject", "predi
 BATCH = 256
 
 AVERAGED_IMAGES = 2048
-"""Over how many training images a teacher's map is averaged, where it is averaged over examples."""
+"""Number of training images over which a teacher's map is averaged (``average="examples"``)."""
 
 
 @dataclass
 class Predictor:
-    """A network that can be evaluated or traced; one that copies, together with the teacher it needs at test time."""
+    """A network that can be evaluated or traced; a copy-student comes with the teacher that it needs at test time."""
 
     network: ViT
     transfer: Transfer = field(default_factory=Transfer)
     teacher: ViT | Foreign | None = None
     averages: Mapping[int, Averaged] = field(default_factory=dict)
-    """The teacher's maps averaged over examples, for a student that copies those."""
+    """Block -> the teacher's map averaged over examples, for a student that copies such averages."""
 
 
 def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT | Foreign]) -> Predictor:
-    """A finished run's student, frozen, together with the teacher that it needs at test time, if it needs one.
+    """Load a finished run's student, frozen, with its teacher if it needs one at test time.
 
-    Raises DamagedRunError where the run's weights can't be read, or are not those that it ended with.
+    Raises DamagedRunError if the run's weights can't be read or differ from those recorded in its result.
     """
     spec = run.spec
     network = ViT(spec.network)
     run.sound(run.weights)
     try:
         network.load_state_dict(files.tensors(run.weights))
-    except (WeightsError, OSError, RuntimeError) as fault:  # RuntimeError: they are another network's
+    except (WeightsError, OSError, RuntimeError) as fault:  # RuntimeError: weights of a different network
         raise DamagedRunError(run.weights, fault) from None
     network.eval().requires_grad_(False)
     if not methods.needs_teacher_at_test(spec.transfer):
@@ -65,11 +65,11 @@ def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT | Foreign]) -> 
 
 
 def averages(spec: RunSpec, teacher: ViT | Foreign, images: Split | None = None) -> dict[int, Averaged]:
-    """The teacher's maps averaged over examples, by block, if the run's transfer takes those; else empty.
+    """Return the teacher's maps averaged over examples, by block; empty unless the run's transfer uses them.
 
-    Over the first ``AVERAGED_IMAGES`` of its training images, as they are (not augmented): one map [H, N, N] for each
-    block, the same for every image, in training and at test. It holds what a map has of positions, and nothing of what
-    is in an image. ``images``: those training images, where they are at hand.
+    Averages over the run's first ``AVERAGED_IMAGES`` training images, without augmentation, and returns one map [H, N,
+    N] for each block, the same for every image in training and at test. Such a map keeps what depends on position and
+    nothing of an image's content. images: those training images, if already loaded.
     """
     transfer = spec.transfer
     if transfer.average != "examples":
@@ -90,7 +90,7 @@ def averages(spec: RunSpec, teacher: ViT | Foreign, images: Split | None = None)
 
 
 def fit(observation: Observation, teacher: ViT | Foreign, student: Network) -> Observation:
-    """What a teacher showed, on the student's tokens: registers that it lacks are sliced off before softmax."""
+    """Restrict a teacher's observation to the student's tokens: extra registers are sliced off before softmax."""
     tokens = teacher.shared_tokens(student)
     if tokens is None:
         return observation
@@ -99,7 +99,7 @@ def fit(observation: Observation, teacher: ViT | Foreign, student: Network) -> O
 
 
 def _on(device: torch.device, images: Tensor) -> Tensor:
-    """uint8 [b, C, S, S] -> float32 in [0, 1], on the device."""
+    """Convert uint8 [b, C, S, S] to float32 in [0, 1] on the device."""
     return images.to(device, non_blocking=True).float().div_(255)
 
 
@@ -111,15 +111,16 @@ def predict(
     workers: int = 0,
     among: NDArray[np.int64] | None = None,
 ) -> list[Predictions]:
-    """Predictions of several subjects in one pass over the images.
+    """Predict with several subjects in one pass over the images.
 
-    Each batch is loaded once, and each distinct teacher runs once for all who need it. Batches have a fixed size, so a
-    subject's numbers do not depend on its company. ``workers``: processes that load images ahead of time, which change
-    no number. ``among``: the classes that are chosen among, where they are not all: the logits of the others do not
-    count, neither for the prediction nor for the probabilities.
+    Each batch is loaded once, and each distinct teacher runs once for all students that need it. The batch size is
+    fixed, so a subject's numbers do not depend on which others are evaluated with it.
 
-    Raises ValueError for a copy-student without its teacher and for labels that are not ``among`` the classes, and what
-    :meth:`atdiag.data.loader.Stream.batches` raises.
+    workers: processes that load images in advance; they change no number. among: the classes to choose from, None for
+    all; the logits of other classes count neither for the prediction nor for the probabilities.
+
+    Raises ValueError for a copy-student without its teacher, for labels that are not ``among`` the classes, and
+    whatever :meth:`atdiag.data.loader.Stream.batches` raises.
     """
     if among is not None and not np.isin(images.labels, among).all():
         raise ValueError("the labels of some images are not among the classes that predictions are made among")
@@ -155,7 +156,7 @@ def predict(
 def _score(
     logits: Tensor, labels: NDArray[np.int64], among: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Prediction and log-probability of the label of a batch."""
+    """Return a batch's predictions and the log-probability of each label."""
     if among is not None:
         others = torch.ones(logits.shape[-1], dtype=torch.bool)
         others[torch.from_numpy(among)] = False

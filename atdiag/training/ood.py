@@ -1,4 +1,4 @@
-"""Finished runs on other test sets: evaluated once, stored in the run's directory, read from there ever after."""
+"""Evaluate finished runs on other test sets, once; later calls read the predictions stored in the run's directory."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from atdiag.training.predictions import Predictions, is_stored
 from atdiag.training.provenance import environment
 
 TOGETHER = 32
-"""Runs that are in memory at a time, with the teachers that they need."""
+"""Maximum number of runs in memory at a time, together with the teachers that they need."""
 
 LoadTeacher = Callable[[Teacher], ViT | Foreign]
 
 
 def predictions_on(run: Run, test_set: TestSet, device: torch.device, load_teacher: LoadTeacher = loading.load) -> Path:
-    """The file with a finished run's predictions on a test set, made if need be. Raises as :func:`evaluate_runs`."""
+    """Return the file of a finished run's predictions on a test set, evaluating if needed.
+
+    Raises as :func:`evaluate_runs`.
+    """
     evaluate_runs([run], [test_set], device, load_teacher)
     return run.ood(test_set.file)
 
@@ -42,15 +45,16 @@ def evaluate_runs(
     should_stop: Callable[[], bool] = lambda: False,
     together: int = TOGETHER,
 ) -> int:
-    """Evaluate finished runs on test sets and store each result as soon as it is there. Returns how many were made.
+    """Evaluate finished runs on test sets and store each result at once; return how many were computed.
 
-    What is stored already is left alone. Runs that see the same images share them: of up to ``together`` runs each
-    image is decoded and corrupted once, and each teacher runs once. ``should_stop`` is asked before each test set; what
-    is then left is done by the next call. A run's numbers do not depend on its company.
+    Stored results are not recomputed. Runs with the same test images share them: for up to ``together`` runs each image
+    is decoded and corrupted once, and each teacher runs once. A run's numbers do not depend on which others are
+    evaluated with it. should_stop: polled before each test set; the next call computes the rest.
 
-    Raises UserError, before anything is evaluated, for a run that is not finished, a test set that a run's classes do
-    not fit, and a folder that is not what the test set's name says; UserError for a teacher whose weights are missing,
-    DamagedRunError for a run's weights that can't be read, DamagedPredictionsError for a stored file, BrokenImageError.
+    Raises UserError, before anything is evaluated, for an unfinished run, a test set whose classes do not fit a run's,
+    and a folder that does not match the test set's name; UserError for a teacher whose weights are missing,
+    DamagedRunError for a run's weights that can't be read, DamagedPredictionsError for a damaged stored file, and
+    BrokenImageError.
     """
     runs = list({run.path: run for run in runs}.values())
     test_sets = list(dict.fromkeys(test_sets))
@@ -83,17 +87,17 @@ def evaluate_runs(
 
 
 def _shares(spec: RunSpec) -> str:
-    """What runs have in common that see the same test images in the same precision."""
+    """Return a key equal for runs that see the same test images in the same precision."""
     images = spec.data.model_copy(update={"train": 1, "per_class": None})
     return f"{images.model_dump_json()} {spec.recipe.precision}"
 
 
 def _check(runs: list[Run], missing: dict[Path, list[TestSet]]) -> None:
-    """Look at what is to be evaluated, once for all runs that see the same images."""
+    """Check the pending evaluations, once for all runs that see the same images."""
     seen = set()
     for run in runs:
         for test_set in missing[run.path]:
-            # A folder of the run's own images is the same folder whatever is done to them.
+            # A folder of the run's own images is the same folder whatever the corruption.
             images = (test_set.corruption is not None) if test_set.own_images else test_set.name
             key = (_shares(run.spec), run.spec.network.classes, images)
             if key not in seen:
@@ -102,7 +106,7 @@ def _check(runs: list[Run], missing: dict[Path, list[TestSet]]) -> None:
 
 
 def _groups(runs: Iterable[Run], together: int) -> Iterator[list[Run]]:
-    """Runs that can be evaluated in one pass, those with one teacher beside each other."""
+    """Yield groups of runs that can be evaluated in one pass; runs with the same teacher are adjacent."""
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.spec.teacher.weights if run.spec.teacher else ""):
         groups.setdefault(_shares(run.spec), []).append(run)
@@ -111,7 +115,7 @@ def _groups(runs: Iterable[Run], together: int) -> Iterator[list[Run]]:
 
 
 def _subjects(runs: list[Run], device: torch.device, load_teacher: LoadTeacher) -> Iterator[evaluation.Predictor]:
-    """The runs' students on a device, each distinct teacher loaded once."""
+    """Yield the runs' students on a device; each distinct teacher is loaded once."""
     loaded: dict[Teacher, ViT | Foreign] = {}
 
     def load(teacher: Teacher) -> ViT | Foreign:

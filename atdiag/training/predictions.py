@@ -1,4 +1,4 @@
-"""What a subject said of each test image, as it is stored and read. Needs no torch, so that tables are fast."""
+"""Per-image test predictions of a subject, and how they are stored and read. Imports no torch: tables must be fast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AMONG = "among"
 
 
 class DamagedPredictionsError(DamagedRunError):
-    """Stored predictions on another test set are not what was written there; the run itself is none the worse."""
+    """Stored predictions on another test set differ from what was written; the run itself is not affected."""
 
     def __init__(self, path: Path, cause: object) -> None:
         super().__init__(path, cause)
@@ -32,7 +32,7 @@ class DamagedPredictionsError(DamagedRunError):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a subject said of each test image, [n] each; ``log_p`` is the log-probability of the true label."""
+    """A subject's per-image predictions, [n] each; ``log_p`` is the log-probability of the true label."""
 
     prediction: NDArray[np.int32]
     label: NDArray[np.int32]
@@ -45,7 +45,7 @@ class Predictions:
         return float(100 * np.mean(self.prediction == self.label))
 
     def to_bytes(self, about: Mapping[str, Any] | None = None, among: NDArray[np.int64] | None = None) -> bytes:
-        """As a NumPy archive; of another test set with what is known ``about`` it and the classes chosen ``among``."""
+        """Serialise as a NumPy archive; for another test set, with metadata (``about``) and classes (``among``)."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if about is not None:
@@ -59,8 +59,8 @@ class Predictions:
 class Elsewhere:
     """A run's predictions on a test set other than its own.
 
-    ``among``: the classes whose logits were kept, int32 [k]; empty: all. ``about``: run, test_set, semantics,
-    images, fingerprint (of the folder's files, or None) and environment.
+    among: the classes whose logits were kept, int32 [k]; empty means all. about: run, test_set, semantics, images,
+    fingerprint (of the folder's files, or None) and environment.
     """
 
     predictions: Predictions
@@ -69,13 +69,13 @@ class Elsewhere:
 
 
 MOST = 2**30
-"""Bytes that one array of a file may take: predictions on 200 million images."""
+"""Maximum bytes of one array in a file: predictions on about 200 million images."""
 
 
 def arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a file of predictions. What it says of itself is checked before room is made for anything.
+    """Return the arrays of a predictions file, after checking their declared sizes before allocating memory.
 
-    Raises FileNotFoundError, and ValueError, with the reason in one line, for whatever is wrong with the file.
+    Raises FileNotFoundError, and ValueError with a one-line reason for any other fault of the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -85,13 +85,13 @@ def arrays(path: Path) -> dict[str, NDArray[Any]]:
             return {name: saved[name] for name in saved.files}
     except FileNotFoundError:
         raise
-    except Exception as fault:  # a damaged archive raises whatever it happens to hit
+    except Exception as fault:  # zipfile and NumPy raise many types on a damaged archive
         text = (str(fault) or type(fault).__name__).split("\n", 1)[0]
         raise ValueError(text) from None
 
 
 def _check(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """Raise ValueError unless an entry is an array that is as long as it says, and no longer than is sensible."""
+    """Raise ValueError unless an entry is an array of its declared length and of at most ``MOST`` bytes."""
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -104,11 +104,11 @@ def _check(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
 
 
 def correct(run: Run) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
-    """Which of its own test images a finished run got right, and their clusters, [n] each.
+    """Return which test images a finished run classified correctly, and the images' clusters, [n] each.
 
     Raises DamagedRunError for predictions that can't be read, were changed, or disagree with the run's result.
     """
-    _ = run.spec  # of a run that is not what its folder is named by nothing is read
+    _ = run.spec  # raises if the folder's name is not the hash of its spec, before anything else is read
     run.sound(run.predictions)
     try:
         saved = arrays(run.predictions)
@@ -124,10 +124,10 @@ def correct(run: Run) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
 
 
 def read(run: Run, test_set: TestSet) -> Elsewhere:
-    """A run's stored predictions on a test set.
+    """Read a run's stored predictions on a test set.
 
-    Raises FileNotFoundError where it was not evaluated there, or before the test set's meaning changed, and
-    DamagedPredictionsError that names the file.
+    Raises FileNotFoundError if the run was not evaluated on it, or only before the test set's meaning changed, and
+    DamagedPredictionsError, which names the file.
     """
     path = run.ood(test_set.file)
     try:
@@ -146,7 +146,7 @@ def read(run: Run, test_set: TestSet) -> Elsewhere:
 
 
 def is_stored(run: Run, test_set: TestSet) -> bool:
-    """Whether a run's predictions on a test set are stored. Raises DamagedPredictionsError."""
+    """Return whether a run's predictions on a test set are stored. Raises DamagedPredictionsError."""
     try:
         read(run, test_set)
     except FileNotFoundError:

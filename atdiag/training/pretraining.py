@@ -1,4 +1,4 @@
-"""Pre-train a miniature teacher: an ordinary run of its native network from scratch, on more scenes and for longer."""
+"""Pre-train a miniature teacher: a from-scratch run of its native network, with more scenes and more epochs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from atdiag.core.spec import Data, Recipe, RunSpec, Seed
 from atdiag.networks.registry import teachers
 
 DATA = Data(name="digits", train=60_000, clutter=6)
-"""24 times the scenes of a student's default recipe ..."""
+"""24 times as many scenes as in a student's default recipe."""
 
 RECIPE = Recipe(epochs=5, batch_size=64, lr=2e-3, warmup_epochs=0.5)
-"""... and 30 times its images: a teacher that a student from scratch could match would transfer only a handicap."""
+"""About 30 times as many images as a student sees: a teacher that a student from scratch could match would only hold it
+back."""
 
 SEED = Seed(data=1_000_000, model=1_000_000)
-"""Apart from the seeds of any study, so that a student never starts where its teacher did."""
+"""Outside the seeds of any study, so that no student shares its teacher's initialisation."""
 
 
 def spec(name: str) -> RunSpec:
-    """The run that pre-trains a miniature: one shared recipe for all. Raises UserError for a name without one."""
+    """Return the run that pre-trains a miniature; all share one recipe. Raises UserError if `name` has no miniature."""
     return RunSpec(network=teachers.miniature_network(name), data=DATA, recipe=RECIPE, seed=SEED)
 
 
 def export(run: Run, path: Path) -> None:
-    """Write a finished pre-training run as a teacher file, with its recipe, seed, versions and accuracy."""
+    """Write a finished pre-training run as a teacher file, with its recipe, seed, versions and accuracy as metadata."""
     from atdiag.networks.model.vit import ViT
     from atdiag.networks.weights import files
     from atdiag.networks.weights.loading import save

@@ -1,4 +1,4 @@
-"""On what a run was computed: recorded, and no part of what it estimates."""
+"""What a run was computed on: recorded, but not part of its hash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = ("atdiag", "torch", "timm", "numpy", "scikit-learn")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that bear on a number."""
+    """Return the versions of the packages that affect results."""
     out = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions and time."""
+    """Return device, threads, versions and time."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -46,11 +46,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def origin(data: Data, device: torch.device, command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Where a run comes from, as it is when a process takes the run on: what may change while it trains.
+    """Return a run's provenance when a process starts or resumes it; any of it may change while the run trains.
 
-    ``command``: the command line that ordered the run; None: this process's own. ``git``: see :func:`git_state`.
-    ``data_manifest``: sha256 of what ``atdiag data check`` wrote of a data set of real images; None where it did not,
-    or where a file has changed since.
+    command: the command line that ordered the run; None for this process's own. Keys include ``git``, see
+    :func:`git_state`, and ``data_manifest``, the sha256 of the manifest that ``atdiag data check`` wrote for a
+    real-image data set (None if there is none, or if a file has changed since).
     """
     return {
         "started_at": now(),
@@ -62,20 +62,20 @@ def origin(data: Data, device: torch.device, command: Sequence[str] | None = Non
 
 
 def now() -> str:
-    """The time, in UTC and to the second."""
+    """Return the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-@functools.cache  # of the code as this process imported it, whatever is checked out later
+@functools.cache  # the code as imported by this process, even if another commit is checked out later
 def git_state(folder: Path = Path(__file__).parents[2]) -> dict[str, Any] | None:
-    """The commit of the checkout that ``folder`` is, and whether a file that git tracks was changed since (``dirty``).
+    """Return the commit of the checkout at ``folder``, and whether a tracked file has changes (``dirty``).
 
-    None where atdiag is installed and not run from a checkout, or where git can't be asked: the version in
-    :func:`versions` then says what there is to know.
+    None if atdiag is installed rather than run from a checkout, or if git is not available; then only :func:`versions`
+    identifies the code.
     """
     if not (folder / ".git").exists():
         return None
-    # A hook's GIT_DIR would name another repository; a question takes no lock of the user's index.
+    # GIT_DIR, as set in a hook, would name another repository; and a query must not lock the user's index.
     others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         commit, changes = (
@@ -95,7 +95,7 @@ def git_state(folder: Path = Path(__file__).parents[2]) -> dict[str, Any] | None
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The processor's name, how many cores this process may use, the machine's memory, and the GPU if one is used."""
+    """Return the processor's name, the cores this process may use, the machine's memory, and the GPU if used."""
     memory = resources.memory()
     gib = None if memory is None else round(memory / 2**30, 1)
     out: dict[str, Any] = {"cpu": _cpu_name(), "cores": resources.available_cores(), "memory_gib": gib}
@@ -115,7 +115,7 @@ def _cpu_name() -> str:
 
 
 def best_device() -> torch.device:
-    """The best device that torch finds here: cuda, then mps, then cpu."""
+    """Return the best device that torch finds here: cuda, then mps, then cpu."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -124,7 +124,7 @@ def best_device() -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """A device in words."""
+    """Return a human-readable name of a device."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return device.type

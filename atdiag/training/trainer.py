@@ -1,7 +1,7 @@
-"""One run under way: its student, optimiser and schedule, and how far it is.
+"""Training state of one run: its student, optimiser, schedule and progress.
 
-A step waits for nothing on a GPU: losses are summed there, and what is not finite stops the optimiser there. The
-numbers are fetched by :meth:`Training.settle`, every ``LOG_EVERY`` steps.
+A step never synchronises with the GPU: losses accumulate there, and a value that is not finite disables the optimiser
+there. :meth:`RunTrainer.settle` fetches the numbers every ``LOG_EVERY`` steps.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from atdiag.transfer.observation import Observation
 from atdiag.transfer.ops import Averaged
 
 LOG_EVERY = 50
-"""Steps of an epoch from one look at how far a distilling student's maps are from the teacher's to the next, and on a
-GPU from one fetching of the losses to the next."""
+"""Steps between two measurements of the divergence between a distilling student's maps and the teacher's, and on a GPU
+between two fetches of the losses."""
 
 _NAMES = ("loss", "task_loss", "grad_norm", "transfer_loss")
 
 
 class RunTrainer:
-    """One run under way: its student, optimiser and schedule, and how far it is."""
+    """Training state of one run: its student, optimiser, schedule and progress."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class RunTrainer:
         self.student = students.build(spec.network, spec.seed.model)
         self.start: students.Start | None = None
         if spec.init.source == "teacher":
-            assert isinstance(teacher, ViT)  # the spec refuses a start from a network that a student can't be
+            assert isinstance(teacher, ViT)  # the spec rejects initialising from a foreign network
             self.start = students.start_from(self.student, teacher, spec.init)
         self.student.to(device).train()
         if spec.transfer.method == "copy" and spec.transfer.heads is None:
@@ -72,18 +72,18 @@ class RunTrainer:
         self.step, self.seconds = 0, 0.0
         self.metrics: list[dict[str, Any]] = []
         self.sums: dict[str, float] = {}
-        """Of the epoch so far, as last settled; ``steps`` counts them, ``kl_steps`` those of ``kl``."""
-        exact = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+        """Sums over the epoch so far, at the last settle; ``steps`` counts steps, ``kl_steps`` those with a ``kl``."""
+        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS lacks float64
         self._latest = torch.zeros(len(_NAMES), dtype=exact, device=device)
-        """The same since then, where the losses are."""
-        self._fetches_at_once = device.type in ("cpu", "mps")  # there is nothing to wait for, or no fused optimiser
+        """Sums since the last settle, on the losses' device."""
+        self._fetches_at_once = device.type in ("cpu", "mps")  # a CPU has nothing to wait for, MPS no fused optimiser
         self._unsettled = 0
         self._kl: list[Tensor] = []
         self._losses = torch.zeros(3, dtype=exact, device=device)
-        """Of the parts of a batch that the step under way has learnt from: whole, task's and transfer's."""
+        """Total, task and transfer loss of the current step, summed over its micro-batches so far."""
         self._excess = torch.zeros((), device=device)
         self._fault = torch.zeros(4, dtype=exact, device=device)
-        """1 from the first loss or gradient that was not finite, what the two were, and the step."""
+        """Fault flag (1 after the first loss or gradient norm that is not finite), those two values, and the step."""
         self.cause: str | None = None
         self.board = Board(run)
         if (saved := checkpoints.load(run)) is not None:
@@ -96,15 +96,15 @@ class RunTrainer:
             self.step, self.seconds = saved.step, saved.seconds
             self.metrics, self.sums = saved.metrics, saved.sums
         self.began = self.step
-        """The step at which this process took the run on."""
+        """The step at which this process started or resumed the run."""
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to train, or no way to."""
+        """Whether training has ended, complete or at a fault."""
         return self.cause is not None or self.step >= self.total
 
     def save(self) -> None:
-        """Write a checkpoint, unless there is nothing sound to write."""
+        """Write a checkpoint, unless the run has stopped at a fault."""
         self.settle()
         if self.cause is not None:
             return
@@ -122,18 +122,19 @@ class RunTrainer:
         )
 
     def advance(self, batch: Batch, teacher: Observation) -> None:
-        """One optimisation step. A loss or gradient that is not finite stops the run *before* the update.
+        """Take one optimisation step; a loss or gradient that is not finite stops the run *before* the update.
 
-        teacher: what the transfer needs of it, on the student's tokens.
+        teacher: the observation that the transfer needs, on the student's tokens.
         """
         self.learn(batch, teacher)
         self.update()
 
     def learn(self, part: Batch, teacher: Observation, share: float = 1.0) -> None:
-        """Add the gradient of a part of a step's batch.
+        """Accumulate the gradient of one micro-batch of a step.
 
-        share: the part's share of the batch's images. Every loss is a mean over images, and images do not see each
-        other in a ViT, so the sum over all parts is the whole batch's gradient, up to rounding. teacher: of this part.
+        share: the micro-batch's share of the batch's images. Every loss is a mean over images, and images do not
+        interact in a ViT, so the micro-batches' gradients sum to the whole batch's, up to rounding. teacher: its
+        observation for this micro-batch.
         """
         spec, device = self.spec, part.images.device
         keep = drop_path(spec.recipe.drop_path, spec.network.depth, spec.seed.model, self.step, part.samples)
@@ -152,7 +153,7 @@ class RunTrainer:
                 self._excess = self._excess + share * methods.excess(spec.transfer, teacher, transfer_loss.detach())
 
     def update(self) -> None:
-        """End the step whose batch was learnt from."""
+        """Apply the accumulated gradients and end the step."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = clip_grad_norm_(parameters, self.spec.recipe.clip_grad or math.inf)
         losses, excess = self._losses, self._excess
@@ -164,7 +165,7 @@ class RunTrainer:
         self.schedule.step_update(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self._ema is not None:  # of weights that a fault on a GPU left as they were, too: they are finite
+        if self._ema is not None:  # also after a fault on a GPU, which left the weights unchanged and finite
             self._ema.update(self.student)
         if self.spec.transfer.loss == "ce" and self.step % self.steps_per_epoch % LOG_EVERY == 0:
             self._kl.append(excess)
@@ -175,18 +176,18 @@ class RunTrainer:
             self.settle()
 
     def forget(self) -> None:
-        """Drop what was learnt from parts of a batch that is not gone through with."""
+        """Drop the gradients and losses of an abandoned step."""
         self.optimizer.zero_grad(set_to_none=True)
         self._losses, self._excess = torch.zeros_like(self._losses), torch.zeros_like(self._excess)
 
     def _watch(self, loss: Tensor, norm: Tensor) -> None:
-        """Note the first loss or gradient that is not finite, and keep the optimiser from all updates from here on."""
+        """Record the first loss or gradient that is not finite, and disable all optimiser updates from then on."""
         step = torch.full_like(self._fault[0], self.step)
         now = torch.stack([(~(loss.isfinite() & norm.isfinite())).to(step), loss.to(step), norm.to(step), step])
         self._fault = torch.where(self._fault[0] == 0, now, self._fault)
         if self._fetches_at_once:
             self._look()
-        else:  # as torch.amp.GradScaler tells it
+        else:  # the interface that torch.amp.GradScaler uses
             self.optimizer.found_inf = self._fault[0].float()  # type: ignore[attr-defined]
 
     def _look(self) -> None:
@@ -196,7 +197,7 @@ class RunTrainer:
             self.cause = f"the gradient's norm became {norm}" if math.isfinite(loss) else f"the loss became {loss}"
 
     def settle(self) -> None:
-        """Fetch the losses of the steps since the last time, and learn whether one of them was not finite."""
+        """Fetch the losses of the steps since the last call, and note a fault if one of them was not finite."""
         if not self._unsettled:
             return
         if self.cause is None:
@@ -212,7 +213,7 @@ class RunTrainer:
         self._unsettled, self._kl = 0, []
 
     def end_epoch(self) -> None:
-        """Add the epoch's means to the run's metrics."""
+        """Append the epoch's means to the run's metrics."""
         self.settle()
         if self.cause is not None:
             return
@@ -228,16 +229,16 @@ class RunTrainer:
 
     @property
     def outcome(self) -> ViT:
-        """What is tested and stored: the student, or the average of its weights."""
+        """The network that is tested and stored: the student, or the moving average of its weights."""
         return self.student if self._ema is None else self._ema.module
 
     def subject(self) -> evaluation.Predictor:
-        """What came out as something that can be evaluated."""
+        """Return the trained network as a subject to evaluate."""
         return evaluation.Predictor(self.outcome, self.spec.transfer, self.teacher, self.averages)
 
 
 def drop_path(rate: float, depth: int, seed: int, step: int, samples: np.ndarray) -> Tensor | None:
-    """Drop-path factors [depth, 2, B, 1, 1] (attention and MLP branch of each block): 0, or 1 / (1 - rate).
+    """Return drop-path factors [depth, 2, B, 1, 1] (attention and MLP branch of each block): 0 or 1 / (1 - rate).
 
     The rate rises linearly from 0 at the first block (Huang et al. 2016; timm's rule). Each factor depends on seed,
     step, layer and sample alone.
@@ -251,7 +252,7 @@ def drop_path(rate: float, depth: int, seed: int, step: int, samples: np.ndarray
 
 
 def classification_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Cross-entropy with label smoothing; for mixed images, of both labels by their shares (Zhang et al. 2018)."""
+    """Return cross-entropy with label smoothing; for mixed images, weighted over both labels (Zhang et al. 2018)."""
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
     if batch.partner_labels is None:
         return loss
@@ -259,16 +260,17 @@ def classification_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tenso
 
 
 def _optimizer(student: ViT, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    no_decay = student.no_weight_decay() | {"reg_token"}  # older versions of timm forget it
+    no_decay = student.no_weight_decay() | {"reg_token"}  # older versions of timm omit it
     groups = param_groups_weight_decay(student, recipe.weight_decay, no_weight_decay_list=tuple(no_decay))
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=device.type in ("cpu", "cuda"))
 
 
 def _average(student: ViT, decay: float) -> ModelEmaV3:
-    """A copy of the student that will hold the average of its weights: made before blocks are compiled.
+    """Return a copy of the student that will hold the moving average of its weights; call before compiling its blocks.
 
-    No warm-up of the decay, which would be one more number in the meaning of a run. ``exclude_buffers``: parameter by
-    parameter. By its state dict our ViT's q, k and v would stay as they are: there they are fused into new tensors.
+    Without warm-up of the decay, which would be one more hyperparameter that defines a run. ``exclude_buffers`` makes
+    timm average parameter by parameter; through the state dict our ViT's q, k and v would never be updated, since it
+    fuses them into new tensors.
     """
     average = ModelEmaV3(student, decay=decay, exclude_buffers=True)
     average.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The one place where q, k and v meet: the attention module that students train with."""
+"""The student's attention module, the one place where q, k and v meet."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from atdiag.transfer.ops import QK, Map
 
 @cache
 def indices(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """The indices [h] of some heads on a device, made once: a copy to a GPU at each step would be waited for."""
+    """Return the indices [h] of some heads on a device; cached, since a copy to a GPU at each step would block."""
     return torch.tensor(heads, dtype=torch.long, device=device)
 
 
 class Heads(NamedTuple):
-    """A part of a block's heads as indices: the part, all others, and the order that puts both together again."""
+    """A subset of a block's heads as indices: the subset, its complement, and the order that restores all heads."""
 
     part: Tensor
     rest: Tensor
@@ -31,7 +31,7 @@ class Heads(NamedTuple):
 
 @cache
 def split_heads(part: tuple[int, ...], total: int, device: torch.device) -> Heads:
-    """Some heads of ``total``, on a device."""
+    """Return some heads of ``total`` as indices on a device."""
     rest = tuple(head for head in range(total) if head not in part)
     both = (*part, *rest)
     order = tuple(both.index(head) for head in range(total))
@@ -39,9 +39,9 @@ def split_heads(part: tuple[int, ...], total: int, device: torch.device) -> Head
 
 
 class AttentionOverride(NamedTuple):
-    """What a block takes from a teacher in place of its own.
+    """A teacher's tensor that a block uses in place of its own.
 
-    value: a map, or the queries, keys or values [B, h, N, d]; of some ``heads`` or of all (None).
+    value: a map, or queries, keys or values [B, h, N, d]; for some ``heads`` or for all (None).
     """
 
     tensor: Literal["map", "q", "k", "v"]
@@ -50,16 +50,16 @@ class AttentionOverride(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention that can be given the map it uses, and can hand out its own.
+    """Multi-head self-attention whose map, q, k or v can be overridden, and which can return what it used.
 
-    The same function as ``timm.layers.Attention`` and, in a state dict, the same keys (``qkv.weight``, ``qkv.bias``,
-    ``proj.*``); where a component has taken the bias of k away, those of timm's BEiT (``q_bias``, ``v_bias`` and no
-    ``qkv.bias``). In memory q, k and v are separate parameters: under copy the student computes no q, k at all, and
-    what is not computed gets no gradient, no weight decay and no optimiser state, which slices of a fused tensor can't
-    do.
+    Computes the same function as ``timm.layers.Attention`` with the same state-dict keys (``qkv.weight``, ``qkv.bias``,
+    ``proj.*``), or if a component has removed the bias of k, those of timm's BEiT (``q_bias``, ``v_bias``, no
+    ``qkv.bias``). In memory q, k and v are separate parameters: under copy the student computes no q and k at all, and
+    their parameters get no gradient, no weight decay and no optimiser state, which is impossible for slices of a fused
+    tensor.
 
-    What is given of some heads alone leaves the others' rows in the same parameters: those of the given heads then
-    influence nothing, get zero gradients, and decay like any weight.
+    An override of some heads leaves the other heads' rows in the same parameters: the rows of overridden heads then
+    affect nothing, get zero gradients, and decay like any weight.
 
     A component acts on the map in two places, each empty until it puts a module there:
 
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         self.register_load_state_dict_pre_hook(_split)  # type: ignore[no-untyped-call]
 
     def unused_parameters(self, tensor: Literal["map", "q", "k", "v"] = "map") -> dict[str, nn.Parameter]:
-        """The parameters that nothing depends on while a tensor of all heads is copied from a teacher, by name."""
+        """Return the parameters, by name, that are unused while a tensor of all heads is copied from a teacher."""
         names = "qk" if tensor == "map" else tensor
         own = {name: p for name, p in self.named_parameters(recurse=False) if name[0] in names}
         for hook, module in self.qk_hooks.items():
@@ -124,7 +124,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor, names: str, heads: Tensor | None = None) -> list[Tensor]:
         """Project tokens [B, N, C] to the named tensors, [B, H, N, d] each, in one matrix product; q and k as hooked.
 
-        heads: indices [h] of those that are computed (None: all).
+        heads: indices [h] of the heads to compute; None: all.
         """
 
         def rows(parameter: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         return x
 
     def _projection_bias(self, names: str, rows: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """The bias of the named projections, zero for one that has none; None if none of them has one."""
+        """Return the bias of the named projections, zero where one has none; None if none of them has one."""
         parts: dict[str, Tensor | None] = {n: getattr(self, f"{n}_bias") for n in names}
         some = next((part for part in parts.values() if part is not None), None)
         if some is None:
@@ -158,19 +158,20 @@ class Attention(nn.Module):
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
     def peek(self, x: Tensor, values: bool = False) -> AttentionRecord:
-        """The map for tokens [B, N, C], and the values if wanted, without computing what comes of them."""
-        # q, k alone: a teacher's last needed block stops here, and gets the same bits wherever it stops.
+        """Return the map for tokens [B, N, C], and the values if requested, without computing the output."""
+        # Project q and k alone: a teacher's last needed block stops here, with the same bits wherever it stops.
         q, k, *v = self._heads(x, "qkv" if values else "qk")
         return AttentionRecord(QK(q, k, self.scale, self._bias()), *v)
 
     def forward(self, x: Tensor, given: AttentionOverride | None = None) -> Tensor:
-        """Tokens [B, N, C] -> [B, N, C]. given: what is used instead of the module's own, which is not computed."""
+        """Map tokens [B, N, C] to [B, N, C]. given: override of the module's own tensor, which is then not computed."""
         return self.see(x, given)[0]
 
     def see(self, x: Tensor, given: AttentionOverride | None = None) -> tuple[Tensor, AttentionRecord]:
-        """As :meth:`forward`, and what was used on the way.
+        """Run :meth:`forward`, and also return the map and values that were used.
 
-        Where a map is given to some heads alone, there is no one map by q and k: the others' own is handed out.
+        If only some heads get a given map, no single q and k define the result; the module's own map is returned for
+        the rest.
         """
         if given is not None and given.tensor == "map":
             (v,) = self._heads(x, "v")
@@ -183,7 +184,7 @@ class Attention(nn.Module):
         return mixed, AttentionRecord(used, v)
 
     def _under(self, x: Tensor, given: AttentionOverride, v: Tensor) -> tuple[Map, Tensor]:
-        """The values under a given map."""
+        """Return the map in use and the attention output under a given map."""
         assert not isinstance(given.value, Tensor)
         if given.heads is None:
             return given.value, ops.attend(given.value, v)
@@ -195,7 +196,7 @@ class Attention(nn.Module):
         return own, out[:, order]
 
     def _tensors(self, x: Tensor, given: AttentionOverride | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, one of which may be given."""
+        """Return q, k and v, one of which may be given."""
         if given is None:
             q, k, v = self._heads(x, "qkv")
             return q, k, v
@@ -212,7 +213,7 @@ class Attention(nn.Module):
 
 
 def _fuse(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Separate q, k, v parameters -> timm's fused ``qkv``, in a state dict that is being saved."""
+    """Merge q, k, v parameters into timm's fused ``qkv``, in a state dict being saved."""
     for kind in ("weight", "bias"):
         keys = [f"{prefix}{n}_{kind}" for n in "qkv"]
         if all(key in state for key in keys):  # without a bias of k, q's and v's keep their names, as in timm's BEiT
@@ -220,7 +221,7 @@ def _fuse(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
 
 
 def _split(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """timm's fused ``qkv`` -> separate parameters, in a state dict that is being loaded."""
+    """Split timm's fused ``qkv`` into separate parameters, in a state dict being loaded."""
     for kind in ("weight", "bias"):
         if (fused := state.pop(f"{prefix}qkv.{kind}", None)) is not None:
             for name, part in zip("qkv", fused.chunk(3), strict=True):

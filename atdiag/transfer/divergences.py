@@ -1,15 +1,15 @@
 """Divergences between two attention maps, with exact gradients and no N x N tensor stored.
 
-Each takes a teacher's map and a student's and gives a scalar in float32 or better: the sum over keys, mean over images,
+Each maps a teacher's map and a student's to a scalar in float32 or better: the sum over keys, mean over images,
 heads and queries. Gradients reach the student's q, k and bias; none reaches the teacher.
 
-The upstream gradient of a scalar is one number, so each loss computes its gradients *while it computes its value* and
-keeps only them: [B, H, N, d] twice, and [H, N, N] for a bias. Nothing is computed again in the backward pass, and one
-autograd function serves all losses. There are two ways to a loss (:func:`prefers_blocks` chooses):
+Since the upstream gradient of a scalar is one number, each loss computes its gradients *along with its value* and
+keeps only them: [B, H, N, d] twice, and [H, N, N] for a bias. The backward pass recomputes nothing, and one
+autograd function serves all losses. There are two implementations (:func:`prefers_blocks` chooses):
 
-*blocks*: maps are formed for a few queries at a time. Any loss, any map.
-*fused*: scaled dot-product attention (SDPA) is the primitive, and no part of a map is ever seen. Cross-entropy, KL and
-squared error, where the teacher's map is a :class:`QK` and the student has no bias: that one's gradient, and the mean
+*blocks*: forms maps for a few queries at a time. Any loss, any map.
+*fused*: builds on scaled dot-product attention (SDPA) and never forms any part of a map. Cross-entropy, KL and
+squared error only, if the teacher's map is a :class:`QK` and the student has no bias: a bias's gradient, and the mean
 of the bias under the teacher's map, need blocks anyway.
 """
 
@@ -29,7 +29,7 @@ from atdiag.transfer.ops import QK, Averaged, Map, blocks, log_probabilities, lo
 
 
 class _Sums(NamedTuple):
-    """A loss summed over all rows and, where asked for, the gradients of that sum to scale * q, k and bias."""
+    """A loss summed over all rows and, if requested, the gradients of that sum to scale * q, k and bias."""
 
     value: Tensor
     q: Tensor | None = None
@@ -38,59 +38,62 @@ class _Sums(NamedTuple):
 
 
 Term = Callable[[Tensor, Map, bool], tuple[Tensor, Tensor]]
-"""What a loss is on a block: (the student's logits s, the teacher's map, whether gradients are wanted) -> (the loss of
-each row, its gradient to s). Without gradients the second is anything. May overwrite s."""
+"""A loss on one block: (student's logits s, teacher's map, whether gradients are wanted) -> (loss of each row, gradient
+to s). Without gradients the second value is arbitrary. May overwrite s."""
 
 
 def prefers_blocks(device: torch.device) -> bool:
-    """Whether the maps formed block by block are the faster way for a device.
+    """Return whether forming maps block by block is the faster implementation on a device.
 
-    On a CPU they are, at every length (cross-entropy, one core: 1.6 times at 197 tokens, 1.8 at 1,370), and exact to
-    the rounding of the result in bf16 too.
+    On a CPU it is, at every length (cross-entropy, one core: 1.6 times at 197 tokens, 1.8 at 1,370), and it is exact to
+    the rounding of the result, in bf16 too.
     """
     return device.type == "cpu"
 
 
 def cross_entropy(teacher: Map, student: QK, fused: bool | None = None) -> Tensor:
-    """``-sum_k p_t log p_s`` in nats (Li et al. 2024, section 3.2)."""
+    """Return ``-sum_k p_t log p_s`` in nats (Li et al. 2024, section 3.2)."""
     return _loss(
         teacher, student, _fused_cross_entropy if _fuses(teacher, student, fused) else partial(_in_blocks, _ce_term)
     )
 
 
 def kl(teacher: Map, student: QK, fused: bool | None = None) -> Tensor:
-    """``sum_k p_t log(p_t / p_s)`` in nats: cross-entropy less the teacher's entropy, with the same gradients."""
+    """Return ``sum_k p_t log(p_t / p_s)`` in nats: cross-entropy minus the teacher's entropy, with equal gradients."""
     return _loss(teacher, student, _fused_kl if _fuses(teacher, student, fused) else partial(_in_blocks, _kl_term))
 
 
 def mse(teacher: Map, student: QK, fused: bool | None = None) -> Tensor:
-    """``sum_k (p_s - p_t)^2``. Where maps nearly agree the fused way cancels: its error is absolute, some 1e-6."""
+    """Return ``sum_k (p_s - p_t)^2``.
+
+    The fused implementation cancels where maps nearly agree: its error is absolute, about 1e-6.
+    """
     return _loss(teacher, student, _fused_mse if _fuses(teacher, student, fused) else partial(_in_blocks, _mse_term))
 
 
 def jsd(teacher: Map, student: QK) -> Tensor:
-    """The Jensen-Shannon divergence of the rows, in bits: from 0 (equal) to 1 (nothing in common)."""
+    """Return the Jensen-Shannon divergence of the rows in bits, from 0 (equal) to 1 (disjoint)."""
     return _loss(teacher, student, partial(_in_blocks, _jsd_term))
 
 
 def l1(teacher: Map, student: QK) -> Tensor:
-    """``sum_k |p_s - p_t|``, twice the total variation: from 0 to 2."""
+    """Return ``sum_k |p_s - p_t|``, twice the total variation distance, from 0 to 2."""
     return _loss(teacher, student, partial(_in_blocks, _l1_term))
 
 
 def logits_mse(teacher: Map, student: QK) -> Tensor:
-    """The mean over keys of ``(s - t)^2``, each row of logits less its mean, which changes no probability."""
+    """Return the mean over keys of ``(s - t)^2``, with each row of logits centred, which changes no probability."""
     if isinstance(teacher, Averaged):
         raise TypeError("an averaged map has no logits to compare: choose cross-entropy, mse, jsd or l1")
-    # What forming the logits costs grows with N^2 d, the other way with N d^2.
+    # Forming the logits costs N^2 d, the Gram matrices N d^2.
     short = prefers_blocks(student.q.device) and student.q.shape[-2] <= 3 * student.q.shape[-1]
     return _loss(teacher, student, partial(_in_blocks, _logits_mse_term) if short else _gram_logits_mse)
 
 
 def entropy(map: Map) -> Tensor:
-    """Mean entropy of a map's rows in nats: the least value that cross-entropy to it can take. A scalar.
+    """Return the mean entropy of a map's rows in nats, a scalar: the minimum of cross-entropy to that map.
 
-    Of a map that requires a gradient the whole is formed; of any other, one block at a time.
+    Forms the whole map if it requires a gradient, else one block at a time.
     """
     trained = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in map)
     if isinstance(map, QK) and not trained:
@@ -101,7 +104,7 @@ def entropy(map: Map) -> Tensor:
 
 
 def _fuses(teacher: Map, student: QK, fused: bool | None) -> bool:
-    """Whether SDPA is used: where it is asked for, or by the rule, and can be."""
+    """Return whether to use SDPA: as requested or by the rule, and only where possible."""
     wanted = not prefers_blocks(student.q.device) if fused is None else fused
     return wanted and isinstance(teacher, QK) and student.bias is None
 
@@ -128,7 +131,7 @@ def _check(teacher: Map, student: QK) -> None:
 
 
 class _Loss(torch.autograd.Function):
-    """A scalar that knows its gradients."""
+    """A scalar whose gradients were computed along with its value."""
 
     @staticmethod
     def forward(
@@ -146,7 +149,7 @@ class _Loss(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             value, *grads = sums(teacher, student, wanted)
         ctx.scale, ctx.rows = scale, (rows := q.shape[:-1].numel())
-        # In the inputs' type: of the sum over rows, as the mean's gradients may be too small for float16.
+        # Keep the gradients of the sum over rows, in the inputs' type: those of the mean may be too small for float16.
         kept = (g if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, (q, k, bias), strict=True))
         ctx.save_for_backward(*kept)
         return (value / rows).to(torch.promote_types(q.dtype, torch.float32))
@@ -161,7 +164,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _in_blocks(term: Term, teacher: Map, student: QK, wanted: bool) -> _Sums:
-    """A loss and its gradients by way of maps that are formed for a few queries at a time."""
+    """Compute a loss and its gradients from maps that are formed for a few queries at a time."""
     student, teacher = student.widened(), teacher.widened()
     q, k, bias = student.q, student.k, student.bias
     value = _zero(q)
@@ -212,7 +215,10 @@ def _l1_term(s: Tensor, teacher: Map, wanted: bool) -> tuple[Tensor, Tensor]:
 
 
 def _jsd_term(s: Tensor, teacher: Map, wanted: bool) -> tuple[Tensor, Tensor]:
-    """With m the mean of the maps and x = log p_s - log p_t: ``log p_s/m = log(2 / (1 + e^-x))``, exact near x = 0."""
+    """Compute the JSD of logits from x = log p_s - log p_t: with m the mean map, ``log p_s/m = log(2 / (1 + e^-x))``.
+
+    Exact near x = 0.
+    """
     log_p, log_t = s.log_softmax(-1), log_probabilities(teacher)
     x = log_p - log_t
     common = torch.log1p(torch.expm1(-x.abs()) / 2)  # log p_s/m = min(x, 0) - common, log p_t/m = min(-x, 0) - common
@@ -230,12 +236,12 @@ def _logits_mse_term(s: Tensor, teacher: Map, wanted: bool) -> tuple[Tensor, Ten
 
 
 def _through_softmax(p: Tensor, grad: Tensor) -> Tensor:
-    """The gradient to the logits of a map p, from that to the map."""
+    """Convert the gradient to a map p into the gradient to its logits."""
     return p * (grad - (p * grad).sum(-1, keepdim=True))
 
 
 class _Pulled:
-    """A map of fixed q, k applied to values: the output, the rows' log-sum-exp, and what upstream gives the values."""
+    """A map of fixed q, k applied to values: the output, the rows' log-sum-exp, and the gradient to the values."""
 
     def __init__(self, map: QK, value: Tensor) -> None:
         self.map = map
@@ -246,7 +252,7 @@ class _Pulled:
         self.out = self._out.detach().to(wide)
 
     def logsumexp(self) -> Tensor:
-        """[B, H, N]: the kernel's own, else of logits block by block."""
+        """Return the log-sum-exp [B, H, N]: the kernel's own, else from logits block by block."""
         if (kept := sdpa.logsumexp(self._out)) is not None:
             return kept.detach()
         map = self.map.widened()
@@ -256,19 +262,19 @@ class _Pulled:
         return out
 
     def back(self, upstream: Tensor) -> Tensor:
-        """``P^T upstream`` [B, H, N, e], in float32 or better."""
+        """Return ``P^T upstream`` [B, H, N, e], in float32 or better."""
         upstream = upstream.to(self._out.dtype)
         (grad,) = torch.autograd.grad(self._out, self.value, upstream)
         return grad.to(self.out.dtype)
 
 
 def _fused_cross_entropy(teacher: QK, student: QK, wanted: bool) -> _Sums:
-    """Cross-entropy as ``lse(s) - scale q_s . (P_t k_s)``, with gradient ``p_s - p_t`` to the logits.
+    """Compute cross-entropy as ``lse(s) - scale q_s . (P_t k_s)``, with gradient ``p_s - p_t`` to the logits.
 
-    So ``grad q_s = scale (P_s k_s - P_t k_s)``, and ``grad k_s`` is the difference of what the two attentions give back
-    to their value argument for upstream ``scale q_s``. Keys serve as values without their mean over tokens, since what
-    is common to all keys changes no probability: ``P_s k - P_t k`` is a small difference where the maps nearly agree,
-    which survives bf16 only so.
+    So ``grad q_s = scale (P_s k_s - P_t k_s)``, and ``grad k_s`` is the difference of the gradients that the two
+    attentions return to their value argument for upstream ``scale q_s``. Keys serve as values after subtracting their
+    mean over tokens, which changes no probability: ``P_s k - P_t k`` is a small difference where the maps nearly agree
+    and would otherwise be lost in bf16.
     """
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in student[:2])
     q, mean = q * student.scale, k.mean(-2, keepdim=True)
@@ -286,15 +292,15 @@ def _fused_kl(teacher: QK, student: QK, wanted: bool) -> _Sums:
 
 
 def _fused_mse(teacher: QK, student: QK, wanted: bool) -> _Sums:
-    """Squared error by the log-sum-exps of s, t, 2s, 2t and s + t: ``sum p_s^2 = exp(lse(2s) - 2 lse(s))``, and so on.
+    """Compute squared error from log-sum-exps of s, t, 2s, 2t, s + t: ``sum p_s^2 = exp(lse(2s) - 2 lse(s))`` etc.
 
     s + t are the logits of q and k concatenated along the head width. With a = sum p_s^2 and b = sum p_s p_t, the
-    gradient to the logits is ``2a (P_2s - P_s) - 2b (P_s+t - P_s)``: all attentions again.
+    gradient to the logits is ``2a (P_2s - P_s) - 2b (P_s+t - P_s)``: again attentions.
     """
     wide = torch.promote_types(student.q.dtype, torch.float32)
     q, k = student.q, student.k.to(wide)
     centred = (k - k.mean(-2, keepdim=True)).to(student.k.dtype)
-    # One scale for both: exact, in bf16 too, where they are equal or their ratio is a power of two.
+    # Use one scale for both: exact, in bf16 too, if they are equal or their ratio is a power of two.
     other = teacher.q * (teacher.scale / student.scale)
     both = QK(torch.cat([q, other], -1), torch.cat([student.k, teacher.k], -1), student.scale, teacher.bias)
     once, twice, mixed = (_Pulled(map, centred) for map in (student, _doubled(student), both))
@@ -312,15 +318,15 @@ def _fused_mse(teacher: QK, student: QK, wanted: bool) -> _Sums:
 
 
 def _doubled(map: QK) -> QK:
-    """The map of twice the logits."""
+    """Return the map with doubled logits."""
     return QK(map.q, map.k, 2 * map.scale, None if map.bias is None else 2 * map.bias)
 
 
 def _gram_logits_mse(teacher: QK, student: QK, wanted: bool) -> _Sums:
-    """The squared norm of ``X = q k^T + c`` without X: q, k of both, concatenated, and c the difference of the biases.
+    """Compute the squared norm of ``X = q k^T + c`` without X: q, k of both concatenated, c their biases' difference.
 
-    ``|q k^T|^2 = <q^T q, k^T k>``, products of two matrices of twice the head width; with c the same for all images,
-    ``<q k^T, c> = <q, c k>``. Rows of X are centred by centring k and c over keys, and so are the gradients.
+    ``|q k^T|^2 = <q^T q, k^T k>`` needs products of two matrices of twice the head width; with c the same for all
+    images, ``<q k^T, c> = <q, c k>``. Rows of X are centred by centring k and c over keys, and so are the gradients.
     """
     (q, k, c), width = _difference(teacher, student), student.q.shape[-1]
     k = k - k.mean(-2, keepdim=True)
@@ -347,7 +353,7 @@ def _gram_logits_mse(teacher: QK, student: QK, wanted: bool) -> _Sums:
 
 
 def _difference(teacher: QK, student: QK) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q, k, bias of the student's logits less the teacher's: head widths concatenated."""
+    """Return q, k, bias of the student's logits minus the teacher's: head widths concatenated."""
     own, theirs = student.widened(), teacher.widened()
     bias = own.bias if theirs.bias is None else -theirs.bias if own.bias is None else own.bias - theirs.bias
     return torch.cat([own.q, -theirs.q], -1), torch.cat([own.k, theirs.k], -1), bias
@@ -364,7 +370,7 @@ def _entropy_sum(map: QK) -> Tensor:
 
 
 def _zero(like: Tensor) -> Tensor:
-    """A sum to begin with: in float64, which MPS lacks."""
+    """Return a zero accumulator, in float64 except on MPS, which lacks it."""
     return torch.zeros((), dtype=torch.float32 if like.device.type == "mps" else torch.float64, device=like.device)
 
 

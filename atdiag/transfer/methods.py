@@ -1,4 +1,4 @@
-"""The transfer methods: what a student's forward pass takes from its teacher, and what loss it adds."""
+"""The transfer methods: what a student's forward pass takes from its teacher, and which loss it adds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from atdiag.transfer.ops import QK, Map
 
 
 class Learner(Protocol):
-    """A student."""
+    """Interface of a student."""
 
     network: Network
 
@@ -34,20 +34,21 @@ class Learner(Protocol):
 
 
 class Passed(NamedTuple):
-    """A student's training forward."""
+    """Outputs of a student's forward pass in training."""
 
     logits: Tensor
     """[B, classes]."""
     loss: Tensor | None
-    """The weighted transfer loss, a scalar; None where the transfer has no loss."""
+    """The weighted transfer loss, a scalar; None if the transfer has no loss."""
 
 
 def forward(
     student: Learner, transfer: Transfer, images: Tensor, teacher: Observation, keep: Tensor | None = None
 ) -> Passed:
-    """A student's training forward.
+    """Run a student's forward pass in training.
 
-    teacher: what :func:`observation.of_teacher` asks for, on the student's tokens. keep: drop-path factors.
+    teacher: its observation for the request of :func:`observation.of_teacher`, on the student's tokens. keep: drop-path
+    factors.
     """
     wanted = observation.of_student(transfer) | CaptureRequest(logits=True)
     own = student.observe(images, wanted, given(transfer, teacher, student.network, images.device), keep)
@@ -59,7 +60,7 @@ def forward(
 
 
 def forward_test(student: Learner, transfer: Transfer, images: Tensor, teacher: Observation) -> Tensor:
-    """A student's logits [B, classes] at test time: one that copies needs its teacher, any other does not."""
+    """Return a student's logits [B, classes] at test time; only a copy-student needs its teacher."""
     logits = student.observe(
         images, CaptureRequest(logits=True), given(transfer, teacher, student.network, images.device)
     ).logits
@@ -68,15 +69,15 @@ def forward_test(student: Learner, transfer: Transfer, images: Tensor, teacher: 
 
 
 def needs_teacher_at_test(transfer: Transfer) -> bool:
-    """Whether the trained student works only together with its teacher."""
+    """Return whether the trained student works only together with its teacher."""
     return transfer.method == "copy"
 
 
 def excess(transfer: Transfer, teacher: Observation, ce: Tensor) -> Tensor:
-    """The Kullback-Leibler divergence behind a weighted cross-entropy loss: mean over the layers, in nats.
+    """Return the KL divergence behind a weighted cross-entropy loss: mean over layers, in nats.
 
-    It differs from cross-entropy by the teacher's entropy, so it has the same gradient: it is a number to report, zero
-    where the student's maps are the teacher's.
+    It is cross-entropy minus the teacher's entropy, with the same gradient: a number to report, zero where the
+    student's maps equal the teacher's.
     """
     assert transfer.weight is not None
     maps = _maps(transfer, teacher)
@@ -87,9 +88,9 @@ def excess(transfer: Transfer, teacher: Observation, ce: Tensor) -> Tensor:
 def given(
     transfer: Transfer, teacher: Observation, student: Network, device: torch.device
 ) -> dict[int, AttentionOverride] | None:
-    """What a copying student's blocks are given; None for any other student.
+    """Return the overrides of a copy-student's blocks; None for any other student.
 
-    teacher: what :func:`observation.of_teacher` asks for, on the student's tokens.
+    teacher: its observation for the request of :func:`observation.of_teacher`, on the student's tokens.
     """
     if transfer.method != "copy":
         return None
@@ -104,7 +105,7 @@ def given(
 
 
 def _losses(transfer: Transfer, teacher: Observation, own: Observation) -> list[Tensor]:
-    """The transfer loss of each layer (of the network's output, for logits), before the weight."""
+    """Return the unweighted transfer loss of each layer (for logits, of the network's output)."""
     if transfer.method == "logits":
         assert own.logits is not None and teacher.logits is not None and transfer.temperature is not None
         return [hinton(teacher.logits, own.logits, transfer.temperature)]
@@ -121,9 +122,9 @@ def _losses(transfer: Transfer, teacher: Observation, own: Observation) -> list[
 
 
 def hinton(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """``T^2 KL(softmax(teacher / T) || softmax(student / T))`` of logits [B, classes], mean over the batch.
+    """Return ``T^2 KL(softmax(teacher / T) || softmax(student / T))`` for logits [B, classes], mean over the batch.
 
-    Hinton et al. 2015, section 2: the factor keeps the gradient's size whatever the temperature.
+    The factor T^2 makes the size of the gradient independent of the temperature (Hinton et al. 2015, section 2).
     """
     target = (teacher.float() / temperature).log_softmax(-1)
     own = (student.float() / temperature).log_softmax(-1)
@@ -131,18 +132,18 @@ def hinton(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
 
 
 def feature_mse(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean squared difference of residual streams [B, N, C], each token brought to mean 0 and variance 1 over channels.
+    """Return the mean squared difference of residual streams [B, N, C], each token standardised over channels.
 
-    As every block does before it reads the stream. Without that a few tokens of large norm, which DINOv2's and CLIP's
-    teachers have, would be all that the loss sees (whitened as in Wei et al. 2022, Contrastive learning rivals masked
-    image modeling in fine-tuning via feature distillation, section 3).
+    Every block, too, normalises the stream before reading it. Without this, a few tokens of large norm, as in DINOv2
+    and CLIP, would dominate the loss (whitening as in Wei et al. 2022, Contrastive learning rivals masked image
+    modeling in fine-tuning via feature distillation, section 3).
     """
     one, other = (F.layer_norm(x.float(), x.shape[-1:]) for x in (teacher, student))
     return F.mse_loss(other, one)
 
 
 def _maps(transfer: Transfer, teacher: Observation) -> dict[int, Map]:
-    """The student's blocks -> the teacher's map for each, of the chosen heads, averaged if it is to be."""
+    """Return student block -> the teacher's map for it, of the selected heads, averaged if requested."""
     if transfer.average == "examples":
         return {
             layer: teacher.averages[source] for layer, source in zip(transfer.layers, transfer.sources, strict=True)
@@ -157,7 +158,7 @@ def _map(transfer: Transfer, seen: AttentionRecord) -> QK:
 
 
 def _tensor(transfer: Transfer, seen: AttentionRecord) -> Tensor:
-    """q, k or v [B, h, N, d] of the chosen heads."""
+    """Return q, k or v [B, h, N, d] of the selected heads."""
     tensor = seen.v if transfer.tensor == "v" else getattr(seen.qk, transfer.tensor)
     assert isinstance(tensor, Tensor)
     return tensor if transfer.heads is None else tensor[:, indices(transfer.heads, tensor.device)]

@@ -1,4 +1,4 @@
-"""What a network hands out while it runs: maps, values, residual stream, logits; and what is asked of it."""
+"""Capture requests and observations: maps, values, residual streams and logits of a forward pass."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from atdiag.transfer.ops import QK, Averaged, Map
 
 
 class AttentionRecord(NamedTuple):
-    """What a block's attention used for a batch: the map, and the values that it was applied to.
+    """The map that a block's attention used for a batch, and the values it was applied to.
 
-    v: [B, H, N, d], or None where the block was stopped before it computed any.
+    v: [B, H, N, d], or None if the block stopped before computing any.
     """
 
     map: Map
@@ -31,16 +31,16 @@ class AttentionRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """What is asked of a forward pass, by block: a network runs no further than the last of it."""
+    """What to capture in a forward pass, by block; the network runs no further than needed for it."""
 
     maps: frozenset[int] = frozenset()
     values: frozenset[int] = frozenset()
     features: frozenset[int] = frozenset()
-    """Blocks whose output, the residual stream, is wanted."""
+    """Blocks whose output, the residual stream, is requested."""
     logits: bool = False
 
     def __or__(self, other: CaptureRequest) -> CaptureRequest:
-        """What serves both."""
+        """Return the union of two requests."""
         return CaptureRequest(
             self.maps | other.maps,
             self.values | other.values,
@@ -53,26 +53,26 @@ class CaptureRequest:
 
     @property
     def attention(self) -> frozenset[int]:
-        """Blocks of whose attention anything is wanted."""
+        """Blocks of whose attention anything is requested."""
         return self.maps | self.values
 
     @property
     def whole_blocks(self) -> int:
-        """How many blocks must run to their end, if no logits are wanted."""
+        """Number of blocks that must run to their end if no logits are requested."""
         return max([0, *self.attention, *(layer + 1 for layer in self.features)])
 
 
 def of_teacher(transfers: Iterable[Transfer]) -> CaptureRequest:
-    """What these transfers need of a teacher at each step."""
+    """Return the request that these transfers make to a teacher at each step."""
     wanted = CaptureRequest()
     for transfer in transfers:
-        if transfer.average != "examples":  # which is one map for all images, made beforehand
+        if transfer.average != "examples":  # an average over examples is one map for all images, computed in advance
             wanted |= _wanted(transfer, transfer.sources)
     return wanted
 
 
 def of_student(transfer: Transfer) -> CaptureRequest:
-    """What a transfer loss needs of the student, beside its logits."""
+    """Return the request that a transfer loss makes to the student, besides its logits."""
     return _wanted(transfer, transfer.layers) if transfer.method != "copy" else CaptureRequest()
 
 
@@ -87,7 +87,7 @@ def _wanted(transfer: Transfer, layers: tuple[int, ...]) -> CaptureRequest:
 
 @dataclass(frozen=True)
 class Observation:
-    """What was handed out, by block."""
+    """The captured values, by block."""
 
     seen: Mapping[int, AttentionRecord] = field(default_factory=dict)
     features: Mapping[int, Tensor] = field(default_factory=dict)
@@ -95,10 +95,10 @@ class Observation:
     logits: Tensor | None = None
     """[B, classes]."""
     averages: Mapping[int, Averaged] = field(default_factory=dict)
-    """Block -> a teacher's map averaged over examples: the same for every batch, so made once and not by a pass."""
+    """Block -> a teacher's map averaged over examples: the same for every batch, so computed once in advance."""
 
     def select(self, tokens: Tensor) -> Observation:
-        """As seen by a network that has only some of the tokens (indices [M]); ``averages`` are of those already."""
+        """Restrict the observation to the tokens [M] that a network has; ``averages`` are restricted already."""
         return Observation(
             {
                 i: AttentionRecord(one.qk.select(tokens), None if one.v is None else one.v[:, :, tokens])

@@ -1,8 +1,8 @@
-"""Attention maps without N x N tensors: what defines one, averages of them, and values under one.
+"""Attention maps without N x N tensors: their representation, averages, and application to values.
 
-Shapes: B images, H heads, N tokens, d head width, all of *one* block. A map is not an array [B, H, N, N]: it is named
-by what defines it, :class:`QK`, so that each function may choose how to compute it. Only an average of maps, which no q
-and k define, is a tensor: :class:`Averaged`.
+Shapes: B images, H heads, N tokens, d head width, all of *one* block. A map is represented not by an array [B, H, N, N]
+but by what defines it, :class:`QK`, so that each function may choose how to compute it. Only an average of maps, which
+no q and k define, is a tensor: :class:`Averaged`.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch.autograd.function import once_differentiable
 from atdiag.transfer import sdpa
 
 EXPLICIT_UP_TO_TOKENS = 64
-"""On a CPU :func:`attend` is as fast by the explicit formula as by SDPA for sequences of up to about this length,
-forward alone or with gradients of q, k and v (one core: equal at 65 tokens, 1.3 times slower at 197, 1.7 at 577);"""
+"""Sequence length up to which :func:`attend` is as fast on a CPU by the explicit formula as by SDPA, forward alone or
+with gradients of q, k and v (one core: equal at 65 tokens, explicit 1.3 times slower at 197, 1.7 at 577)."""
 EXPLICIT_IN_PART_UP_TO_TOKENS = 400
-"""and up to this one where SDPA's backward pass is not what is needed: it can't leave out q and k where only the values
-have a gradient (copy: 1.7 times slower than the explicit formula at 197 tokens, equal at 577), and it has none for a
-bias (1.2 times slower at 197, equal from 400)."""
+"""The same limit where SDPA's backward pass is wasteful or missing: it can't skip q and k if only the values have a
+gradient (copy: 1.7 times slower than the explicit formula at 197 tokens, equal at 577), and it has none for a bias (1.2
+times slower at 197, equal from 400)."""
 
 _BLOCK_CPU = 2**18
-"""Elements of a map that are formed at a time where it is formed block by block: on a CPU what each thread's
-core holds in its cache,"""
+"""Elements of a map formed at a time in blockwise computation, for a CPU: what fits in the cache of each thread's
+core."""
 _BLOCK = 2**24
-"""elsewhere what keeps the device busy (64 MiB in float32)."""
+"""The same for other devices: enough to keep them busy (64 MiB in float32)."""
 _ALL = slice(None)
 Block: TypeAlias = tuple[slice, slice, slice]
-"""Images, heads, queries of a map."""
+"""Slices of a map: images, heads, queries."""
 
 
 class QK(NamedTuple):
-    """What defines an attention map: ``softmax(scale * q k^T + bias)`` over keys.
+    """The tensors that define an attention map: ``softmax(scale * q k^T + bias)`` over keys.
 
     q, k: [B, H, N, d]; bias: [H, N, N] (a relative position bias) or None.
     """
@@ -46,27 +46,27 @@ class QK(NamedTuple):
     bias: Tensor | None = None
 
     def select(self, tokens: Tensor) -> QK:
-        """The map on a subset of tokens (indices [M]), as if the others had never been there.
+        """Return the map on a subset of tokens (indices [M]), as if the others had never existed.
 
-        Slicing q, k and bias *before* softmax is exactly the renormalised map: a teacher with registers seen by a
+        Slicing q, k and bias *before* softmax gives exactly the renormalised map: a teacher with registers as seen by a
         student without.
         """
         bias = None if self.bias is None else self.bias[:, tokens][:, :, tokens]
         return QK(self.q[:, :, tokens], self.k[:, :, tokens], self.scale, bias)
 
     def select_heads(self, heads: Tensor) -> QK:
-        """The maps of some heads (indices [h])."""
+        """Return the maps of some heads (indices [h])."""
         return QK(self.q[:, heads], self.k[:, heads], self.scale, None if self.bias is None else self.bias[heads])
 
     def part(self, block: Block) -> QK:
-        """Some images', heads' and queries' map over all keys: q [b, h, r, d], k [b, h, N, d], bias [h, r, N]."""
+        """Return a block of the map over all keys: q [b, h, r, d], k [b, h, N, d], bias [h, r, N]."""
         return QK(self.q[block], self.k[block[:2]], self.scale, None if self.bias is None else self.bias[block[1:]])
 
     def widened(self) -> QK:
-        """The same map defined in float32 or better, with the scale folded into q, and detached.
+        """Return the same map in float32 or better, detached, with the scale folded into q.
 
-        What softmax keeps of a logit is its difference from the others: a large part common to all keys would leave
-        none of that in a number rounded to bf16.
+        Softmax depends on differences between logits: a large offset common to all keys would leave no precision for
+        them in bf16.
         """
         wide = torch.promote_types(self.q.dtype, torch.float32)
         q, k = self.q.detach().to(wide) * self.scale, self.k.detach().to(wide)
@@ -75,21 +75,21 @@ class QK(NamedTuple):
 
 
 class Averaged(NamedTuple):
-    """A map that is itself a tensor: p [B or 1, H or 1, N or 1, N], rows sum to one; a 1 stands for all of its kind."""
+    """A map stored as a tensor p [B or 1, H or 1, N or 1, N], rows sum to one; size 1 means shared along that axis."""
 
     p: Tensor
 
     def select_heads(self, heads: Tensor) -> Averaged:
-        """The maps of some heads (indices [h]); one map for all heads stays what it is."""
+        """Return the maps of some heads (indices [h]); a single map for all heads is returned as it is."""
         return self if self.p.shape[1] == 1 else Averaged(self.p[:, heads])
 
     def part(self, block: Block) -> Averaged:
-        """Some images', heads' and queries' map: p [b or 1, h or 1, r or 1, N]."""
+        """Return a block of the map: p [b or 1, h or 1, r or 1, N]."""
         chosen = tuple(_ALL if n == 1 else part for n, part in zip(self.p.shape[:3], block, strict=True))
         return Averaged(self.p[chosen])
 
     def widened(self) -> Averaged:
-        """The same map in float32 or better, detached."""
+        """Return the same map in float32 or better, detached."""
         return Averaged(self.p.detach().to(torch.promote_types(self.p.dtype, torch.float32)))
 
 
@@ -98,17 +98,17 @@ Over = Literal["queries", "heads", "layers", "examples"]
 
 
 def prefers_explicit(device: torch.device, tokens: int, in_part: bool = False) -> bool:
-    """Whether :func:`attend` is faster by the explicit formula, for a device and a number of tokens.
+    """Return whether :func:`attend` is faster by the explicit formula, for a device and a number of tokens.
 
-    in_part: with gradients, but of the values alone, or of a bias too.
+    in_part: gradients are needed only for the values, or also for a bias.
     """
     return device.type == "cpu" and tokens <= (EXPLICIT_IN_PART_UP_TO_TOKENS if in_part else EXPLICIT_UP_TO_TOKENS)
 
 
 def logits(qk: QK, rows: slice = _ALL) -> Tensor:
-    """The map's logits [B, H, N, N] before softmax, or of some queries only; in float32 or better.
+    """Return the map's logits [B, H, N, N] before softmax, or those of some queries, in float32 or better.
 
-    Also of bf16 tensors and under autocast (why: :meth:`QK.widened`).
+    Even for bf16 tensors and under autocast (reason: :meth:`QK.widened`).
     """
     q, k = (x if x.dtype == torch.float64 else x.float() for x in (qk.q[:, :, rows], qk.k))
     with torch.autocast(q.device.type, enabled=False):
@@ -117,26 +117,26 @@ def logits(qk: QK, rows: slice = _ALL) -> Tensor:
 
 
 def probabilities(map: Map, rows: slice = _ALL) -> Tensor:
-    """The map as a tensor [B, H, N, N] (an averaged one: its own shape), or of some queries only."""
+    """Return the map as a tensor [B, H, N, N] (an averaged one in its own shape), or its rows for some queries."""
     if isinstance(map, Averaged):
         return map.part((_ALL, _ALL, rows)).p
     return logits(map, rows).softmax(-1)
 
 
 def log_probabilities(map: Map) -> Tensor:
-    """The logarithm of :func:`probabilities`; where an averaged map is zero, that of the least positive number."""
+    """Return the logarithm of :func:`probabilities`; zeros of an averaged map count as the smallest positive number."""
     if isinstance(map, Averaged):
         return map.p.clamp_min(torch.finfo(map.p.dtype).tiny).log()
     return logits(map).log_softmax(-1)
 
 
 def blocks(like: Tensor) -> Iterator[Block]:
-    """A map in blocks, for queries ``like`` [B, H, N, d]: some images, or some heads of one, or some queries of a head.
+    """Yield the blocks of a map for queries ``like`` [B, H, N, d]: images, heads of one, or queries of one head.
 
     Long blocks of one head, rather than a few queries of each, keep matrix products efficient.
     """
     batch, heads, tokens = like.shape[:3]
-    # The compiler can't trace the number of threads.
+    # torch.compile can't trace the number of threads.
     threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
     size = _BLOCK_CPU * threads if like.device.type == "cpu" else _BLOCK
     steps = size // (heads * tokens * tokens), size // (tokens * tokens), size // tokens
@@ -153,11 +153,11 @@ def _parts(length: int, step: int) -> list[slice]:
 
 @torch.no_grad()
 def average(maps: Sequence[QK], over: Over) -> list[Averaged]:
-    """The maps of several layers, each averaged before it passes to a student (Li et al. 2024, the averaging ablation).
+    """Return the maps of several layers, each averaged for transfer (Li et al. 2024, the averaging ablation).
 
     ``queries``: one row for all tokens [B, H, 1, N]; ``heads`` [B, 1, N, N]; ``examples``: over the batch [1, H, N, N];
-    ``layers``: over ``maps`` [B, H, N, N], the same for each of them. What an average does not need is never stored:
-    maps are formed block by block. No gradient flows.
+    ``layers``: over ``maps`` [B, H, N, N], the same for each of them. Maps are formed block by block, and nothing is
+    stored that an average does not need. No gradient flows.
     """
     if over == "layers":
         mean = _mean(maps[0], over)
@@ -185,13 +185,13 @@ def _mean(map: QK, over: Over) -> Tensor:
 
 
 def attend(map: Map, v: Tensor, explicit: bool | None = None) -> Tensor:
-    """Apply a map to values [B, H, N, e]: ``softmax(logits) v``, or ``p v`` of an averaged one.
+    """Apply a map to values [B, H, N, e]: ``softmax(logits) v``, or ``p v`` for an averaged one.
 
-    Two paths with the same value and gradients (to q, k, v and bias): *explicit* builds [B, H, N, N]; *fused* is SDPA,
-    which does not. ``explicit=None`` chooses by the rule, :func:`prefers_explicit`.
+    Two implementations with equal values and gradients (to q, k, v and bias): *explicit* builds [B, H, N, N]; *fused*
+    is SDPA, which does not. ``explicit=None`` chooses by :func:`prefers_explicit`.
     """
     if isinstance(map, Averaged):
-        # einsum folds what p has only once into the columns of v; matmul would copy p for every image.
+        # einsum folds p's broadcast axes into the columns of v; matmul would copy p for every image.
         out = torch.einsum("bhqk,bhke->bhqe", map.p.to(v.dtype), v)
         return out.expand(*out.shape[:2], v.shape[2], -1)
     bias_trained = torch.is_grad_enabled() and map.bias is not None and map.bias.requires_grad
@@ -207,9 +207,9 @@ def attend(map: Map, v: Tensor, explicit: bool | None = None) -> Tensor:
 
 
 class _BiasGradient(torch.autograd.Function):
-    """The identity on SDPA's output, which gives the bias its gradient block by block.
+    """Identity on SDPA's output that computes the gradient of the bias block by block.
 
-    SDPA itself gives a mask its gradient only by the formula that stores N x N tensors. With o = P v, the gradient to
+    SDPA itself computes a mask's gradient only by the formula that stores N x N tensors. With o = P v, the gradient to
     the logits is ``P * (do v^T - rowsum(do * o))``, to the bias its sum over images.
     """
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention (SDPA) as a primitive: never its slow formula unseen, and with what its kernels know.
+"""Scaled dot-product attention (SDPA) as a primitive, without silent fallbacks, and with its kernels' by-products.
 
 Shapes: q, k, v are [B, H, N, *]; a bias is [H, N, N].
 """
@@ -18,15 +18,15 @@ _KERNELS = {
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """``softmax(scale * q k^T + bias) v`` by a kernel that stores no map. No gradient reaches the bias.
+    """Compute ``softmax(scale * q k^T + bias) v`` by a kernel that stores no map. No gradient reaches the bias.
 
-    SDPA falls back in silence to a formula with N x N tensors for a mask that requires a gradient, for a mask of three
-    dimensions on a CPU, and where head widths differ: zeros that pad q and k change no product, those that pad v are
-    cut off again. Widths are padded to what CUDA's kernels ask for (multiples of 8), which SDPA would do by itself, but
-    then hide which kernel ran.
+    SDPA silently falls back to a formula with N x N tensors for a mask that requires a gradient, for a
+    three-dimensional mask on a CPU, and for unequal head widths. Hence the padding: zeros appended to q and k change no
+    product, those appended to v are cut off again. Widths are padded to multiples of 8, as CUDA's kernels require; SDPA
+    would pad by itself, but then hide which kernel ran.
     """
     width = max(q.shape[-1], v.shape[-1])
-    width = width if q.device.type in ("cpu", "meta") else -(-width // 8) * 8  # meta: where operations are counted
+    width = width if q.device.type in ("cpu", "meta") else -(-width // 8) * 8  # meta: used to count operations
     q, k, padded = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     mask = None if bias is None else bias.detach().to(q.dtype)[None]
     out = F.scaled_dot_product_attention(q, k, padded, attn_mask=mask, scale=scale)
@@ -34,13 +34,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
 
 
 def kernel(out: Tensor) -> str | None:
-    """The kernel that made ``out``, a result of :func:`attention` that has a gradient; None: no kernel that we know."""
+    """Return the kernel that computed ``out``, a result of :func:`attention` with a gradient; None if unknown."""
     node = _node(out)
     return None if node is None else _KERNELS[node.name()]
 
 
 def logsumexp(out: Tensor) -> Tensor | None:
-    """The rows' log-sum-exp [B, H, N] that the kernel kept for its backward pass; None where it is not to be had.
+    """Return the rows' log-sum-exp [B, H, N] that the kernel saved for its backward pass; None if not available.
 
     ``out`` is a result of :func:`attention` that has a gradient.
     """

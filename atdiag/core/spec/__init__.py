@@ -1,14 +1,14 @@
 """The vocabulary: what a run *is*, as frozen models with a JSON form and a content hash.
 
 The hash names the estimand: two runs with the same hash estimate the same quantity, so the second is never trained.
-Everything that defines the quantity is hashed (weights by their sha256, the precision policy, both seeds); what only
-says how or where it was computed (device, threads, cohort, paths, a teacher's alias) is not.
+Everything that defines the quantity is hashed (weights by their sha256, the precision policy, both seeds); how, where
+and under which name it was computed (device, threads, cohort, paths, a teacher's alias) is not.
 
-Equal conditions have equal specs. Each model brings itself to a canonical form when it is made: ``weight=0`` or no
-layers mean ``method="none"``; a run that neither takes nor starts from a teacher has none. So the baseline is one and
-the same run for every teacher of the same student.
+Equal conditions have equal specs. Each model converts itself to a canonical form on construction: ``weight=0`` or no
+layers mean ``method="none"``; a run that uses no teacher, neither in training nor at initialisation, has none in its
+spec. So the baseline is the same run for every teacher of the same student.
 
-Imports nothing of atdiag, and nothing heavy.
+Imports nothing else of atdiag, and nothing heavy.
 """
 
 from atdiag.core.spec.base import BelowOne as BelowOne

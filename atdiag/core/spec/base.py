@@ -1,4 +1,4 @@
-"""What all models of a spec share: frozen, strict, brought to one canonical form, then checked."""
+"""Base of all spec models: frozen, strict, canonicalised, then checked."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1), AfterValidator(abs)]
-"""From 0 to 1. ``abs`` makes -0.0 the 0.0 that it equals."""
+"""A share from 0 to 1. ``abs`` turns -0.0 into 0.0."""
 BelowOne = Annotated[float, Field(ge=0, lt=1), AfterValidator(abs)]
 NonNegative = Annotated[float, Field(ge=0), AfterValidator(abs)]
 
 
 def sorted_set(values: Iterable[Any]) -> tuple[Any, ...]:
-    """Sort values and drop repeated ones: the canonical form of a field that is a set."""
+    """Sort values and drop duplicates: the canonical form of a field that is a set."""
     return tuple(sorted(set(values)))
 
 
 class Spec(BaseModel):
     """Base of all models: frozen, strict about unknown fields, finite numbers only.
 
-    A model is made in two steps. :meth:`canonical` says which fields change so that equal conditions have equal specs;
-    :meth:`check` then looks at the result and changes nothing.
+    Construction has two steps. :meth:`canonical` returns the fields to change so that equal conditions have equal
+    specs; :meth:`check` then validates the result and changes nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def canonical(self) -> dict[str, Any]:
-        """Return the fields whose canonical value is another one than was given."""
+        """Return the fields whose canonical value differs from the given one."""
         return {}
 
     def check(self) -> None:
-        """Raise ValueError where fields of the canonical form contradict each other."""
+        """Raise ValueError if fields of the canonical form contradict each other."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -1,4 +1,4 @@
-"""The content hash that names a run, and what it leaves out. Imports nothing heavy."""
+"""The content hash that names a run, and the fields it excludes. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 from typing import Any
 
 SEMANTICS = 1
-"""Raised when the *meaning* of a spec changes (a fixed bug in a loss, say). Contrasts refuse to mix semantics."""
+"""Incremented when the *meaning* of a spec changes (for example a fixed bug in a loss). Contrasts refuse to mix
+values."""
 
 NOT_HASHED: frozenset[str] = frozenset({"teacher.name", "teacher.profile"})
-"""Fields that say by which name a thing was asked for, not what it is (a teacher *is* its network and weights)."""
+"""Fields that record the name by which a thing was requested, not what it is (a teacher *is* its network and
+weights)."""
 
 ADDED_FIELDS: dict[str, Any] = {
     "network.differences": [],
@@ -29,14 +31,14 @@ ADDED_FIELDS: dict[str, Any] = {
     "recipe.erase": 0.0,
     "recipe.ema": None,
 }
-"""Fields added since version 1 -> the value under which nothing changed. A spec that holds that value hashes as if the
-field did not exist, so old runs stay finished. Frozen: rows are only ever added, and never edited."""
+"""Fields added since version 1 -> the value under which nothing changed. A spec with that value hashes as if the field
+did not exist, so old runs stay finished. Frozen: only add rows, never edit them."""
 
 
 def content_hash(
     document: dict[str, Any], *, added: dict[str, Any] = ADDED_FIELDS, ignored: frozenset[str] = NOT_HASHED
 ) -> str:
-    """sha256 of the canonical JSON of ``document``, without ``ignored`` fields and ``added`` ones at their old value.
+    """Hash ``document``'s canonical JSON (sha256), without ``ignored`` fields and ``added`` ones at their old value.
 
     Fields are named by dotted paths. Key order and white space do not matter.
 

@@ -1,6 +1,6 @@
-"""The losses that attention maps are compared by: one entry for each, and nothing about it stands anywhere else.
+"""Registry of the losses that compare attention maps: one entry holds everything about a loss.
 
-An entry names its function, which is imported when it is first called, so that a spec is read without torch.
+An entry names its function, which is imported on first use, so that specs can be read without torch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pydantic import AfterValidator
 
 @dataclass(frozen=True)
 class MapLoss:
-    """One way to compare a student's map with its teacher's.
+    """A loss that compares a student's map with its teacher's.
 
     function: ``module:name`` of a function (teacher's map, student's map) -> scalar, the mean over rows.
-    same_gradient_as: the loss that has the same gradient, so that both are one arm and hashed as that; None: itself.
-    of_logits: whether it compares logits, which an averaged map has none of.
+    same_gradient_as: another loss with the same gradient; both are then one arm, hashed under that name. None: no
+    other. of_logits: whether it compares logits, which an averaged map lacks.
     """
 
     name: str
@@ -30,12 +30,12 @@ class MapLoss:
 
     @property
     def canonical(self) -> str:
-        """Name of the loss as which it is hashed."""
+        """Name under which the loss is hashed."""
         return self.same_gradient_as or self.name
 
 
 MAP_LOSSES: dict[str, MapLoss] = {}
-"""All losses by name; the first is the default, that of Li et al. 2024, section 3.2."""
+"""All losses by name; the first, that of Li et al. 2024, section 3.2, is the default."""
 
 _DIVERGENCES = "atdiag.transfer.divergences"
 
@@ -61,7 +61,7 @@ DEFAULT = "ce"
 
 
 def map_loss(name: str) -> MapLoss:
-    """Look up a loss. Raises ValueError, with the known names, for an unknown one."""
+    """Look up a loss. Raises ValueError, listing the known names, for an unknown one."""
     if name not in MAP_LOSSES:
         raise ValueError(f"unknown loss {name!r} (known: {', '.join(MAP_LOSSES)})")
     return MAP_LOSSES[name]
@@ -72,11 +72,11 @@ def _known(name: str) -> str:
 
 
 LossName = Annotated[str, AfterValidator(_known)]
-"""Name of a loss, in a model."""
+"""Field type: the name of a loss."""
 
 
 def distinct() -> tuple[str, ...]:
-    """Names of the losses that differ in their gradients, in order."""
+    """Return the names of the losses that differ in their gradients, in order."""
     return tuple(name for name, loss in MAP_LOSSES.items() if loss.canonical == name)
 
 

@@ -1,4 +1,4 @@
-"""Which network: the architecture of a ViT, and a teacher as an architecture with weights."""
+"""Networks: the architecture of a ViT, and a teacher as an architecture with weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 from atdiag.core.spec.base import Spec, sorted_set
 
 PLAIN_NORM_EPS = 1e-6
-"""Epsilon of the LayerNorms of ViT and DeiT, in their authors' code and in timm."""
+"""LayerNorm epsilon of ViT and DeiT, in their authors' code and in timm."""
 
 
 class Network(Spec):
@@ -23,27 +23,27 @@ class Network(Spec):
     channels: Annotated[int, Field(gt=0, le=2**10)] = 3
     width: Annotated[int, Field(gt=0, le=2**17)]
     depth: Annotated[int, Field(gt=0, le=2**10)]
-    """Bounds like this one are far beyond any ViT: a damaged or malicious file is refused before it is built."""
+    """Upper bounds here are far beyond any ViT: they reject a damaged or malicious file before anything is built."""
     heads: Annotated[int, Field(gt=0, le=2**17)]
     mlp_ratio: Annotated[float, Field(gt=0, le=2**10)] = 4.0
     class_token: bool = True
     classes: Annotated[int, Field(gt=0, le=2**24)]
     norm_eps: Annotated[float, Field(gt=0)] = PLAIN_NORM_EPS
-    """Epsilon of every LayerNorm; the plain ViT's without the component `ln_eps`."""
+    """Epsilon of all LayerNorms; the plain ViT's unless the component `ln_eps` is present."""
     mean: tuple[float, ...] = (0.5,)
-    """Per-channel mean that the network subtracts from pixels in [0, 1] (one value serves all channels)."""
+    """Per-channel mean that the network subtracts from pixels in [0, 1] (a single value applies to all channels)."""
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
     components: Annotated[tuple[str, ...], AfterValidator(sorted_set)] = ()
     layer_scale_init: float | None = None
-    """Initial value of LayerScale's factors; None without the component `layer_scale`."""
+    """Initial value of LayerScale; None without the component `layer_scale`."""
     registers: int = Field(default=0, ge=0, le=2**14)
     """Number of register tokens; 0 without the component `registers`."""
     differences: Annotated[tuple[str, ...], AfterValidator(sorted_set)] = ()
-    """What else tells a published network from the plain ViT and can't be added to a student yet (``rope``): such a
-    network can teach, and no student has it."""
+    """Other departures of a published network from the plain ViT that students can't be given yet (``rope``): such a
+    network can teach, but no student has them."""
 
     def canonical(self) -> dict[str, Any]:
-        """Take the number of a component out with it, and write equal values of all channels once."""
+        """Reset the fields of absent components, and collapse channel values that are all equal."""
         changed: dict[str, Any] = {}
         if "components" in self.model_fields_set:
             without = {"layer_scale_init": None, "registers": 0, "norm_eps": PLAIN_NORM_EPS}
@@ -53,7 +53,7 @@ class Network(Spec):
         return changed | {name: values[:1] for name, values in pixels.items() if len(set(values)) == 1}
 
     def check(self) -> None:
-        """Raise ValueError for sizes that do not fit each other, and for a component without its number."""
+        """Raise ValueError for inconsistent sizes, and for a component without its value."""
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
@@ -75,10 +75,10 @@ class Network(Spec):
                 raise ValueError("mean_pool is the plain way to pool where there is no class token: leave it out")
 
     def student(self, components: tuple[str, ...] = (), classes: int | None = None) -> Network:
-        """The architecture of a student for this teacher: its grid, width, depth, heads and class token.
+        """Return the architecture of a student for this teacher: its grid, width, depth, heads and class token.
 
-        ``components`` are the native components that the student is given: none for the standard student, all of the
-        teacher's for the native one. Raises ValueError for one that the teacher lacks.
+        components: native components of the student: none for the standard student, all of the teacher's for the native
+        one. Raises ValueError for one that the teacher lacks.
         """
         if foreign := [name for name in components if name not in self.components]:
             have = ", ".join(self.components) or "none"
@@ -103,16 +103,16 @@ class Network(Spec):
 
     @property
     def parameters(self) -> int:
-        """About how many parameters it has, biases and norms left out: enough to tell what can't be built."""
+        """Approximate number of parameters, without biases and norms: enough to reject a network too large to build."""
         c, n = self.width, self.tokens
-        maps = n * n if "rel_pos_bias" in self.components else 0  # its table of indices
+        maps = n * n if "rel_pos_bias" in self.components else 0  # the table of indices
         block = int((4 + 3 * self.mlp_ratio) * c * c)  # a gated MLP has three matrices
         return self.depth * (block + maps) + c * (n + self.classes + self.channels * self.patch_size**2)
 
     def tokens_shared_with(self, other: Network) -> tuple[int, ...] | None:
-        """Indices of this network's tokens that a network with fewer registers also has; None if all.
+        """Return the indices of this network's tokens that a network with fewer registers also has; None if all.
 
-        Raises ValueError where the two differ in more than their registers.
+        Raises ValueError if the two differ in more than their registers.
         """
         if (self.grid, self.class_token) != (other.grid, other.class_token) or self.registers < other.registers:
             raise ValueError(f"the tokens of two networks do not line up: {self.tokens} and {other.tokens}")
@@ -123,12 +123,12 @@ class Network(Spec):
 
 
 class Teacher(Spec):
-    """A frozen pre-trained ViT: which network with which weights."""
+    """A frozen pre-trained ViT: a network with its weights."""
 
     name: str
-    """What the user calls it, such as ``clip_b``."""
+    """Name given by the user, such as ``clip_b``."""
     profile: str
-    """The profile whose weights are meant: ``clip_b`` at mini is not CLIP."""
+    """Profile of the weights: ``clip_b`` at mini is not CLIP."""
     network: Network
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     """Of the weight file; None in a plan for weights that are not on this machine, which nothing trains with."""
@@ -142,7 +142,7 @@ class Teacher(Spec):
 
     @property
     def label(self) -> str:
-        """How it is shown: ``clip_b (mini)``, its plain name at paper scale, ``deit_s (own file)``."""
+        """Display name: ``clip_b (mini)``, the plain name at paper scale, ``deit_s (own file)``."""
         name, at, _ = self.name.partition("@")
         if at:
             return f"{name} (own file{', average' if self.branch == 'ema' else ''})"

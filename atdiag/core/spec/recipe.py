@@ -1,4 +1,4 @@
-"""How a run is optimised, and the seeds of all that is random in it."""
+"""Optimisation of a run, and its seeds."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from atdiag.core.spec.base import BelowOne, NonNegative, Positive, Share, Spec
 
 
 class Recipe(Spec):
-    """How a run is optimised: AdamW, cosine schedule with linear warm-up, as in DeiT (Touvron et al. 2021)."""
+    """Optimisation of a run: AdamW, cosine schedule with linear warm-up, as in DeiT (Touvron et al. 2021)."""
 
     epochs: int = Field(ge=0)
-    """0: not trained at all, only evaluated (a teacher as it is)."""
+    """0: evaluated without training (a teacher as it is)."""
     batch_size: Positive = 64
     optimizer: Literal["adamw"] = "adamw"
     lr: NonNegative = 1e-3
     min_lr: NonNegative = 1e-5
     warmup_epochs: NonNegative = 1.0
     weight_decay: NonNegative = 0.05
-    """Of weight matrices, an attention pool's query and relative position biases; other biases, norms, LayerScale,
+    """For weight matrices, an attention pool's query and relative position biases; other biases, norms, LayerScale,
     tokens and position embeddings have none (as in timm's ``VisionTransformer``)."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     clip_grad: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of the whole gradient; null for no clipping."""
+    """Maximum norm of the whole gradient; null disables clipping."""
     label_smoothing: Share = 0.0
     drop_path: BelowOne = 0.0
     """Stochastic depth rate of the last block, rising linearly from 0 at the first."""
     mixup: NonNegative = 0.0
     """Alpha of Mixup (0: off)."""
     cutmix: NonNegative = 0.0
-    """Alpha of CutMix (0: off). With both on, each batch takes either with equal chance, as in timm."""
+    """Alpha of CutMix (0: off). If both are on, each batch uses one of them with equal chance, as in timm."""
     rand_augment: str | None = None
     """timm's RandAugment configuration, such as ``rand-m9-mstd0.5-inc1``."""
     crop: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Random resized crop: the least share of the image's area that a crop keeps (0.08 in DeiT). None: the middle, as a
-    test sees it."""
+    """Random resized crop: minimum share of the image's area (0.08 in DeiT). None: the central crop, as at test
+    time."""
     flip: bool = False
-    """Mirror images left to right with chance one half."""
+    """Random horizontal flip with probability 1/2."""
     erase: Share = 0.0
-    """Chance that a random rectangle of an image is erased (0.25 in DeiT; Zhong et al. 2020)."""
+    """Probability of random erasing (0.25 in DeiT; Zhong et al. 2020)."""
     ema: BelowOne | None = None
-    """Decay per step of an exponential moving average of the weights, such as 0.9999 (MAE's recipe from scratch):
-    ``average = ema * average + (1 - ema) * weights`` after every update, from the initial weights on. The run trains as
-    it would without; what is tested and stored is the average. None: the weights themselves, as is 0."""
+    """Decay per step of an exponential moving average (EMA) of the weights, such as 0.9999 (MAE's recipe from scratch):
+    ``average = ema * average + (1 - ema) * weights`` after every update, starting from the initial weights. It does not
+    change the training; the average is what is tested and stored. None, or 0: the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: automatic mixed precision, weights and optimiser in float32."""
+    """bfloat16: automatic mixed precision, with weights and optimiser in float32."""
 
     def canonical(self) -> dict[str, Any]:
-        """Call an average that forgets everything what it is: the weights."""
+        """Replace a decay of 0, whose average equals the weights, by None."""
         return {"ema": self.ema or None}
 
 
 class Seed(Spec):
-    """A run's seed is a pair: ``data`` (subset, order, augmentation) and ``model`` (initialisation, drop path)."""
+    """A run's pair of seeds: ``data`` (subset, order, augmentation) and ``model`` (initialisation, drop path)."""
 
     data: int = Field(ge=0)
     model: int = Field(ge=0)

@@ -38,11 +38,11 @@ class RunSpec(Spec):
         return changed
 
     def _folds(self, teacher: Network) -> bool:
-        """Whether the teacher has a LayerScale that the student has no place for."""
+        """Return whether the teacher has a LayerScale for which the student has no counterpart."""
         return "layer_scale" in teacher.components and "layer_scale" not in self.network.components
 
     def check(self) -> None:
-        """Raise ValueError where student and teacher do not fit what passes between them."""
+        """Raise ValueError if student and teacher do not fit the transfer or the initialisation."""
         needs = self.transfer.method != "none" or self.init.source == "teacher"
         if needs and self.teacher is None:
             raise ValueError("a transfer, or a start from a teacher, needs a teacher")
@@ -111,7 +111,7 @@ class RunSpec(Spec):
             )
 
     def _content(self) -> dict[str, Any]:
-        """What is hashed. A folder of one's own is what its fingerprint says, wherever it lies, in tars or not."""
+        """Return the content to hash. A user's folder counts by its fingerprint, wherever it is, in tars or not."""
         document = self.model_dump(mode="json")
         if self.data.name.startswith(("folder:", "timm:")) and self.data.fingerprint:
             document["data"]["name"] = "folder:"
@@ -119,7 +119,7 @@ class RunSpec(Spec):
 
     @property
     def id(self) -> str:
-        """The run's name: 16 hexadecimal digits of the content hash."""
+        """The run's id: the first 16 hexadecimal digits of the content hash."""
         return content_hash(self._content())[:16]
 
     @property

@@ -1,4 +1,4 @@
-"""How a student starts, and what passes from its teacher during training."""
+"""Initialisation of a student, and what its teacher transfers during training."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ BlockModule = Literal["attn", "mlp"]
 
 
 class Init(Spec):
-    """How a student starts: from scratch, or from its teacher's weights with some modules re-initialised."""
+    """Initialisation of a student: from scratch, or from its teacher's weights with some modules re-initialised."""
 
     source: Literal["scratch", "teacher"] = "scratch"
     reinit: Annotated[tuple[BlockModule, ...], AfterValidator(sorted_set)] = ()
-    """Modules of every block that are drawn afresh although the rest starts from the teacher."""
+    """Modules re-initialised in every block although the rest starts from the teacher."""
     head: bool = False
-    """Also take the teacher's classifier head (a student starts with a fresh head otherwise)."""
+    """Whether to copy the teacher's classifier head, too (otherwise it is random)."""
     head_rows: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """With ``head``: which of the teacher's classes the student's classes are, in order (a data set of ten ImageNet
-    classes). Empty: the same classes."""
+    """With ``head``: the teacher's class for each of the student's, in order (for a data set of ten ImageNet classes).
+    Empty: the same classes."""
     layer_scale: Literal["fold", "drop"] = "fold"
-    """What becomes of a teacher's LayerScale in a student without it: multiplied into the projection that follows
-    (exact), or dropped."""
+    """Treatment of a teacher's LayerScale in a student without it: fold it into the projection that follows (exact), or
+    drop it."""
 
     def canonical(self) -> dict[str, Any]:
-        """Drop what does not apply: all of it from scratch, the rows of a head that is not taken."""
+        """Drop fields that do not apply: all of them from scratch, head rows if the head is not copied."""
         if self.source == "scratch":
             return {"reinit": (), "head": False, "head_rows": (), "layer_scale": "fold"}
         return {} if self.head else {"head_rows": ()}
@@ -44,39 +44,39 @@ _METHODS_TEXT = {
 
 
 class Transfer(Spec):
-    """What passes from the teacher to the student during training.
+    """What the teacher transfers to the student during training.
 
     ``copy``: the teacher's map replaces the student's (Li et al. 2024, section 3.1). ``distill``: a loss pulls the
-    student's map to the teacher's (section 3.2). ``none``: nothing. Beside them, as comparisons that pass no attention:
-    ``logits``, distillation of the class probabilities (Hinton et al. 2015), and ``features``, of the residual stream.
+    student's map to the teacher's (section 3.2). ``none``: nothing. For comparison, without attention: ``logits``
+    distils the class probabilities (Hinton et al. 2015), ``features`` the residual stream.
     """
 
     method: TransferMethod = "none"
     layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """The student's blocks, counted from 0 at the input."""
     teacher_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """The teacher's block for each of ``layers``; empty: the same ones."""
+    """The teacher's block for each of ``layers``; empty: the same blocks."""
     tensor: Literal["map", "q", "k", "v"] = "map"
-    """What of a block's attention passes: the map, or its queries, keys or values alone."""
+    """Which tensor of a block's attention is transferred: the map, or its queries, keys or values alone."""
     heads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(sorted_set)] | None = None
-    """Which heads; None: all."""
+    """Heads; None: all."""
     average: Literal["examples", "queries", "heads", "layers"] | None = None
-    """What the teacher's map is averaged over before it passes (of layers and heads: the chosen ones): what is lost
-    shows what mattered."""
+    """Dimension over which the teacher's map is averaged before transfer (layers and heads: the selected ones); what is
+    lost shows what mattered."""
     loss: losses.LossName | None = None
-    """How two maps are compared (distill): a name in :data:`~atdiag.core.spec.losses.MAP_LOSSES`. ``kl`` becomes
-    ``ce``: their gradients are the same, so they are one arm. Of q, k, v and features it is always ``mse``."""
+    """The loss between maps (distill): a name in :data:`~atdiag.core.spec.losses.MAP_LOSSES`. ``kl`` becomes ``ce``:
+    their gradients are equal, so they are one arm. For q, k, v and features it is always ``mse``."""
     reduce: Literal["sum", "mean"] = "sum"
-    """How the losses of several layers become one."""
+    """How the losses of several layers are combined."""
     weight: NonNegative | None = None
-    """Factor of the transfer loss. Copy has none."""
+    """Factor of the transfer loss; None for copy."""
     temperature: Annotated[float, Field(gt=0)] | None = None
-    """By which both networks' logits are divided (``logits``)."""
+    """Temperature that divides both networks' logits (``logits``)."""
 
     def canonical(self) -> dict[str, Any]:
-        """Fill in what a method implies, order the pairs of blocks, and call no transfer "none"."""
+        """Fill in what a method implies, sort the pairs of blocks, and reduce an empty transfer to "none"."""
         if self._lacks_layers():
-            return {}  # refused by the check
+            return {}  # rejected by check
         nothing = self.method == "none" or self.weight == 0 or self.heads == ()
         if nothing or (self.method != "logits" and not self.layers):
             return {name: info.default for name, info in type(self).model_fields.items()}
@@ -90,14 +90,14 @@ class Transfer(Spec):
             changed |= {"loss": self._canonical_loss(), "weight": self._weight_or(3.0)}
         if self.method == "copy" or (self.reduce == "mean" and len(own) == 1):
             changed["reduce"] = "sum"
-        # The mean of one is itself.
+        # An average over a single element changes nothing.
         alone = {"layers": own, "heads": self.heads or ()}.get(self.average or "", ())
         if len(alone) == 1 and self.tensor == "map" and self.method != "features":
             changed["average"] = None
         return changed
 
     def check(self) -> None:
-        """Raise ValueError for a field that the method does not have, and for blocks that can't be paired."""
+        """Raise ValueError for a field that does not apply to the method, and for blocks that can't be paired."""
         if self._lacks_layers():
             raise ValueError(f"{self.method} needs layers: say which of the student's blocks, () for none")
         if self.method == "none":
@@ -134,10 +134,10 @@ class Transfer(Spec):
         return losses.map_loss(self.loss or losses.DEFAULT).canonical
 
     def _paired(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The student's blocks in order, and the teacher's for each (empty for the same ones)."""
+        """Return the student's blocks in order, and the teacher's for each (empty if the same)."""
         theirs = self.teacher_layers or self.layers
         if len(theirs) != len(self.layers):
-            return self.layers, self.teacher_layers  # refused by the check
+            return self.layers, self.teacher_layers  # rejected by check
         pairs = sorted(set(zip(self.layers, theirs, strict=True)))
         own, other = tuple(layer for layer, _ in pairs), tuple(layer for _, layer in pairs)
         return own, () if other == own else other
@@ -173,5 +173,5 @@ class Transfer(Spec):
 
     @property
     def takes_attention(self) -> bool:
-        """Whether anything of the teacher's attention passes."""
+        """Whether any part of the teacher's attention is transferred."""
         return self.method in ("copy", "distill")

@@ -1,10 +1,10 @@
-"""Native components: parts that a teacher has and the plain ViT lacks, each found on a network or added to one.
+"""Native components: parts that a teacher has and the plain ViT lacks, each detected on a network or added to one.
 
-What the *standard* student follows although it tells the teacher from the plain ViT, because a map can only pass
-between networks whose tokens line up: the token grid (image and patch size), and whether there is a class token
-(``no_class_token``, the one component that is ``followed``: it is ``Network.class_token`` and never among
-``Network.components``). Width, depth, heads and the width of the MLP are the teacher's too. Everything else here is
-*ablated*: the standard student has none of it, and a student can be given any set of what its teacher has.
+The *standard* student follows its teacher where maps require their tokens to line up, even though this departs from the
+plain ViT: in the token grid (image and patch size) and in whether there is a class token (``no_class_token``, the one
+component that is ``followed``: it is stored as ``Network.class_token``, never in ``Network.components``). It also
+follows width, depth, heads and MLP width. Everything else here is *ablated*: the standard student has none of it, and a
+student can be given any subset of its teacher's components.
 
 The set is open: :func:`register_component`, or an entry point of the group ``atdiag.components`` that names a
 :class:`Component` (which also reaches the processes that train). One :class:`Component` says all that there is to say
@@ -32,8 +32,8 @@ from atdiag.core.spec import PLAIN_NORM_EPS, Network
 class RelPosBias(nn.Module):
     """BEiT's relative position bias: a learned value for each head and each offset between patches.
 
-    Returns [H, N, N] for the whole token sequence. The class token has three values of its own (to it, from it, with
-    itself), as in BEiT; registers, which have no position, get none (zero bias).
+    Returns [H, N, N] for the whole token sequence. The class token has three values (to it, from it, with itself), as
+    in BEiT; registers, which have no position, get zero bias.
     """
 
     index: Tensor
@@ -41,14 +41,14 @@ class RelPosBias(nn.Module):
     def __init__(self, grid: int, class_token: bool, registers: int, heads: int) -> None:
         super().__init__()
         rows = (2 * grid - 1) ** 2 + 3 * class_token
-        # timm's name, so that a BEiT checkpoint's key fits.
+        # timm's name, so that the keys of a BEiT checkpoint match.
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
         index = gen_relative_position_index((grid, grid), class_token=class_token)
         self.register_buffer("index", index, persistent=False)
         self.registers, self.prefix = registers, int(class_token)
 
     def forward(self) -> Tensor:
-        """The bias [H, N, N]."""
+        """Return the bias [H, N, N]."""
         bias = self.relative_position_bias_table[self.index.flatten()]
         bias = bias.view(*self.index.shape, -1).permute(2, 0, 1)
         if not self.registers:
@@ -97,9 +97,9 @@ class Component:
 
 
 def patch_embedding(bias: bool) -> Callable[..., PatchEmbed]:
-    """timm's patch embedding, with or without a bias whatever else the network has.
+    """Return timm's patch embedding class, with or without a bias regardless of the rest of the network.
 
-    timm ties the bias to the norm before the blocks (``bias=not pre_norm``); here each is a component of its own.
+    timm ties the bias to the norm before the blocks (``bias=not pre_norm``); here each is a separate component.
     """
 
     def build(*args: Any, **options: Any) -> PatchEmbed:
@@ -109,13 +109,13 @@ def patch_embedding(bias: bool) -> Callable[..., PatchEmbed]:
 
 
 def branch_scales(block: Any) -> list[Tensor | None]:
-    """The factors of a block's residual branches (attention, then MLP), under timm's names of both kinds of network."""
+    """Return the scales of a block's two residual branches (attention, MLP), under either of timm's names."""
     own = [getattr(getattr(block, name, None), "gamma", None) for name in ("ls1", "ls2")]
     return [getattr(block, f"gamma_{n}", None) if scale is None else scale for n, scale in enumerate(own, start=1)]
 
 
 def qkv_biases(attn: Any) -> tuple[bool, bool, bool]:
-    """Which of q, k, v have a bias, in our attention module and in timm's (where BEiT's k has a buffer of zeros)."""
+    """Return which of q, k, v have a bias, in our attention module or timm's (where BEiT's k has a buffer of zeros)."""
     fused = getattr(attn, "qkv", None)
     if fused is not None and fused.bias is not None:
         return True, True, True
@@ -125,7 +125,7 @@ def qkv_biases(attn: Any) -> tuple[bool, bool, bool]:
 
 
 def layer_norms(module: nn.Module) -> list[nn.LayerNorm]:
-    """All LayerNorms of a network."""
+    """Return all LayerNorms of a network."""
     return [m for m in module.modules() if isinstance(m, nn.LayerNorm)]
 
 
@@ -153,7 +153,7 @@ def _attention(model: Any) -> Any:
 
 
 def _has(name: str) -> Callable[[Any], bool]:
-    """Whether a network has an attribute that is neither None nor a module that does nothing."""
+    """Return a predicate: whether a network has an attribute that is neither None nor an identity module."""
     return lambda model: not isinstance(getattr(model, name, None), nn.Identity | None)
 
 
@@ -162,7 +162,7 @@ def _without(name: str) -> Callable[[Any], bool]:
 
 
 def _has_position_bias(model: Any) -> bool:
-    # BEiT's may be one table for all blocks, at the network itself.
+    # In BEiT it may be one table shared by all blocks, held by the network.
     tables = (getattr(_attention(model), name, None) for name in ("rel_pos_bias", "relative_position_bias_table"))
     return _has("rel_pos_bias")(model) or any(table is not None for table in tables)
 
@@ -309,7 +309,7 @@ for _component in (
 
 
 def resolve(names: Iterable[str]) -> list[Component]:
-    """The components of the given names. Raises ValueError for an unknown one, or one that is followed, not chosen."""
+    """Return the components of the given names. Raises ValueError for an unknown or a ``followed`` one."""
     out = []
     for name in names:
         if name not in COMPONENTS:
@@ -321,9 +321,9 @@ def resolve(names: Iterable[str]) -> list[Component]:
 
 
 def inspect(model: nn.Module) -> tuple[str, ...]:
-    """The names of the native components that a built network has, without what every student follows."""
+    """Return the names of a built network's native components, without those that every student follows."""
     return tuple(sorted(name for name, c in COMPONENTS.items() if not c.followed and c.found(model)))
 
 
-for _entry in entry_points(group="atdiag.components"):  # last: such a module imports this one
+for _entry in entry_points(group="atdiag.components"):  # last, since such a module imports this one
     register_component(_entry.load())

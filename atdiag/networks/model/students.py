@@ -1,8 +1,8 @@
-"""A student that fits a teacher, and how it starts: from scratch, or from the teacher's weights module by module.
+"""Build a student for a teacher, and initialise it: from scratch, or from the teacher's weights module by module.
 
-The *standard* student is a ViT as DeiT has it (Touvron et al. 2021, Training data-efficient image transformers), of the
+The *standard* student is DeiT's ViT (Touvron et al. 2021, Training data-efficient image transformers), with the
 teacher's width, depth, heads, MLP width, token grid and class token (``components`` states what is followed and what is
-ablated). Its choices, and where they come from:
+ablated). Its design choices and their sources:
 
 - blocks: norms before each branch, one bias for every projection, GELU, no LayerScale (Dosovitskiy et al. 2021, section
   3.1); LayerNorm's epsilon 1e-6 (the authors' code of ViT and DeiT);
@@ -33,27 +33,27 @@ from atdiag.networks.model.vit import ViT
 
 _TOKENS = ("pos_embed", "cls_token", "reg_token", "latent")
 _BRANCHES = {"attn": ("ls1", "attn.proj"), "mlp": ("ls2", "mlp.fc2")}
-"""A block's module -> the LayerScale of its branch, and the projection that this scales."""
+"""A block's module -> the LayerScale of its branch, and the projection that it scales."""
 
 
 def build(network: Network, seed: int) -> ViT:
-    """A network that starts from scratch."""
+    """Build a randomly initialised network."""
     vit = ViT(network)
     initialise(vit, seed)
     return vit
 
 
 def parameters(network: Network) -> int:
-    """How many parameters a network has. Builds none of them."""
+    """Return the number of a network's parameters, without allocating them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in ViT(network).parameters())
 
 
 def flops(network: Network) -> int:
-    """Floating-point operations of one forward pass for one image, without allocating anything.
+    """Return the floating-point operations of one forward pass for one image, without allocating anything.
 
-    Matrix products and convolutions only, a multiplication and an addition counted as two (papers that quote "GFLOPs"
-    of ViTs often count one, half of this).
+    Counts matrix products and convolutions only, with a multiplication and an addition as two operations (papers that
+    quote "GFLOPs" of ViTs often count them as one: half of this).
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         vit = ViT(network).requires_grad_(False)
@@ -62,13 +62,13 @@ def flops(network: Network) -> int:
 
 
 def initialise(vit: ViT, seed: int) -> None:
-    """Draw every parameter afresh, each from a generator of its own name.
+    """Draw every parameter anew, each from a generator keyed by its name.
 
-    So students with different components share all that they have in common. Matrices are Xavier-uniform (q, k and v
-    each on its own, the patch embedding as a matrix), as in MAE and MoCo v3 and in the 2024 paper, which at the widths
-    of the miniatures also trains well where DeiT's fixed 0.02 does not; biases zero; norms one and zero;
-    tokens and position embeddings normal with 0.02; relative position biases normal with 0.02; what a component gives a
-    constant (LayerScale) that.
+    Students with different components therefore share all parameters that they have in common. Matrices are
+    Xavier-uniform (q, k and v separately, the patch embedding as a matrix), as in MAE, MoCo v3 and the 2024 paper; at
+    the miniatures' widths this also trains well, where DeiT's fixed 0.02 does not. Biases are zero; norms one and zero;
+    tokens and position embeddings normal with std 0.02; relative position biases normal with std 0.02; a component's
+    constants (LayerScale) as it defines them.
     """
     constants: dict[str, float | None] = {}
     for component in components.resolve(vit.network.components):
@@ -103,7 +103,7 @@ def _draw(name: str, parameter: nn.Parameter, network: Network, seed: int) -> No
 
 
 def _token_values(name: str, parameter: Tensor, network: Network, seed: int) -> Tensor:
-    """Normal values [1, n, C]. The last grid^2 of a position embedding are the patches', whatever is before them."""
+    """Draw normal values [1, n, C]; a position embedding's patch rows don't depend on its prefix rows."""
     patches = network.grid**2 if name == "pos_embed" else 0
     prefix = parameter.shape[1] - patches
     parts = []
@@ -117,31 +117,31 @@ def _token_values(name: str, parameter: Tensor, network: Network, seed: int) -> 
 
 @dataclass(frozen=True)
 class Start:
-    """What became of a teacher's weights in a student: parameter names, for the output and the run's record."""
+    """How a student's parameters relate to its teacher's, by name, for the output and the run's record."""
 
     taken: tuple[str, ...]
-    """The student's parameters that come from the teacher."""
+    """Student parameters copied from the teacher."""
     folded: tuple[str, ...]
-    """The teacher's parameters that live on in a parameter of another name: LayerScale in the projection that follows
-    it, the biases of q and v in that of q, k, v, the norm after a pooled mean in the last norm."""
+    """Teacher parameters absorbed exactly into a parameter of another name: LayerScale into the projection that follows
+    it, the biases of q and v into that of q, k, v, the norm after mean pooling into the last norm."""
     dropped: tuple[str, ...]
-    """The teacher's parameters without a place in the student, and without an exact equivalent."""
+    """Teacher parameters without a counterpart or an exact equivalent in the student."""
     fresh: tuple[str, ...]
-    """The student's parameters that were drawn afresh."""
+    """Student parameters that keep their random initialisation."""
 
 
 @torch.no_grad()
 def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
     """Copy the teacher's weights into a freshly initialised student, except what ``init`` re-initialises.
 
-    A module that is re-initialised (``attn``: q, k, v, output projection and position bias of every block; ``mlp``:
-    both layers) keeps its fresh values, and the LayerScale of its branch goes with it. Norms, embeddings and tokens
-    are taken. The head is fresh unless ``init.head``; ``init.head_rows`` chooses the teacher's classes.
+    A re-initialised module (``attn``: q, k, v, output projection and position bias of every block; ``mlp``:
+    both layers) keeps its random values, and so does the LayerScale of its branch. Norms, embeddings and tokens
+    are copied. The head is copied only if ``init.head``; ``init.head_rows`` selects the teacher's classes.
 
-    What the teacher lacks and is zero in effect stays so, exactly: the bias of its keys, and of its patch embedding
-    (every bias starts at zero).
+    Biases that the teacher lacks (of its keys, of its patch embedding) keep their initial value of zero, so that the
+    student computes exactly the same.
 
-    Raises ValueError for shapes that do not fit and for rows that the teacher's head lacks.
+    Raises ValueError for mismatched shapes and for rows that the teacher's head lacks.
     """
     have, own = teacher.state_dict(), student.state_dict()
     drawn = [f".{part}." for module in init.reinit for part in (module, _BRANCHES[module][0])]
@@ -171,7 +171,8 @@ def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
             have[f"norm.{kind}"] = have[f"fc_norm.{kind}"]
             folded.append(f"fc_norm.{kind}")
 
-    # The student's position embedding covers class token and patches, a teacher's with registers only patches.
+    # The student's position embedding covers class token and patches; that of a teacher with registers covers only
+    # patches.
     if "pos_embed" in have and "pos_embed" in own and have["pos_embed"].shape != own["pos_embed"].shape:
         rows = min(have["pos_embed"].shape[1], own["pos_embed"].shape[1])
         position = torch.zeros_like(own["pos_embed"])
@@ -196,7 +197,7 @@ def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
 
 
 def _head_rows(have: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
-    """The head with some of its classes alone, in the given order."""
+    """Select and reorder the head's rows."""
     classes = have["head.weight"].shape[0]
     if outside := [row for row in rows if not 0 <= row < classes]:
         raise ValueError(f"head_rows {outside}: the teacher's head has {classes} classes")

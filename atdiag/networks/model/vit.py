@@ -1,7 +1,7 @@
 """The one network class: timm's VisionTransformer with the attention module that transfer needs.
 
-Teachers and students are both built here, so a teacher's map and a student's come from the same code. Parameter names
-in a state dict are timm's.
+Both teachers and students are built from it, so that their maps come from the same code. Parameter names in a state
+dict are timm's.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from atdiag.transfer.ops import QK
 
 
 class Block(TimmBlock):  # type: ignore[misc]
-    """timm's block, which passes a map in or out and takes its drop-path masks as an argument."""
+    """timm's block, with attention overrides, attention records, and drop-path masks as an argument."""
 
     def forward(self, x: Tensor, given: AttentionOverride | None = None, keep: Tensor | None = None) -> Tensor:
-        """Tokens [B, N, C] -> [B, N, C].
+        """Map tokens [B, N, C] to [B, N, C].
 
         given: see :meth:`Attention.forward`. keep: [2, B, 1, 1], the factors of the attention and the MLP branch for
-        each image (0 where the branch is dropped, 1 / (1 - rate) where kept).
+        each image (0 if the branch is dropped, 1 / (1 - rate) if kept).
         """
         return self._rest(x, self.attn(self.norm1(x), given), keep)
 
     def see(
         self, x: Tensor, given: AttentionOverride | None = None, keep: Tensor | None = None
     ) -> tuple[Tensor, AttentionRecord]:
-        """As :meth:`forward`, and what the attention used."""
+        """Run :meth:`forward`, and also return the attention's record."""
         branch, seen = self.attn.see(self.norm1(x), given)
         return self._rest(x, branch, keep), seen
 
@@ -48,10 +48,10 @@ class Block(TimmBlock):  # type: ignore[misc]
 
 
 class ViT(VisionTransformer):  # type: ignore[misc]
-    """A ViT built from a :class:`~atdiag.core.spec.Network`. Its parameters are *not* initialised: see ``students``."""
+    """A ViT built from a :class:`~atdiag.core.spec.Network`, with parameters *not* initialised: see ``students``."""
 
     origin: Any = None
-    """Where published weights came from, as a dataclass (see ``weights.Origin``)."""
+    """Origin of published weights, as a dataclass (see ``weights.Origin``)."""
 
     def __init__(self, network: Network) -> None:
         if torch.get_default_device().type != "meta":
@@ -88,22 +88,22 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         self.register_buffer("std", torch.tensor(network.std).view(1, -1, 1, 1), persistent=False)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images [B, channels, S, S] in [0, 1] -> the tokens [B, N, C] that enter the first block."""
+        """Map images [B, channels, S, S] in [0, 1] to the tokens [B, N, C] that enter the first block."""
         x = self.patch_embed((images - self.mean) / self.std)
         tokens: Tensor = self.norm_pre(self._pos_embed(x))
         return tokens
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone, beside all vectors: timm's, for ViT and for BEiT."""
+        """Return the names of parameters exempt from weight decay besides all vectors: timm's, for ViT and for BEiT."""
         tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
         return {*super().no_weight_decay(), *tables}
 
     def forward(
         self, images: Tensor, given: Mapping[int, AttentionOverride] | None = None, keep: Tensor | None = None
     ) -> Tensor:
-        """Images [B, channels, S, S] in [0, 1] (not normalised: the network does that) -> logits [B, classes].
+        """Map images [B, channels, S, S] in [0, 1] (the network normalises them) to logits [B, classes].
 
-        given: block -> what it uses instead of its own. keep: drop-path factors [depth, 2, B, 1, 1].
+        given: block -> its attention override. keep: drop-path factors [depth, 2, B, 1, 1].
         """
         logits = self.observe(images, CaptureRequest(logits=True), given, keep).logits
         assert logits is not None
@@ -116,7 +116,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         given: Mapping[int, AttentionOverride] | None = None,
         keep: Tensor | None = None,
     ) -> Observation:
-        """Run no further than what is wanted, and hand it out. Arguments as of :meth:`forward`."""
+        """Run only as far as needed for the request, and return the observation. Arguments as in :meth:`forward`."""
         seen: dict[int, AttentionRecord] = {}
         features: dict[int, Tensor] = {}
         last = wanted.whole_blocks
@@ -137,12 +137,12 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         return Observation(seen, features)
 
     def maps(self, images: Tensor, layers: Iterable[int]) -> dict[int, QK]:
-        """The maps of some blocks for images [B, channels, S, S] in [0, 1], without gradients."""
+        """Return the maps of some blocks for images [B, channels, S, S] in [0, 1], without gradients."""
         with torch.no_grad():
             seen = self.observe(images, CaptureRequest(maps=frozenset(layers))).seen
         return {layer: one.qk for layer, one in seen.items()}
 
     def shared_tokens(self, other: Network) -> Tensor | None:
-        """Indices of this network's tokens that a network with fewer registers also has; None if all."""
+        """Return the indices of this network's tokens that a network with fewer registers also has; None if all."""
         shared = self.network.tokens_shared_with(other)
         return None if shared is None else torch.tensor(shared)

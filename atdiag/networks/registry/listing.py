@@ -1,4 +1,4 @@
-"""The teachers as a table. Needs no torch, except for one's own teachers, which timm has to build."""
+"""Tabulate the teachers. Imports no torch, except for user-registered teachers, which timm has to build."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def rows(profile: str, family: str | None = None) -> list[dict[str, Any]]:
-    """A row for each teacher, with all that the registry knows of it.
+    """Return a row for each teacher, with everything the registry knows about it.
 
-    name, family, title, size, source, licence, components, follows, tokens, available and top1 (a miniature's own, on
-    its test scenes), and of the published network: model, image_size, patch, width, depth, heads, classes, class_token,
+    Keys: name, family, title, size, source, licence, components, follows, tokens, available and top1 (a miniature's, on
+    its test scenes); from the published network: model, image_size, patch, width, depth, heads, classes, class_token,
     registers, mean, std, interpolation, formats, objective, data, paper2026, labels, text, momentum, masking, target,
-    augmentation. At mini ``source``, ``licence``, ``components`` and ``tokens`` are the miniature's.
+    augmentation. At mini, ``source``, ``licence``, ``components`` and ``tokens`` are the miniature's.
     """
     families = sorted({row.family for row in teachers.registry().values()})
     if family is not None and family not in families:
@@ -58,12 +58,12 @@ _FACTS = (
 def _is_here(row: teachers.TeacherEntry) -> bool:
     try:
         return sources.find(teachers.source(row.name)) is not None
-    except (sources.WeightsMissingError, UserError):  # one's own, and its file or architecture is not there
+    except (sources.WeightsMissingError, UserError):  # a user's teacher whose file or architecture is missing
         return False
 
 
 def _mini(row: teachers.TeacherEntry) -> dict[str, Any]:
-    if not teachers.is_published(row.name):  # one's own has no miniature: it sees real images at every profile
+    if not teachers.is_published(row.name):  # a user's teacher has no miniature: it takes real images at every profile
         return _published(row)
     path = sources.shipped_path(row.name)
     own = row.name in teachers.miniatures()
@@ -81,7 +81,7 @@ def _mini(row: teachers.TeacherEntry) -> dict[str, Any]:
 
 
 def table(listed: list[dict[str, Any]], profile: str) -> Table:
-    """The rows for a terminal of 80 columns; at mini, those that have a miniature of their own."""
+    """Lay out the rows for a terminal of 80 columns; at mini, only teachers with a miniature of their own."""
     return _mini_table(listed) if profile == "mini" else _published_table(listed, profile)
 
 
@@ -117,7 +117,7 @@ def _mini_table(listed: list[dict[str, Any]]) -> Table:
 
 
 _ABOUT = 25
-"""Columns for what a family's rows have in common: 80, less the others."""
+"""Width of the column of facts shared by a family: 80 minus the others."""
 
 
 def _published_table(listed: list[dict[str, Any]], profile: str) -> Table:
@@ -132,7 +132,7 @@ def _published_table(listed: list[dict[str, Any]], profile: str) -> Table:
     for row in listed:
         families.setdefault(row["family"], []).append(row)
     for members in families.values():
-        # What is common to a family is laid beside its rows, one line each, and the rest beside the last.
+        # A family's shared facts are spread over its rows, one line each; what is left goes with the last row.
         lines = wrap(_about(members[0]), _ABOUT)
         last = len(members) - 1
         beside = [*lines[:last], *[""] * (last - len(lines)), "\n".join(lines[last:])]
@@ -160,7 +160,7 @@ def _about(row: dict[str, Any]) -> str:
 
 
 def stand_ins(listed: list[dict[str, Any]]) -> list[str]:
-    """``use deit_s for augreg_s, dino_s``: the teachers without a miniature, by what stands for their architecture."""
+    """Return lines such as ``use deit_s for augreg_s, dino_s``: teachers without a miniature, by their substitute."""
     by_stand_in: dict[str, list[str]] = {}
     for row in listed:
         if row["tokens"] is None and row["source"].startswith("use "):

@@ -1,6 +1,6 @@
-"""The registry of teachers: a table (``teachers.toml``), and what can be asked of it.
+"""The registry of teachers: a table (``teachers.toml``) and look-ups in it.
 
-A teacher is asked for by a *reference*:
+A *reference* names a teacher:
 
 =========================  ============================================================================================
 ``clip_b``                 a row of the registry: its miniature at profile mini, else its published network
@@ -9,8 +9,8 @@ A teacher is asked for by a *reference*:
 ``timm:MODEL@/path/file``  the same with the weights of that file
 =========================  ============================================================================================
 
-One's own teachers join by :func:`register_teacher` or by an entry point. Imports nothing heavy; whoever asks for a
-published network pays for importing timm.
+Users add their own teachers by :func:`register_teacher` or an entry point. Imports nothing heavy; timm is imported only
+to look up a published network.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TIMM = "timm:"
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherEntry:
-    """One teacher of the registry. What a published network's numbers say is None for one's own until it is built."""
+    """A registered teacher. For a user's own, the facts about the network are None until it is built."""
 
     name: str
     family: str
@@ -47,27 +47,27 @@ class TeacherEntry:
     objective: str
     data: str
     paper2026: bool = False
-    """Whether the 2026 paper is known to name the family (else it is our choice)."""
+    """Whether the 2026 paper is known to include the family (otherwise our choice)."""
     model: str
     """timm's name of the architecture."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What its constructor takes beside timm's defaults."""
+    """Constructor arguments that differ from timm's defaults."""
     hub: str | None = None
-    """The repository on the hub that has its weights."""
+    """The hub repository with its weights."""
     url: str | None = None
-    """The checkpoint that its authors publish, where the hub has none."""
+    """URL of the authors' checkpoint, if the hub has none."""
     file: Path | None = None
-    """The file that an own teacher was registered with."""
+    """The file that a user's teacher was registered with."""
     formats: tuple[str, ...] | None = None
-    """Key layouts that its file may have; None: any."""
+    """Accepted key layouts of its file; None: any."""
     image_size: int | None = None
-    """The resolution that it was pre-trained at (or last tuned at), in pixels."""
+    """Resolution of pre-training (or of the last fine-tuning), in pixels."""
     patch: int | None = None
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
     classes: int | None = None
-    """Rows of its head; 0: it has none."""
+    """Rows of its head; 0 without a head."""
     class_token: bool = True
     registers: int = 0
     mean: tuple[float, ...] | None = None
@@ -76,7 +76,7 @@ class TeacherEntry:
     components: tuple[str, ...] | None = None
     """Native components."""
     follows: tuple[str, ...] = ()
-    """What the standard student has too, because tokens must line up."""
+    """Non-standard parts that the standard student shares, because tokens must line up."""
     labels: bool = False
     text: bool = False
     momentum: bool = False
@@ -93,7 +93,7 @@ class TeacherEntry:
 
     @property
     def weights(self) -> str:
-        """Where its weights come from, in one word: ``timm:MODEL``, a URL or a file."""
+        """Source of its weights: ``timm:MODEL``, a URL or a file."""
         return str(self.file or self.url or f"{TIMM}{self.model}")
 
 
@@ -141,16 +141,16 @@ def register_teacher(
     objective: str = "",
     data: str = "",
 ) -> None:
-    """Add a teacher of one's own to the registry, for this process::
+    """Add a user's teacher to the registry, for this process::
 
         register_teacher("pathology_s", "vit_small_patch16_224", file="/data/pathology.safetensors", title="Pathology")
 
-    model: timm's name of its architecture, one that you registered with timm included. file: its weights (safetensors
-    or a torch checkpoint, timm's names or an authors' layout); else those that timm's hub has. arguments: what the
-    constructor takes beside timm's defaults, such as ``{"num_classes": 10}``. mean, std: of pixels in [0, 1]; else
+    model: timm's name of its architecture, including any that you registered with timm. file: its weights (safetensors
+    or a torch checkpoint, timm's names or an authors' layout); default: those on timm's hub. arguments: constructor
+    arguments beside timm's defaults, such as ``{"num_classes": 10}``. mean, std: of pixels in [0, 1]; default:
     timm's for the model.
 
-    An entry point does the same for every process, the workers of an experiment included. It names a dictionary of
+    An entry point does the same for every process, including an experiment's workers. It names a dictionary of
     these arguments, or a function that returns one::
 
         # my_package/teachers.py
@@ -160,7 +160,7 @@ def register_teacher(
         [project.entry-points."atdiag.teachers"]
         pathology_s = "my_package.teachers:pathology_s"
 
-    Raises ValueError for a name that is taken or can't be typed as a reference.
+    Raises ValueError for a name that is taken or is not a valid reference.
     """
     if name in registry():
         raise ValueError(f"there is already a teacher {name!r}")
@@ -190,7 +190,7 @@ def _own_row(
 
 @cache
 def _installed() -> dict[str, TeacherEntry]:
-    """The teachers that other packages bring by entry points."""
+    """Return the teachers that other packages provide by entry points."""
     rows = {}
     for entry in entry_points(group=ENTRY_POINTS):
         try:
@@ -198,28 +198,28 @@ def _installed() -> dict[str, TeacherEntry]:
                 raise ValueError("that name is taken")
             given: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = entry.load()
             rows[entry.name] = _own_row(entry.name, **(given() if callable(given) else given))
-        except Exception as fault:  # another package's fault must not take these teachers away
+        except Exception as fault:  # another package's fault must not hide these teachers
             warnings.warn(f"the teacher {entry.name!r} of {entry.value} is left out ({fault})", stacklevel=2)
     return rows
 
 
 def registry() -> dict[str, TeacherEntry]:
-    """All teachers by name: the published ones, those of other packages, and those registered in this process."""
+    """Return all teachers by name: published, from other packages, and registered in this process."""
     return {**_published(), **_installed(), **_OWN}
 
 
 def is_published(name: str) -> bool:
-    """Whether a name is of the registry's table, and not of timm or one's own."""
+    """Return whether a name is in the registry's own table, rather than timm's or a user's."""
     return name in _published()
 
 
 def miniatures() -> tuple[str, ...]:
-    """Names of the teachers that have a miniature."""
+    """Return the names of the teachers that have a miniature."""
     return tuple(_table()["miniature"])
 
 
 def row(name: str) -> TeacherEntry:
-    """The registry's row of a name. Raises UserError for an unknown one."""
+    """Return the registry entry of a name. Raises UserError for an unknown one."""
     if name not in registry():
         near = suggest(name, miniatures()) or suggest(name, registry())
         raise UserError(f"unknown teacher {name!r}{near}", "'atdiag teachers' lists them")
@@ -227,7 +227,7 @@ def row(name: str) -> TeacherEntry:
 
 
 def family(reference: str) -> str | None:
-    """The family of a teacher's reference; None of one that the registry does not know (``timm:MODEL``)."""
+    """Return the family of a reference; None if it is not in the registry (``timm:MODEL``)."""
     found = registry().get(reference.partition("@")[0])
     return None if found is None else found.family
 
@@ -236,7 +236,7 @@ def family(reference: str) -> str | None:
 
 
 def stand_in(name: str) -> str:
-    """The miniature with a teacher's architecture: its own, or the nearest of another family or size."""
+    """Return the miniature with a teacher's architecture: its own, or the nearest in another family or size."""
     if name in miniatures():
         return name
     found = row(name)
@@ -249,9 +249,9 @@ def stand_in(name: str) -> str:
 
 
 def miniature_network(name: str) -> Network:
-    """The architecture of a teacher's miniature: native components of its family at small size.
+    """Return the architecture of a teacher's miniature: the family's native components at small size.
 
-    Raises UserError where the teacher has no miniature of its own, and says which to use.
+    Raises UserError, naming a substitute, if the teacher has no miniature of its own.
     """
     found = row(name)
     own = _table()["miniature"].get(name)
@@ -313,10 +313,11 @@ def source(reference: str) -> Source:
 
 
 def teacher(reference: str, profile: str, image_size: int | None = None) -> Teacher:
-    """The teacher of a reference at a profile: which network, with which weights.
+    """Return the spec of a teacher at a profile: its network and its weights' hash.
 
-    image_size: of the images that it will see; by default a row's native resolution, or its miniature's at mini. Where
-    its weights are not on this machine ``sha256`` is None: a plan (:func:`how_to_get` says what to do).
+    image_size: of the images that it will see; default: its native resolution, or its miniature's at mini. If its
+    weights are not on this machine, ``sha256`` is None and the spec is only a plan (:func:`how_to_get` tells how to get
+    them).
 
     Raises UserError for an unknown name, for one that needs real images where there are none, and for a damaged file.
     """
@@ -326,7 +327,7 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         return _miniature(name, image_size)
     if image_size is None and published and profile != "mini":
         image_size = row(name).image_size
-    origin = source(reference)  # a mistyped name is said before what the named network would need
+    origin = source(reference)  # first, so that a mistyped name is reported before anything the network would need
     if image_size is None:
         raise UserError(
             f"{reference} sees real images, and here are none", "add --set data.name=imagenette, or --profile small"
@@ -349,7 +350,7 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
 
 
 def _absolute(reference: str) -> str:
-    """A reference whose path holds in any working folder, so that another process finds the file."""
+    """Make a reference's path absolute, so that another process finds the file."""
     name, at, typed = reference.partition("@")
     return f"{name}@{Path(typed).expanduser().absolute()}" if at else name
 
@@ -368,12 +369,12 @@ def _miniature(name: str, image_size: int | None) -> Teacher:
 
 
 def how_to_get(found: Teacher) -> str:
-    """One line that says how to bring a teacher's weights to this machine."""
+    """Return a one-line instruction for getting a teacher's weights onto this machine."""
     if is_miniature(found):
         return f"'atdiag pretrain {found.name} --install' makes them"
     return sources.how_to_get(source(found.name))
 
 
 def is_miniature(found: Teacher) -> bool:
-    """Whether a teacher is one of the shipped miniatures (at mini, one that is named alone)."""
+    """Return whether a teacher is one of the shipped miniatures (profile mini, name without a file)."""
     return found.profile == "mini" and found.name in miniatures()

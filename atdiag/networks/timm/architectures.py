@@ -1,6 +1,6 @@
-"""A teacher's published network as timm builds it: on no device to plan with, on the CPU to be loaded.
+"""Build a teacher's published network with timm: on the meta device for planning, on the CPU for loading.
 
-Imports timm when called, and nothing heavy before.
+Imports timm on first use, and nothing heavy before.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def known_models() -> tuple[str, ...]:
-    """All of timm's model names at this moment, plain and with the tag of pre-trained weights."""
+    """Return all model names that timm currently knows, with and without pre-training tags."""
     import timm
 
     return (*timm.list_models(), *timm.list_models(pretrained=True))
 
 
 def timm_source(model: str, name: str | None = None, **own: Any) -> Source:
-    """The source of any of timm's models; ``own`` replaces what timm's configuration says.
+    """Return the source of any timm model; ``own`` overrides timm's configuration.
 
     Raises UserError for a name that timm does not know.
     """
@@ -39,9 +39,9 @@ def timm_source(model: str, name: str | None = None, **own: Any) -> Source:
 
 
 def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
-    """timm's network at an image size. ``meta``: without memory for its weights, and without drawing them.
+    """Build timm's network at an image size. meta: without allocating or initialising weights.
 
-    Raises UserError where the architecture takes no image size, or not this one.
+    Raises UserError if the architecture can't be built for this or any image size.
     """
     import timm
     import torch
@@ -49,7 +49,7 @@ def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
     try:
         with torch.device("meta" if meta else "cpu"):
             model: nn.Module = timm.create_model(source.model, img_size=image_size, **source.arguments)
-    except TypeError:  # its constructor takes no image size: what is it?
+    except TypeError:  # its constructor takes no image size: find out what it is
         raise UserError(f"{source.name} can't be a teacher: {_why_not(source)}") from None
     except (AssertionError, ValueError) as fault:
         raise UserError(f"{source.name} can't be built for images of {image_size} px ({fault})") from None
@@ -67,7 +67,7 @@ def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
 
 
 def _why_not(source: Source) -> str:
-    """Why a network that can't be built for an image size can't be a teacher."""
+    """Explain why a network that can't be built for an image size can't be a teacher."""
     import timm
     import torch
 
@@ -79,7 +79,7 @@ def _why_not(source: Source) -> str:
 
 
 def pixels(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that a source's network subtracts from pixels in [0, 1] and divides by."""
+    """Return the mean and standard deviation by which a source's network normalises pixels in [0, 1]."""
     import timm
 
     facts = timm.get_pretrained_cfg(source.model)
@@ -92,7 +92,7 @@ def pixels(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def native_size(source: Source) -> int:
-    """The image size that timm's configuration of a source's model names, in pixels."""
+    """Return the image size in timm's configuration of a source's model, in pixels."""
     import timm
 
     facts = timm.get_pretrained_cfg(source.model)
@@ -100,9 +100,9 @@ def native_size(source: Source) -> int:
 
 
 def network(source: Source, image_size: int) -> Network:
-    """The architecture of a source at an image size, found by inspection of the network that timm builds.
+    """Return the architecture of a source at an image size, by inspection of the network that timm builds.
 
-    Raises UserError for one that is no softmax-attention ViT, with the reason.
+    Raises UserError, with the reason, for a network that is not a softmax-attention ViT.
     """
     arguments = tuple(sorted(source.arguments.items()))
     return _network(source.name, source.model, arguments, *pixels(source), image_size)

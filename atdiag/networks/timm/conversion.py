@@ -1,8 +1,8 @@
-"""From a network that timm has built to our world: what it is, and the same function as a ViT of ours.
+"""Convert a network built by timm to our representation: a description, and an equivalent ViT of ours.
 
-:func:`describe` says what a network is; :func:`convert` rebuilds it from our modules, so that a teacher's map and a
-student's come from the same code; :func:`teacher_from` does both, and lets a network that has differences teach as it
-is (:class:`~atdiag.networks.timm.wrapping.Foreign`).
+:func:`describe` returns a network's architecture; :func:`convert` rebuilds it from our modules, so that a teacher's map
+and a student's come from the same code; :func:`teacher_from` does both, and wraps a network that has differences
+unmodified (:class:`~atdiag.networks.timm.wrapping.Foreign`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from atdiag.networks.timm.wrapping import Foreign
 
 @torch.no_grad()
 def convert(model: nn.Module, network: Network) -> ViT:
-    """Our ViT with a network's weights: the same tokens after the last norm and the same logits, in float32.
+    """Return our ViT with a network's weights: same tokens after the last norm and same logits, in float32.
 
-    network: what :func:`describe` says of it, without differences. Exact re-parametrisations, where a network and ours
-    write one function in two ways:
+    network: its architecture from :func:`describe`, without differences. Exact re-parametrisations, where the two
+    parametrise one function differently:
 
-    - no position embedding for the class token (DeiT III): a row of zeros;
-    - one for registers: added to the registers, and the class token's row to the class token;
-    - one table of relative position biases for all blocks: a copy in each;
-    - a norm after the class token is read: before it;
-    - no head: one class with weights of zero.
+    - no position embedding for the class token (DeiT III): add a row of zeros;
+    - a position embedding for registers: add its rows to the registers, and the class token's row to the class token;
+    - one table of relative position biases for all blocks: copy it to each block;
+    - a norm after pooling the class token: move it before;
+    - no head: add one class with zero weights.
 
-    Raises ValueError that lists the keys where a weight has no place, or a parameter no weight.
+    Raises ValueError, listing the keys, for weights without a parameter or parameters without a weight.
     """
     if network.differences:
         raise ValueError(f"{', '.join(network.differences)}: no ViT of ours is the same function")
@@ -55,7 +55,7 @@ def convert(model: nn.Module, network: Network) -> ViT:
 
 
 def _translated(model: nn.Module, network: Network, has_fc_norm: bool) -> dict[str, Tensor]:
-    """A network's state dict under our keys."""
+    """Return a network's state dict under our keys."""
     state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
     for component in components.resolve(network.components):
         component.keys(state, network)
@@ -76,7 +76,7 @@ def _rename(state: dict[str, Tensor], old: str, new: str) -> None:
 
 
 def _join_projections(state: dict[str, Tensor], attn: str) -> None:
-    """Separate projections of q, k and v (some of timm's EVA) -> one, and the biases that there are."""
+    """Merge separate q, k and v projections (some of timm's EVA models) into one, with the biases that exist."""
     weights = [f"{attn}.{n}_proj.weight" for n in "qkv"]
     if weights[0] not in state:
         return
@@ -89,7 +89,7 @@ def _join_projections(state: dict[str, Tensor], attn: str) -> None:
 
 
 def _place_positions(state: dict[str, Tensor], network: Network) -> None:
-    """Position embeddings of the tokens that ours gives one: class token and patches, or patches beside registers."""
+    """Convert position embeddings to our layout: class token and patches, or with registers patches alone."""
     if "pos_embed" not in state:
         return
     positions = state["pos_embed"]
@@ -109,9 +109,9 @@ def _place_positions(state: dict[str, Tensor], network: Network) -> None:
 def teacher_from(
     model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> ViT | Foreign:
-    """A network as a teacher, frozen and in eval mode: ours where it can be, else as it is.
+    """Return a network as a teacher, frozen and in eval mode: as our ViT if possible, else wrapped unmodified.
 
-    Either way it takes images [B, channels, S, S] in [0, 1] and gives maps. Raises UserError as :func:`describe`.
+    Both take images [B, channels, S, S] in [0, 1] and provide maps. Raises UserError as :func:`describe`.
     """
     network = describe(model, mean, std)
     build: Callable[[nn.Module, Network], ViT | Foreign] = Foreign if network.differences else convert

@@ -1,4 +1,4 @@
-"""What a network that timm has built is, found by looking at its modules: never at its name."""
+"""Inspect a network built by timm to find its architecture, from its modules and never from its name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NETWORKS = (
     beit.Beit,
     eva.Eva,
 )
-"""Exactly these classes can be read: what a subclass changes can't be seen from its parts."""
+"""Exactly these classes are supported: a subclass may change what its parts can't show."""
 
 _BLOCKS = (Block, vision_transformer.Block, beit.Block, eva.EvaBlock)
 _POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
@@ -33,7 +33,7 @@ _PARALLEL = (vision_transformer.ParallelScalingBlock,)
 _ATTENTION = (Attention, TimmAttention, AttentionRope, beit.Attention, eva.EvaAttention)
 
 _ATTENTION_NAMES = ("attention", "attn", "mhsa", "gpsa", "xca", "litemla")
-"""Fragments of the names that timm gives to modules that attend, lower case."""
+"""Lower-case fragments of timm's names for modules that attend."""
 
 _OTHER_ATTENTION = (
     ("window", "its attention stays within windows, so it has no map over all tokens"),
@@ -43,21 +43,21 @@ _OTHER_ATTENTION = (
     ("linearattention", "its attention has no softmax"),
     ("litemla", "its attention has no softmax"),
 )
-"""A fragment of an attention module's class name, lower case -> why such a network can't teach."""
+"""Lower-case fragment of an attention module's class name -> why such a network can't teach."""
 
 
 def describe(model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Network:
-    """The architecture of a network, by inspection.
+    """Return the architecture of a network, by inspection.
 
-    mean, std: per-channel normalisation of its input; by default those that timm's configuration of the model names.
+    mean, std: per-channel normalisation of its input; default: those in timm's configuration of the model.
 
     ``Network.differences`` lists what else tells it from the plain ViT and no student can be given yet: ``rope``,
     ``swiglu``, ``qk_norm``, ``post_norm`` ..., without those that one of its components explains
     (``Component.explains``). Notes on what has no direct word in a ``Network``:
 
     - classes: rows of the head, 1 if it has none.
-    - mlp_ratio: of a gated MLP (SwiGLU, which has three matrices), that of the plain one with as many weights.
-    - the distillation token of DeiT counts as a register: it takes part in attention and belongs to no patch.
+    - mlp_ratio: for a gated MLP (SwiGLU, with three matrices), that of the plain MLP with as many weights.
+    - DeiT's distillation token counts as a register: it takes part in attention and belongs to no patch.
 
     Raises UserError, with the reason, for a network that is not a ViT with softmax attention over all of its tokens.
     """
@@ -97,7 +97,7 @@ def _describe(model: Any, mean: Sequence[float] | None, std: Sequence[float] | N
 
 
 def why_not(model: Any) -> str | None:
-    """Why a network can't be a teacher; None if it can."""
+    """Return why a network can't be a teacher; None if it can."""
     if type(model) not in _NETWORKS:
         names = {type(module).__name__ for module in model.modules()}
         attention = {name for name in names if any(part in name.lower() for part in _ATTENTION_NAMES)}
@@ -126,9 +126,9 @@ def why_not(model: Any) -> str | None:
 
 
 def _block_facts(block: Any) -> tuple[int, int, frozenset[str]]:
-    """A block's heads, the width of its MLP (as a plain one), and its differences. The same for all blocks, usually."""
+    """Return a block's heads, MLP width (of an equivalent plain MLP) and differences; usually equal for all blocks."""
     differences: set[str] = set()
-    if isinstance(block, _PARALLEL):  # no module of its own for attention or MLP: one projection feeds both
+    if isinstance(block, _PARALLEL):  # attention and MLP share one projection instead of being separate modules
         if not isinstance(block.q_norm, nn.Identity):
             differences.add("qk_norm")
         return int(block.num_heads), int(block.in_split[0]), frozenset(differences | {"parallel_blocks"})
@@ -159,7 +159,7 @@ def _inspect_attention(attn: Any, differences: set[str]) -> None:
 
 
 def _inspect_mlp(mlp: Any, differences: set[str]) -> int:
-    """Adds an MLP's differences; its width, that of a plain one with as many weights."""
+    """Add an MLP's differences; return its width (that of a plain MLP with as many weights)."""
     if _is_there(mlp, "norm"):
         differences.add("mlp_norm")
     if isinstance(mlp, SwiGLU | GluMlp):
@@ -180,7 +180,7 @@ def _first_width(mlp: nn.Module) -> int:
 
 
 def _activation(act: nn.Module) -> str | None:
-    """The name of an activation that is neither GELU nor the component quick_gelu."""
+    """Return the name of an activation that is neither GELU nor the component quick_gelu."""
     approximate = getattr(act, "approximate", "none")
     kind = type(act).__name__
     if kind == "QuickGELU" or (kind == "GELU" and approximate == "none"):
@@ -189,7 +189,7 @@ def _activation(act: nn.Module) -> str | None:
 
 
 def _network_differences(model: Any) -> Iterator[str]:
-    """What tells a network from the plain ViT outside its blocks."""
+    """Yield a network's differences from the plain ViT outside its blocks."""
     if _is_there(model, "rope"):
         yield "rope"
     if _is_there(model.patch_embed, "norm"):
@@ -220,7 +220,7 @@ def _network_differences(model: Any) -> Iterator[str]:
 
 
 def _is_plain_pool(model: Any) -> bool:
-    """Whether attention pooling is what ``ViT`` builds from the network's own numbers."""
+    """Return whether a network's attention pooling is the one that ``ViT`` would build."""
     pool, block = model.attn_pool, model.blocks[0]
     if not isinstance(pool, AttentionPoolLatent) or not isinstance(getattr(pool, "mlp", None), Mlp):
         return False
@@ -241,7 +241,7 @@ def _is_plain_pool(model: Any) -> bool:
 
 
 def _is_there(module: Any, name: str) -> bool:
-    """Whether a module has a part of that name that does something."""
+    """Return whether a module has a part of that name that is not an identity."""
     return not isinstance(getattr(module, name, None), nn.Identity | None)
 
 
@@ -259,13 +259,13 @@ def _extra_tokens(model: Any) -> list[Tensor]:
 
 
 def _scale_init(block: Any) -> float:
-    """The initial value of a block's LayerScale, which timm keeps beside the values that have been learned since."""
+    """Return the initial value of a block's LayerScale, which timm keeps beside the learned values."""
     holders = (getattr(block, name, None) for name in ("ls1", "ls"))
     return float(next(h.init_values for h in (*holders, block) if getattr(h, "init_values", None) is not None))
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ratio that gives ``hidden = int(width * ratio)`` back."""
+    """Return the ratio for which ``hidden = int(width * ratio)``."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 

@@ -1,4 +1,4 @@
-"""A teacher that is not built from our own modules: its maps are read where timm's network computes them."""
+"""Wrap a timm network unmodified as a teacher: its maps are read where the network computes them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from atdiag.transfer.ops import QK
 
 
 class Foreign(nn.Module):
-    """A softmax-attention ViT with differences that a student can't be given yet (``Network.differences``): it teaches.
+    """A softmax-attention ViT with differences not available to students (``Network.differences``), as a teacher.
 
-    The maps are taken from the calls of scaled dot-product attention (SDPA) that the network itself makes, one in each
-    block: q and k as they enter it, after rotary embedding and norms, with scale and mask. So nothing of the network is
-    written a second time. One image of zeros goes through all blocks when the object is made: a network whose blocks do
-    not each attend once, without dropout, over the tokens that its description names, is a UserError then. What
-    changes later is a RuntimeError, never a wrong map.
+    Maps are read from the network's own calls of scaled dot-product attention (SDPA), one in each block: q and k as
+    they enter it, after rotary embedding and norms, with scale and mask, so that no part of the network is
+    re-implemented. The constructor runs one image of zeros through all blocks and raises UserError unless each block
+    attends exactly once, without dropout, over the tokens in the network's description. Any later deviation is a
+    RuntimeError, never a wrong map.
 
-    The network is brought to eval mode and to use SDPA in every block, and belongs to this object from then on.
+    Takes ownership of the network: sets it to eval mode and to SDPA in every block.
     """
 
     mean: Tensor
     std: Tensor
 
     origin: Any = None
-    """Where published weights came from, as a dataclass (see ``weights.Origin``)."""
+    """Origin of published weights, as a dataclass (see ``weights.Origin``)."""
 
     def __init__(self, model: nn.Module, network: Network) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Foreign(nn.Module):
         self.network = network
         for module in self._blocks.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = True  # type: ignore[assignment]  # else the formula, which calls no SDPA
+                module.fused_attn = True  # type: ignore[assignment]  # the explicit formula calls no SDPA
         self.register_buffer("mean", torch.tensor(network.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(network.std).view(1, -1, 1, 1), persistent=False)
         self.eval()
@@ -48,7 +48,7 @@ class Foreign(nn.Module):
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Raises UserError where the maps of some block can't be read."""
+        """Raise UserError if the maps of some block can't be read."""
         like = next(self.model.parameters())
         side = self.network.image_size
         self.to(like.device)
@@ -63,13 +63,13 @@ class Foreign(nn.Module):
         return self.model.get_submodule("blocks")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, channels, S, S] in [0, 1] (not normalised: the network does that) -> its own output."""
+        """Map images [B, channels, S, S] in [0, 1] (the network normalises them) to the network's own output."""
         out: Tensor = self.model((images - self.mean) / self.std)
         return out
 
     @torch.no_grad()
     def observe(self, images: Tensor, wanted: CaptureRequest) -> Observation:
-        """Run no further than what is wanted of images [B, channels, S, S] in [0, 1], and hand it out.
+        """Run images [B, channels, S, S] in [0, 1] only as far as needed for the request; return the observation.
 
         Raises ValueError for a block that the network lacks.
         """
@@ -79,20 +79,20 @@ class Foreign(nn.Module):
         return self._run(images, wanted) if wanted else Observation()
 
     def maps(self, images: Tensor, layers: Iterable[int]) -> dict[int, QK]:
-        """The maps of some blocks for images [B, channels, S, S] in [0, 1]; q and k are [B, H, N, d]."""
+        """Return the maps of some blocks for images [B, channels, S, S] in [0, 1]; q and k are [B, H, N, d]."""
         seen = self.observe(images, CaptureRequest(maps=frozenset(layers))).seen
         return {layer: one.qk for layer, one in seen.items()}
 
     def shared_tokens(self, other: Network) -> Tensor | None:
-        """Indices of this network's tokens that a network with fewer registers also has; None if all."""
+        """Return the indices of this network's tokens that a network with fewer registers also has; None if all."""
         shared = self.network.tokens_shared_with(other)
         return None if shared is None else torch.tensor(shared)
 
     def _run(self, images: Tensor, wanted: CaptureRequest) -> Observation:
-        """Run the network as far as anything is wanted: to a block's attention, to a block's end, or to its own end."""
+        """Run the network as far as needed: to a block's attention, to a block's end, or to its output."""
         seen: dict[int, AttentionRecord] = {}
         features: dict[int, Tensor] = {}
-        inside: list[int] = []  # the block that is running, if any
+        inside: list[int] = []  # the running block, if any
         calls = [0] * self.network.depth
         last = wanted.whole_blocks
 
@@ -137,11 +137,11 @@ class Foreign(nn.Module):
 
 
 class _EnoughError(Exception):
-    """All that was asked for is there: the rest of the forward pass is not needed."""
+    """Everything requested has been captured: abort the rest of the forward pass."""
 
 
 class _OnAttention(TorchFunctionMode):
-    """While active, calls a function with the arguments of every scaled dot-product attention."""
+    """While active, calls a function with the arguments of each scaled dot-product attention."""
 
     def __init__(self, call: Callable[..., None]) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def _seen(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> AttentionRecord:
-    """The map and the values of one call of scaled dot-product attention (its arguments, by their names)."""
+    """Return the map and values of a call of scaled dot-product attention, given its arguments by name."""
     if is_causal or dropout_p:
         raise RuntimeError("the network attends with a causal mask or dropout: such a map can't be transferred")
     expected = (images, network.heads, network.tokens)

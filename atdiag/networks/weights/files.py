@@ -1,6 +1,6 @@
-"""Reading a weight file that may be anything: what is damaged, or would run code, is refused in one line.
+"""Read untrusted weight files: a damaged one, or one that would run code, is refused with a one-line reason.
 
-A file is checked against its own header before anything of it is allocated. ``check`` needs no torch.
+A file is checked against its own header before any of it is allocated. ``check`` needs no torch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 Kind = Literal["safetensors", "zip", "pickle"]
 
-_LARGEST_HEADER = 100_000_000  # safetensors' own limit
+_LARGEST_HEADER = 100_000_000  # safetensors' limit
 
 
 def check(path: Path) -> Kind:
-    """What kind of weight file this is, from its bytes and not from its name.
+    """Return the kind of a weight file, from its bytes rather than its name.
 
-    Raises WeightsError for a file that is truncated, has more in it than its header says, or is none.
+    Raises WeightsError for a file that is truncated, has trailing data beyond its header's size, or is not a weight
+    file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -75,7 +76,7 @@ def _check_zip(path: Path, size: int) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError) as fault:
         raise WeightsError(f"{path} is truncated or damaged: it has no list of contents ({fault})") from None
-    # torch.save compresses nothing: whatever unpacks to more than the file holds was not written by it.
+    # torch.save does not compress, so it can't have written a file that expands when read.
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise WeightsError(f"{path} is a compressed archive, not a checkpoint of torch.save")
     if (whole := sum(entry.file_size for entry in entries)) > size:
@@ -83,9 +84,9 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def read(path: Path) -> Mapping[str, Any]:
-    """The contents of a weight file, tensors on the CPU (of a torch checkpoint, mapped and not yet read).
+    """Return the contents of a weight file, with tensors on the CPU (memory-mapped for a torch checkpoint).
 
-    Raises WeightsError for what is damaged, and for a pickle that would run code, which it names.
+    Raises WeightsError for a damaged file, and for a pickle that would run code, which it names.
     """
     import torch
     from safetensors.torch import load_file
@@ -95,11 +96,11 @@ def read(path: Path) -> Mapping[str, Any]:
         if kind == "safetensors":
             contents: Any = load_file(path)
         else:
-            # A plain record of command-line options, which many checkpoints carry; it runs nothing.
+            # Many checkpoints carry a Namespace, a plain record of command-line options that runs nothing.
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the pickle's protocol
+                warnings.simplefilter("ignore")  # about the pickle protocol
                 contents = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
-    except Exception as fault:  # bytes that mean nothing make the unpickler stumble in any way
+    except Exception as fault:  # the unpickler raises anything on invalid bytes
         if isinstance(fault, pickle.UnpicklingError) and (names := _code_in(path, fault)):
             raise WeightsError(
                 f"{path} is refused: unpickling it would call {names}, and a checkpoint needs tensors only",
@@ -112,7 +113,10 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file that atdiag wrote. Raises WeightsError for any other file, and OSError."""
+    """Return the tensors of a safetensors file that atdiag wrote.
+
+    Raises WeightsError for any other file, and OSError.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -130,13 +134,13 @@ def _first_line(fault: BaseException) -> str:
 
 
 def _code_in(path: Path, fault: pickle.UnpicklingError) -> str:
-    """What a pickle would call beside torch's own constructors; nothing where it is only damaged."""
+    """Return what a pickle would call besides torch's own constructors; empty if it is only damaged."""
     import torch
 
     text = str(fault)
     try:
         names = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except (RuntimeError, ValueError, pickle.UnpicklingError):  # the format before torch 1.6, which it does not list
+    except (RuntimeError, ValueError, pickle.UnpicklingError):  # the format before torch 1.6
         names = set(re.findall(r"GLOBAL (\S+)", text))
     if names:
         return ", ".join(sorted(names))

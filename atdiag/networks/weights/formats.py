@@ -1,4 +1,4 @@
-"""Authors' checkpoints -> timm's names: which part of the file is the network, and what its keys are called.
+"""Convert authors' checkpoints to timm's names: find the network in the file and rename its keys.
 
 ==========  ===================================================================================================
 ``timm``    timm's own names; also DeiT's, AugReg's and extracted backbones, at the top or under ``model``,
@@ -61,7 +61,7 @@ _DROPPED = {
     "dinov2": r"mask_token$",
     "deit3": r"$^",
 }
-"""Format -> what of the network's own keys belongs to pre-training alone (a regular expression, from the start)."""
+"""Format -> regular expression for the network's keys that only pre-training uses (matched from the start)."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,12 @@ def _renamed(found: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if found == "beit":
         table = state.pop(_SHARED_TABLE)
         blocks = sorted({key.split(".")[1] for key in state if key.startswith("blocks.")}, key=int)
-        # Each block looks up the one table, so each block's own table holds its values.
+        # All blocks use the one table, so copy it to each block.
         state |= {f"blocks.{block}.attn.relative_position_bias_table": table for block in blocks}
     elif found == "deit3":
         state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key): value for key, value in state.items()}
     elif found == "dinov2" and "register_tokens" in state and "cls_token" in state and "pos_embed" in state:
-        # timm gives positions to patches alone where there are registers: the class token's is added to the token.
+        # With registers, timm has positions for patches alone: add the class token's to the token.
         position = state.pop("pos_embed")
         state["cls_token"] = state["cls_token"] + position[:, :1]
         state["pos_embed"] = position[:, 1:]
@@ -163,17 +163,17 @@ def _renamed(found: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fit(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """A checkpoint's weights, as a timm network of any image size takes them: strictly, in float32.
+    """Fit a checkpoint's weights to a timm network of any image size: strictly, in float32.
 
     Position embeddings and tables of relative position biases are resampled to the network's grid by timm's functions
-    (bicubic), where it is another than the checkpoint's. ``model`` may be on the meta device.
+    (bicubic), if it differs from the checkpoint's. ``model`` may be on the meta device.
 
-    Raises WeightsError that lists keys: missing, left over, of another shape, or with values that are not finite.
+    Raises WeightsError, listing keys that are missing, left over, of another shape, or with values that are not finite.
     """
     wanted = model.state_dict()
     if faults := _faults(state, wanted, model):
         raise WeightsError("; ".join(faults))
-    # A copy, since what was read may be a map of the file, which someone can write to.
+    # Copy, since the tensors may be mapped from a file that someone can write to.
     whole = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
     ready = {name: _resampled(name, tensor, wanted[name], model) for name, tensor in whole.items()}
     if broken := [name for name, tensor in ready.items() if not bool(tensor.isfinite().all())]:
@@ -182,7 +182,7 @@ def fit(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def _faults(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: Any) -> list[str]:
-    """What does not fit, one phrase for each kind. Looks at names and shapes alone."""
+    """Return the mismatches, one phrase for each kind, from names and shapes alone."""
     missing = [name for name in wanted if name not in state]
     left = [name for name in state if name not in wanted]
     shapes, kinds = [], []
@@ -205,12 +205,12 @@ def _by(tensor: Tensor) -> str:
 
 
 def _prefix(model: Any) -> int:
-    """Tokens before the patches that have a position."""
+    """Return the number of prefix tokens that have a position."""
     return 0 if getattr(model, "no_embed_class", False) else int(model.num_prefix_tokens)
 
 
 def _grid_of(name: str, tensor: Tensor, wanted: Tensor, model: Any) -> int | None:
-    """The side of the patch grid that a position embedding or bias table is for, if it could be for any."""
+    """Return the side of the patch grid of a position embedding or bias table, if its shape allows one."""
     if name == "pos_embed" and tensor.ndim == 3 and tensor.shape[::2] == wanted.shape[::2]:
         side = math.isqrt(max(tensor.shape[1] - _prefix(model), 0))
         return side if side and side**2 + _prefix(model) == tensor.shape[1] else None

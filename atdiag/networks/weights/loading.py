@@ -1,7 +1,7 @@
-"""A teacher's weights: loaded strictly from wherever they are, whole or not at all.
+"""Load a teacher's weights strictly: completely, or not at all.
 
-Shipped miniatures; files that the user names; authors' checkpoints in the cache folder; the hub's own cache. Reading a
-file's header needs no torch, so that planning stays fast.
+From the shipped miniatures, files that the user names, authors' checkpoints in the cache folder, or the hub's own
+cache. Reading a file's header needs no torch, so that planning stays fast.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Origin:
     format: str
     """Key layout, see ``formats``."""
     branch: str
-    """Which part of the file was taken: ``state_dict: module.base_encoder.*``."""
+    """The part of the file that was used: ``state_dict: module.base_encoder.*``."""
     dropped: tuple[str, ...]
     """Its keys that are no part of the network (pre-training heads, decoders, mask tokens)."""
     averages: tuple[str, ...] = ()
@@ -71,10 +71,10 @@ class Origin:
 
 
 def load(teacher: Teacher) -> ViT | Foreign:
-    """A teacher, frozen and in eval mode, with the weights that its sha256 names.
+    """Load a teacher, frozen and in eval mode, with the weights that its sha256 names.
 
-    Raises WeightsMissingError where they are not on this machine, and WeightsError (a UserError and ValueError) where
-    the file is another one, damaged, or does not fit the network.
+    Raises WeightsMissingError if they are not on this machine, and WeightsError (a UserError and ValueError) if the
+    file has another hash, is damaged, or does not fit the network.
     """
     if teachers.is_miniature(teacher):
         return _load_miniature(teacher)
@@ -96,7 +96,7 @@ def load(teacher: Teacher) -> ViT | Foreign:
 
 
 def _file(teacher: Teacher) -> tuple[Path, Source]:
-    """The file with a published teacher's weights: the very one that its sha256 names."""
+    """Return the file with a published teacher's weights, whose hash must be the teacher's sha256."""
     source = teachers.source(teacher.name)
     path = sources.find(source)
     if path is None:
@@ -132,10 +132,10 @@ def _load_miniature(teacher: Teacher) -> ViT:
 
 
 def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module, Converted]:
-    """timm's network of a source with the weights of a file, and what became of the file's keys.
+    """Return timm's network of a source with the weights of a file, and the converted checkpoint.
 
-    Raises WeightsError that names the file: its format is not the source's, a key is missing or left over, a shape does
-    not fit, heads are others, or a value is not finite.
+    Raises WeightsError, naming the file, if its format is not one of the source's, a key is missing or left over, a
+    shape or the number of heads does not fit, or a value is not finite.
     """
     from atdiag.networks.timm import architectures
     from atdiag.networks.weights import files, formats
@@ -155,7 +155,8 @@ def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module,
         raise WeightsError(f"{path} does not fit {source.name}: {fault}", hint) from None
     persistent = set(model.state_dict())
     if any(name not in persistent for name, _ in model.named_buffers()):
-        # What timm computes when it builds, and keeps in no file, needs a network that is really there.
+        # timm computes some buffers at construction and saves them in no file, so they need a network that is really
+        # allocated.
         model = architectures.build(source, image_size, meta=False)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False), found
@@ -170,7 +171,7 @@ def _check_format(found: Converted, source: Source, path: Path) -> None:
 
 
 def _published_as(found: Converted, model: Any) -> list[teachers.TeacherEntry]:
-    """The registry's rows with a network of this width and depth whose authors publish it in this format."""
+    """Return the registry entries of this width and depth whose authors publish in this format."""
     if found.format == "timm":
         return []
     size = model.embed_dim, len(model.blocks)
@@ -179,7 +180,7 @@ def _published_as(found: Converted, model: Any) -> list[teachers.TeacherEntry]:
 
 
 def _check_heads(found: Converted, model: Any, path: Path) -> None:
-    """Shapes do not tell the number of heads; what is known of the checkpoints in this format does."""
+    """Check the number of heads, which shapes do not show, against registry entries of this format."""
     rows, heads = _published_as(found, model), model.blocks[0].attn.num_heads
     if rows and heads not in {row.heads for row in rows}:
         raise WeightsError(

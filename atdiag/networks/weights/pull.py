@@ -1,6 +1,6 @@
-"""Fetching a teacher's published weights ahead of time, for machines that have no network when they train.
+"""Download a teacher's published weights in advance, for machines without network access during training.
 
-The only place that asks the network for anything, and only when the user types ``atdiag teachers pull``.
+The only module here that accesses the network, and only for ``atdiag teachers pull``.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from atdiag.networks.weights.sources import Source, WeightsError
 
 @dataclass(frozen=True)
 class Pulled:
-    """Weights that are on this machine now, and fit their network."""
+    """Weights that are now on this machine and fit their network."""
 
     name: str
     path: Path
     sha256: str
     branch: str
-    """Which part of the file is the network."""
+    """The part of the file that is the network."""
     dropped: int
-    """How many of the file's keys are no part of it."""
+    """Number of keys in the file that are not part of it."""
     was_here: bool
 
 
 def pull(reference: str) -> Pulled:
-    """Bring a teacher's weights to this machine, check that they load, and note their sha256.
+    """Bring a teacher's weights to this machine, check that they load, and record their sha256.
 
-    Raises UserError where that can't be: no network, offline mode, no such file, no source; WeightsError where the file
-    does not fit, which is then not kept.
+    Raises UserError if that is not possible: no network, offline mode, no such file, no source; WeightsError if the
+    file does not fit, in which case it is not kept.
     """
     source = teachers.source(reference)
     if source.file is not None:
@@ -84,12 +84,12 @@ def _from_hub(source: Source, repository: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    # Its retries are no news: what comes of them is said in one line.
+    # Silence its reports of retries: we report the outcome in one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for name in sources.HUB_FILES:
         try:
             return Path(hf_hub_download(repository, name))  # shows its progress
-        except LocalEntryNotFoundError as fault:  # its word for "no network"
+        except LocalEntryNotFoundError as fault:  # raised without a network, too
             raise _unreachable(source, fault) from None
         except EntryNotFoundError:
             continue

@@ -1,6 +1,6 @@
-"""Where weight files lie: shipped, named by the user, in the cache folder, in the hub's cache. Loads none of them.
+"""Locate weight files: shipped, named by the user, in the cache folder, or in the hub's cache. Loads none of them.
 
-Needs no torch, so that planning stays fast.
+Imports no torch, so that planning stays fast.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from atdiag.core.runs import file_sha256, write_atomically
 from atdiag.core.spec import Network, Teacher
 
 SHIPPED = Path(__file__).parent / "miniatures"
-"""The miniature teachers that come with the package: ``<name>.safetensors``, half precision."""
+"""The miniature teachers shipped with the package: ``<name>.safetensors``, half precision."""
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar", ".bin")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-"""What timm's repositories on the hub call their weights, the preferred one first."""
+"""Names of weight files in timm's hub repositories, the preferred one first."""
 
 _WORTH_REMEMBERING = 8_000_000
-"""Bytes from which on a file's sha256 is remembered between processes (smaller ones are hashed in milliseconds)."""
+"""Minimum size in bytes for caching a file's sha256 between processes (smaller files hash in milliseconds)."""
 
 
 class WeightsMissingError(FileNotFoundError):
-    """A teacher's weights are not on this machine; the message says where they would go."""
+    """A teacher's weights are not on this machine; the message says where they belong."""
 
 
 class WeightsError(UserError, ValueError):
-    """A weight file is not what it should be: refused, with the reason in one line."""
+    """A weight file is refused; the message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a teacher's published network is built from, and where its weights may lie."""
+    """How a teacher's published network is built, and where its weights may be."""
 
     name: str
     """The registry's name, or ``timm:MODEL``; without a file's path."""
     model: str
     """timm's name of the architecture."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What its constructor takes beside the image size."""
+    """Constructor arguments besides the image size."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    """Of the pixels in [0, 1]; None: timm's for the model."""
+    """For pixels in [0, 1]; None: timm's for the model."""
     formats: tuple[str, ...] | None = None
-    """Key layouts that its file may have (see ``formats``); None: any."""
+    """Accepted key layouts of its file (see ``formats``); None: any."""
     file: Path | None = None
     """The file that the user named; no other is then looked for."""
     branch: Literal["weights", "ema"] = "weights"
@@ -79,19 +79,19 @@ def split_reference(reference: str) -> tuple[str, Path | None, Literal["weights"
 
 
 def cached_name(source: Source) -> str:
-    """What a source's file is called in the cache folder, less its suffix: ``mocov3_s``."""
+    """Return the name of a source's file in the cache folder, without its suffix: ``mocov3_s``."""
     return source.name.removeprefix("timm:").replace("/", "_")
 
 
 def place(source: Source, suffix: str = ".pth") -> Path:
-    """Where in the cache folder a source's checkpoint is put, by ``atdiag teachers pull`` or by hand."""
+    """Return the path of a source's checkpoint in the cache folder, placed by ``atdiag teachers pull`` or by hand."""
     return paths.cache() / f"{cached_name(source)}{suffix}"
 
 
 def find(source: Source) -> Path | None:
-    """The file with a source's weights, if it is on this machine. Asks no network.
+    """Return the file with a source's weights if it is on this machine, without using the network.
 
-    Raises WeightsMissingError where the user named a file that is not there.
+    Raises WeightsMissingError if the user named a file that does not exist.
     """
     if source.file is not None:
         if not source.file.is_file():
@@ -114,7 +114,7 @@ def _in_hub_cache(repository: str) -> Path | None:
 
 
 def how_to_get(source: Source) -> str:
-    """One line that says how to bring a source's weights to this machine."""
+    """Return a one-line instruction for getting a source's weights onto this machine."""
     if source.file is not None:
         return f"{source.file} must be there"
     by_hand = f"put the file at {place(source)} (or .safetensors), or name it: {source.name}@/path/to/file"
@@ -127,7 +127,7 @@ def how_to_get(source: Source) -> str:
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file's bytes; of a large one, remembered in the cache folder by path, size and time of change."""
+    """Return the sha256 of a file; for a large one, cached in the cache folder by path, size and modification time."""
     about = path.stat()
     if about.st_size < _WORTH_REMEMBERING:
         return fresh_sha256(path)
@@ -139,18 +139,18 @@ def sha256(path: Path) -> str:
         if {key: noted[key] for key in known} == known:
             return str(noted["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not noted yet
+        pass  # not cached yet
     digest = fresh_sha256(path)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(note, json.dumps({**known, "sha256": digest}))
     except OSError:
-        pass  # a cache folder that can't be written costs time only
+        pass  # an unwritable cache folder only costs time
     return digest
 
 
 def fresh_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes as they are now, whatever is remembered."""
+    """Return the sha256 of a file's current bytes, bypassing the cache."""
     return file_sha256(path)
 
 
@@ -158,9 +158,9 @@ def fresh_sha256(path: Path) -> str:
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """The JSON values in a safetensors file's header, read without loading a tensor.
+    """Return the JSON values in a safetensors file's header, without loading a tensor.
 
-    Raises ValueError where the file is not such a file.
+    Raises ValueError if the file is not a safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -174,7 +174,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def shipped_path(name: str) -> Path:
-    """Where the miniature of a teacher lies, if it ships."""
+    """Return the path of a teacher's miniature, if it ships."""
     return SHIPPED / f"{name}.safetensors"
 
 
@@ -184,7 +184,7 @@ def _shipped_sha256(path: Path) -> str:
 
 
 def shipped(name: str) -> Teacher:
-    """The spec of a miniature teacher that ships with the package."""
+    """Return the spec of a miniature teacher that ships with the package."""
     path = shipped_path(name)
     if not path.exists():
         raise WeightsMissingError(

@@ -102,7 +102,7 @@ def fit_linear(
         closure()
     assert parameter.grad is not None
     if not (left := float(parameter.grad.abs().max())) <= 100 * tolerance:  # a NaN is no success
-        raise RuntimeError(f"the linear probe with penalty {penalty:g} did not come to its minimum (gradient {left:g})")
+        raise RuntimeError(f"the linear probe with penalty {penalty:g} did not converge (gradient {left:g})")
     fitted = parameter.detach()
     return Linear(fitted[:, :width].clone(), fitted[:, width].clone(), penalty)
 
@@ -143,7 +143,9 @@ def hold_out(clusters: NDArray[np.int64], share: float = HELD_OUT) -> NDArray[np
     chosen[order[-1]] = False  # something is left to fit to, even where clusters are large
     out: NDArray[np.bool_] = chosen[index]
     if not out.any():
-        raise UserError(f"{len(clusters)} training images are too few to hold some of them out", "give more")
+        raise UserError(
+            f"{len(clusters)} training images are too few to hold some of them out", "give more with `train`"
+        )
     return out
 
 
@@ -153,7 +155,9 @@ def neighbours(train: Tensor, y: Tensor, test: Tensor, classes: int, k: int = NE
     Of classes with equal votes the lowest number. Raises UserError for k out of range.
     """
     if not 1 <= k <= len(train):
-        raise UserError(f"{k} neighbours of {len(train)} training images", "give fewer neighbours or more images")
+        raise UserError(
+            f"`neighbours` {k} is out of range", f"there are {len(train)} training images: give 1 to {len(train)}"
+        )
     near, out = torch.nn.functional.normalize(train, dim=-1), []
     for part in torch.split(torch.nn.functional.normalize(test, dim=-1), 1024):
         chosen = y[(part @ near.T).topk(k, dim=-1).indices]

@@ -51,17 +51,17 @@ def cache() -> Path:
     return Path(own).expanduser() if own else user_cache_path("atdiag")
 
 
-def writable(folder: Path, option: str) -> None:
+def writable(folder: Path, argument: str) -> None:
     """Make sure that a folder can be made and written, without making it. Raises UserError otherwise."""
     existing = folder
     try:
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
         if not existing.is_dir():
-            raise UserError(f"{option} {folder}: {existing} is not a folder", f"choose another with {option}")
+            raise UserError(f"`{argument}` {folder}: {existing} is not a folder", f"choose another with `{argument}`")
         with tempfile.TemporaryFile(dir=existing):  # asking the system is no use: root may write anywhere, it says
             pass
     except OSError as fault:
         raise UserError(
-            f"{option} {folder} can't be written ({fault.strerror})", f"choose another folder with {option}"
+            f"`{argument}` {folder} can't be written ({fault.strerror})", f"choose another folder with `{argument}`"
         ) from None

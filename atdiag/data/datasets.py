@@ -97,7 +97,7 @@ def check(data: Data, network: Network) -> None:
     number = classes(data)
     channels, size = (3, data.image_size) if is_real(data.name) else (1, scenes.CANVAS)
     if size is None:
-        raise ValueError(f"the data set {data.name} is of real images: its spec needs an image_size")
+        raise ValueError(f"the data set {data.name} holds real images: its spec needs an image_size")
     for what, have, need in (
         ("classes", network.classes, number),
         ("channels", network.channels, channels),
@@ -124,7 +124,7 @@ def check_files(name: str) -> dict[SplitName, Files]:
             if have != need:
                 raise UserError(
                     f"{train.root} has {have:,} {split} images, {name} ({facts.title}) {need:,}",
-                    f"complete it, or call it what it is: folder:{train.root}",
+                    f"complete it, or use it as a data set of your own: folder:{train.root}",
                 )
     return files
 
@@ -144,7 +144,7 @@ def _check_folder(data: Data) -> None:
             raise UserError(f"{data.name} needs a fingerprint of its files in its spec", "names.complete gives it")
     elif (now := image_folders.fingerprint_of([train, test])) != data.fingerprint:
         raise UserError(
-            f"the files in {train.root} are not those that the spec means "
+            f"the files in {train.root} are not those that the spec was made with "
             f"(fingerprint {now[:12]}, not {data.fingerprint[:12]})"
         )
 

@@ -49,11 +49,11 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
     if is_real(name) and _is_there(name):
         return None
     if facts is None:
-        raise UserError(f"{name} can't be downloaded", "that is for sets of real images that are published")
+        raise UserError(f"{name} can't be downloaded", "only published sets of real images can be")
     if facts.archive is None:
         raise UserError(
             f"{name} can't be downloaded, {facts.closed}",
-            f"get it from {facts.source} and put it below --data-dir as '{facts.folders[0]}' (see docs/data.md)",
+            f"get it from {facts.source} and put it below `data_dir` as '{facts.folders[0]}' (see docs/data.md)",
         )
     root = image_folders.data_folder(name, facts.folders)
     if not root.is_dir():
@@ -65,7 +65,7 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
         if place.exists() or place.is_symlink():
-            raise UserError(f"{place} is in the way of {name}, and is no folder", "move it away")
+            raise UserError(f"{place} is not a folder, and {name} belongs there", "move it away")
         _remove(part)  # of a process that was killed: the lock is ours
         try:
             part.mkdir()

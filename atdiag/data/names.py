@@ -75,11 +75,13 @@ def complete(data: Data) -> Data:
     name = known(data.name)
     if name in NAMES:
         if data.image_size is not None:
-            raise UserError(f"data.image_size is of real images, and {name} are scenes", "leave it out")
+            raise UserError(
+                f"data.image_size is for real images, and {name} are scenes of a fixed size", "leave it out"
+            )
         return data
     facts = FACTS.get(name)
     if facts is None and data.image_size is None:
-        raise UserError(f"{name} needs data.image_size", "say which, such as --set data.image_size=224")
+        raise UserError(f"{name} needs data.image_size", "give one, such as `data.image_size`=224")
     have = facts.train if facts else len(image_folders.read(name, "train"))
     fingerprint = data.fingerprint
     if facts is None or (facts.in_forms and image_folders.found(name) is not None):

@@ -61,7 +61,7 @@ class Lab:
 
         Raises UserError for a method that is not allowed, and for a form that contradicts itself.
         """
-        choose(method, allowed, "--transfer")
+        choose(method, allowed, "transfer")
         try:
             return self.settings.profile.transfer.transfer(
                 cast(TransferMethod, method), network.depth, network.heads, None if layers is None else tuple(layers)

@@ -61,7 +61,7 @@ def read(path: Path, run: str | None = None) -> Checkpoint:
     """
     try:
         if files.check(path) != "zip":
-            raise ValueError("it is no checkpoint")
+            raise ValueError("it is not a checkpoint")
         if broken := broken_archive(path):  # torch.load does not look at the checksums in its archive
             raise zipfile.BadZipFile(broken)
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -70,7 +70,7 @@ def read(path: Path, run: str | None = None) -> Checkpoint:
             found = Checkpoint(**content)
             tensors = (*found.student.values(), *(found.ema or {}).values())
             if not isinstance(found.step, int) or not all(isinstance(x, Tensor) for x in tensors):
-                raise ValueError("its parts are not what they should be")
+                raise ValueError("its contents are malformed")
     except Exception as fault:  # a damaged archive raises whatever it happens to hit
         raise ValueError(f"{path} can't be read ({type(fault).__name__})") from fault
     if version not in _READ:

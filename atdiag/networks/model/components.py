@@ -273,7 +273,7 @@ def resolve(names: Iterable[str]) -> list[Component]:
         if name not in COMPONENTS:
             raise ValueError(f"unknown component {name!r}{suggest(name, COMPONENTS)} (known: {', '.join(COMPONENTS)})")
         if COMPONENTS[name].followed:
-            raise ValueError(f"{name} is not a component to choose: every student follows its teacher in it")
+            raise ValueError(f"{name} is not a component to choose: every student has it if its teacher does")
         out.append(COMPONENTS[name])
     return out
 

@@ -327,7 +327,8 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
     origin = source(reference)  # a mistyped name is said before what the named network would need
     if image_size is None:
         raise UserError(
-            f"{reference} sees real images, and here are none", "add --set data.name=imagenette, or --profile small"
+            f"{reference} needs real images, and the data set has none",
+            "add `data.name`=imagenette, or `profile` small",
         )
     from atdiag.networks.timm import architectures
 
@@ -356,7 +357,7 @@ def _miniature(name: str, image_size: int | None) -> Teacher:
     if image_size not in (None, own.image_size):
         raise UserError(
             f"{name} (mini) is a miniature for scenes of {own.image_size} px, not for images of {image_size} px",
-            "use --profile small for the published network",
+            "use `profile` small for the published network",
         )
     try:
         return sources.shipped(name)

@@ -34,7 +34,7 @@ def convert(model: nn.Module, network: Network) -> ViT:
     Raises ValueError that lists the keys where a weight has no place, or a parameter no weight.
     """
     if network.differences:
-        raise ValueError(f"{', '.join(network.differences)}: no ViT of ours is the same function")
+        raise ValueError(f"it has {', '.join(network.differences)}, so no ViT of ours computes the same function")
     vit = ViT(network)
     own, state = vit.state_dict(), _translated(model, network, has_fc_norm="fc_norm.weight" in vit.state_dict())
     faults = {

@@ -69,7 +69,7 @@ def convert(contents: Mapping[str, Any]) -> Converted:
     container, tensors = _unwrap(contents)
     prefix = next((p for p in _PREFIXES if p + _ANCHOR in tensors), None)
     if prefix is None:
-        raise WeightsError(f"no ViT is in the file: no key ends in {_ANCHOR!r}; it has {shortlist(tensors)}")
+        raise WeightsError(f"the file holds no ViT: no key ends in {_ANCHOR!r}; it has {shortlist(tensors)}")
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     outside = [key for key in tensors if not key.startswith(prefix)]
     found = _format(container, prefix, state)
@@ -87,7 +87,7 @@ def _unwrap(contents: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
             tensors = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
             if any(key.endswith(_ANCHOR) for key in tensors):
                 return name, tensors
-    raise WeightsError(f"no ViT is in the file: no key ends in {_ANCHOR!r}; it has {shortlist(map(str, contents))}")
+    raise WeightsError(f"the file holds no ViT: no key ends in {_ANCHOR!r}; it has {shortlist(map(str, contents))}")
 
 
 def _format(container: str, prefix: str, state: Mapping[str, Tensor]) -> str:

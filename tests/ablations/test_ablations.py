@@ -109,7 +109,7 @@ def test_the_sweep_has_every_k(end):
 
 @pytest.mark.parametrize("k", [-1, 13, 10**9])
 def test_layers_that_the_teacher_has_not(k):
-    with pytest.raises(UserError, match=rf"--k {k}: clip_b \(mini\) has 12 blocks: give a number from 0 to 12"):
+    with pytest.raises(UserError, match=rf"`k` {k}: clip_b \(mini\) has 12 blocks: give a number from 0 to 12"):
         layers(lab(), "top", k, "clip_b", "copy", False)
 
 

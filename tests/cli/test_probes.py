@@ -163,7 +163,7 @@ def test_what_is_wrong_is_one_line(capsys, tmp_path):
         "is not the JSON file of an experiment": ("probe", tmp_path / "odd.json"),
         "there is no file": ("probe", tmp_path / "none.json"),
         "--train 0": ("probe", "deit_s", "--train", "0", "--images", "5"),
-        "90 neighbours of 60": ("probe", "deit_s", "--train", "60", "--images", "5", "--neighbours", "90"),
+        "--neighbours 90 is out of range: there are 60 training images": ("probe", "deit_s", "--train", "60", "--images", "5", "--neighbours", "90"),
         "101 images are 101 figures: give at most 100": ("maps", "deit_x", "--images", "0-100"),
         "results/": ("probe", "none.json"),
         "holds no network": ("attention-stats", tmp_path / "odd.json"),

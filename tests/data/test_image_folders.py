@@ -96,7 +96,7 @@ def test_a_data_set_is_found_under_any_of_its_names(cifar, monkeypatch):
 
 def test_what_is_not_found_says_what_was_looked_for_and_where(tmp_path, monkeypatch):
     with pytest.raises(
-        UserError, match="give --data-dir FOLDER or set ATDIAG_DATA to the folder that holds 'imagenet'"
+        UserError, match="data set imagenet: give `data_dir` or set ATDIAG_DATA.*'imagenet'"
     ):
         image_folders.find("imagenet")
     (tmp_path / "root" / "pets").mkdir(parents=True)
@@ -104,7 +104,7 @@ def test_what_is_not_found_says_what_was_looked_for_and_where(tmp_path, monkeypa
     with pytest.raises(UserError, match=r"in .*root, which holds pets: looked for a folder 'cifar10' or"):
         image_folders.find("cifar10")
     monkeypatch.setenv("ATDIAG_DATA", str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"in .*gone, which is no folder"):
+    with pytest.raises(UserError, match=r"in .*gone, which is not a folder"):
         image_folders.find("cifar10")
     assert image_folders.found("cifar10") is None
 
@@ -165,9 +165,9 @@ def ruin(root, how):
         ("half flat", r"val holds 1 images beside its 10 folders: expected ten folders"),
         ("empty class", r"1 of the 10 classes in .*train have no image: cat"),
         ("class missing", r"train has 9 classes, cifar10 10: expected ten folders"),
-        ("strange class", r"train has folders that are no class of cifar10: zebra"),
-        ("image missing", r"has 119 training images, cifar10 \(CIFAR-10\) 120: complete it, or call it what it is"),
-        ("empty split", r"val holds neither folder nor image"),
+        ("strange class", r"train has folders that are not classes of cifar10: zebra"),
+        ("image missing", r"has 119 training images, cifar10 \(CIFAR-10\) 120: complete it, or use .*folder:"),
+        ("empty split", r"val holds neither folders nor images"),
     ],
 )
 def test_a_wrong_layout_is_told(cifar, how, says):
@@ -193,7 +193,7 @@ def nested(cls):
         (lambda cls: (cls / "two\nlines.jpg").touch(), "no line of text"),
         (lambda cls: Path(os.fsdecode(os.fsencode(cls) + b"/\xff.jpg")).touch(), "no line of text"),
         (lambda cls: (cls.parent / "two\nlines").mkdir(), "no line of text"),
-        (nested, "has a folder with images in it, more"),
+        (nested, "has images in a folder within it, more"),
     ],
 )
 def test_an_image_that_would_be_lost_or_waited_for_is_refused(uniform, spoil, says):
@@ -232,7 +232,7 @@ def test_the_spec_must_fit_the_folder(uniform, spec):
         ({"per_class": 13, "train": 39}, "the class ant in .* has 12 train images, and the spec takes 13"),
         ({"per_class": 2, "train": 36}, "per_class=2 of 3 classes are 6 images"),
         ({"test_per_class": 6}, "has 5 test images, and the spec takes 6"),
-        ({"fingerprint": "0" * 64}, "the files in .* are not those that the spec means"),
+        ({"fingerprint": "0" * 64}, "the files in .* are not those that the spec was made with"),
         ({"fingerprint": None}, "needs a fingerprint"),
     ):
         with pytest.raises(UserError, match=says):

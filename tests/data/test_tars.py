@@ -112,7 +112,7 @@ def test_a_run_is_the_same_run_on_either(both):
     for one in specs:
         datasets.check(one.data, one.network)
     pack(both[1] / "val.tar", [(f"{cls}/{i}.jpg", b"other") for cls in ("ant", "bee", "cow") for i in range(5)])
-    with pytest.raises(UserError, match="are not those that the spec means"):
+    with pytest.raises(UserError, match="are not those that the spec was made with"):
         datasets.check(specs[1].data, specs[1].network)
 
 
@@ -156,7 +156,7 @@ def test_a_broken_image_in_a_tar_is_named(uniform, tmp_path):
     as_tar(uniform, tmp_path / "tars")
     code, out = ran("data", "check", f"timm:{tmp_path}/tars")
     assert code == 1
-    assert f"broken: {tmp_path}/tars/train.tar/bee/bee_3.jpg (it is no image of a known format)" in out
+    assert f"broken: {tmp_path}/tars/train.tar/bee/bee_3.jpg (it is not an image of a known format)" in out
     files = image_folders.read(f"timm:{tmp_path}/tars", "train")
     (tmp_path / "tars" / "train.tar").unlink()
     with pytest.raises(BrokenImageError, match=r"train\.tar/ant/ant_0\.jpg can't be read: No such file"):
@@ -277,10 +277,10 @@ def wrongly(packed, how):
         ("text", r"train.tar can't be read as tars of images \(invalid header\)"),
         ("empty", r"train.tar can't be read as tars of images"),
         ("no images", r"train.tar can't be read as tars of images \(no image in it\)"),
-        ("flat", "train.tar holds images in no folder, such as x.jpg"),
+        ("flat", "train.tar holds images outside of any folder, such as x.jpg"),
         ("twice", "train.tar holds two images ant/x.jpg"),
-        ("cut", "train.tar can't be read as tars of images|train.tar is cut off"),
-        ("cut at the end", "train.tar can't be read as tars of images|train.tar is cut off"),
+        ("cut", "train.tar can't be read as tars of images|train.tar is truncated"),
+        ("cut at the end", "train.tar can't be read as tars of images|train.tar is truncated"),
         ("no text", "not stored as it should be"),
     ],
 )

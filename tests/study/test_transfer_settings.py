@@ -38,7 +38,7 @@ def test_neighbours_are_shown_as_a_range():
         ("3,x", "'x' is neither a number nor a range: write it as '3,5,7-9'"),
         ("", "neither a number nor a range"),
         ("5-3", "runs backwards: write it as '3-5'"),
-        ("12", "12 is out of range: they are counted from 0 to 11"),
+        ("12", "12 is out of range: give numbers from 0 to 11"),
         ("-1", "neither a number nor a range"),
     ],
 )

@@ -175,7 +175,7 @@ def test_inspection_finds_what_a_network_has(name):
 def test_what_no_student_can_be_given_is_named(name):
     network = conversion.describe(model(name))
     assert set(network.differences) == FOREIGN[name][2]
-    with pytest.raises(ValueError, match="no ViT of ours is the same function"):
+    with pytest.raises(ValueError, match="no ViT of ours computes the same function"):
         conversion.convert(model(name), network)
     assert not network.student(network.components).differences
 

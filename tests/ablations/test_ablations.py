@@ -59,7 +59,7 @@ def test_reinit_tells_initialisation_and_transfer_apart(module, redrawn, transfe
 
 def test_reinit_says_what_becomes_of_layer_scale():
     clip, beit = (" ".join(reinit(lab(), "attn", name, "copy").notes) for name in ("clip_b", "beitv2_b"))
-    assert "the head is fresh" in clip
+    assert "the head is new" in clip
     assert "LayerScale" not in clip
     assert "LayerScale is folded into the projection that follows it, which is exact." in beit
 

@@ -98,7 +98,7 @@ def test_what_does_not_fit_the_network(subject, tmp_path):
     network = subject(channels=3).network
     with pytest.raises(UserError, match="20 x 20 x 1, and the network sees 20 x 20 x 3"):
         images.choose(3, DIGITS, network)
-    with pytest.raises(UserError, match="nothing says which data set"):
+    with pytest.raises(UserError, match="no data set is named"):
         images.choose(3, None, network)
     with pytest.raises(UserError, match="no images in the folder"):
         images.choose(tmp_path, None, network)

@@ -218,7 +218,7 @@ def test_an_unreadable_image_is_left_out_with_its_label(subject, pictures):
     class Broken:
         def read(self, index):
             if index == 2:
-                raise BrokenImageError("gone.png", "it is no image")
+                raise BrokenImageError("gone.png", "it is not an image")
             return test.source.read(index)
 
     bad = replace(test, source=Broken())

@@ -98,7 +98,10 @@ def folder(tmp_path, monkeypatch):
         ("reinit --set data.train=8", "recipe.batch_size=32 ... data.train=8"),
         ("reinit --set data.name=imagenett", "'imagenett' ... did you mean 'imagenette'?"),
         ("reinit --set data.name=imagenette", "clip_b (mini) ... --profile small"),
-        ("reinit --teacher timm:vit_tiny_patch16_224", "needs real images ... add --set data.name=imagenette, or --profile small"),
+        (
+            "reinit --teacher timm:vit_tiny_patch16_224",
+            "needs real images ... add --set data.name=imagenette, or --profile small",
+        ),
         ("data check cifr10", "'cifr10' ... did you mean 'cifar10'?"),
         ("data check", "Missing argument"),
         ("data chek", "Did you mean 'check'?"),

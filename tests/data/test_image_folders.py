@@ -95,9 +95,7 @@ def test_a_data_set_is_found_under_any_of_its_names(cifar, monkeypatch):
 
 
 def test_what_is_not_found_says_what_was_looked_for_and_where(tmp_path, monkeypatch):
-    with pytest.raises(
-        UserError, match="data set imagenet: give `data_dir` or set ATDIAG_DATA.*'imagenet'"
-    ):
+    with pytest.raises(UserError, match="data set imagenet: give `data_dir` or set ATDIAG_DATA.*'imagenet'"):
         image_folders.find("imagenet")
     (tmp_path / "root" / "pets").mkdir(parents=True)
     monkeypatch.setenv("ATDIAG_DATA", str(tmp_path / "root"))
@@ -187,12 +185,12 @@ def nested(cls):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda cls: (cls / "z.jpg").symlink_to("missing"), "is no file"),
-        (lambda cls: os.mkfifo(cls / "z.jpg"), "is no file"),
-        (lambda cls: (cls / "z.jpg").mkdir(), "is no file"),
-        (lambda cls: (cls / "two\nlines.jpg").touch(), "no line of text"),
-        (lambda cls: Path(os.fsdecode(os.fsencode(cls) + b"/\xff.jpg")).touch(), "no line of text"),
-        (lambda cls: (cls.parent / "two\nlines").mkdir(), "no line of text"),
+        (lambda cls: (cls / "z.jpg").symlink_to("missing"), "not a file"),
+        (lambda cls: os.mkfifo(cls / "z.jpg"), "not a file"),
+        (lambda cls: (cls / "z.jpg").mkdir(), "not a file"),
+        (lambda cls: (cls / "two\nlines.jpg").touch(), "not plain text"),
+        (lambda cls: Path(os.fsdecode(os.fsencode(cls) + b"/\xff.jpg")).touch(), "not plain text"),
+        (lambda cls: (cls.parent / "two\nlines").mkdir(), "not plain text"),
         (nested, "has images in a folder within it, more"),
     ],
 )
@@ -266,7 +264,7 @@ def test_inaturalist_is_read_from_its_annotations(tmp_path, draw, monkeypatch):
         ({"categories": [{"id": 3}, {"id": 7}]}, "categories that it does not list: 9"),
         ({"categories": [{"id": c} for c in (9, 3, 7, 8)]}, "1 of the 4 categories in .* have no image: 8"),
         ({"images": [{"id": i, "file_name": "../../etc/passwd"} for i in range(4)]}, "outside of its folder"),
-        ({"images": []}, "is no annotation file"),
+        ({"images": []}, "is not an annotation file"),
     ):
         good = json.loads((root / "train2018.json").read_text())
         (root / "train2018.json").write_text(json.dumps({**good, **change}))

@@ -273,7 +273,7 @@ def wrongly(packed, how):
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("none", r"has neither 'train.tar' nor a folder of tars 'train': it holds val.tar; folder:PATH is for"),
+        ("none", r"has neither 'train.tar' nor a folder of tars 'train': it holds val.tar; .*folder:PATH"),
         ("text", r"train.tar can't be read as tars of images \(invalid header\)"),
         ("empty", r"train.tar can't be read as tars of images"),
         ("no images", r"train.tar can't be read as tars of images \(no image in it\)"),

@@ -129,7 +129,7 @@ def test_overrides_leave_the_profile_as_it_is():
         (["a\nb=3"], "'a\\nb' is not"),
         (["recipe=3"], "'recipe' is not"),
         (["recipe.copy=3"], "'recipe.copy' is not"),
-        (["recipe.lr=1", "recipe.lr=2"], "--set recipe.lr is given twice (1 and 2)"),
+        (["recipe.lr=1", "recipe.lr=2"], "recipe.lr is given twice (1 and 2)"),
         (["recipe.epochs=many"], "recipe.epochs='many': input should be a valid integer"),
         (["recipe.epochs=1.5"], "recipe.epochs=1.5: input should be a valid integer"),
         (["recipe.epochs=true"], "recipe.epochs=True: input should be a valid integer"),
@@ -176,7 +176,7 @@ def test_what_is_not_finite_or_absurd(name, value):
     if name == "recipe.lr" and value == "1" * 30:
         return  # absurd, and a fault at run time that names the run and the step
     text = refused(f"{name}={value}")
-    assert text.startswith((f"{name}=", "recipe.mixup and"))
+    assert text.startswith((f"{name}=", "recipe.mixup or"))
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_another_data_set_brings_its_own_facts():
     assert data("data.name=cifar10", "data.train=300").train == 300
     assert data("data.name=digits", profile="small") == PROFILES["mini"].data
     assert data("data.name=larger").clutter == PROFILES["mini"].data.clutter
-    assert "has 50000 training images" in refused("data.name=cifar10", "data.train=50001")
+    assert "only 50000 training images" in refused("data.name=cifar10", "data.train=50001")
     assert "data.image_size is for real images" in refused("data.image_size=20")
 
 

@@ -104,7 +104,7 @@ def test_neighbours_and_centroids_by_hand():
 
 def test_too_many_neighbours_are_refused():
     x, y, z, _ = draw()
-    with pytest.raises(UserError, match="`neighbours` 200 .*120 training images"):
+    with pytest.raises(UserError, match=r"`neighbours` 200 .*120 training images"):
         classifiers.neighbours(x, y, z, 4, 200)
 
 

@@ -201,7 +201,7 @@ def test_what_is_wrong_is_said(subject, pictures):
     train, test = pictures(one, 30), pictures(one, 5, seed=1)
     with pytest.raises(UserError, match=r"layer 3 is out of range"):
         probing.probe([one], train, test, layers=(3,))
-    with pytest.raises(UserError, match="`neighbours` 50 .* 30 training images"):
+    with pytest.raises(UserError, match=r"`neighbours` 50 .* 30 training images"):
         probing.probe([one], train, test, neighbours=50)
     with pytest.raises(UserError, match="classes of these images are not known"):
         probing.probe([one], train, replace(test, labels=None))

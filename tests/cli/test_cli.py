@@ -100,7 +100,7 @@ def folder(tmp_path, monkeypatch):
         ("reinit --set data.name=imagenette", "clip_b (mini) ... --profile small"),
         (
             "reinit --teacher timm:vit_tiny_patch16_224",
-            "needs real images ... add --set data.name=imagenette, or --profile small",
+            "--set data.name=imagenette, or --profile small",
         ),
         ("data check cifr10", "'cifr10' ... did you mean 'cifar10'?"),
         ("data check", "Missing argument"),

@@ -95,7 +95,7 @@ def test_a_data_set_is_found_under_any_of_its_names(cifar, monkeypatch):
 
 
 def test_what_is_not_found_says_what_was_looked_for_and_where(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="data set imagenet: give `data_dir` or set ATDIAG_DATA.*'imagenet'"):
+    with pytest.raises(UserError, match=r"data set imagenet: give `data_dir` or set ATDIAG_DATA.*'imagenet'"):
         image_folders.find("imagenet")
     (tmp_path / "root" / "pets").mkdir(parents=True)
     monkeypatch.setenv("ATDIAG_DATA", str(tmp_path / "root"))
@@ -161,7 +161,7 @@ def ruin(root, how):
         ("no test", r"has no folder 'test' or 'val' or 'validation' with the test images of cifar10: it holds eval"),
         ("flat", r"val holds 50 images and no folder: expected ten folders: airplane"),
         ("half flat", r"val holds 1 images beside its 10 folders: expected ten folders"),
-        ("empty class", r"1 of the 10 classes in .*train have no image: cat"),
+        ("empty class", r"1 of the 10 classes in .*train have no images: cat"),
         ("class missing", r"train has 9 classes, cifar10 10: expected ten folders"),
         ("strange class", r"train has folders that are not classes of cifar10: zebra"),
         ("image missing", r"has 119 training images, cifar10 \(CIFAR-10\) 120: complete it, or use .*folder:"),
@@ -262,7 +262,7 @@ def test_inaturalist_is_read_from_its_annotations(tmp_path, draw, monkeypatch):
 
     for change, says in (
         ({"categories": [{"id": 3}, {"id": 7}]}, "categories that it does not list: 9"),
-        ({"categories": [{"id": c} for c in (9, 3, 7, 8)]}, "1 of the 4 categories in .* have no image: 8"),
+        ({"categories": [{"id": c} for c in (9, 3, 7, 8)]}, "1 of the 4 categories in .* have no images: 8"),
         ({"images": [{"id": i, "file_name": "../../etc/passwd"} for i in range(4)]}, "outside of its folder"),
         ({"images": []}, "is not an annotation file"),
     ):

@@ -210,7 +210,7 @@ def _change(root, how):
         ),
         ("unknown class", "2 of the 200 classes in the folder of imagenet-r are not ImageNet-1k's: n00000001, n00"),
         ("flat", "holds 1 images beside its 200 folders"),
-        ("numbers", "that are no class of imagenet-r: 0, 1, 10, 100, 101 and 195 more"),
+        ("numbers", "that are not classes of imagenet-r: 0, 1, 10, 100, 101 and 195 more"),
     ],
 )
 def test_a_wrong_layout_says_what_was_expected_and_found(renditions, how, message):
@@ -224,7 +224,7 @@ def test_a_wrong_layout_says_what_was_expected_and_found(renditions, how, messag
 def test_wrong_layouts_of_version_2(lay):
     root = lay("imagenet-v2", V2, [str(i) for i in range(1000)])
     (root / "7").rename(root / "007")
-    with pytest.raises(UserError, match="no class of imagenet-v2: 007: expected folders named 0 to 999"):
+    with pytest.raises(UserError, match="not classes of imagenet-v2: 007: expected folders named 0 to 999"):
         testsets.read("imagenet-v2")
     (root / "007").rename(root / "7")
     shutil.copy(root / "8" / "image 0.JPEG", root / "7" / "image 1.JPEG")

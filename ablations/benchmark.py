@@ -29,5 +29,5 @@ def benchmark(
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(gains.METHODS)}.")] = "copy,distill,finetune",
 ) -> Study:
     """Copy, distill and fine-tune beside scratch: what does each teacher give a student?"""
-    wanted = comma_separated(methods, "--methods", ",".join(gains.METHODS[:3]))
+    wanted = comma_separated(methods, "methods", ",".join(gains.METHODS[:3]))
     return gains.study(lab, "benchmark", teacher, wanted, claims=claims.of("benchmark"))

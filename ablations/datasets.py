@@ -38,8 +38,8 @@ def datasets(
     methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy",
 ) -> Series:
     """Transfer on several data sets, each beside its own baseline: does the outcome persist?"""
-    wanted = comma_separated(USUAL[lab.settings.profile.name] if data is None else data, "--data", "digits,larger")
-    passed = comma_separated(methods, "--methods", "copy,distill")
+    wanted = comma_separated(USUAL[lab.settings.profile.name] if data is None else data, "data", "digits,larger")
+    passed = comma_separated(methods, "methods", "copy,distill")
     studies = tuple(
         gains.study(
             lab.under("data.name", name),

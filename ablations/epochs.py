@@ -38,9 +38,9 @@ def epochs(
     lengths = (
         (usual // 2 or 1, usual, 2 * usual)
         if epochs is None
-        else tuple(map(_number, comma_separated(epochs, "--epochs", "2,4,8")))
+        else tuple(map(_number, comma_separated(epochs, "epochs", "2,4,8")))
     )
-    passed = comma_separated(methods, "--methods", "copy,distill")
+    passed = comma_separated(methods, "methods", "copy,distill")
     studies = tuple(
         gains.study(
             lab.under("recipe.epochs", length),
@@ -58,5 +58,5 @@ def epochs(
 
 def _number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not int(text):
-        raise UserError(f"--epochs {text!r} is no number of epochs", "write it as '2,4,8'")
+        raise UserError(f"`epochs` {text!r} is not a number of epochs", "write it as '2,4,8'")
     return int(text)

@@ -28,7 +28,7 @@ def study(lab: Lab, ablation: str, teacher: str, methods: Sequence[str], where: 
     Study. Raises UserError for an unknown method or teacher.
     """
     for method in methods:
-        choose(method, METHODS, "--methods")
+        choose(method, METHODS, "methods")
     source = lab.teacher(teacher)
     standard = lab.student(source)
     own = source.network.components
@@ -46,7 +46,7 @@ def study(lab: Lab, ablation: str, teacher: str, methods: Sequence[str], where: 
         ]
         return f"{label}: {'; '.join(said)}."
 
-    notes = [f"{BASELINE} and all but finetune train the standard student; finetune is the teacher itself, trained on."]
+    notes = [f"{BASELINE} and all but finetune train the standard student; finetune trains the teacher itself further."]
     return Study(
         ablation=ablation,
         teacher=source,

@@ -35,20 +35,17 @@ def layers(
     sweep: Annotated[bool, typer.Option("--sweep", help="Every k from 0 to the depth, as a curve.")] = False,
 ) -> Study:
     """Transfer the attention of the top (or bottom) k blocks only, beside none and all."""
-    ends = ENDS[choose(from_, tuple(ENDS), "--from")]
+    ends = ENDS[choose(from_, tuple(ENDS), "from_")]
     source = lab.teacher(teacher)
     student = lab.student(source)
     depth = student.depth
     if sweep and k is not None:
-        raise UserError(f"--k {k} with --sweep, which takes every k", "leave one of them out")
+        raise UserError(f"`k` {k} with `sweep`, which takes every k", "leave one of them out")
     asked = (
         range(depth + 1)
         if sweep
         else sorted(
-            {
-                _number(part, source.label, depth)
-                for part in comma_separated("6" if k is None else str(k), "--k", "3,6,9")
-            }
+            {_number(part, source.label, depth) for part in comma_separated("6" if k is None else str(k), "k", "3,6,9")}
         )
     )
     parts = [(end, count) for count in asked if 0 < count < depth for end in ends]
@@ -122,7 +119,9 @@ def _name(end: str, count: int, depth: int) -> str:
 
 def _number(text: str, label: str, depth: int) -> int:
     if not text.lstrip("-").isdecimal():
-        raise UserError(f"--k {text!r} is no number of blocks", f"give numbers from 0 to {depth}, such as 6 or 3,6,9")
+        raise UserError(
+            f"`k` {text!r} is not a number of blocks", f"give numbers from 0 to {depth}, such as 6 or 3,6,9"
+        )
     if not 0 <= int(text) <= depth:
-        raise UserError(f"--k {text}: {label} has {depth} blocks", f"give a number from 0 to {depth}")
+        raise UserError(f"`k` {text}: {label} has {depth} blocks", f"give a number from 0 to {depth}")
     return int(text)

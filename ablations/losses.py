@@ -34,10 +34,10 @@ def losses(
     weights: Annotated[str, typer.Option("--weights", help="Weights of the loss.")] = "0.3,3,30",
 ) -> Series:
     """Distill with several losses and weights of the loss: is the outcome the loss's?"""
-    names = comma_separated(losses, "--losses", "ce,mse,jsd,l1")
+    names = comma_separated(losses, "losses", "ce,mse,jsd,l1")
     for name in names:
-        choose(name, distinct(), "--losses")
-    factors = sorted({_weight(text) for text in comma_separated(weights, "--weights", "0.3,3,30")})
+        choose(name, distinct(), "losses")
+    factors = sorted({_weight(text) for text in comma_separated(weights, "weights", "0.3,3,30")})
     source = lab.teacher(teacher)
     student = lab.student(source)
 
@@ -88,5 +88,5 @@ def _weight(text: str) -> float:
     except ValueError:
         weight = 0.0
     if not 0 < weight < 1e6:
-        raise UserError(f"--weights {text!r} is no positive number", "write it as '0.3,3,30'")
+        raise UserError(f"`weights` {text!r} is not a positive number", "write it as '0.3,3,30'")
     return weight

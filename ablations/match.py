@@ -32,9 +32,9 @@ _NOTES = (
     "the teacher's, head i beside head i, mean over blocks, heads, queries and "
     f"{IMAGES} test images (all of a smaller set); registers that the student lacks are sliced off before softmax. By "
     "block in the CSV.",
-    "A student from scratch has no order of heads, so what is claimed is judged against its divergence with heads "
+    "The heads of a student from scratch have no order, so the claim is judged against its divergence with heads "
     "matched one to one. Intervals of divergences: Student's t over seeds, images held fixed.",
-    "copy has the teacher's maps by construction: its divergence is 0 and is not measured, if all maps are copied.",
+    "copy has the teacher's maps by construction: where all maps are copied its divergence is 0, and not measured.",
 )
 
 
@@ -49,7 +49,7 @@ def match(
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(gains.METHODS)}.")] = PASSED,
 ) -> Series:
     """Measure how far each student's attention maps are from its teacher's, and what it gains."""
-    passed = comma_separated(methods, "--methods", "copy,distill")
+    passed = comma_separated(methods, "methods", "copy,distill")
     measures = (Match(lab.teacher(teacher)),)
     study = gains.study(lab, "match", teacher, passed, measures=measures, claims=claims.of("match"))
     notes = _NOTES if "copy" in passed else _NOTES[:2]
@@ -86,11 +86,11 @@ def matched(reports: Sequence[Report]) -> Judged:
     asked = {i: (by_seed(r, PASSED, HEAD_BY_HEAD), by_seed(r, BASELINE, HEADS_MATCHED)) for i, r in enumerate(reports)}
     asked = {i: both for i, both in asked.items() if all(both)}
     if not asked:
-        return Judged(claim, "not testable here", "", note=f"no maps of distilled students: add --methods {PASSED}")
+        return Judged(claim, "not testable here", "", note=f"{PASSED} is not among the methods: no maps were measured")
     found = {i: gap(*both) for i, both in asked.items()}
     gaps = {i: one for i, one in found.items() if one is not None}
     if len(gaps) < len(found):
-        return Judged(claim, "undecided", "", seeds=1, note="one seed says nothing of other seeds")
+        return Judged(claim, "undecided", "", seeds=1, note="one seed says nothing about other seeds")
     clear = _clear(gaps)
     closer = sum(gaps[i].value < 0 for i in clear)
     against = len(clear) - closer
@@ -119,7 +119,7 @@ def usable(reports: Sequence[Report]) -> Judged:
     effects = {i: reports[i].row(PASSED).contrast_or_raise() for i, found in seeds.items() if found}
     count = len(effects)
     if count < 3:
-        return Judged(claim, "not testable here", "", note=f"it takes several teachers, and here are {count}")
+        return Judged(claim, "not testable here", "", note=f"it takes at least 3 teachers, and there are {count}")
     jsd = {i: sum(seeds[i].values()) / len(seeds[i]) for i in effects}
     ranks = spearman(list(jsd.values()), [one.value for one in effects.values()])
     least = min(one.seeds for one in effects.values())
@@ -127,7 +127,7 @@ def usable(reports: Sequence[Report]) -> Judged:
     if least < 2:
         return Judged(claim, "undecided", ours, seeds=least, note="one seed decides no outcome")
     if ranks.least >= _LEVEL:
-        why = f"with {count} teachers no correlation could reach p < {ranks.least:.2g}"
+        why = f"with {count} teachers no correlation can reach p < {ranks.least:.2g}"
         return Judged(claim, "not testable here", ours, seeds=least, note=why)
     by = {kind: [i for i, one in effects.items() if outcome(one) == kind] for kind in ("fails", "gains")}
     for kind, which in by.items():

@@ -35,9 +35,9 @@ AFTER_THE_BLOCKS = ("attention_pool", "mean_pool")
 _NOTES = (
     "The unit is a family: its sizes share recipe and architecture. A family whose sizes disagree, or of which one is "
     "undecided, does not count.",
-    "Each fact is tested alone against the outcomes (Fisher's exact test, two-sided; Holm over the distinct ways in "
-    "which facts part the families, those that so few families could not make clear left out). Combinations of facts, "
-    "and facts that are not in the registry, are not tested; families are no random sample.",
+    "Each fact is tested alone against the outcomes (Fisher's exact test, two-sided; Holm over the distinct splits of "
+    "the families that facts make, without those that so few families can't make clear). Combinations of facts, and "
+    "facts that are not in the registry, are not tested; families are no random sample.",
     f"'Any component up to the last block' leaves out {' and '.join(AFTER_THE_BLOCKS)}, which touch no map: a choice "
     "made knowing which families the paper names.",
 )
@@ -71,7 +71,7 @@ def recipes(
     transfer: Annotated[str, typer.Option(help="The transfer whose outcome counts: copy or distill.")] = "copy",
 ) -> Series:
     """Find the facts of pre-training or architecture that the failing teachers have in common."""
-    choose(transfer, METHODS, "--transfer")
+    choose(transfer, METHODS, "transfer")
     study = gains.study(lab, "recipes", teacher, [transfer])
     return Series("recipes", (study,), figure="recipes", verdict=verdict, findings=findings, notes=_NOTES)
 
@@ -232,9 +232,9 @@ def _closest(found: Sequence[TestedFact], count: int = 1) -> str:
         seen |= set(alike)
         (a, b), (c, d) = ((len(have), len(lack)) for have, lack in (one.fails, one.gains))
         corrected = "too few to tell" if one.adjusted is None else f"Holm {one.adjusted:.2g}"
-        parts = ", parts them without exception" if one.separates else ""
+        parts = ", separates them without exception" if one.separates else ""
         said.append(
-            f"{' = '.join(alike)}: {a} of {a + c} that have it fail, {b} of {b + d} that have it not "
+            f"{' = '.join(alike)}: {a} of {a + c} that have it fail, {b} of {b + d} that lack it "
             f"(p = {one.p:.2g}, {corrected}{parts})"
         )
     return "; ".join(said)

@@ -35,7 +35,7 @@ def reinit(
     transfer: Annotated[str, typer.Option(help="The transfer of the third arm: copy or distill.")] = "copy",
 ) -> Study:
     """Start from the teacher's weights with attention or MLP re-initialised, with and without transfer."""
-    choose(module, list(MODULES), "--module")
+    choose(module, list(MODULES), "module")
     source = lab.teacher(teacher)
     student = lab.student(source)
     init = Init(source="teacher", reinit=MODULES[module])
@@ -68,7 +68,7 @@ def reinit(
 
 
 def _notes(components: tuple[str, ...]) -> tuple[str, ...]:
-    notes = ["All else of the teacher is taken (embeddings, tokens, norms, the other modules); the head is fresh."]
+    notes = ["All else is taken from the teacher (embeddings, tokens, norms, the other modules); the head is new."]
     if "layer_scale" in components:
         notes.append("LayerScale is folded into the projection that follows it, which is exact.")
     return tuple(notes)

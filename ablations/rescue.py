@@ -37,7 +37,7 @@ def rescue(
     if beyond:
         raise UserError(
             f"{source.label} has {', '.join(beyond)}, which no student can be given yet: there is no native student",
-            "choose another teacher; reinit apart, the other experiments take this one",
+            "choose another teacher, or another experiment: all but reinit take this one",
         )
     if not own:
         raise UserError(

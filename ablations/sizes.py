@@ -37,7 +37,7 @@ def sizes(
     wanted = (
         several
         if family == "all"
-        else [choose(name, tuple(by_family), "--family") for name in comma_separated(family, "--family", "deit,dinov2")]
+        else [choose(name, tuple(by_family), "family") for name in comma_separated(family, "family", "deit,dinov2")]
     )
     for name in wanted:
         if name not in several:
@@ -46,7 +46,7 @@ def sizes(
                 f"{name} has one size at profile {profile} ({by_family[name][0]}): there is nothing to compare",
                 f"choose from: {', '.join(several)}",
             )
-    passed = comma_separated(methods, "--methods", "copy,distill")
+    passed = comma_separated(methods, "methods", "copy,distill")
     # With all families, leave out a size whose patches do not fit the images.
     series = Series.of_each(
         [name for one in wanted for name in by_family[one]],

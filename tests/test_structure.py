@@ -1,6 +1,7 @@
 """The house of the design: a module imports only from its own floor or a lower one, and what plans is light."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -203,3 +204,88 @@ def test_no_circle_of_imports():
         found = {target if target in known else target.rpartition(".")[0] for target in targets}
         graph[here] = (found & known) - {here}
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+# --- messages ------------------------------------------------------------------------------------------------------
+
+LIBRARY = [path for path in MODULES if not name(path).startswith("atdiag.cli")]
+_FLAG = re.compile(r"(?<![\w-])--[a-z]|(?<!\S)-o(?!\w)")
+_COMMAND = re.compile(r"'atdiag [^']*'")
+_NAMED = re.compile(r"`([^\W\d]\w*(?:\.[^\W\d]\w*)*)`")
+_OTHER_PROGRAMS = ("--untracked-files=no", "--porcelain")
+"""Words of git's."""
+_NAMED_AT = {"choose": 2, "comma_separated": 1, "indices": 2, "writable": 1}
+"""Which argument of these functions is the name of an argument of their callers."""
+
+
+def literals(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of every string but docstrings and what declares an option; what is filled in reads {}."""
+    left_out: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            left_out.add(id(node.value))
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("Option", "Argument"):
+            left_out |= {id(inner) for inner in ast.walk(node)}
+        elif isinstance(node, ast.JoinedStr) and id(node) not in left_out:
+            parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+            left_out |= {id(part) for part in node.values if isinstance(part, ast.Constant)}
+            yield node.lineno, "".join(parts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
+            yield node.lineno, node.value
+
+
+def flags(tree: ast.Module) -> list[int]:
+    """Lines with a string that has a command-line flag in it, other than in a command that is quoted as a whole."""
+    found = ((line, _COMMAND.sub("", text)) for line, text in literals(tree))
+    return sorted(line for line, text in found if _FLAG.search(text) and text not in _OTHER_PROGRAMS)
+
+
+def named_arguments(tree: ast.Module) -> set[str]:
+    """The arguments that messages name: in backticks, or by way of a function that puts them there."""
+    found = {argument for _, text in literals(tree) for argument in _NAMED.findall(text)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            at = _NAMED_AT.get(node.func.id if isinstance(node.func, ast.Name) else node.func.attr, len(node.args))
+            given = node.args[at] if at < len(node.args) else None
+            found |= {given.value} if isinstance(given, ast.Constant) and isinstance(given.value, str) else set()
+    return found
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_libraries_know_nothing_of_command_line_flags(path):
+    assert flags(ast.parse(path.read_text())) == []
+
+
+def test_what_messages_name_can_be_typed():
+    """Every argument that a message names is an option by the rule of the command line, or a setting."""
+    from typer.main import get_command
+
+    from atdiag.cli import app, messages
+    from atdiag.study import settings
+
+    app._complete(app.app)
+    typed, commands = set(), [get_command(app.app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        typed |= {flag for one in command.params if one.param_type_name == "option" for flag in one.opts}
+    named = {argument for path in LIBRARY for argument in named_arguments(ast.parse(path.read_text()))}
+    assert len(named) > 20
+    wrong = [one for one in named if "." in one and one not in settings._SETTINGS]
+    wrong += [one for one in named if "." not in one and messages.as_typed(f"`{one}`") not in typed]
+    assert wrong == []
+
+
+def test_these_tests_see_messages():
+    tree = ast.parse(
+        '"""Docstring with --out."""\n'
+        "import typer\n"
+        "def f(x: Annotated[str, typer.Option('--out', help='See --out.')] = 'a--b', y=-1):\n"
+        "    'And --in.'\n"
+        "    raise UserError(f'{x} is empty', f'give --{x}' + 'or --out')\n"
+        "    raise UserError(f\"'atdiag data check {x} --download' fetches it\", f'`data.train`={x} or `k`')\n"
+        "    raise UserError(f\"'atdiag doctor' says it; type -o {x}\")\n"
+        "    choose(x, ('a', 'b'), '--out')\n"
+        "    paths.writable(x, 'folder')\n"
+    )
+    assert flags(tree) == [5, 7, 8]
+    assert named_arguments(tree) == {"data.train", "k", "--out", "folder"}

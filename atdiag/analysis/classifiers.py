@@ -143,7 +143,9 @@ def hold_out(clusters: NDArray[np.int64], share: float = HELD_OUT) -> NDArray[np
     chosen[order[-1]] = False  # keep at least one cluster for fitting
     out: NDArray[np.bool_] = chosen[index]
     if not out.any():
-        raise UserError(f"{len(clusters)} training images are too few to hold some of them out", "give more")
+        raise UserError(
+            f"{len(clusters)} training images are too few to hold some of them out", "give more with `train`"
+        )
     return out
 
 
@@ -153,7 +155,9 @@ def neighbours(train: Tensor, y: Tensor, test: Tensor, classes: int, k: int = NE
     Ties go to the lowest class number. Raises UserError for k out of range.
     """
     if not 1 <= k <= len(train):
-        raise UserError(f"{k} neighbours of {len(train)} training images", "give fewer neighbours or more images")
+        raise UserError(
+            f"`neighbours` {k} is out of range", f"there are {len(train)} training images: give 1 to {len(train)}"
+        )
     near, out = torch.nn.functional.normalize(train, dim=-1), []
     for part in torch.split(torch.nn.functional.normalize(test, dim=-1), 1024):
         chosen = y[(part @ near.T).topk(k, dim=-1).indices]

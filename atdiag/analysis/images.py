@@ -100,7 +100,7 @@ class ImageSet:
                 except BrokenImageError as fault:
                     why = str(fault)
                     if not self.skip_bad:
-                        raise UserError(why, "--skip-bad leaves such images out and counts them") from None
+                        raise UserError(why, "`skip_bad` leaves such images out and counts them") from None
                     self.skipped[self.names[index]] = why
             if not kept:
                 continue
@@ -196,10 +196,10 @@ def named(wanted: int | str | Path | Sequence[str | Path]) -> int | list[int] | 
     if len(parts) == 1 and _INDICES.fullmatch(texts[0]):
         return _indices(texts[0])
     if all(numbers):
-        raise UserError(f"--images {' --images '.join(texts)}", f"give indices in one list: --images {','.join(texts)}")
+        raise UserError("`images` has several lists of indices", f"give them in one: `images` {','.join(texts)}")
     if any(numbers):
         index = texts[numbers.index(True)]
-        raise UserError(f"--images {index} is an index, and files are named too", "give indices alone, or files alone")
+        raise UserError(f"`images` {index} is an index, and files are named too", "give indices alone, or files alone")
     return tuple(path for part in parts for path in _paths(Path(str(part)).expanduser()))
 
 
@@ -226,7 +226,7 @@ def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = No
 
 def _of_split(data: Data | None, network: Network, count: int | None, rows: list[int] | None) -> ImageSet:
     if data is None:
-        raise UserError("nothing says which data set is meant", "name one with --data, or give files to --images")
+        raise UserError("no data set is named", "name one with `data`, or give files to `images`")
     data_set = sources.find(data)
     data = data_set.resized(data, network.image_size)  # where it can be: shown as the network sees it
     channels, size = data_set.shape(data)
@@ -234,18 +234,22 @@ def _of_split(data: Data | None, network: Network, count: int | None, rows: list
         raise UserError(
             f"{data.name} has images of {size} x {size} x {channels}, and the network sees "
             f"{network.image_size} x {network.image_size} x {network.channels}",
-            "choose another data set with --data, or give files to --images",
+            "choose another data set with `data`, or give files to `images`",
         )
     split = data_set.test_split(data)
     if rows is None:
         count = count or len(split)
         if count > len(split):
-            raise UserError(f"--images {count}: {data.name} has {len(split)} test images", "give at most so many")
+            raise UserError(
+                f"`images` {count}: {data.name} has only {len(split)} test images", f"give at most {len(split)}"
+            )
         chosen = np.arange(count, dtype=np.int64) * len(split) // count
     else:
         chosen = np.array(rows, np.int64)
         if chosen.max() >= len(split):
-            raise UserError(f"--images {chosen.max()}: {data.name} has test images 0 to {len(split) - 1}")
+            raise UserError(
+                f"`images` {chosen.max()} is out of range: {data.name} has test images 0 to {len(split) - 1}"
+            )
     called = tuple(f"{data.name} {row}" for row in chosen)
     return ImageSet(called, _Rows(split, chosen), split.labels[chosen], split.clusters[chosen], data)
 
@@ -255,10 +259,10 @@ def _indices(text: str) -> list[int]:
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not found or int(found[2] or found[1]) < int(found[1]):
-            raise UserError(f"--images {text!r} is no list of indices", "write it as 3,17,40-43")
+            raise UserError(f"`images` {text!r} is not a list of indices", "write it as 3,17,40-43")
         out += range(int(found[1]), int(found[2] or found[1]) + 1)
     if not out:
-        raise UserError(f"--images {text!r} names no image", "write it as 3,17,40-43")
+        raise UserError(f"`images` {text!r} names no image", "write it as 3,17,40-43")
     return out
 
 
@@ -271,13 +275,13 @@ def _paths(path: Path) -> list[Path]:
     if not path.exists():
         pieces = [piece.strip() for piece in str(path).split(",")]
         if len(pieces) > 1 and any(_INDICES.fullmatch(piece) for piece in pieces):
-            raise UserError(f"--images {path}: indices and files can't be mixed", "give indices alone, or files alone")
+            raise UserError(f"`images` {path}: indices and files can't be mixed", "give indices alone, or files alone")
         if len(pieces) > 1:
             raise UserError(
-                f"--images {path}: there is no such file or folder",
-                f"give files as --images {' --images '.join(pieces)}",
+                f"`images` {path}: there is no such file or folder",
+                f"give files one by one: `images` {' `images` '.join(pieces)}",
             )
         raise UserError(
-            f"--images {path}: there is no such file or folder", "give a number, a folder, files, or indices as 3,17"
+            f"`images` {path}: there is no such file or folder", "give a number, a folder, files, or indices as 3,17"
         )
     return [path]

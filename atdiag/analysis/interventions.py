@@ -163,7 +163,7 @@ def intervene(
         wants = _wants(subject, replacements, pairs)
         for one in pictures.reordered(order).batches(size, subject.device):
             if len(one.pixels) < 2 and any(r.source == "shuffled" for r in replacements):
-                raise UserError("one image alone has no other to take its map from", "give --images at least 2")
+                raise UserError("a single image has no other to take a map from", "give at least 2 with `images`")
             before = subject.given(one.pixels)
             own = reader(one.pixels, wants[id(subject)], before)
             shown = {key: other(one.pixels, wants[key]) for key, other in others.items()}

@@ -106,16 +106,16 @@ def place(query: str, network: Network, label: str = "the network") -> int:
     size, side = network.image_size, network.patch_size
     if query == "cls":
         if not network.class_token:
-            raise UserError(f"{label} has no class token", "choose a patch: --query centre, or x,y in pixels")
+            raise UserError(f"{label} has no class token", "choose a patch: `query` centre, or x,y in pixels")
         return 0
     if query == "centre":
         x = y = size // 2
     elif found := re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", query):
         x, y = int(found[1]), int(found[2])
         if max(x, y) >= size:
-            raise UserError(f"--query {query} is out of range: {label} sees {size} x {size} pixels, 0 to {size - 1}")
+            raise UserError(f"`query` {query} is out of range: {label} sees {size} x {size} pixels, 0 to {size - 1}")
     else:
-        raise UserError(f"--query {query!r}{suggest(query, WORDS)}", "give centre, cls, or x,y in pixels")
+        raise UserError(f"`query` {query!r}{suggest(query, WORDS)}", "give centre, cls, or x,y in pixels")
     return network.prefix_tokens + y // side * network.grid + x // side
 
 

@@ -104,7 +104,7 @@ def training_pictures(data: Data, network: Network, count: int | None = None, sk
     data_set = sources.find(data)
     count = data.train if count is None else count
     if count < 1:
-        raise UserError(f"--train {count}", "give a number of training images")
+        raise UserError(f"`train` {count} is too few images", "give at least 1")
     data = data_set.resized(data, network.image_size)
     # Of scenes as many are made as are wanted; of real images all are listed, and some taken.
     split = data_set.train_split(data_set.with_train(data, count), SCENES_SEED)
@@ -112,10 +112,12 @@ def training_pictures(data: Data, network: Network, count: int | None = None, sk
         raise UserError(
             f"{data.name} has images of {split.size} x {split.size} x {split.channels}, and the network sees "
             f"{network.image_size} x {network.image_size} x {network.channels}",
-            "choose another data set with --data",
+            "choose another data set with `data`",
         )
     if count > len(split):
-        raise UserError(f"--train {count}: {data.name} has {len(split)} training images", "give at most so many")
+        raise UserError(
+            f"`train` {count}: {data.name} has only {len(split)} training images", f"give at most {len(split)}"
+        )
     rows = np.arange(count, dtype=np.int64) * len(split) // count
     called = tuple(f"{data.name} training image {row}" for row in rows)
     return ImageSet(called, _Rows(split, rows), split.labels[rows], split.clusters[rows], data, skip_bad)
@@ -240,7 +242,8 @@ def probe(
     for pictures in (train, test):
         if pictures.labels is None:
             raise UserError(
-                "the classes of these images are not known", "probes need a data set: give --images a number or indices"
+                "the classes of these images are not known",
+                "probes need a data set: give a number or indices to `images`",
             )
     assert train.labels is not None and test.labels is not None
     shown, kept = features(subjects, train, layers, exits=False, batch=batch)

@@ -93,14 +93,16 @@ def _changed(kind: str, part: Part, layer: Layer, tokens: int) -> Map | Tensor:
 def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
     """Return the pairs (intervened block, source block) of a replacement. Raises UserError."""
     if one.part not in PARTS:
-        raise UserError(f"nothing named {one.part!r} can be replaced{suggest(one.part, PARTS)}", ", ".join(PARTS))
+        raise UserError(
+            f"nothing named {one.part!r} can be replaced{suggest(one.part, PARTS)}", f"known: {', '.join(PARTS)}"
+        )
     streaming.check_heads(subject, one.heads)
     source, network = one.source, subject.network
     if not isinstance(source, Subject):
         if source not in CHANGES:
             raise UserError(f"unknown change {source!r}{suggest(source, CHANGES)}", f"known: {', '.join(CHANGES)}")
         if one.part != "map" and source not in ("own", "shuffled"):
-            raise UserError(f"{source} is a kind of map, not of {one.part}", "leave --what out")
+            raise UserError(f"{source} can replace a map, not {one.part}", "leave `what` out")
         layers = tracing.request(subject, (), one.layers).layers
         pairs = tuple((layer, layer) for layer in layers)
     else:
@@ -111,7 +113,7 @@ def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
             raise UserError(
                 f"{source.label}'s heads are {width} wide, {subject.label}'s {network.width // network.heads}: "
                 f"only its map can be put in",
-                "--what map",
+                "use `what` map",
             )
         tracing.check_images([subject, source])
         pairs = pair_layers(subject, source, one.layers, one.layer_map)
@@ -123,7 +125,7 @@ def _check_tokens(subject: Subject, source: Subject) -> None:
     """Raise UserError unless two networks have the same heads and compatible tokens."""
     mine, theirs = subject.network, source.network
     wanted = f"{mine.heads} heads, {mine.grid} x {mine.grid} patches, {'a' if mine.class_token else 'no'} class token"
-    hint = f"put in what is of a network with {wanted}"
+    hint = f"use a network with {wanted}"
     lost = ""
     if mine.heads != theirs.heads:
         lost = f"has {theirs.heads} heads, and {subject.label} has {mine.heads}"
@@ -152,7 +154,7 @@ def _check_copied(subject: Subject, one: Replacement, layers: Sequence[int]) -> 
     raise UserError(
         f"{subject.label} copies the {transfer.tensor} of its teacher in layers {', '.join(map(str, copied))}: "
         f"its {one.part} can't be replaced there",
-        "choose other --layers, or replace what it copies, of all heads",
+        f"choose other `layers`, or replace the {transfer.tensor} of all heads",
     )
 
 

@@ -131,7 +131,7 @@ def shared(a: Network, b: Network, labels: tuple[str, str] = ("the one", "the ot
         raise UserError(
             f"{labels[0]} has a grid of {a.grid} x {a.grid} patches, {labels[1]} one of {b.grid} x {b.grid}: "
             "their maps can't be laid over each other",
-            "compare networks with one token grid",
+            "compare networks with the same token grid",
         )
     token = a.class_token and b.class_token
     registers = a.registers if a.registers == b.registers else 0
@@ -171,8 +171,8 @@ def pair_layers(
     if layer_map is None:
         if a.network.depth != b.network.depth:
             raise UserError(
-                f"{a.label} has {a.network.depth} blocks, {b.label} {b.network.depth}: say which belong together",
-                f"--layer-map 0:0,{a.network.depth - 1}:{b.network.depth - 1}",
+                f"{a.label} has {a.network.depth} blocks, {b.label} {b.network.depth}: say which ones to compare",
+                f"`layer_map` 0:0,{a.network.depth - 1}:{b.network.depth - 1}",
             )
         layer_map = {layer: layer for layer in range(a.network.depth)}
     else:
@@ -181,7 +181,7 @@ def pair_layers(
     tracing.request(a, (), chosen)
     for layer in chosen:
         if layer not in layer_map:
-            raise UserError(f"layer {layer} of {a.label} is not in the layer map", "add it, or leave it out")
+            raise UserError(f"layer {layer} of {a.label} is not in `layer_map`", "add it, or leave it out of `layers`")
     pairs = tuple((layer, layer_map[layer]) for layer in chosen)
     tracing.request(b, (), [other for _, other in pairs])
     return pairs
@@ -193,7 +193,7 @@ def _check_map(a: Subject, b: Subject, layer_map: Mapping[int, int]) -> None:
         for layer, one in ((mine, a), (theirs, b)):
             if not 0 <= layer < one.network.depth:
                 told = f"layer {layer} is out of range: {one.label} has {one.network.depth} blocks"
-                raise UserError(f"--layer-map {mine}:{theirs}: {told}, 0 to {one.network.depth - 1}")
+                raise UserError(f"`layer_map` {mine}:{theirs}: {told}, 0 to {one.network.depth - 1}")
 
 
 # --- CKA -----------------------------------------------------------------------------------------------------------

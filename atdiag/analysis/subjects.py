@@ -104,7 +104,7 @@ def teacher_of(subject: Subject) -> Subject:
     """Return the teacher of a run's student, as used in training. Raises UserError if there is none."""
     spec = subject.spec
     if spec is None or spec.teacher is None:
-        raise UserError(f"{subject.label} has no teacher", "name a network with --from")
+        raise UserError(f"{subject.label} has no teacher", "name a network with `from_`")
     return loaded(spec.teacher, spec.data)
 
 
@@ -351,7 +351,7 @@ def _file(path: Path) -> Subject:
         network = Network.model_validate(loading.metadata(file)["network"])
     except (ValueError, KeyError):
         raise UserError(
-            f"nothing says which network {path} belongs to (a run's spec.json would lie beside it)",
+            f"it is not known which network {path} belongs to (a run's has a spec.json beside it)",
             f"for weights of a timm model type timm:MODEL@{path}",
         ) from None
     vit = ViT(network)

@@ -176,7 +176,7 @@ class Reader:
             seen = self._seen(where[layer], nodes, len(pixels), layer) if layer in read else None
             if seen is not None and not isinstance(seen.map, QK) and (lost := sorted(want.what & _OF_QK)):
                 raise TracingError(
-                    f"layer {layer} of {self.subject.label} has no {', '.join(lost)}: it was given a map as it is"
+                    f"layer {layer} of {self.subject.label} has no {', '.join(lost)}: its map was given from outside"
                 )
             layers[layer] = Layer(seen and seen.map, seen and seen.v, **outputs[layer])
         _check_finite(layers, self.subject.label)
@@ -314,4 +314,4 @@ def check_images(subjects: Sequence[Subject]) -> None:
     kinds = {(one.network.image_size, one.network.channels) for one in subjects}
     if len(kinds) > 1:
         told = " and ".join(f"{size} x {size} x {channels}" for size, channels in sorted(kinds))
-        raise UserError(f"the subjects see different images ({told})", "compare networks of one image size")
+        raise UserError(f"the subjects see different images ({told})", "compare networks with the same image size")

@@ -13,7 +13,16 @@ import typer
 from typer.core import TyperGroup
 
 from atdiag.cli import data, doctor, experiments, inspect, looks, probes, reproduce, runs, teachers
-from atdiag.cli.messages import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, RESERVED, say, stopped
+from atdiag.cli.messages import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    RESERVED,
+    as_typed,
+    say,
+    stopped,
+)
 
 
 class _Commands(TyperGroup):
@@ -98,7 +107,7 @@ def _explain(fault: Exception) -> int:
     from atdiag.core.errors import UserError
 
     if isinstance(fault, UserError):
-        say(str(fault))
+        say(as_typed(str(fault)))
         return EXIT_USAGE
     if hasattr(fault, "format_message"):  # a usage error from Click
         if type(fault).__name__ == "NoArgsIsHelpError":
@@ -114,7 +123,7 @@ def _explain(fault: Exception) -> int:
     if isinstance(fault, StoppedError):
         return EXIT_TERMINATED
     if isinstance(fault, FaultError | DamagedRunError | OSError):
-        say(str(fault))
+        say(as_typed(str(fault)))
         return EXIT_FAULT
     if os.environ.get("ATDIAG_DEBUG"):
         raise fault

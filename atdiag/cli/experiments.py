@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from atdiag.cli import planning
-from atdiag.cli.messages import RESERVED, say
+from atdiag.cli.messages import RESERVED, as_typed, say
 from atdiag.cli.options import EXPERIMENT, joined
 from atdiag.cli.session import ExperimentSession, open_session
 from atdiag.core import paths
@@ -74,7 +74,7 @@ def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> N
     from atdiag.study import pipeline
 
     if plan.todo:
-        paths.fit_for_runs(session.store.root, "--runs")
+        paths.fit_for_runs(session.store.root, "runs")
         devices.resolve(plan.device)
     pipeline.check(series, plan.todo)
 
@@ -113,8 +113,9 @@ def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
     asked = make.keywords.get("teacher")
     if not isinstance(asked, str) or (asked != "all" and "," not in asked):
         return Series.join([make(lab)])
-    names = lab.teachers if asked == "all" else comma_separated(asked, "--teacher", "clip_b,deit_b")
-    return Series.of_each(names, lambda name: make(lab, teacher=name), leave_out=leave_out or asked == "all")
+    names = lab.teachers if asked == "all" else comma_separated(asked, "teacher", "clip_b,deit_b")
+    series = Series.of_each(names, lambda name: make(lab, teacher=name), leave_out=leave_out or asked == "all")
+    return replace(series, notes=tuple(map(as_typed, series.notes)))  # why some teachers are left out
 
 
 def check_overrides(

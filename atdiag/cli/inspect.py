@@ -50,7 +50,7 @@ def trace(
     subject: Annotated[str, typer.Argument(help=f"What to look into: {SUBJECT}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, .safetensors.")],
     what: Annotated[
-        str, typer.Option(help="Any of map, logits, q, k, v, attn, mlp, residual, with commas between them.")
+        str, typer.Option(help="Any of map, logits, q, k, v, attn, mlp and residual, separated by commas.")
     ] = "map",
     layers: Layers = None,
     heads: Heads = None,
@@ -69,13 +69,13 @@ def trace(
 
     out = out.expanduser()
     if out.suffix != ".safetensors" or out.is_dir():
-        raise UserError(f"-o {out} is no name of a .safetensors file", f"write it as -o {out.stem}.safetensors")
-    paths.writable(out.parent, "-o")
+        raise UserError(f"-o {out} is not the name of a .safetensors file", f"write it as -o {out.stem}.safetensors")
+    paths.writable(out.parent, "out")
     session = InspectionSession([subject], given)
     (one,) = session.subjects
     pictures = session.pictures(images, default=64)
-    blocks = chosen(layers, one.network.depth, "--layers")
-    some = chosen(heads, one.network.heads, "--heads")
+    blocks = chosen(layers, one.network.depth, "layers")
+    some = chosen(heads, one.network.heads, "heads")
     with watched(images=pictures):
         found = streaming.trace(one, pictures, [name.strip() for name in what.split(",")], blocks, some, mean)
     tensors = {f"{name}.{layer}": tensor.contiguous() for (name, layer), tensor in found.items()}
@@ -121,7 +121,7 @@ def similarity(
     session = InspectionSession([subject, *others], given)
     a, *bs = session.subjects
     pairs = layer_pairs(layer_map)
-    blocks = chosen(layers, a.network.depth, "--layers")
+    blocks = chosen(layers, a.network.depth, "layers")
     work.check(a, bs, blocks, pairs)  # first: other images would not make incompatible networks fit
     pictures = session.pictures(images)
     with watched(images=pictures):
@@ -205,8 +205,8 @@ def intervene(
     words = with_ or ([] if from_ else ["uniform", "identity", "shuffled", "no-sinks"])
     sources: list[Any] = [*others]
     sources += [subjects.teacher_of(a).to(session.device) if word == "teacher" else word for word in words]
-    blocks = chosen(layers, a.network.depth, "--layers")
-    some = chosen(heads, a.network.heads, "--heads")
+    blocks = chosen(layers, a.network.depth, "layers")
+    some = chosen(heads, a.network.heads, "heads")
     pairs = layer_pairs(layer_map)
     groups = [(block,) for block in blocks or sorted(pairs or range(a.network.depth))] if each else [blocks]
     part: Any = what
@@ -238,7 +238,7 @@ def intervene(
     notes = [f"{shown_on(pictures)}, the same before and after; 95 % intervals over images (by cluster)"]
     notes.append("stream: how far the last block's output moves, relative to its norm")
     if found[0].change is None:
-        notes.append("no accuracy: of these images no labels are known that its head was made for")
+        notes.append("no accuracy: these images have no labels for the classes of its head")
     session.tell([_outcomes_table(found)], notes, files, document, pictures)
 
 

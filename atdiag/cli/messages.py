@@ -5,6 +5,8 @@ Part of the command line: imports nothing heavy before a command is called.
 
 from __future__ import annotations
 
+import re
+
 import typer
 
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
@@ -32,6 +34,23 @@ def stopped(command: str) -> str:
     if command in LOOKING:
         return "stopped: nothing was written, the same command starts again"
     return "stopped: the same command starts again"
+
+
+_ARGUMENT = re.compile(r"`([^\W\d]\w*(?:\.[^\W\d]\w*)*)`")
+"""An argument as the library names it: an identifier in backticks, or a dotted one, which is a setting."""
+
+
+def as_typed(text: str) -> str:
+    """Return a library's message with its arguments as they are typed.
+
+    >>> as_typed("give `data_dir`, or `data.image_size`=224")
+    'give --data-dir, or --set data.image_size=224'
+    """
+    return _ARGUMENT.sub(lambda found: _option(found[1]), text)
+
+
+def _option(name: str) -> str:
+    return f"--set {name}" if "." in name else f"--{name.strip('_').replace('_', '-')}"
 
 
 def say(text: str) -> None:

@@ -19,25 +19,27 @@ from atdiag.core.options import ExecutionOptions
 Runs = Annotated[
     Path | None, typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print a last line that a machine can read.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")]
 Profile = Annotated[str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]")]
 Set = Annotated[
     list[str],
     typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
 ]
 DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="The folder of all real data sets. [default: $ATDIAG_DATA]")
+    Path | None, typer.Option("--data-dir", help="The folder that holds all real data sets. [default: $ATDIAG_DATA]")
 ]
 
 _Seeds = Annotated[int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]")]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be run, what is finished, and the cost.")]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would run, what is finished, and what it costs; run nothing.")
+]
 _Out = Annotated[
     Path | None,
     typer.Option(help="Folder for table and figure. [default: ./results/<ablation>-<teacher>-<profile>]"),
 ]
 _Equivalence = Annotated[
     float | None,
-    typer.Option(help="Margin in points within which a contrast is said to make no difference (two one-sided tests)."),
+    typer.Option(help="Margin in points: contrasts shown to lie within it make no difference (two one-sided tests)."),
 ]
 _Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the profile's; mini: cpu]")]
 _MicroBatch = Annotated[
@@ -45,7 +47,7 @@ _MicroBatch = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Images that go through a network at once, for want of memory: the result stays the same up to rounding. "
+        help="Images per forward pass, to save memory: the result stays the same up to rounding. "
         "[default: recipe.batch_size]",
     ),
 ]
@@ -53,7 +55,7 @@ _Deterministic = Annotated[
     bool,
     typer.Option(
         "--deterministic",
-        help="The same bits from a GPU each time, at some cost of speed. A CPU gives them anyway.",
+        help="Get the same bits from a GPU each time, at some cost of speed. A CPU gives them anyway.",
     ),
 ]
 

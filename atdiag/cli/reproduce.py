@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atdiag.cli import experiments, planning
+from atdiag.cli.messages import as_typed
 from atdiag.cli.options import EXECUTION, EXPERIMENT, joined
 from atdiag.cli.session import ExperimentSession, open_session
 from atdiag.core import paths, text
@@ -73,12 +74,14 @@ def figures(
     quick: _Quick = False,
 ) -> tuple[Analyses, list[str]]:
     """Draw figures and write tables of finished analyses; trains nothing."""
-    from atdiag.core.selection import choose
+    from atdiag.core.errors import UserError, suggest
 
     placed = registry.placed()
-    wanted = [choose(name, ("all", *placed), "figures") for name in names]
-    chosen = placed if "all" in wanted else {name: placed[name] for name in wanted}
-    return _made(lab, quick, chosen), wanted
+    known = ("all", *placed)
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"unknown analysis {unknown[0]!r}{suggest(unknown[0], known)}", f"known: {', '.join(known)}")
+    chosen = placed if "all" in names else {name: placed[name] for name in names}
+    return _made(lab, quick, chosen), names
 
 
 def _made(lab: Lab, quick: bool, ablations: Mapping[str, tuple[Any, registry.Placement]]) -> Analyses:
@@ -93,7 +96,7 @@ def _made(lab: Lab, quick: bool, ablations: Mapping[str, tuple[Any, registry.Pla
         try:
             parts = [experiments.spread(partial(ablation, **one), lab, leave_out=True) for one in combinations(options)]
         except UserError as fault:
-            refused[name] = fault
+            refused[name] = UserError(as_typed(str(fault)))
         else:
             series[name] = Series.join(parts)
     return Analyses(series, refused)
@@ -151,7 +154,7 @@ def _figures(
         else:
             readings[name] = session.reading(series)
     if not readings or (left and "all" not in wanted):
-        raise UserError("; ".join(left), "the same line with 'reproduce' for 'figures NAME' trains them")
+        raise UserError("; ".join(left), "'atdiag reproduce' with the same options trains them")
     files = _write_all(readings, folder)
     console.show_files([path for path in files if path.suffix in (".png", ".pdf", ".txt")])
     for line in left:
@@ -162,7 +165,7 @@ def _figures(
 
 def _folder(name: str, session: ExperimentSession, out: Path | None) -> Path:
     folder = out.expanduser() if out else Path("results") / f"{name}-{session.settings.profile.name}"
-    paths.writable(folder, "--out")
+    paths.writable(folder, "out")
     return folder
 
 

@@ -101,7 +101,7 @@ def store_of(runs: Path | None) -> Store:
     from atdiag.study import settings as profiles
 
     if runs is not None and not runs.expanduser().is_dir():
-        raise UserError(f"--runs {runs} is no folder", "give the folder that holds the runs")
+        raise UserError(f"--runs {runs} is not a folder", "give the folder that holds the runs")
     return Store(profiles.resolve(None, None, (), runs).runs)
 
 
@@ -260,7 +260,7 @@ def runs_export(
             raise UserError(f"-o {out} is a folder", f"name a file in it, such as {out / 'runs.csv'}")
         if not out.parent.is_dir():
             raise UserError(f"-o {out}: there is no folder {out.parent}")
-        paths.writable(out.parent, "-o")
+        paths.writable(out.parent, "out")
     store = store_of(runs)
     rows = [run_table.row(one) for one in store.list()]
     text = run_table.to_csv(rows)

@@ -84,7 +84,7 @@ class InspectionOptions:
         """Return the folder for tables and figures. Raises UserError if it can't be written."""
 
         out = self.out.expanduser() if self.out else Path("results") / command
-        paths.writable(out, "--out")
+        paths.writable(out, "out")
         return out
 
 
@@ -107,7 +107,7 @@ def resolve(given_data_dir: Path | None = None, **given: Any) -> Settings:
     from atdiag.study import settings as profiles
 
     if given_data_dir is not None and not given_data_dir.expanduser().is_dir():
-        raise UserError(f"--data-dir {given_data_dir} is no folder", "give the folder of all data sets")
+        raise UserError(f"--data-dir {given_data_dir} is not a folder", "give the folder that holds the data sets")
     settings = profiles.resolve(data_dir=given_data_dir, **given)
     if settings.data_dir is not None:
         paths.look_in(settings.data_dir)
@@ -151,13 +151,13 @@ def open_session(
     from atdiag.training import compiled
 
     if equivalence is not None and not 0 < equivalence < 100:
-        raise UserError(f"--equivalence {equivalence:g} is no margin", "give points above 0, such as 0.5")
+        raise UserError(f"--equivalence {equivalence:g} is not a margin", "give points above 0, such as 0.5")
     compiled.choice()
     settings = resolve(data_dir, profile=profile, seeds=seeds, sets=set_, runs=runs)
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))
     if not paths.is_folder(settings.runs):  # one that is there may be read-only: finished runs are only read
-        paths.writable(settings.runs, "--runs")
+        paths.writable(settings.runs, "runs")
     return ExperimentSession(settings, Store(settings.runs), options, equivalence)
 
 
@@ -218,11 +218,11 @@ class InspectionSession:
             typer.echo(json.dumps({**document, "files": [str(path) for path in files]}))
 
 
-def chosen(text: str | None, count: int, option: str) -> tuple[int, ...] | None:
+def chosen(text: str | None, count: int, argument: str) -> tuple[int, ...] | None:
     """Parse blocks or heads; None for all. Raises UserError."""
     from atdiag.core.selection import indices
 
-    return None if text is None else indices(text, count, option)
+    return None if text is None else indices(text, count, argument)
 
 
 def chosen_of_all(text: str | None, subjects: Sequence[Subject]) -> tuple[int, ...] | None:
@@ -231,7 +231,7 @@ def chosen_of_all(text: str | None, subjects: Sequence[Subject]) -> tuple[int, .
     if text is not None and len(depths) > 1 and ":" in text:
         told = " and ".join(map(str, depths))
         raise UserError(f"--layers {text}: the subjects have {told} blocks", "name blocks by number, as 0,5,11")
-    return chosen(text, depths[0], "--layers")
+    return chosen(text, depths[0], "layers")
 
 
 def layer_pairs(text: str | None) -> dict[int, int] | None:
@@ -244,7 +244,7 @@ def layer_pairs(text: str | None) -> dict[int, int] | None:
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", part)
         if not found:
-            raise UserError(f"--layer-map {text!r} is no list of pairs", "write it as 0:0,5:11")
+            raise UserError(f"--layer-map {text!r} is not a list of pairs", "write it as 0:0,5:11")
         if int(found[1]) in out:
             raise UserError(
                 f"--layer-map {text!r} has layer {int(found[1])} of A twice", "each is compared with one of B's"

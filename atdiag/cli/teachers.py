@@ -89,9 +89,9 @@ def pretrain(
     path = loading.shipped_path(name) if install else out.expanduser() if out else Path(f"{name}.safetensors")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder", f"name a file in it, such as {path / name}.safetensors")
-    paths.writable(path.parent, "--out")
+    paths.writable(path.parent, "out")
     settings = profiles.resolve("mini", None, (), runs)
-    paths.fit_for_runs(settings.runs, "--runs")
+    paths.fit_for_runs(settings.runs, "runs")
     store = Store(settings.runs)
     typer.echo(f"atdiag pretrain: {name} (mini), {spec.data.train} scenes x {spec.recipe.epochs} epochs, run {spec.id}")
     options = ExecutionOptions(device="cpu", threads=1)

@@ -63,33 +63,35 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def writable(folder: Path, option: str) -> None:
+def writable(folder: Path, argument: str) -> None:
     """Make sure that a folder can be made and written, without making it. Raises UserError otherwise."""
     try:
         existing = _existing(folder)
         if not existing.is_dir():
-            raise UserError(f"{option} {folder}: {existing} is not a folder", f"choose another with {option}")
+            raise UserError(f"`{argument}` {folder}: {existing} is not a folder", f"choose another with `{argument}`")
         with tempfile.TemporaryFile(dir=existing):  # permission bits are not enough: they allow root everything
             pass
     except OSError as fault:
         raise UserError(
-            f"{option} {folder} can't be written ({fault.strerror})", f"choose another folder with {option}"
+            f"`{argument}` {folder} can't be written ({fault.strerror})", f"choose another folder with `{argument}`"
         ) from None
 
 
-def fit_for_runs(folder: Path, option: str) -> None:
+def fit_for_runs(folder: Path, argument: str) -> None:
     """Make sure that a folder can hold runs: :func:`writable`, with room for longer names, and with file locks.
 
     Raises UserError where not: locks are what keeps two processes from training one run.
     """
     from filelock import FileLock
 
-    writable(folder, option)
+    writable(folder, argument)
     try:
         existing = _existing(folder)
         longest = os.pathconf(existing, "PC_PATH_MAX") if hasattr(os, "pathconf") else 4096
         if len(os.fsencode(folder.absolute())) + _LONGEST > longest:
-            raise UserError(f"{option} {folder} is too long a name for what runs put below it", "choose a shorter one")
+            raise UserError(
+                f"`{argument}` {folder} is too long for the files of a run below it", "choose a shorter name"
+            )
         with (
             tempfile.TemporaryDirectory(dir=existing, prefix=".atdiag-") as place,
             FileLock(f"{place}/lock", timeout=1),
@@ -98,13 +100,13 @@ def fit_for_runs(folder: Path, option: str) -> None:
     except (OSError, NotImplementedError) as fault:
         why = getattr(fault, "strerror", None) or str(fault)
         raise UserError(
-            f"{option} {folder} lies on a file system without file locks ({why}), which runs need",
-            f"choose a folder on another with {option}, or mount it with locks (NFS: without nolock)",
+            f"`{argument}` {folder} lies on a file system without file locks ({why}), which runs need",
+            f"choose a folder on another with `{argument}`, or mount it with locks (NFS: without nolock)",
         ) from None
 
 
 def _existing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
+    """Return the folder itself, or the nearest above it that exists."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder

@@ -22,7 +22,9 @@ def room(need: float, what: str, hint: str | None = None) -> None:
     """Raise UserError if ``what`` needs more bytes than this machine has memory; call before allocating."""
     have = memory()
     if have is not None and need > have:
-        raise UserError(f"{what} take {need / GIB:,.1f} GiB of memory, and this machine has {have / GIB:,.1f}", hint)
+        raise UserError(
+            f"{what} take {need / GIB:,.1f} GiB of memory, but this machine has only {have / GIB:,.1f}", hint
+        )
 
 
 def small_file(path: Path, most: int = 16 * MIB) -> bytes:
@@ -33,7 +35,7 @@ def small_file(path: Path, most: int = 16 * MIB) -> bytes:
     with path.open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise ValueError(f"it is larger than {most / MIB:,.0f} MiB, which nothing that belongs there is")
+        raise ValueError(f"it is larger than {most / MIB:,.0f} MiB, too large for such a file")
     return content
 
 

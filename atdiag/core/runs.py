@@ -69,7 +69,7 @@ def broken_archive(path: Path) -> str | None:
     # zipfile's exception depends on the flipped bit: in the compression method, NotImplementedError.
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, zlib.error) as fault:
         return str(fault) or type(fault).__name__
-    return None if bad is None else f"{bad} in it is not what was written"
+    return None if bad is None else f"its part {bad} fails its checksum"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -96,7 +96,7 @@ def _json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as fault:  # RecursionError: deeply nested brackets
         raise DamagedRunError(path, fault) from None
     if not isinstance(out, dict):
-        raise DamagedRunError(path, "it is no JSON object")
+        raise DamagedRunError(path, "it is not a JSON object")
     return out
 
 

@@ -10,18 +10,18 @@ from atdiag.core.errors import UserError, suggest
 _ENDS = {"bottom": "first", "first": "first", "top": "last", "last": "last"}
 
 
-def choose(value: str, allowed: Sequence[str], option: str) -> str:
+def choose(value: str, allowed: Sequence[str], argument: str) -> str:
     """Return ``value`` if it is allowed. Raises UserError, with "did you mean", otherwise."""
     if value not in allowed:
-        raise UserError(f"{option} {value!r}{suggest(value, allowed)} (choose from: {', '.join(allowed)})")
+        raise UserError(f"`{argument}` {value!r}{suggest(value, allowed)} (choose from: {', '.join(allowed)})")
     return value
 
 
-def comma_separated(text: str, option: str, example: str) -> tuple[str, ...]:
+def comma_separated(text: str, argument: str, example: str) -> tuple[str, ...]:
     """Split ``a, b`` into its parts, without duplicates. Raises UserError if there are none."""
     parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not parts:
-        raise UserError(f"{option} names none", f"write it as '{example}'")
+        raise UserError(f"`{argument}` is empty", f"write it as '{example}'")
     return parts
 
 
@@ -37,23 +37,24 @@ def indices(text: str | int | tuple[int, ...] | None, count: int, name: str) -> 
         return tuple(range(count))
     text = ",".join(map(str, text)) if isinstance(text, tuple) else str(text)
     ends = ("first:2", "last:2") if name.endswith("heads") else ("top:6", "bottom:6")
+    asked = f"`{name}`={text}"
     hint = f"write it as '3,5,7-9', '{ends[0]}' or '{ends[1]}'"
     if end := re.fullmatch(r"\s*([a-z]+)\s*:\s*(\d+)\s*", text):
         word, number = end[1], int(end[2])
         if word not in _ENDS:
-            raise UserError(f"{name}={text}: unknown word {word!r}{suggest(word, _ENDS)}", hint)
+            raise UserError(f"{asked}: unknown word {word!r}{suggest(word, _ENDS)}", hint)
         if not 1 <= number <= count:
-            raise UserError(f"{name}={text}: there are {count}", f"give a number from 1 to {count}")
+            raise UserError(f"{asked}: there are only {count}", f"give a number from 1 to {count}")
         return tuple(range(number) if _ENDS[word] == "first" else range(count - number, count))
     found: set[int] = set()
     for part in text.split(","):
         if not (match := re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)):
-            raise UserError(f"{name}={text}: {part.strip()!r} is neither a number nor a range", hint)
+            raise UserError(f"{asked}: {part.strip()!r} is neither a number nor a range", hint)
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UserError(f"{name}={text}: the range {part.strip()} runs backwards", f"write it as '{last}-{first}'")
+            raise UserError(f"{asked}: the range {part.strip()} runs backwards", f"write it as '{last}-{first}'")
         if last >= count:
-            raise UserError(f"{name}={text}: {last} is out of range", f"they are counted from 0 to {count - 1}")
+            raise UserError(f"{asked}: {last} is out of range", f"give numbers from 0 to {count - 1}")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
 

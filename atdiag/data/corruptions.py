@@ -275,11 +275,13 @@ def corrupt(pixels: NDArray[np.uint8], name: str, severity: int, indices: NDArra
     or severity, and for images of another type, smaller than 20 px, or without 1 or 3 channels.
     """
     if name not in CORRUPTIONS or severity not in SEVERITIES:
-        raise ValueError(f"no corruption {name!r} of severity {severity}: {', '.join(CORRUPTIONS)}, {SEVERITIES}")
+        raise ValueError(
+            f"no corruption {name!r} of severity {severity} (known: {', '.join(CORRUPTIONS)}; {SEVERITIES})"
+        )
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or pixels.dtype != np.uint8:
-        raise ValueError(f"corruptions are of uint8 images with 1 or 3 channels, not {pixels.dtype} {pixels.shape}")
+        raise ValueError(f"corruptions need uint8 images with 1 or 3 channels, not {pixels.dtype} {pixels.shape}")
     if min(pixels.shape[-2:]) < SMALLEST:
-        raise ValueError(f"corruptions are of images of {SMALLEST} px and more, not of {pixels.shape[-1]} px")
+        raise ValueError(f"corruptions need images of at least {SMALLEST} px, not {pixels.shape[-1]} px")
     out = np.empty_like(pixels)
     if name == "jpeg":
         for row, image in enumerate(pixels):

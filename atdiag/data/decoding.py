@@ -38,7 +38,7 @@ def decode(path: Path, content: bytes | None = None) -> Image.Image:
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as picture:
             return picture.convert("RGB")
     except UnidentifiedImageError:
-        raise BrokenImageError(path, "it is no image of a known format") from None
+        raise BrokenImageError(path, "it is not an image of a known format") from None
     except OSError as fault:
         raise BrokenImageError(path, fault.strerror or str(fault)) from None
     except Exception as fault:  # Pillow's readers raise many types on a broken file

@@ -48,11 +48,11 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
     if _is_there(name):
         return None
     if facts is None:
-        raise UserError(f"{name} can't be downloaded", "that is for sets of real images that are published")
+        raise UserError(f"{name} can't be downloaded", "only published sets of real images can be")
     if facts.archive is None:
         raise UserError(
             f"{name} can't be downloaded, {facts.closed}",
-            f"get it from {facts.source} and put it below --data-dir as '{facts.folders[0]}' (see docs/data.md)",
+            f"get it from {facts.source} and put it below `data_dir` as '{facts.folders[0]}' (see docs/data.md)",
         )
     root = image_folders.data_folder(name, facts.folders)
     if not root.is_dir():

@@ -146,8 +146,8 @@ def data_folder(name: str, wanted: tuple[str, ...]) -> Path:
     given = paths.data_dir()
     if given is None:
         raise UserError(
-            f"where the data set {name} lies is not said",
-            f"give --data-dir FOLDER or set {paths.DATA} to the folder that holds {_either(wanted)}",
+            f"no folder is given for the data set {name}",
+            f"give `data_dir` or set {paths.DATA}: the folder that holds {_either(wanted)}",
         )
     return given
 
@@ -160,7 +160,7 @@ def search(name: str, wanted: tuple[str, ...]) -> Path:
     for alias in wanted:
         if (root / alias).is_dir():
             return root / alias
-    seen, hint = "which is no folder", f"--data-dir or {paths.DATA} says where data sets lie"
+    seen, hint = "which is not a folder", f"choose another with `data_dir` or {paths.DATA}"
     if root.is_dir():
         seen = f"which holds {shortlist(_names(root))}"
         if name in FACTS and FACTS[name].archive is not None:
@@ -199,7 +199,7 @@ def read(name: str, split: SplitName) -> Files:
         labels += [label] * len(here)
     out = Files(root, split, classes, tuple(files), tuple(keys), tuple(labels))
     if empty := [cls for cls, count in zip(classes, out.counts, strict=True) if count == 0]:
-        raise UserError(f"{len(empty)} of the {len(classes)} classes in {folder} have no image: {shortlist(empty)}")
+        raise UserError(f"{len(empty)} of the {len(classes)} classes in {folder} have no images: {shortlist(empty)}")
     return out
 
 
@@ -242,13 +242,13 @@ def class_folders(name: str, folder: Path, facts: Facts | TestFacts | None) -> t
     for entry in _entries(folder):
         if entry.is_dir():
             if _UNWRITABLE.search(entry.name):
-                raise UserError(f"{folder} has a class whose name is no line of text: {entry.name!r}", "rename it")
+                raise UserError(f"{folder} has a class whose name is not plain text: {entry.name!r}", "rename it")
             folders.append(entry.name)
         else:
             images += _is_image(entry.name)
     text = facts.classes_text if facts else "a folder for each class"
     if not folders:
-        what = f"{images} images and no folder" if images else "neither folder nor image"
+        what = f"{images} images and no folder" if images else "neither folders nor images"
         raise UserError(f"{folder} holds {what}", f"expected {text}")
     if images:
         raise UserError(f"{folder} holds {images} images beside its {len(folders)} folders", f"expected {text}")
@@ -256,7 +256,7 @@ def class_folders(name: str, folder: Path, facts: Facts | TestFacts | None) -> t
         strange = sorted(cls for cls in folders if not is_class(facts, cls))
         if strange:
             raise UserError(
-                f"{folder} has folders that are no class of {name}: {shortlist(strange)}", f"expected {text}"
+                f"{folder} has folders that are not classes of {name}: {shortlist(strange)}", f"expected {text}"
             )
         if len(folders) != facts.classes:
             raise UserError(f"{folder} has {len(folders)} classes, {name} {facts.classes}", f"expected {text}")
@@ -269,7 +269,7 @@ def _in_tars(root: Path, split: SplitName) -> Files:
     if place is None:
         wanted = _either(f"{stem}.tar" for stem in stems)
         what = f"{root} has neither {wanted} nor a folder of tars {_either(stems)}"
-        raise UserError(what, f"it holds {shortlist(_names(root))}; folder:PATH is for images that are files")
+        raise UserError(what, f"it holds {shortlist(_names(root))}; for images that are files use folder:PATH")
     images = tars.images(place)
     classes = tuple(sorted({image.cls for image in images}))
     label = {cls: i for i, cls in enumerate(classes)}
@@ -293,7 +293,9 @@ def _annotated(root: Path, split: SplitName, path: Path) -> Files:
         pairs = sorted((int(a["category_id"]), names[int(a["image_id"])]) for a in document["annotations"])
         ids = sorted(int(category["id"]) for category in document["categories"])
     except (ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise UserError(f"{path} is no annotation file of this data set ({type(fault).__name__}: {fault})") from None
+        raise UserError(
+            f"{path} is not an annotation file of this data set ({type(fault).__name__}: {fault})"
+        ) from None
     index = {category: label for label, category in enumerate(ids)}
     if outside := [file for _, file in pairs if file.startswith("/") or ".." in Path(file).parts]:
         raise UserError(f"{path} names files outside of its folder: {shortlist(outside)}")
@@ -308,7 +310,7 @@ def _annotated(root: Path, split: SplitName, path: Path) -> Files:
         tuple(index[category] for category, _ in pairs),
     )
     if empty := [cls for cls, count in zip(out.classes, out.counts, strict=True) if count == 0]:
-        raise UserError(f"{len(empty)} of the {len(ids)} categories in {path} have no image: {shortlist(empty)}")
+        raise UserError(f"{len(empty)} of the {len(ids)} categories in {path} have no images: {shortlist(empty)}")
     return out
 
 
@@ -330,15 +332,17 @@ def images_in(folder: Path) -> Iterator[str]:
     for entry in _entries(folder):
         if _is_image(entry.name):
             if not entry.is_file():
-                what = "a link to nothing, a folder or a pipe"
-                raise UserError(f"{folder / entry.name} is called an image and is no file, but {what}", "remove it")
+                what = "a broken link, a folder or a pipe"
+                raise UserError(
+                    f"{folder / entry.name} is named like an image, but is not a file ({what})", "remove it"
+                )
             if _UNWRITABLE.search(entry.name):
-                raise UserError(f"{folder} holds an image whose name is no line of text: {entry.name!r}", "rename it")
+                raise UserError(f"{folder} holds an image whose name is not plain text: {entry.name!r}", "rename it")
             yield entry.name
         elif entry.is_dir() and any(_is_image(file) for _, _, files in os.walk(entry.path) for file in files):
             raise UserError(
-                f"{folder} has a folder with images in it, {entry.name}, and images of a class lie in one folder",
-                "move them up, or it away",
+                f"{folder} has images in a folder within it, {entry.name}: the images of a class belong in one folder",
+                "move them up, or move that folder away",
             )
 
 

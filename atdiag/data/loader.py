@@ -213,7 +213,7 @@ class _Items(Dataset[Any]):
 def _in_order(make: Callable[[int], Item], indices: range, workers: int, pin: bool) -> Generator[Item, None, None]:
     """Yield ``make(index)`` in order, made here or in advance by worker processes."""
     if pin and not torch.cuda.is_available():
-        raise ValueError("page-locked memory is for CUDA, which is not here")
+        raise ValueError("page-locked memory needs CUDA, which is not available here")
     if workers == 0:
         for index in indices:
             item: Any = make(index)
@@ -259,7 +259,7 @@ def worker_died(fault: RuntimeError) -> WorkerDiedError | None:
     if "DataLoader worker" not in str(fault) or isinstance(fault, WorkerDiedError):
         return None
     return WorkerDiedError(
-        f"a process that loads images is gone, killed or out of memory ({' '.join(str(fault).split())}): "
+        f"a process that loads images died: killed, or out of memory ({' '.join(str(fault).split())}): "
         "the same command goes on from the last checkpoint"
     )
 

@@ -41,10 +41,10 @@ class Split(Protocol):
         """One image as it is stored, for augmentation."""
 
     def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Some images as a test sees them, uint8 [b, C, S, S]."""
+        """Return some images as a test sees them, uint8 [b, C, S, S]."""
 
     def batch(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The images from ``start`` to before ``stop`` as a test sees them, uint8 [b, C, S, S]."""
+        """Return the images from ``start`` up to ``stop`` as a test sees them, uint8 [b, C, S, S]."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Images:
         return to_picture(self.pixels[index])
 
     def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Some images, uint8 [b, C, S, S]."""
+        """Return some images, uint8 [b, C, S, S]."""
         return self.pixels[samples]
 
     def batch(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The images from ``start`` to before ``stop``, uint8 [b, C, S, S]."""
+        """Return the images from ``start`` up to ``stop``, uint8 [b, C, S, S]."""
         return self.pixels[start:stop]

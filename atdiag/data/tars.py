@@ -94,7 +94,7 @@ def images(path: Path) -> list[Packed]:
             warnings.warn(f"what is in {path} can't be kept in {kept.parent} ({fault})", stacklevel=2)
             found = _scan(path, tars) if found is None else found
     if any(i.offset < 0 or i.size < 0 or i.offset + i.size > sizes.get(i.tar, 0) for i in found):
-        raise UserError(f"{path} is cut off, or not what {kept} says: copy the one again, or remove the other")
+        raise UserError(f"{path} is truncated, or {kept} is out of date: copy the former again, or remove the latter")
     return found
 
 
@@ -137,7 +137,9 @@ def _scan(path: Path, tars: Iterable[Path]) -> list[Packed]:
     for (entry, tar, outer), target in zip(reader.samples, reader.targets, strict=True):
         cls, file = str(reader.class_idx_to_name[target]), os.path.basename(entry.name)  # noqa: PTH119
         if cls in ("", "."):
-            raise UserError(f"{path} holds images in no folder, such as {file}", "expected a folder for each class")
+            raise UserError(
+                f"{path} holds images outside of any folder, such as {file}", "expected a folder for each class"
+            )
         if file.startswith(".") or cls.startswith("."):
             continue
         if not (cls + file).isprintable() or entry.issparse():

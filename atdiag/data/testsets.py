@@ -65,7 +65,7 @@ def find(name: str) -> TestSet:
     if stem in CORRUPTIONS:
         severities = [str(severity) for severity in SEVERITIES]
         if colon and number not in severities:
-            raise UserError(f"{name}: {number or 'nothing'} is no severity", f"type {stem}:1 to {stem}:5")
+            raise UserError(f"{name}: {number or 'nothing'} is not a severity", f"type {stem}:1 to {stem}:5")
         severity = int(number) if colon else MIDDLE
         return TestSet(f"{stem}:{severity}", stem, severity)
     if name in TEST_SETS or name == CLEAN:
@@ -101,7 +101,7 @@ def check(test_set: TestSet, data: Data, network: Network) -> None:
     if test_set.own_images:
         if test_set.corruption and network.image_size < SMALLEST:
             raise UserError(
-                f"corruptions are of images of {SMALLEST} px and more, and these have {network.image_size} px"
+                f"corruptions need images of at least {SMALLEST} px, and these have {network.image_size} px"
             )
         sources.find(data).check(data, network)
         return
@@ -135,7 +135,7 @@ def read(name: str) -> Files:
     for cls in sorted(label, key=label.__getitem__):
         here = sorted(image_folders.images_in(folder / cls))
         if not here or (facts.per_class and len(here) != facts.per_class):
-            need = f"{name} has {facts.per_class} of each class" if facts.per_class else "every class of a set has some"
+            need = f"{name} has {facts.per_class} of each class" if facts.per_class else "every class needs some"
             raise UserError(f"the class {cls} in {folder} has {len(here)} images", need)
         files += [f"{cls}/{file}" for file in here]
         labels += [label[cls]] * len(here)
@@ -151,7 +151,7 @@ def _labels(name: str, folders: tuple[str, ...]) -> dict[str, int]:
     index = {synset: label for label, synset in enumerate(synsets())}
     if unknown := [cls for cls in folders if cls not in index]:
         raise UserError(
-            f"{len(unknown)} of the {len(folders)} classes in the folder of {name} are none of ImageNet-1k's: "
+            f"{len(unknown)} of the {len(folders)} classes in the folder of {name} are not ImageNet-1k's: "
             f"{text.shortlist(unknown)}",
             f"expected {TEST_SETS[name].classes_text}",
         )

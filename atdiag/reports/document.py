@@ -31,7 +31,7 @@ def folder(series: Series, profile: str, out: Path | None) -> Path:
     teachers = list(dict.fromkeys(study.teacher.name for study in series.studies))
     whom = _plain(teachers[0]) if len(teachers) == 1 else f"{len(teachers)}-teachers"
     chosen = out or Path("results") / f"{series.ablation}-{whom}-{profile}"
-    paths.writable(chosen, "--out")
+    paths.writable(chosen, "out")
     return chosen
 
 

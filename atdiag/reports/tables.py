@@ -290,4 +290,6 @@ def _power(reading: Reading) -> list[str]:
         said.append(f"{name}: {'more than 1,000' if needed is None else f'about {needed}'}")
     if not said:
         return []
-    return [f"Seeds that would settle what is undecided, were it as estimated (80 % power): {'; '.join(said)}."]
+    return [
+        f"Seeds needed to settle what is undecided if the effects are as estimated (80 % power): {'; '.join(said)}."
+    ]

@@ -134,7 +134,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Ranks:
     If all values of one variable are equal, rho is 0 and p is 1. Raises ValueError for fewer than 3 units.
     """
     if len(x) != len(y) or len(x) < 3:
-        raise ValueError(f"ranks need three pairs at least: {len(x)} and {len(y)} values")
+        raise ValueError(f"a rank correlation needs at least three pairs, not {len(x)} and {len(y)} values")
     a, b = (stats.rankdata(values) - (len(x) + 1) / 2 for values in (x, y))
     scale = float(np.sqrt((a @ a) * (b @ b)))
     if scale == 0:

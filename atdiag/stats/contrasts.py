@@ -149,7 +149,7 @@ def estimate(arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: 
     scores = _cluster_scores(points, first.clusters)
     seeds, clusters = scores.shape
     if clusters < 2:
-        raise ValueError("all images belong to one cluster, so nothing can be said of other images")
+        raise ValueError("all images belong to one cluster, so nothing can be said about other images")
 
     value = float(points.mean())
     var_seed: float | None = None
@@ -273,7 +273,7 @@ def seeds_needed(estimate: Estimate, power: float = 0.8, most: int = 1000) -> in
     Raises ValueError for an estimate from one seed, which says nothing about seeds, and for a power outside [0.5, 1).
     """
     if estimate.var_seed is None or estimate.var_residual is None:
-        raise ValueError("one seed says nothing of how seeds vary: run at least two")
+        raise ValueError("one seed says nothing about how seeds vary: run at least two")
     if not 0.5 <= power < 1:
         raise ValueError(f"power lies in [0.5, 1), not {power}")
     if estimate.value == 0:

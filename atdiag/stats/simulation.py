@@ -55,7 +55,7 @@ def moments(arms: Mapping[str, Outcomes], contrast: Estimate) -> Moments:
     Raises ValueError for an arm with a single run, or if no cluster has two images.
     """
     if contrast.var_seed is None or contrast.var_residual is None:
-        raise ValueError("one seed says nothing of how seeds vary: run at least two")
+        raise ValueError("one seed says nothing about how seeds vary: run at least two")
     accuracy, image, cluster, run = np.mean([_of_arm(arm) for arm in arms.values()], axis=0).tolist()
     return Moments(
         accuracy=accuracy,
@@ -75,7 +75,7 @@ def _of_arm(arm: Outcomes) -> tuple[float, float, float, float]:
     _, index, sizes = np.unique(arm.clusters, return_inverse=True, return_counts=True)
     pairs = float((sizes * (sizes - 1)).sum())
     if len(right) < 2 or not pairs:
-        raise ValueError("moments take two runs of an arm at least, and clusters of several images")
+        raise ValueError("moments need at least two runs of an arm, and clusters of several images")
     accuracy = right.mean()
     y = right - accuracy
     totals = np.stack([np.bincount(index, weights=row) for row in y])
@@ -123,7 +123,7 @@ class Population:
 
         image = max(_inverse(p, found.same_image) - steady, 0)
         if excess(steady) < 0:
-            raise ValueError("the arms' clusters differ by more than clusters vary in any arm")
+            raise ValueError("the arms differ between clusters by more than the clusters of any one arm vary")
         arm = float(optimize.brentq(excess, 0, steady)) if target > 0 else 0.0
         run_cluster = max(_inverse(p, found.same_run) - steady - run, 0)
         # The variance of a cluster's score comes from its images, alone and in pairs, minus what the arms share.
@@ -132,7 +132,7 @@ class Population:
         shared = _inverse(p, p - p**2 - size * (total - (1 - 1 / size) * pairs))
         together = max(shared - (steady - arm) - image, 0)
         if steady + image + run + run_cluster + together > 1:
-            raise ValueError(f"the effects have more variance than there is: {found}")
+            raise ValueError(f"the variances of the effects add up to more than the total: {found}")
         return Population(steady - arm, image, arm, run, run_cluster, together, found.clusters, size)
 
     def study(self, rng: np.random.Generator, accuracies: Mapping[str, float], seeds: int) -> dict[str, Outcomes]:
@@ -165,5 +165,5 @@ def _inverse(p: float, covariance: float) -> float:
     if covariance <= 0:
         return 0.0
     if covariance >= p - p**2:
-        raise ValueError(f"answers that are right in a share of {p:.3f} can't have a covariance of {covariance:.3f}")
+        raise ValueError(f"answers of which a share of {p:.3f} is right can't have a covariance of {covariance:.3f}")
     return float(optimize.brentq(lambda rho: _covariance(p, rho) - covariance, 0, 1))

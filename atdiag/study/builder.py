@@ -62,7 +62,7 @@ class Lab:
 
         Raises UserError for a method that is not allowed, and for contradictory settings.
         """
-        choose(method, allowed, "--transfer")
+        choose(method, allowed, "transfer")
         try:
             return self.settings.profile.transfer.transfer(
                 cast(TransferMethod, method), network.depth, network.heads, None if layers is None else tuple(layers)

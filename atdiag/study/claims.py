@@ -40,7 +40,9 @@ class Claim(Spec):
     @model_validator(mode="after")
     def _has_a_direction(self) -> Self:
         if bool(self.arms or self.contrasts) != (self.direction is not None):
-            raise ValueError(f"{self.name}: a claim about arms or contrasts has a direction, and no other has one")
+            raise ValueError(
+                f"{self.name}: a claim about arms or contrasts needs a direction, and no other claim has one"
+            )
         return self
 
 

@@ -139,7 +139,7 @@ class Match:
         return f"match/{self.teacher.sha256[:12]}{self.teacher.weights[64:].replace('#', '-')}.json"
 
     def _about(self) -> dict[str, Any]:
-        """What the numbers in a file are of; where this is another, they are another measurement's."""
+        """Return what identifies the measurement in a file: a file with other values is taken again."""
         about = {"version": VERSION, "sha256": self.teacher.sha256, "asked": self.images}
         return about if self.teacher.branch == "weights" else {**about, "branch": self.teacher.branch}
 

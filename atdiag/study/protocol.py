@@ -173,7 +173,7 @@ class Series:
         if many:
             return replace(many[0], studies=studies)
         if not studies:
-            raise ValueError("a series needs a study at least")
+            raise ValueError("a series needs at least one study")
         return Series(studies[0].ablation, studies, figure=studies[0].together if len(studies) > 1 else "")
 
 

@@ -135,7 +135,7 @@ def resolve(
         resolved = _apply(PROFILES[name], overrides)
     count = seeds if seeds is not None else file.get("seeds", resolved.seeds)
     if not 1 <= count <= 1000:
-        asked = f"--seeds {count}" if seeds is not None else f"{path}: seeds = {count}"
+        asked = f"`seeds` {count}" if seeds is not None else f"{path}: seeds = {count}"
         raise UserError(asked, "give a number from 1 to 1000")
     root = (
         runs.expanduser() if runs else Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
@@ -175,7 +175,7 @@ def _name(profile: str | None, environment: Mapping[str, str], path: Path, file:
     name, origin = next(
         (value, origin)
         for value, origin in (
-            (profile, "--profile"),
+            (profile, "`profile`"),
             (environment.get("ATDIAG_PROFILE") or None, "ATDIAG_PROFILE"),
             (file.get("profile"), str(path)),
             ("mini", ""),
@@ -244,14 +244,14 @@ def _overrides(path: Path, file: Mapping[str, Any], sets: Sequence[str]) -> dict
     for item in sets:
         name, value = _parse(item)
         if name in line:
-            raise UserError(f"--set {name} is given twice ({_short(line[name])} and {_short(value)})", "give it once")
+            raise UserError(f"{name} is given twice ({_short(line[name])} and {_short(value)})", "give it once")
         line[name] = value
-    for origin, given in ((f"{path}:", file), ("--set", line)):
+    for origin, given in ((f"{path}: ", file), ("", line)):
         for name in given:
             if name not in _SETTINGS:
                 raise UserError(
-                    f"{origin} {name!r} is no setting{suggest(name, _SETTINGS)}",
-                    "'atdiag reinit --dry-run' shows those that there are",
+                    f"{origin}{name!r} is not a setting{suggest(name, _SETTINGS)}",
+                    "'atdiag reinit --dry-run' lists the settings",
                 )
     return {name: value for name, value in file.items() if _general(name) not in line} | line
 
@@ -266,7 +266,7 @@ def _parse(item: str) -> tuple[str, Any]:
     """Split ``recipe.epochs=40`` into name and value (parsed as JSON if possible, else a string)."""
     name, sign, text = item.partition("=")
     if not sign or not name.strip():
-        raise UserError(f"--set {_short(item)} is not NAME=VALUE", "write it as '--set recipe.epochs=40'")
+        raise UserError(f"{_short(item)} is not NAME=VALUE", "write it as `recipe.epochs`=40")
     try:
         return name.strip(), json.loads(text)
     except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError, too
@@ -364,7 +364,10 @@ def _check_sense(profile: Profile) -> None:
                 f"give at most {recipe.epochs}",
             )
         if max(recipe.mixup, recipe.cutmix) > 1e6:
-            raise UserError("recipe.mixup and recipe.cutmix are the alpha of a beta distribution", "give at most 1e6")
+            raise UserError(
+                "recipe.mixup or recipe.cutmix is too large for the alpha of a beta distribution",
+                "give at most 1e6",
+            )
         if recipe.rand_augment is not None and not _RAND_AUGMENT.fullmatch(recipe.rand_augment):
             raise UserError(
                 f"recipe.rand_augment={_short(recipe.rand_augment)} is not one of timm's configurations",

@@ -95,7 +95,7 @@ def _verify(run: Run, weights: Callable[[Teacher], tuple[Path, str] | None]) -> 
 def _files(run: Run, meant: object) -> list[tuple[Path, str]]:
     """List the files of a run that differ from what its result names."""
     if not isinstance(meant, dict):
-        return [(run.path / "result.json", "its table of files is none")]
+        return [(run.path / "result.json", "its table of files is malformed")]
     faults = []
     for name in FILES:
         path = run.path / name

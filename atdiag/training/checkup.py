@@ -98,7 +98,7 @@ def _kernels(device: torch.device) -> Finding:
     q, k, v = (x.to(dtype).requires_grad_() for x in (qk.q, qk.k, v))
     bias = torch.zeros(3, 197, 197, device=device, dtype=dtype)
     found = [sdpa.kernel(sdpa.attention(q, k, v, qk.scale, mask)) for mask in (None, bias)]
-    plain, biased = (name or "none that spares memory" for name in found)
+    plain, biased = (name or "none that saves memory" for name in found)
     text = f"{plain}; with a position bias {biased} ({str(dtype).removeprefix('torch.')})"
     return Finding("kernel of fused attention", text, ok=None not in found or device.type == "mps")
 

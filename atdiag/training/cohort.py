@@ -254,8 +254,8 @@ class _Cohort:
         if len(self.members) > 1:
             where += f" with {len(self.members)} runs side by side"
         if not size:
-            return OutOfMemoryError(f"{where}, and even one does not fit: a device with more memory is needed")
-        return OutOfMemoryError(f"{where}: --micro-batch {size} fits, and gives the same result up to rounding")
+            return OutOfMemoryError(f"{where}, and not even one fits: use a device with more memory")
+        return OutOfMemoryError(f"{where}: `micro_batch` {size} fits, and gives the same result up to rounding")
 
     def _fits(self, batch: Batch, size: int, active: list[RunTrainer]) -> bool:
         """Return whether a forward and backward pass on ``size`` images fits; its gradients are dropped."""

@@ -37,7 +37,8 @@ def algorithms(wanted: bool) -> Iterator[None]:
     if os.environ.get(WORKSPACE) not in _REPEATABLE:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             raise UserError(
-                "this process began CUDA without a repeatable workspace", f"set {WORKSPACE}={_REPEATABLE[0]} before"
+                "CUDA was initialised in this process without a deterministic workspace",
+                f"set {WORKSPACE}={_REPEATABLE[0]} before the process starts",
             )
         os.environ[WORKSPACE] = _REPEATABLE[0]
     before = (

@@ -100,7 +100,7 @@ def _check(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
         shape, _, dtype = read_header[version](file)
         size = math.prod(shape) * dtype.itemsize
         if dtype.hasobject or size > MOST or file.tell() + size != entry.file_size:
-            raise ValueError(f"{entry.filename} is no array of the size that it says")
+            raise ValueError(f"{entry.filename} is not an array of the size that its header gives")
 
 
 def correct(run: Run) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
@@ -141,7 +141,7 @@ def read(run: Run, test_set: TestSet) -> Elsewhere:
     if (about.get("run"), about.get("test_set")) != (run.id, test_set.name):
         raise DamagedPredictionsError(path, "it is of another run or test set")
     if about.get("semantics") != testsets.SEMANTICS:
-        raise FileNotFoundError(f"{path} was made when {test_set.name} meant other images")
+        raise FileNotFoundError(f"{path} was made from other images than {test_set.name} has now")
     return Elsewhere(Predictions(**parts), among, about)
 
 

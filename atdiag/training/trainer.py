@@ -88,7 +88,9 @@ class RunTrainer:
         self.board = Board(run)
         if (saved := checkpoints.load(run)) is not None:
             if (saved.ema is None) != (self._ema is None):
-                raise ValueError(f"{run.checkpoint} is another recipe's: 'atdiag runs remove {run.id}' starts afresh")
+                raise ValueError(
+                    f"{run.checkpoint} was written with another recipe: 'atdiag runs remove {run.id}' starts afresh"
+                )
             self.student.load_state_dict(saved.student)
             if self._ema is not None:
                 self._ema.module.load_state_dict(saved.ema)

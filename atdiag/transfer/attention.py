@@ -140,7 +140,7 @@ class Attention(nn.Module):
         return [self._hooked(x, n, heads) for n, x in zip(names, out.permute(2, 0, 3, 1, 4).unbind(0), strict=True)]
 
     def _hooked(self, x: Tensor, name: str, heads: Tensor | None) -> Tensor:
-        """What the hooks make of q or k [B, h, N, d], in its own dtype (a norm gives float32 under autocast)."""
+        """Apply the hooks to q or k [B, h, N, d], keeping its dtype (a norm gives float32 under autocast)."""
         if name in "qk":
             for hook in self.qk_hooks.values():
                 x = hook(x, name, heads).to(x.dtype)

@@ -59,7 +59,7 @@ def test_reinit_tells_initialisation_and_transfer_apart(module, redrawn, transfe
 
 def test_reinit_says_what_becomes_of_layer_scale():
     clip, beit = (" ".join(reinit(lab(), "attn", name, "copy").notes) for name in ("clip_b", "beitv2_b"))
-    assert "the head is fresh" in clip
+    assert "the head is new" in clip
     assert "LayerScale" not in clip
     assert "LayerScale is folded into the projection that follows it, which is exact." in beit
 
@@ -109,7 +109,7 @@ def test_the_sweep_has_every_k(end):
 
 @pytest.mark.parametrize("k", [-1, 13, 10**9])
 def test_layers_that_the_teacher_has_not(k):
-    with pytest.raises(UserError, match=rf"--k {k}: clip_b \(mini\) has 12 blocks: give a number from 0 to 12"):
+    with pytest.raises(UserError, match=rf"`k` {k}: clip_b \(mini\) has 12 blocks: give a number from 0 to 12"):
         layers(lab(), "top", k, "clip_b", "copy", False)
 
 

@@ -80,7 +80,7 @@ def test_a_teacher_that_no_student_can_be_teaches_but_gives_no_start():
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [("copi", "--methods 'copi', did you mean 'copy'"), (",", "--methods names none")],
+    [("copi", "`methods` 'copi', did you mean 'copy'"), (",", "`methods` is empty")],
 )
 def test_wrong_methods(methods, message):
     with pytest.raises(UserError, match=message):

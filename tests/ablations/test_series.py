@@ -71,7 +71,7 @@ def test_of_all_teachers_those_that_an_ablation_refuses_are_named():
         spread(partial(rescue, teacher=f"clip_b,{refused[0]}", transfer="copy"), lab())
     with pytest.raises(UserError, match="unknown teacher 'klip_b', did you mean 'clip_b'"):
         spread(partial(benchmark, teacher="deit_b,klip_b", methods="copy"), lab())
-    with pytest.raises(UserError, match="--methods 'kopy', did you mean 'copy'"):
+    with pytest.raises(UserError, match="`methods` 'kopy', did you mean 'copy'"):
         spread(partial(benchmark, teacher="all", methods="kopy"), lab())
 
 
@@ -85,7 +85,7 @@ def test_sizes_are_those_of_a_family():
     assert every == {"deit_s", "deit_b", "dinov2_s", "dinov2_b"}
     with pytest.raises(UserError, match=r"clip has one size at profile mini \(clip_b\): .* choose from: deit, dinov2"):
         sizes(lab(), "clip")
-    with pytest.raises(UserError, match="--family 'diet', did you mean 'deit'"):
+    with pytest.raises(UserError, match="`family` 'diet', did you mean 'deit'"):
         sizes(lab(), "diet")
 
 
@@ -101,7 +101,7 @@ def test_epochs_are_trainings_of_their_own_with_their_own_baselines():
     short, long = (study.arms[1].specs[0].model_dump() for study in series.studies[:2])
     assert {key for key in short if short[key] != long[key]} == {"recipe"}
     for wrong in ("2,four", "0", "1.5", "-2"):
-        with pytest.raises(UserError, match="is no number of epochs: write it as '2,4,8'"):
+        with pytest.raises(UserError, match="is not a number of epochs: write it as '2,4,8'"):
             epochs(lab(), epochs=wrong)
     # the user's own length is what is varied around
     assert [s.options["epochs"] for s in epochs(lab("recipe.epochs=6")).studies] == ["3", "6", "12"]
@@ -132,9 +132,9 @@ def test_losses_and_weights_are_all_that_their_arms_differ_by():
     usual = benchmark(lab(), "dinov2_s", "distill").arms[1]
     assert next(arm for arm in study.arms if arm.name == "ce x3").specs == usual.specs
     for wrong in ("0", "-1", "x", "nan", "inf"):
-        with pytest.raises(UserError, match="is no positive number"):
+        with pytest.raises(UserError, match="is not a positive number"):
             losses(lab(), weights=wrong)
-    with pytest.raises(UserError, match="--losses 'jds', did you mean 'jsd'"):
+    with pytest.raises(UserError, match="`losses` 'jds', did you mean 'jsd'"):
         losses(lab(), losses="jds")
 
 
@@ -427,7 +427,7 @@ def test_claims_as_a_table():
 
 
 def test_gains_know_their_methods():
-    with pytest.raises(UserError, match="--methods 'finetun', did you mean 'finetune'"):
+    with pytest.raises(UserError, match="`methods` 'finetun', did you mean 'finetune'"):
         gains.study(lab(), "benchmark", "clip_b", ["finetun"])
     assert Transfer() == gains.study(lab(), "benchmark", "clip_b", ["finetune"]).arms[1].specs[0].transfer
     assert reinit(lab()).claims == paper.of("reinit")

@@ -224,17 +224,17 @@ def test_what_does_not_fit_is_refused_in_one_line(subject, pictures):
     one = subject()
     for replacement, message in (
         (Replacement("unifrom"), "did you mean 'uniform'"),
-        (Replacement("uniform", "q"), "is a kind of map"),
+        (Replacement("uniform", "q"), "can replace a map, not q"),
         (Replacement("own", "maps"), "did you mean 'map'"),
         (Replacement("own", layers=(3,)), "layer 3 is out of range"),
         (Replacement("own", heads=(3,)), "head 3 is out of range"),
         (
             Replacement(subject(1, heads=4)),
-            "has 4 heads, and net 0 has 3: put in what is of a network with 3 heads, 5 x 5 patches",
+            "has 4 heads, and net 0 has 3: use a network with 3 heads, 5 x 5 patches",
         ),
         (Replacement(subject(1, width=36), "v"), "heads are 12 wide, net 0's 8"),
         (Replacement(subject(1, class_token=False)), "has no class token, and net 0 has one"),
-        (Replacement(subject(1, depth=4)), "--layer-map"),
+        (Replacement(subject(1, depth=4)), "`layer_map`"),
     ):
         with pytest.raises(UserError, match=message):
             run(one, pictures(one), replacement)

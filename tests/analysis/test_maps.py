@@ -66,8 +66,8 @@ def test_what_is_wrong_is_said(subject, pictures):
     for fault, arguments in {
         r"layer 7 is out of range": {"layers": (7,)},
         r"head 3 is out of range: net 2 has 3 heads, 0 to 2": {"heads": 3},
-        r"--query 20,0 is out of range: net 2 sees 20 x 20 pixels": {"queries": ("20,0",)},
-        r"--query 'center', did you mean 'centre'\?": {"queries": ("center",)},
+        r"`query` 20,0 is out of range: net 2 sees 20 x 20 pixels": {"queries": ("20,0",)},
+        r"`query` 'center', did you mean 'centre'\?": {"queries": ("center",)},
     }.items():
         with pytest.raises(UserError, match=fault):
             maps.maps(one, some, **arguments)

@@ -201,13 +201,13 @@ def test_what_is_wrong_is_said(subject, pictures):
     train, test = pictures(one, 30), pictures(one, 5, seed=1)
     with pytest.raises(UserError, match=r"layer 3 is out of range"):
         probing.probe([one], train, test, layers=(3,))
-    with pytest.raises(UserError, match="50 neighbours of 30"):
+    with pytest.raises(UserError, match=r"`neighbours` 50 .* 30 training images"):
         probing.probe([one], train, test, neighbours=50)
     with pytest.raises(UserError, match="classes of these images are not known"):
         probing.probe([one], train, replace(test, labels=None))
     with pytest.raises(UserError, match=r"20 x 20 x 1, and the network sees 24 x 24"):
         probing.training_pictures(DATA, subject(1, image_size=24).network)
-    with pytest.raises(UserError, match="--train 0"):
+    with pytest.raises(UserError, match="`train` 0"):
         probing.training_pictures(DATA, one.network, 0)
 
 
@@ -218,7 +218,7 @@ def test_an_unreadable_image_is_left_out_with_its_label(subject, pictures):
     class Broken:
         def read(self, index):
             if index == 2:
-                raise BrokenImageError("gone.png", "it is no image")
+                raise BrokenImageError("gone.png", "it is not an image")
             return test.source.read(index)
 
     bad = replace(test, source=Broken())

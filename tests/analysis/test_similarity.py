@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_refused_in_one_line(subject, pictures):
         (subject(1, depth=4, patch_size=5), {}, "grid of 5 x 5"),  # a layer map would not mend that
         (subject(1), {"layer_map": {0: 5}}, "^--layer-map 0:5: "),
         (subject(1), {"layer_map": {4: 0}}, "^--layer-map 4:0: layer 4 is out of range: net 0"),
-        (subject(1, depth=4), {"layer_map": {0: 0}, "layers": (1,)}, "layer 1 of net 0 is not in the layer map"),
+        (subject(1, depth=4), {"layer_map": {0: 0}, "layers": (1,)}, "layer 1 of net 0 is not in `layer_map`"),
         (subject(1, image_size=40, patch_size=8), {}, "see different images"),
     ):
         with pytest.raises(UserError, match=message):

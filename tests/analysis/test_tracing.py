@@ -386,7 +386,7 @@ def test_a_map_that_was_given_as_it_is_has_no_queries(pair):
     student, teacher = pair
     transfer = methods.Transfer(method="copy", layers=(0, 2), average="heads")
     subject = subjects.Subject("copy", evaluation.Predictor(student, transfer, teacher), student.network)
-    with pytest.raises(tracing.TracingError, match="layer 0 of copy has no k, logits: it was given a map as it is"):
+    with pytest.raises(tracing.TracingError, match="layer 0 of copy has no k, logits: its map was given"):
         streaming.trace(subject, pictures(subject), ("logits", "k"))
     assert ("q", 1) in streaming.trace(subject, pictures(subject), ("q",), (1,))
 

@@ -111,12 +111,12 @@ def test_figures_are_drawn_from_finished_runs(home, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("figures bench", "figures 'bench', did you mean 'benchmark'? (choose from: all, benchmark"),
-        ("figures rescue", "rescue: 9 runs of 9 not finished or not measured: the same line with 'reproduce'"),
+        ("figures bench", "unknown analysis 'bench', did you mean 'benchmark'? known: all, benchmark"),
+        ("figures rescue", "rescue: 9 runs of 9 not finished or not measured: 'atdiag reproduce'"),
         ("figures sizes", "clip has one size at profile mini (clip_b)"),
         ("reproduce --quick --set recipe.warmup_epoch=1", "did you mean 'recipe.warmup_epochs'?"),
         ("reproduce --quick --set recipe.finetune.lr=0.5", "recipe.finetune.lr has no effect here"),
-        ("reproduce --quick --equivalence 0", "--equivalence 0 is no margin"),
+        ("reproduce --quick --equivalence 0", "--equivalence 0 is not a margin"),
     ],
 )
 def test_bad_input(line, says, tmp_path, monkeypatch, capsys):

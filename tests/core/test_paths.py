@@ -11,7 +11,7 @@ from atdiag.core.errors import UserError
 
 
 def test_a_folder_that_is_not_there_yet_can_hold_runs_and_is_not_made(tmp_path):
-    paths.fit_for_runs(tmp_path / "a" / "b", "--runs")
+    paths.fit_for_runs(tmp_path / "a" / "b", "runs")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -24,18 +24,18 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, fault):
 
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     with pytest.raises(UserError, match="without file locks") as found:
-        paths.fit_for_runs(tmp_path / "runs", "--runs")
+        paths.fit_for_runs(tmp_path / "runs", "runs")
     assert "nolock" in str(found.value) and len(str(found.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_names_that_are_too_long(tmp_path):
     with pytest.raises(UserError, match="--runs"):
-        paths.fit_for_runs(tmp_path / ("a" * 300), "--runs")
+        paths.fit_for_runs(tmp_path / ("a" * 300), "runs")
     long = tmp_path.joinpath(*["a" * 100] * 50)
     assert len(os.fspath(long)) > 4096
     with pytest.raises(UserError, match="--runs"):
-        paths.fit_for_runs(long, "--runs")
+        paths.fit_for_runs(long, "runs")
     assert not paths.is_folder(long) and not paths.is_folder(tmp_path / ("a" * 300))
     assert list(tmp_path.iterdir()) == []
 

@@ -105,7 +105,7 @@ def test_what_can_not_be_corrupted_is_refused():
     for wrong in (pixels.astype(float), pixels[0], np.zeros((1, 2, 32, 32), np.uint8)):
         with pytest.raises(ValueError, match="uint8 images with 1 or 3 channels"):
             corrupt(wrong, "fog", 1, np.arange(1))
-    with pytest.raises(ValueError, match="20 px and more, not of 19 px"):
+    with pytest.raises(ValueError, match="at least 20 px, not 19 px"):
         corrupt(np.zeros((1, 1, 20, 19), np.uint8), "fog", 1, np.arange(1))
     for name, severity in (("frog", 1), ("fog", 0), ("fog", 6)):
         with pytest.raises(ValueError, match="no corruption"):

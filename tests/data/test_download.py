@@ -220,9 +220,9 @@ def test_what_can_t_be_downloaded_says_why(data, capsys, tmp_path, monkeypatch):
         assert f"{name} can't be downloaded" in wrong(capsys, "data", "check", name, "--download")
     assert "did you mean 'cifar10'" in wrong(capsys, "data", "check", "cifar1", "--download")
     monkeypatch.setenv("ATDIAG_DATA", str(data / "gone"))
-    assert "which is no folder" in wrong(capsys, "data", "check", "cifar10", "--download")
+    assert "which is not a folder" in wrong(capsys, "data", "check", "cifar10", "--download")
     monkeypatch.setenv("ATDIAG_DATA", "")
-    assert "lies is not said: give --data-dir FOLDER" in wrong(capsys, "data", "check", "cifar10", "--download")
+    assert "data set cifar10: give --data-dir" in wrong(capsys, "data", "check", "cifar10", "--download")
     assert left(data) == []
 
 
@@ -307,7 +307,7 @@ def test_no_room_is_told_before_anything_is_asked(data, publish, server, capfd, 
     assert "GiB in" in failed(capfd, data)
     assert server.asked == []
     (data / "imagenette").touch()
-    with pytest.raises(UserError, match="is in the way of imagenette"):
+    with pytest.raises(UserError, match="imagenette is not a folder"):
         fetch("imagenette")
 
 

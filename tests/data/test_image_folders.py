@@ -95,16 +95,14 @@ def test_a_data_set_is_found_under_any_of_its_names(cifar, monkeypatch):
 
 
 def test_what_is_not_found_says_what_was_looked_for_and_where(tmp_path, monkeypatch):
-    with pytest.raises(
-        UserError, match="give --data-dir FOLDER or set ATDIAG_DATA to the folder that holds 'imagenet'"
-    ):
+    with pytest.raises(UserError, match=r"data set imagenet: give `data_dir` or set ATDIAG_DATA.*'imagenet'"):
         image_folders.find("imagenet")
     (tmp_path / "root" / "pets").mkdir(parents=True)
     monkeypatch.setenv("ATDIAG_DATA", str(tmp_path / "root"))
     with pytest.raises(UserError, match=r"in .*root, which holds pets: looked for a folder 'cifar10' or"):
         image_folders.find("cifar10")
     monkeypatch.setenv("ATDIAG_DATA", str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"in .*gone, which is no folder"):
+    with pytest.raises(UserError, match=r"in .*gone, which is not a folder"):
         image_folders.find("cifar10")
     assert image_folders.found("cifar10") is None
 
@@ -163,11 +161,11 @@ def ruin(root, how):
         ("no test", r"has no folder 'test' or 'val' or 'validation' with the test images of cifar10: it holds eval"),
         ("flat", r"val holds 50 images and no folder: expected ten folders: airplane"),
         ("half flat", r"val holds 1 images beside its 10 folders: expected ten folders"),
-        ("empty class", r"1 of the 10 classes in .*train have no image: cat"),
+        ("empty class", r"1 of the 10 classes in .*train have no images: cat"),
         ("class missing", r"train has 9 classes, cifar10 10: expected ten folders"),
-        ("strange class", r"train has folders that are no class of cifar10: zebra"),
-        ("image missing", r"has 119 training images, cifar10 \(CIFAR-10\) 120: complete it, or call it what it is"),
-        ("empty split", r"val holds neither folder nor image"),
+        ("strange class", r"train has folders that are not classes of cifar10: zebra"),
+        ("image missing", r"has 119 training images, cifar10 \(CIFAR-10\) 120: complete it, or use .*folder:"),
+        ("empty split", r"val holds neither folders nor images"),
     ],
 )
 def test_a_wrong_layout_is_told(cifar, how, says):
@@ -187,13 +185,13 @@ def nested(cls):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda cls: (cls / "z.jpg").symlink_to("missing"), "is no file"),
-        (lambda cls: os.mkfifo(cls / "z.jpg"), "is no file"),
-        (lambda cls: (cls / "z.jpg").mkdir(), "is no file"),
-        (lambda cls: (cls / "two\nlines.jpg").touch(), "no line of text"),
-        (lambda cls: Path(os.fsdecode(os.fsencode(cls) + b"/\xff.jpg")).touch(), "no line of text"),
-        (lambda cls: (cls.parent / "two\nlines").mkdir(), "no line of text"),
-        (nested, "has a folder with images in it, more"),
+        (lambda cls: (cls / "z.jpg").symlink_to("missing"), "not a file"),
+        (lambda cls: os.mkfifo(cls / "z.jpg"), "not a file"),
+        (lambda cls: (cls / "z.jpg").mkdir(), "not a file"),
+        (lambda cls: (cls / "two\nlines.jpg").touch(), "not plain text"),
+        (lambda cls: Path(os.fsdecode(os.fsencode(cls) + b"/\xff.jpg")).touch(), "not plain text"),
+        (lambda cls: (cls.parent / "two\nlines").mkdir(), "not plain text"),
+        (nested, "has images in a folder within it, more"),
     ],
 )
 def test_an_image_that_would_be_lost_or_waited_for_is_refused(uniform, spoil, says):
@@ -232,7 +230,7 @@ def test_the_spec_must_fit_the_folder(uniform, spec):
         ({"per_class": 13, "train": 39}, "the class ant in .* has 12 train images, and the spec takes 13"),
         ({"per_class": 2, "train": 36}, "`data.per_class`=2 of 3 classes are 6 images"),
         ({"test_per_class": 6}, "has 5 test images, and the spec takes 6"),
-        ({"fingerprint": "0" * 64}, "the files in .* are not those that the spec means"),
+        ({"fingerprint": "0" * 64}, "the files in .* are not those that the spec was made with"),
         ({"fingerprint": None}, "needs a fingerprint"),
     ):
         with pytest.raises(UserError, match=says):
@@ -264,9 +262,9 @@ def test_inaturalist_is_read_from_its_annotations(tmp_path, draw, monkeypatch):
 
     for change, says in (
         ({"categories": [{"id": 3}, {"id": 7}]}, "categories that it does not list: 9"),
-        ({"categories": [{"id": c} for c in (9, 3, 7, 8)]}, "1 of the 4 categories in .* have no image: 8"),
+        ({"categories": [{"id": c} for c in (9, 3, 7, 8)]}, "1 of the 4 categories in .* have no images: 8"),
         ({"images": [{"id": i, "file_name": "../../etc/passwd"} for i in range(4)]}, "outside of its folder"),
-        ({"images": []}, "is no annotation file"),
+        ({"images": []}, "is not an annotation file"),
     ):
         good = json.loads((root / "train2018.json").read_text())
         (root / "train2018.json").write_text(json.dumps({**good, **change}))

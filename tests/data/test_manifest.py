@@ -76,7 +76,7 @@ def test_broken_images_are_listed_by_path_and_exit_with_1(uniform, capfd):
     document = json.loads(out.splitlines()[-1])
     assert [row["path"] for row in document["broken"]] == [str(cut), str(text)]
     assert "truncated" in document["broken"][0]["why"]
-    assert "no image of a known format" in document["broken"][1]["why"]
+    assert "not an image of a known format" in document["broken"][1]["why"]
     assert document["manifest"] is document["sha256"] is None
     assert f"broken: {cut} (" in out
     assert "2 broken: no manifest is written" in out

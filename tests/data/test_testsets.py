@@ -80,11 +80,11 @@ def test_names_that_stand_for_several():
     [
         ("imagenet-s", "unknown test set 'imagenet-s', did you mean 'imagenet-"),
         ("gausian_noise:2", "unknown test set 'gausian_noise:2', did you mean 'gaussian_noise'"),
-        ("fog:6", "fog:6: 6 is no severity: type fog:1 to fog:5"),
-        ("fog:", "fog:: nothing is no severity"),
-        ("fog:03", "03 is no severity"),
+        ("fog:6", "fog:6: 6 is not a severity: type fog:1 to fog:5"),
+        ("fog:", "fog:: nothing is not a severity"),
+        ("fog:03", "03 is not a severity"),
         ("imagenet-a:3", "imagenet-a has no severity: type imagenet-a"),
-        ("corruptions:9", "9 is no severity"),
+        ("corruptions:9", "9 is not a severity"),
         ("clean:all", "clean has no severity"),
         ("", "unknown test set ''"),
     ],
@@ -155,7 +155,7 @@ def test_a_run_with_other_classes_can_not_be_tested_there(renditions):
 
 def test_small_images_are_not_corrupted():
     small = Network(image_size=16, patch_size=4, channels=1, width=16, depth=1, heads=2, classes=10)
-    with pytest.raises(UserError, match="20 px and more, and these have 16 px"):
+    with pytest.raises(UserError, match="at least 20 px, and these have 16 px"):
         testsets.check(testsets.find("fog"), Data(train=1), small)
 
 
@@ -164,12 +164,12 @@ def test_the_folder_of_the_runs_own_images_is_looked_at(uniform, spec):
     network = Network(image_size=32, patch_size=8, channels=3, width=16, depth=1, heads=2, classes=3)
     testsets.check(testsets.find("fog"), data, network)
     (uniform / "val" / "ant" / "ant_0.jpg").unlink()
-    with pytest.raises(UserError, match="not those that the spec means"):
+    with pytest.raises(UserError, match="not those that the spec was made with"):
         testsets.check(testsets.find("fog"), data, network)
 
 
 def test_a_set_that_is_not_here_says_where_it_was_looked_for(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"where the data set imagenet-a lies is not said.*'imagenet-a' or"):
+    with pytest.raises(UserError, match=r"no folder is given for the data set imagenet-a.*`data_dir`.*'imagenet-a' or"):
         testsets.read("imagenet-a")
     (tmp_path / "imagenet").mkdir()
     monkeypatch.setenv("ATDIAG_DATA", str(tmp_path))
@@ -206,11 +206,11 @@ def _change(root, how):
         ("empty class", f"the class {SYNSETS[0]} in "),
         (
             "strange class",
-            "has folders that are no class of imagenet-r: tench: expected 200 folders named by WordNet id",
+            "has folders that are not classes of imagenet-r: tench: expected 200 folders named by WordNet id",
         ),
-        ("unknown class", "2 of the 200 classes in the folder of imagenet-r are none of ImageNet-1k's: n00000001, n00"),
+        ("unknown class", "2 of the 200 classes in the folder of imagenet-r are not ImageNet-1k's: n00000001, n00"),
         ("flat", "holds 1 images beside its 200 folders"),
-        ("numbers", "that are no class of imagenet-r: 0, 1, 10, 100, 101 and 195 more"),
+        ("numbers", "that are not classes of imagenet-r: 0, 1, 10, 100, 101 and 195 more"),
     ],
 )
 def test_a_wrong_layout_says_what_was_expected_and_found(renditions, how, message):
@@ -224,7 +224,7 @@ def test_a_wrong_layout_says_what_was_expected_and_found(renditions, how, messag
 def test_wrong_layouts_of_version_2(lay):
     root = lay("imagenet-v2", V2, [str(i) for i in range(1000)])
     (root / "7").rename(root / "007")
-    with pytest.raises(UserError, match="no class of imagenet-v2: 007: expected folders named 0 to 999"):
+    with pytest.raises(UserError, match="not classes of imagenet-v2: 007: expected folders named 0 to 999"):
         testsets.read("imagenet-v2")
     (root / "007").rename(root / "7")
     shutil.copy(root / "8" / "image 0.JPEG", root / "7" / "image 1.JPEG")

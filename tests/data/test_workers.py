@@ -164,7 +164,7 @@ def test_a_dead_worker_is_told_in_one_line():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
         yield
 
-    with pytest.raises(loader.WorkerDiedError, match=r"a process that loads images is gone.*\(pid 7\)") as fault:
+    with pytest.raises(loader.WorkerDiedError, match=r"a process that loads images died.*\(pid 7\)") as fault:
         loader._next(dies())
     assert "\n" not in str(fault.value)
 
@@ -172,7 +172,7 @@ def test_a_dead_worker_is_told_in_one_line():
 def test_pinning_without_cuda_is_refused(data):
     if torch.cuda.is_available():
         pytest.skip("CUDA is here")
-    with pytest.raises(ValueError, match="page-locked memory is for CUDA"):
+    with pytest.raises(ValueError, match="page-locked memory needs CUDA"):
         next(Stream(data, EVERYTHING, 0).batches(0, 2, pin=True))
 
 

@@ -33,19 +33,19 @@ def test_neighbours_are_shown_as_a_range():
     ("text", "message"),
     [
         ("tpo:3", "unknown word 'tpo', did you mean 'top'"),
-        ("top:13", "there are 12: give a number from 1 to 12"),
+        ("top:13", "there are only 12: give a number from 1 to 12"),
         ("top:0", "give a number from 1 to 12"),
         ("3,x", "'x' is neither a number nor a range: write it as '3,5,7-9'"),
         ("", "neither a number nor a range"),
         ("5-3", "runs backwards: write it as '3-5'"),
-        ("12", "12 is out of range: they are counted from 0 to 11"),
+        ("12", "12 is out of range: give numbers from 0 to 11"),
         ("-1", "neither a number nor a range"),
     ],
 )
 def test_what_is_wrong_is_said(text, message):
     with pytest.raises(UserError) as fault:
         indices(text, 12, "transfer.layers")
-    assert message in str(fault.value) and str(fault.value).startswith(f"transfer.layers={text}")
+    assert message in str(fault.value) and str(fault.value).startswith(f"`transfer.layers`={text}: ")
 
 
 def test_each_method_takes_the_fields_it_has():

@@ -229,7 +229,7 @@ def test_a_checkpoint_that_lacks_the_average_or_has_one_too_many_is_refused(benc
     torch.save(content | {"run": spec.id}, bench.run(spec).checkpoint)
     assert bench.train(spec) == {spec.id: "failed"}
     cause = bench.run(spec).failure()["cause"]
-    assert "is another recipe's" in cause and f"atdiag runs remove {spec.id}" in cause
+    assert "another recipe" in cause and f"atdiag runs remove {spec.id}" in cause
 
 
 def test_a_flipped_bit_of_the_average_is_seen(bench):

@@ -201,7 +201,7 @@ def test_a_loader_process_dies(bench, photos, assert_same, monkeypatch, tmp_path
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.1)
 
-        with pytest.raises(WorkerDiedError, match=r"a process that loads images is gone.*the same command goes on"):
+        with pytest.raises(WorkerDiedError, match=r"a process that loads images died.*the same command goes on"):
             bench.train(spec, should_stop=at(3, kill), checkpoint_seconds=0)
     assert bench.run(spec).state == "interrupted"
     assert bench.train(spec) == {spec.id: "finished"}

@@ -130,5 +130,5 @@ def test_out_of_memory_names_the_micro_batch_that_fits_and_it_does(bench, room_f
 
 def test_where_not_even_one_image_fits(bench, room_for):
     room_for(0)
-    with pytest.raises(cohort.OutOfMemoryError, match="even one does not fit: a device with more memory is needed"):
+    with pytest.raises(cohort.OutOfMemoryError, match=r"not even one fits.*more memory"):
         bench.train(bench.spec())

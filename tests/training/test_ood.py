@@ -137,7 +137,7 @@ def test_what_means_something_else_now_is_made_again(trained, monkeypatch):
     assert before.about["environment"]["versions"] == run.result()["environment"]["versions"]
     monkeypatch.setattr(testsets, "SEMANTICS", testsets.SEMANTICS + 1)
     assert not is_stored(run, test_set)
-    with pytest.raises(FileNotFoundError, match="meant other images"):
+    with pytest.raises(FileNotFoundError, match="made from other images"):
         read(run, test_set)
     assert ood.evaluate_runs([run], [test_set], CPU, load_teacher) == 1
     assert same(read(run, test_set).predictions, before.predictions)

@@ -38,4 +38,4 @@ class Data(Spec):
     def check(self) -> None:
         """Raise ValueError for fields of real images without an image size."""
         if self.image_size is None and (self.per_class or self.test_per_class or self.fingerprint):
-            raise ValueError("per_class, test_per_class and fingerprint are of real images, which need an image_size")
+            raise ValueError("per_class, test_per_class and fingerprint are for real images: give an image_size, too")

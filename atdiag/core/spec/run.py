@@ -65,8 +65,8 @@ class RunSpec(Spec):
             return
         if teacher.differences:
             raise ValueError(
-                f"no student can start from this teacher: what it has of {', '.join(teacher.differences)} "
-                "can't be given to a student (its maps can)"
+                f"no student can start from this teacher's weights: it has {', '.join(teacher.differences)}, "
+                "which no student can be given (its maps can be transferred)"
             )
         for field in ("width", "mlp_ratio", "depth"):
             if getattr(student, field) != getattr(teacher, field):
@@ -89,7 +89,7 @@ class RunSpec(Spec):
         if student.depth != teacher.depth and transfer.layers and not transfer.teacher_layers:
             raise ValueError(
                 f"the student's depth ({student.depth}) is not the teacher's ({teacher.depth}): "
-                "say in teacher_layers which of its blocks passes to which of the student's"
+                "give teacher_layers, the teacher's block for each of the student's layers"
             )
         for layers, network, whose in (
             (transfer.layers, student, ""),
@@ -98,11 +98,11 @@ class RunSpec(Spec):
             if layers and max(layers) >= network.depth:
                 raise ValueError(f"layer {max(layers)} is out of range: the {whose}network has {network.depth} blocks")
         if transfer.heads is not None and transfer.heads[-1] >= student.heads:
-            raise ValueError(f"head {transfer.heads[-1]} is out of range: there are {student.heads}")
+            raise ValueError(f"head {transfer.heads[-1]} is out of range: the student has {student.heads} heads")
         what = "features" if transfer.method == "features" else transfer.tensor
         if what != "map" and student.width != teacher.width:
             raise ValueError(
-                f"{what} pass between networks of one width: teacher {teacher.width}, student {student.width}"
+                f"{what} pass only between networks of the same width: teacher {teacher.width}, student {student.width}"
             )
         if transfer.method == "logits" and student.classes != teacher.classes:
             raise ValueError(

@@ -99,22 +99,20 @@ class Transfer(Spec):
     def check(self) -> None:
         """Raise ValueError for a field that does not apply to the method, and for blocks that can't be paired."""
         if self._lacks_layers():
-            raise ValueError(f"{self.method} needs layers: say which of the student's blocks, () for none")
+            raise ValueError(f"{self.method} needs layers: give the student's blocks, () for none")
         if self.method == "none":
             return
         if self.method == "logits":
             self._refuse("layers", "teacher_layers", "heads", "average", "loss")
             if self.tensor != "map" or self.reduce != "sum":
-                raise ValueError("logits are the network's one output: there is no tensor to choose, nothing to reduce")
+                raise ValueError("logits are a single output per image: leave out tensor and reduce")
             return
         self._refuse("temperature")
         self._check_layers()
         if self.method == "features":
             self._refuse("heads", "average")
             if self.tensor != "map" or self.loss != "mse":
-                raise ValueError(
-                    "features are the residual stream, compared by mse: there is no tensor or loss to choose"
-                )
+                raise ValueError("features are the residual stream, compared by mse: leave out tensor and loss")
         elif self.method == "copy":
             self._refuse("loss", "weight")
         else:
@@ -155,7 +153,9 @@ class Transfer(Spec):
                 "give one for each"
             )
         if len(set(self.layers)) < len(self.layers):
-            raise ValueError("a student's block takes from one block of the teacher, and here one is named for two")
+            raise ValueError(
+                "layers names a block twice: each block of the student takes from one block of the teacher"
+            )
 
     def _check_loss(self) -> None:
         assert self.loss is not None

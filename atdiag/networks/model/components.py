@@ -130,7 +130,7 @@ def layer_norms(module: nn.Module) -> list[nn.LayerNorm]:
 
 
 def renamed(names: Mapping[str, str]) -> Callable[[dict[str, Tensor], Network], None]:
-    """A function for ``Component.keys`` that renames parts of every block.
+    """Make a function for ``Component.keys`` that renames parts of every block.
 
     names: timm's name of a parameter or a module within a block -> ours (``{"gamma_1": "ls1.gamma"}``).
     """
@@ -315,7 +315,7 @@ def resolve(names: Iterable[str]) -> list[Component]:
         if name not in COMPONENTS:
             raise ValueError(f"unknown component {name!r}{suggest(name, COMPONENTS)} (known: {', '.join(COMPONENTS)})")
         if COMPONENTS[name].followed:
-            raise ValueError(f"{name} is not a component to choose: every student follows its teacher in it")
+            raise ValueError(f"{name} is not a component to choose: every student has it if its teacher does")
         out.append(COMPONENTS[name])
     return out
 

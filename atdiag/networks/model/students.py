@@ -200,5 +200,5 @@ def _head_rows(have: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor
     """Select and reorder the head's rows."""
     classes = have["head.weight"].shape[0]
     if outside := [row for row in rows if not 0 <= row < classes]:
-        raise ValueError(f"head_rows {outside}: the teacher's head has {classes} classes")
+        raise ValueError(f"head_rows {outside} are out of range: the teacher's head has {classes} classes")
     return {name: have[name][list(rows)] for name in ("head.weight", "head.bias")}

@@ -276,7 +276,7 @@ def miniature_network(name: str) -> Network:
 
 
 def source(reference: str) -> Source:
-    """What a reference's published network is built from. Raises UserError for one that names nothing."""
+    """Return what a reference's published network is built from. Raises UserError for a reference that names nothing."""
     _, at, typed = reference.partition("@")
     name, file, branch = sources.split_reference(reference)
     if at and not typed:
@@ -330,7 +330,8 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
     origin = source(reference)  # first, so that a mistyped name is reported before anything the network would need
     if image_size is None:
         raise UserError(
-            f"{reference} sees real images, and here are none", "add --set data.name=imagenette, or --profile small"
+            f"{reference} needs real images, and the data set has none",
+            "add `data.name`=imagenette, or `profile` small",
         )
     from atdiag.networks.timm import architectures
 
@@ -360,7 +361,7 @@ def _miniature(name: str, image_size: int | None) -> Teacher:
     if image_size not in (None, own.image_size):
         raise UserError(
             f"{name} (mini) is a miniature for scenes of {own.image_size} px, not for images of {image_size} px",
-            "use --profile small for the published network",
+            "use `profile` small for the published network",
         )
     try:
         return sources.shipped(name)

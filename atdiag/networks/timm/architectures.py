@@ -60,8 +60,8 @@ def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
     if image_size % side:
         low = image_size // side * side
         raise UserError(
-            f"{source.name} has patches of {side} px, and {image_size} px is no multiple of that",
-            f"add --set data.image_size={low or low + side}{f', or {low + side}' if low else ''}",
+            f"{source.name} has patches of {side} px, and {image_size} px is not a multiple of that",
+            f"add `data.image_size`={low or low + side}{f', or {low + side}' if low else ''}",
         )
     return model
 

@@ -35,7 +35,7 @@ def convert(model: nn.Module, network: Network) -> ViT:
     Raises ValueError, listing the keys, for weights without a parameter or parameters without a weight.
     """
     if network.differences:
-        raise ValueError(f"{', '.join(network.differences)}: no ViT of ours is the same function")
+        raise ValueError(f"it has {', '.join(network.differences)}, so no ViT of ours computes the same function")
     vit = ViT(network)
     own, state = vit.state_dict(), _translated(model, network, has_fc_norm="fc_norm.weight" in vit.state_dict())
     faults = {

@@ -102,14 +102,14 @@ def why_not(model: Any) -> str | None:
         names = {type(module).__name__ for module in model.modules()}
         attention = {name for name in names if any(part in name.lower() for part in _ATTENTION_NAMES)}
         if not attention:
-            return "no self-attention is to be found in it"
+            return "it has no self-attention that atdiag can find"
         for part, reason in _OTHER_ATTENTION:
             if any(part in name.lower() for name in attention):
                 return reason
         if any(hasattr(model, name) for name in ("stages", "layers", "downsample")):
             return "its tokens change in number from stage to stage, so it has no one token grid"
         known = ", ".join(kind.__name__ for kind in _NETWORKS[1:])
-        return f"it is none of the classes of timm whose maps atdiag can read ({known})"
+        return f"it is not one of timm's classes whose maps atdiag can read ({known})"
     patch = model.patch_embed
     if not isinstance(patch, PatchEmbed):
         return f"its patches are embedded by more than one linear layer ({type(patch).__name__})"
@@ -119,7 +119,7 @@ def why_not(model: Any) -> str | None:
         return f"its image size {patch.img_size[0]} is not a multiple of its patch size {patch.patch_size[0]}"
     for block in model.blocks:
         if not isinstance(block, _BLOCKS + _POST_NORM + _PARALLEL):
-            return f"its blocks ({type(block).__name__}) are none whose maps atdiag can read"
+            return f"its blocks ({type(block).__name__}) are not of a kind whose maps atdiag can read"
         if not isinstance(block, _PARALLEL) and not isinstance(block.attn, _ATTENTION):
             return f"its attention ({type(block.attn).__name__}) has no single softmax map for each head"
     return None
@@ -277,5 +277,5 @@ def _channel_values(model: Any, name: str, given: Sequence[float] | None) -> tup
         return tuple(getattr(model.network, name))
     config = getattr(model, "pretrained_cfg", None)
     if not config or name not in config:
-        raise UserError(f"nothing says with which {name} the network's images are normalised", f"give its {name}")
+        raise UserError(f"the {name} that the network's images are normalised with is not known", f"give its {name}")
     return tuple(config[name])

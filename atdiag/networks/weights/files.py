@@ -121,7 +121,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if check(path) != "safetensors":
-        raise WeightsError(f"{path} is no safetensors file")
+        raise WeightsError(f"{path} is not a safetensors file")
     try:
         found: dict[str, Tensor] = load_file(path)
     except (SafetensorError, ValueError) as fault:

@@ -92,7 +92,7 @@ def convert(contents: Mapping[str, Any], branch: Literal["weights", "ema"] = "we
     container, tensors = _unwrap(contents, averages if branch == "ema" else (*_CONTAINERS, ""), averages)
     prefix = next((p for p in _PREFIXES if p + _ANCHOR in tensors), None)
     if prefix is None:
-        raise WeightsError(f"no ViT is in the file: no key ends in {_ANCHOR!r}; it has {shortlist(tensors)}")
+        raise WeightsError(f"the file holds no ViT: no key ends in {_ANCHOR!r}; it has {shortlist(tensors)}")
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     outside = [key for key in tensors if not key.startswith(prefix)]
     found = _format(container, prefix, state)
@@ -103,7 +103,7 @@ def convert(contents: Mapping[str, Any], branch: Literal["weights", "ema"] = "we
 
 
 def _tensors(entry: Any) -> dict[str, Tensor]:
-    """The tensors of an entry by name; empty where it is no dictionary of them."""
+    """Return the tensors of an entry by name; empty unless it is a dictionary of tensors."""
     if not isinstance(entry, Mapping):
         return {}
     return {str(key): value for key, value in entry.items() if isinstance(value, Tensor)}
@@ -116,7 +116,7 @@ def _holds_vit(entry: Any) -> bool:
 def _unwrap(
     contents: Mapping[str, Any], names: Sequence[str], averages: Sequence[str]
 ) -> tuple[str, dict[str, Tensor]]:
-    """The dictionary of tensors in a checkpoint, and the entry that it was in (nothing at the top)."""
+    """Return the dictionary of tensors in a checkpoint, and the entry that held it (empty at the top level)."""
     for name in names:
         entry = contents.get(name) if name else contents
         if _holds_vit(entry):

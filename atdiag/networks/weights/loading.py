@@ -85,8 +85,8 @@ def load(teacher: Teacher) -> ViT | Foreign:
     found = conversion.teacher_from(model, *architectures.pixels(source))
     if found.network != teacher.network:
         raise WeightsError(
-            f"{teacher.label}: timm builds another network than the one that this run was planned with",
-            "is it another version of timm?",
+            f"{teacher.label}: timm now builds a different network from the one that this run was planned with",
+            "use the version of timm that it was planned with",
         )
     found.eval().requires_grad_(False)
     found.origin = Origin(
@@ -102,7 +102,7 @@ def _file(teacher: Teacher) -> tuple[Path, Source]:
     if path is None:
         raise WeightsMissingError(f"no weights of {teacher.label} on this machine: {sources.how_to_get(source)}")
     if teacher.sha256 is None:
-        raise WeightsError(f"{teacher.label} was planned without weights, and {path} is here now", "plan again")
+        raise WeightsError(f"{teacher.label} was planned without weights, but {path} is here now", "plan again")
     _verify(path, teacher.sha256)
     return path, source
 

@@ -39,7 +39,7 @@ def pull(reference: str) -> Pulled:
     """
     source = teachers.source(reference)
     if source.file is not None:
-        raise UserError(f"{reference} is a file of yours: there is nothing to fetch")
+        raise UserError(f"{reference} is your own file: there is nothing to fetch")
     found = sources.find(source)
     path = found or _fetch(source)
     try:
@@ -63,7 +63,7 @@ def _fetch(source: Source) -> Path:
     from huggingface_hub import constants
 
     if not source.hub and not source.url:
-        raise UserError(f"nothing says where {source.name}'s weights are published", sources.how_to_get(source))
+        raise UserError(f"it is not known where {source.name}'s weights are published", sources.how_to_get(source))
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"offline mode is on (HF_HUB_OFFLINE): {source.name} can't be fetched", _by_hand(source))
     return _from_hub(source, source.hub) if source.hub else _from_url(source, str(source.url))

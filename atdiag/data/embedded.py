@@ -167,7 +167,7 @@ class EmbeddedSet:
         return self._sound(self.make_test(data))
 
     def _sound(self, images: Images) -> Images:
-        """Return the images. Raises ValueError where their type, shape or labels are not what everything else relies on."""
+        """Return the images. Raises ValueError for a type, shape or labels that everything else can't rely on."""
         n, side = len(images), self.image_size
         for what, kind, shape, wanted in (
             ("pixels", images.pixels.dtype, images.pixels.shape, ("uint8", (n, self.channels, side, side))),

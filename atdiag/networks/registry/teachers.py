@@ -276,7 +276,7 @@ def miniature_network(name: str) -> Network:
 
 
 def source(reference: str) -> Source:
-    """Return what a reference's published network is built from. Raises UserError for a reference that names nothing."""
+    """Return what a reference's published network is built from. Raises UserError if it names nothing."""
     _, at, typed = reference.partition("@")
     name, file, branch = sources.split_reference(reference)
     if at and not typed:

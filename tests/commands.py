@@ -7,6 +7,14 @@ import pytest
 
 from atdiag.cli import app
 
+TINY = ("data.train=64", "recipe.epochs=1", "recipe.warmup_epochs=0.5", "data.test_per_source=1")
+SETS = [word for item in TINY for word in ("--set", item)]
+LINES = {
+    "reinit": ["reinit", "--module", "attn", "--teacher", "clip_b"],
+    "layers": ["layers", "--from", "top", "--k", "6", "--teacher", "clip_b"],
+    "rescue": ["rescue", "--teacher", "clip_b"],
+}
+
 
 def ran(*arguments) -> tuple[int, str]:
     """Exit code and standard output of a command."""

@@ -5,12 +5,19 @@ from pathlib import Path
 
 import numpy as np
 
+from ablations.benchmark import benchmark
 from atdiag.core.runs import Store
 from atdiag.stats.contrasts import Estimate
 from atdiag.study.aggregate import report as read
 from atdiag.study.builder import Lab
+from atdiag.study.claims import Claim
 from atdiag.study.protocol import BASELINE, ArmResult, Report, Study
 from atdiag.study.settings import resolve
+
+FAILS = Claim(
+    name="fails", text="", paper="-5.1", source="", arms=("copy",), direction="below", families=("clip", "beitv2")
+)
+"""A claim that the published teachers of two families fail."""
 
 
 def lab(*sets, seeds=2) -> Lab:
@@ -69,3 +76,10 @@ def finished(study: Study, store: Store, right: dict[str, list[int]], images: in
             start = {"dropped": ["norm_pre.weight", "blocks.0.attn.x", "blocks.1.attn.x"]}
             run.finish({"top1": 100 * count / images, "start": start if spec.init.source == "teacher" else None})
     return read(study, lab().settings, store)
+
+
+def fabricated_series(effects: dict[str, list[float]], half=1.0, seeds=3) -> list:
+    return [
+        fabricated(benchmark(lab(), name, "copy,distill"), values, half=half, seeds=seeds)
+        for name, values in effects.items()
+    ]

@@ -33,13 +33,13 @@ def write(
     is appended to the stem -> a figure, written in each of ``FIGURE_KINDS``. All figures are drawn before anything is
     written, and no file of another result is touched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         folder / f"{stem}{name}.{kind}": draw(figure, kind) for name, figure in figures.items() for kind in FIGURE_KINDS
     }
     kinds = sorted((*texts, "json"), key=_ORDER.index)
     files = [*(folder / f"{stem}.{kind}" for kind in kinds), *drawn]
     contents = {**texts, "json": json.dumps({**report, "files": [str(path) for path in files]}, indent=1)}
+    folder.mkdir(parents=True, exist_ok=True)
     for path, image in drawn.items():
         write_atomically(path, image)
     for kind, text in contents.items():  # JSON last: whoever reads it finds the other files

@@ -37,3 +37,11 @@ def pictures():
         return images.from_arrays(pixels, draw.integers(0, network.classes, count))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A teacher with registers and a student without, of depth 3."""
+    plain = Network(image_size=20, patch_size=4, channels=1, width=24, depth=3, heads=3, classes=10)
+    native = plain.model_copy(update={"components": ("registers", "rel_pos_bias"), "registers": 2})
+    return students.build(plain, 0).eval(), students.build(native, 1).eval()

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from atdiag.analysis import images, similarity, streaming, subjects
 from atdiag.cli import session
-from atdiag.core import text
 from atdiag.core.errors import UserError
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
@@ -261,7 +260,6 @@ def test_small_words():
     assert session.layer_pairs("0:0, 5:11") == {0: 0, 5: 11}
     with pytest.raises(UserError):
         session.layer_pairs("0:0,0:1")
-    assert (text.byte_size(400), text.byte_size(5_408), text.byte_size(12_345_678)) == ("0.4 kB", "5.4 kB", "12.3 MB")
     some = images.from_arrays(np.zeros((40, 1, 20, 20), np.uint8))
     assert session.left_out(some) == []
     some.skipped.update({f"{i}.png": "broken" for i in range(12)})

@@ -1,7 +1,10 @@
 """Small folders of images: made up ones with everything that real folders have, and a few real ones."""
 
+import hashlib
+import http.server
 import os
 import tarfile
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +14,9 @@ import pytest
 from PIL import Image
 
 from atdiag.core.spec import Data
-from atdiag.data import catalogue
+from atdiag.data import catalogue, download
 from atdiag.data.sources import complete
+from tests.data import publications
 
 PER_CLASS = {"train": 6, "test": 3}
 REAL = Path(os.environ.get("ATDIAG_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
@@ -146,3 +150,62 @@ def cifar10(cifar10_files, monkeypatch):
     _fewer(monkeypatch, "cifar10")
     monkeypatch.setenv("ATDIAG_DATA", str(cifar10_files))
     return cifar10_files / "cifar10"
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """An empty folder of all data sets."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setenv("ATDIAG_DATA", str(folder))
+    return folder
+
+
+@pytest.fixture
+def server():
+    """A server on this machine: ``server.bodies[path]`` is what it sends, or a function of the request."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            site.asked.append(self.path)
+            body = site.bodies.get(self.path)
+            if callable(body):
+                body(self)
+            elif body is None:
+                self.send_error(404)
+            else:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    site.bodies, site.asked = {}, []
+    thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield site
+    site.shutdown()
+    thread.join()
+    site.server_close()
+
+
+@pytest.fixture
+def publish(server, monkeypatch):
+    """Let a data set be published on this machine: (name, entries of its archive, images of each split)."""
+    monkeypatch.setattr(download, "SCHEMES", ("http",))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def make(name, entries, train, test, **changes):
+        content = entries if isinstance(entries, bytes) else publications.tar(entries)
+        file = catalogue.FACTS[name].archive.url.rpartition("/")[2]
+        server.bodies[f"/{file}"] = content
+        url = f"http://127.0.0.1:{server.server_port}/{file}"
+        archive = catalogue.Archive(url, len(content), hashlib.md5(content).hexdigest())
+        row = replace(catalogue.FACTS[name], train=train, test=test, archive=archive, **changes)
+        monkeypatch.setitem(catalogue.FACTS, name, row)
+        return content
+
+    return make

@@ -1,15 +1,10 @@
 """``atdiag data check NAME --download``: from a server on this machine, with archives that are made here."""
 
-import hashlib
-import http.server
-import io
 import json
 import subprocess
 import sys
-import tarfile
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,116 +12,9 @@ from PIL import Image
 
 from atdiag.core.errors import UserError
 from atdiag.data import catalogue, download, image_folders, sources
-from atdiag.data.archives import unpack
 from atdiag.data.download import DownloadError, fetch
 from tests.commands import ran, wrong
-
-RNG = np.random.default_rng(0)
-SYNSETS = tuple(catalogue.FACTS["imagenette"].class_folders.split("|"))
-FINE = [f"{word}_fish" for word in ("aa", "bb", "cc", "dd")]
-
-
-def tar(entries) -> bytes:
-    """A gzipped tar of (name, content), or of TarInfos with their content."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in entries:
-            entry = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            if entry.isreg():
-                entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def jpeg() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(RNG.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
-
-
-def imagenette() -> list:
-    counts = (("train", 2), ("val", 1))
-    return [
-        ("imagenette2-320/noisy_imagenette.csv", b"path,noisy_labels_0\n"),
-        *(
-            (f"imagenette2-320/{split}/{cls}/{cls}_{i}.JPEG", jpeg())
-            for split, count in counts
-            for cls in SYNSETS
-            for i in range(count)
-        ),
-    ]
-
-
-def records(labels, before=()) -> tuple[bytes, np.ndarray]:
-    pixels = RNG.integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)
-    return b"".join(bytes([*before, label]) + image.tobytes() for label, image in zip(labels, pixels)), pixels  # noqa: B905
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    """An empty folder of all data sets."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    monkeypatch.setenv("ATDIAG_DATA", str(folder))
-    return folder
-
-
-@pytest.fixture
-def server():
-    """A server on this machine: ``server.bodies[path]`` is what it sends, or a function of the request."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            site.asked.append(self.path)
-            body = site.bodies.get(self.path)
-            if callable(body):
-                body(self)
-            elif body is None:
-                self.send_error(404)
-            else:
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    site.bodies, site.asked = {}, []
-    thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield site
-    site.shutdown()
-    thread.join()
-    site.server_close()
-
-
-@pytest.fixture
-def publish(server, monkeypatch):
-    """Let a data set be published on this machine: (name, entries of its archive, images of each split)."""
-    monkeypatch.setattr(download, "SCHEMES", ("http",))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-    def make(name, entries, train, test, **changes):
-        content = entries if isinstance(entries, bytes) else tar(entries)
-        file = catalogue.FACTS[name].archive.url.rpartition("/")[2]
-        server.bodies[f"/{file}"] = content
-        url = f"http://127.0.0.1:{server.server_port}/{file}"
-        archive = catalogue.Archive(url, len(content), hashlib.md5(content).hexdigest())
-        row = replace(catalogue.FACTS[name], train=train, test=test, archive=archive, **changes)
-        monkeypatch.setitem(catalogue.FACTS, name, row)
-        return content
-
-    return make
-
-
-def left(data) -> list[str]:
-    """What lies in the folder of all data sets, but for locks."""
-    return sorted(path.name for path in data.iterdir() if path.suffix != ".lock")
-
-
-# --- what is made -----------------------------------------------------------------------------------------------------
+from tests.data.publications import FINE, cifar10, cifar100, failed, imagenette, left
 
 
 def test_imagenette_is_fetched_and_checked(data, publish, server):
@@ -142,19 +30,6 @@ def test_imagenette_is_fetched_and_checked(data, publish, server):
     code, out = ran("data", "check", "imagenette", "--download")
     assert (code, len(server.asked)) == (0, 1)
     assert out.startswith("imagenette: already there, nothing downloaded\n")
-
-
-def cifar10(wrong_label=None) -> tuple[list, dict]:
-    batches = [list(range(10))[:: (-1) ** i] for i in range(5)]
-    if wrong_label is not None:
-        batches[2][3] = wrong_label
-    entries, pixels = [], {}
-    for i, labels in enumerate(batches, 1):
-        content, pixels[i] = records(labels)
-        entries.append((f"cifar-10-batches-bin/data_batch_{i}.bin", content))
-    content, pixels["test"] = records(range(10))
-    entries += [("cifar-10-batches-bin/test_batch.bin", content), ("cifar-10-batches-bin/readme.html", b"hello")]
-    return entries[::-1], pixels  # in whatever order they come
 
 
 def test_cifar10_s_records_become_images(data, publish):
@@ -178,14 +53,6 @@ def test_cifar10_s_records_become_images(data, publish):
     assert len({path.stat().st_size for path in (data / "cifar10").rglob("*.png")}) == 1  # whatever the pixels
 
 
-def cifar100(names=FINE) -> list:
-    train, _ = records([0, 1, 2, 3] * 3, before=[7])
-    test, _ = records([3, 2, 1, 0], before=[7])
-    top = "cifar-100-binary"
-    listed = "\n".join([*names, ""]).encode()
-    return [(f"{top}/fine_label_names.txt", listed), (f"{top}/train.bin", train), (f"{top}/test.bin", test)]
-
-
 def test_cifar100_is_labelled_by_its_fine_names(data, publish):
     publish("cifar100", cifar100(), 12, 4, classes=4)
     fetch("cifar100")
@@ -204,9 +71,6 @@ def test_an_archive_that_was_fetched_by_hand_is_taken(data, publish, server):
     own.write_bytes(content)
     assert fetch("imagenette") == data / "imagenette"
     assert (left(data), server.asked) == (["imagenette", "imagenette2-320.tgz"], [])
-
-
-# --- what is not ------------------------------------------------------------------------------------------------------
 
 
 def test_what_can_t_be_downloaded_says_why(data, capsys, tmp_path, monkeypatch):
@@ -241,17 +105,6 @@ def test_a_folder_of_one_s_own_needs_no_download(uniform):
     code, out = ran("data", "check", f"folder:{uniform}", "--download")
     assert code == 0
     assert "already there" in out
-
-
-def failed(capfd, data, name="imagenette") -> str:
-    """The one line of a download that fails with exit code 1 and leaves nothing."""
-    before = left(data)
-    code, out = ran("data", "check", name, "--download")
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("atdiag: ")]
-    assert (code, out, len(said)) == (1, "", 1)
-    assert left(data) == before
-    assert image_folders.found(name) is None
-    return said[0]
 
 
 def cut(handler, content):
@@ -316,100 +169,6 @@ def test_an_empty_folder_of_its_name_is_no_data_set(data, publish, capfd):
     (data / "imagenette").mkdir()
     assert fetch("imagenette") == data / "imagenette"
     assert fetch("imagenette") is None
-
-
-# --- archives that are not what they should be ------------------------------------------------------------------------
-
-
-def link(kind, target, name=f"imagenette2-320/train/{SYNSETS[0]}/{SYNSETS[0]}_0.JPEG"):
-    entry = tarfile.TarInfo(name)
-    entry.type, entry.linkname = kind, target
-    return entry, b""
-
-
-TRAIN = f"imagenette2-320/train/{SYNSETS[0]}"
-HOSTILE = {
-    "up": (f"{TRAIN}/../../../../../evil.JPEG", jpeg()),
-    "up by a class": ("imagenette2-320/train/../evil.JPEG", jpeg()),
-    "absolute": ("/tmp/train/../evil.JPEG", jpeg()),
-    "symbolic link": link(tarfile.SYMTYPE, "/etc/hostname"),
-    "hard link": link(tarfile.LNKTYPE, "/etc/hostname"),
-    "device": link(tarfile.CHRTYPE, ""),
-    "hidden": (f"{TRAIN}/.evil.JPEG", jpeg()),
-    "a class that is none": ("imagenette2-320/train/n00000000/evil.JPEG", jpeg()),
-    "no image": (f"{TRAIN}/evil.sh", b"#!/bin/sh\n"),
-}
-
-
-@pytest.mark.parametrize("how", HOSTILE)
-def test_a_hostile_name_writes_nothing(data, publish, tmp_path, how):
-    entries = imagenette()
-    publish("imagenette", [entries[0], HOSTILE[how], *entries[1:]], 20, 10)
-    fetch("imagenette")  # passed over
-    files = [path for path in tmp_path.rglob("*") if not path.is_dir() and path.suffix != ".lock"]
-    assert sorted(files) == sorted(data / "imagenette" / name.partition("/")[2] for name, _ in entries[1:])
-    assert not any(path.is_symlink() for path in files)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda e: e[:-1], "images are missing: 1 in val"),
-        (lambda e: [*e, (f"{TRAIN}/more.JPEG", jpeg())], "too many images in train"),
-        (lambda e: [e[0], e[1], e[1], *e[3:]], "twice"),
-        (lambda e: [(f"{TRAIN}/bomb.JPEG", bytes(10**7)), *e], "unpacks to more than"),
-        (lambda e: [("elsewhere", bytes(10**7)), *e], "unpacks to more than"),
-        (lambda e: b"no archive at all", "not a gzip file"),
-        (lambda e: tar(e)[:5000], "unexpected end"),
-        (lambda e: [], "images are missing: 20 in train, 10 in val"),
-    ],
-)
-def test_an_archive_of_something_else(data, publish, capfd, change, says):
-    publish("imagenette", change(imagenette()), 20, 10)
-    text = failed(capfd, data)
-    assert "imagenette2-320.tgz is not the archive of imagenette that was published (" in text
-    assert says in text
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda e: e[1:], "files are missing: fine_label_names.txt"),
-        (lambda e: [e[0], e[2]], "files are missing: train.bin"),
-        (lambda e: [e[0], (e[1][0], e[1][1][:-1]), e[2]], "train.bin has 36,887 bytes"),
-        (lambda e: [link(tarfile.SYMTYPE, "/etc/hostname", e[0][0]), *e[1:]], "files are missing: fine_label"),
-        (lambda e: cifar100(["../evil", *FINE[1:]]), "classes that are not those of CIFAR-100"),
-        (lambda e: cifar100(FINE[:3]), "classes that are not those of CIFAR-100"),
-        (lambda e: cifar100([*FINE[:3], FINE[0]]), "classes that are not those of CIFAR-100"),
-        (lambda e: cifar100(["é", *FINE[1:]]), "codec"),
-    ],
-)
-def test_records_of_something_else(data, publish, capfd, change, says):
-    publish("cifar100", change(cifar100()), 12, 4, classes=4)
-    assert says in failed(capfd, data, "cifar100")
-
-
-def test_a_label_without_a_class(data, publish, capfd):
-    publish("cifar10", cifar10(wrong_label=10)[0], 50, 10)
-    assert "an image of train has the label 10" in failed(capfd, data, "cifar10")
-
-
-def test_flipped_archives_are_refused_or_right(tmp_path):
-    entries = [entry for entry in imagenette() if f"/{SYNSETS[0]}/" in entry[0]]
-    row = replace(catalogue.FACTS["imagenette"], train=2, test=1)
-    content, path = bytearray(tar(entries)), tmp_path / "archive"
-    for i, place in enumerate(RNG.integers(0, len(content), 100)):
-        wrong = bytearray(content)
-        wrong[place] ^= 1 << (i % 8)
-        path.write_bytes(wrong)
-        into = tmp_path / "out" / str(i) / "imagenette"
-        try:
-            unpack("imagenette", row, path, into, lambda done: None)
-        except ValueError as fault:
-            assert len(str(fault).splitlines()) <= 1
-        else:
-            assert len(list(into.rglob("*.JPEG"))) == 3
-    assert {p.name for p in tmp_path.iterdir()} == {"archive", "out"}
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------

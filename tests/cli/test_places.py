@@ -1,0 +1,47 @@
+"""Options that name places and devices: what they reach, and that it ends with the command."""
+
+import json
+import os
+
+import pytest
+
+from atdiag.core import paths
+from tests.commands import SETS, ran, wrong
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_a_plan_names_a_device_that_is_not_here(folder, no_cuda):
+    code, out = ran("reinit", "--device", "cuda", "--dry-run", "--seeds", "1", *SETS)
+    assert code == 0
+    assert "1 process on cuda" in out
+    assert list(folder.iterdir()) == []
+
+
+def test_a_device_that_is_not_here_is_said_before_anything_is_trained(folder, no_cuda, capsys):
+    assert "cuda" in wrong(capsys, "reinit", "--device", "cuda", "--seeds", "1", *SETS)
+    assert list(folder.iterdir()) == []
+
+
+def found(*options) -> str | None:
+    """Where a command says that imagenette lies."""
+    rows = json.loads(ran("data", *options, "--json")[1])
+    return next(row for row in rows if row["name"] == "imagenette")["folder"]
+
+
+@pytest.mark.parametrize("given", ["", "elsewhere"])
+def test_a_data_dir_ends_with_its_command(folder, tmp_path, monkeypatch, given):
+    for name in ("mine", "elsewhere"):
+        for split in ("train", "val"):
+            (tmp_path / name / "imagenette" / split).mkdir(parents=True)
+    monkeypatch.setenv("ATDIAG_DATA", str(tmp_path / given) if given else "")
+    environment, before = dict(os.environ), found()
+    assert found("--data-dir", tmp_path / "mine") == str(tmp_path / "mine" / "imagenette")
+    code, _ = ran("reinit", "--data-dir", tmp_path / "mine", "--dry-run", "--seeds", "1", *SETS)
+    assert code == 0
+    assert found() == before == (str(tmp_path / given / "imagenette") if given else None)
+    assert paths.data_dir() == (tmp_path / given if given else None)
+    assert dict(os.environ) == environment

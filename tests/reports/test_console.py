@@ -1,0 +1,45 @@
+"""Progress where standard error is no terminal: a line for what has changed, and nothing else."""
+
+from pathlib import Path
+
+from atdiag.core.progress import Progress
+from atdiag.reports import console
+
+
+def test_a_line_for_each_finished_run(capsys, monkeypatch):
+    monkeypatch.setattr(console, "_REFRESH", 0)
+    left = [3, 3, 2, 2, 0]
+    with console.training(3, lambda: left.pop(0)) as report:
+        report(Progress(0, 0, doing="waiting"))  # how many are finished is not even asked
+        for done in range(5):
+            report(Progress(done, 4))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == ["waiting", "0/3 runs", "1/3 runs", "3/3 runs"]
+
+
+def test_reports_in_quick_succession_cost_no_look_at_the_runs(monkeypatch):
+    monkeypatch.setattr(console, "_REFRESH", 3600)
+    asked = []
+    with console.training(1, lambda: asked.append(1) or 1) as report:
+        for done in range(100):
+            report(Progress(done, 100))
+    assert len(asked) == 1
+
+
+def test_bars_say_nothing_elsewhere(capsys):
+    with console.counted("reading", 2) as count, console.staged() as stage:
+        count(1, 2)
+        stage(Progress(1, 2, doing="measuring"))
+        stage(Progress(0, 0, doing="more"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_paths_are_shown_as_they_are(capsys):
+    console.show_files([Path("[bold]a"), Path("b c")])
+    assert capsys.readouterr().out == "  [bold]a\n  b c\n"
+
+
+def test_a_table_of_names_and_numbers():
+    table = console.table("title", "arm", "top-1 %", "seeds")
+    assert [column.justify for column in table.columns] == ["left", "right", "right"]

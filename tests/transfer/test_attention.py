@@ -268,7 +268,8 @@ def test_a_hook_that_does_nothing_changes_no_bit():
 def test_hooks_compile_into_one_graph():
     module, x = ours(), torch.randn(2, 6, WIDTH)
     module.qk_hooks["first"], module.qk_hooks["second"] = Hook(), Add()
-    part = AttentionOverride("map", ours().peek(x).qk.select_heads(torch.tensor([1])), split_heads((1,), HEADS, x.device))
+    theirs = ours().peek(x).qk.select_heads(torch.tensor([1]))
+    part = AttentionOverride("map", theirs, split_heads((1,), HEADS, x.device))
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     for given in (None, part):
         torch.testing.assert_close(compiled(x, given), module(x, given))

@@ -137,7 +137,8 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         count = self.num_heads if heads is None else len(heads)
         out = F.linear(x, weight, bias).view(batch, tokens, len(names), count, width // self.num_heads)
-        return [self._hooked(x, n, heads) for n, x in zip(names, out.permute(2, 0, 3, 1, 4).unbind(0), strict=True)]
+        parts = zip(names, out.permute(2, 0, 3, 1, 4).unbind(0), strict=True)
+        return [self._hooked(part, name, heads) for name, part in parts]
 
     def _hooked(self, x: Tensor, name: str, heads: Tensor | None) -> Tensor:
         """Apply the hooks to q or k [B, h, N, d], keeping its dtype (a norm gives float32 under autocast)."""

@@ -265,6 +265,17 @@ def test_a_hook_that_does_nothing_changes_no_bit():
 
 
 @torch.no_grad()
+def test_hooks_compile_into_one_graph():
+    module, x = ours(), torch.randn(2, 6, WIDTH)
+    module.qk_hooks["first"], module.qk_hooks["second"] = Hook(), Add()
+    theirs = ours().peek(x).qk.select_heads(torch.tensor([1]))
+    part = AttentionOverride("map", theirs, split_heads((1,), HEADS, x.device))
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for given in (None, part):
+        torch.testing.assert_close(compiled(x, given), module(x, given))
+
+
+@torch.no_grad()
 def test_a_hook_keeps_the_dtype_under_autocast():
     class Norm(torch.nn.LayerNorm):
         def forward(self, x, name, heads):

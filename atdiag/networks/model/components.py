@@ -7,9 +7,8 @@ follows width, depth, heads and MLP width. Everything else here is *ablated*: th
 student can be given any subset of its teacher's components.
 
 The set is open: :func:`register_component`, or an entry point of the group ``atdiag.components`` that names a
-:class:`Component` (which also reaches the processes that train). One :class:`Component` says all that there is to say
-of a component, wherever it acts: on q and k (``Attention.qk_hooks``), on the logits (``Attention.rel_pos_bias``), or
-anywhere else in the network. No other file knows of it.
+:class:`Component` (which also reaches the processes that train). A new one needs no other file, wherever it acts: on q
+and k (``Attention.qk_hooks``), on the logits (``Attention.rel_pos_bias``), or anywhere else in the network.
 """
 
 from __future__ import annotations
@@ -66,8 +65,8 @@ class Component:
     """One native component.
 
     summary: a paragraph that says what it does. source: who described it.
-    found: whether a built network has it: one of ours, or timm's ``VisionTransformer``, ``Beit`` or ``Eva``. Blocks
-        that differ in what no difference names are not noticed elsewhere: look at all of them.
+    found: whether a built network has it: one of ours, or timm's ``VisionTransformer``, ``Beit`` or ``Eva``. It
+        must look at every block if it explains a difference, which nothing else looks into then.
     arguments: what it changes in the arguments of timm's ``VisionTransformer``.
     attach: what it adds or takes away once the network is built. Components are attached in the order of their names.
     keys: brings its weights in a timm state dict to where our network has them, in place, where timm's names differ:

@@ -298,14 +298,9 @@ def test_renaming_moves_a_module_or_a_parameter_of_every_block_and_nothing_else(
     wanted = network()
     assert wanted.depth == 2
     names = {"gamma": "ls.gamma", "attn.q_norm": "attn.norms.q"}
-    theirs = [
-        "blocks.0.gamma",
-        "blocks.1.attn.q_norm.weight",
-        "blocks.1.attn.q_norms.weight",
-        "gamma",
-        "blocks.0.gamma_1",
-    ]
-    ours = ["blocks.0.ls.gamma", "blocks.1.attn.norms.q.weight", *theirs[2:]]
+    others = ["blocks.1.attn.q_norms.weight", "gamma", "blocks.0.gamma_1", "norm.blocks.0.gamma"]
+    theirs = ["blocks.0.gamma", "blocks.1.attn.q_norm.weight", *others]
+    ours = ["blocks.0.ls.gamma", "blocks.1.attn.norms.q.weight", *others]
     state = {key: torch.full((1,), float(i)) for i, key in enumerate(theirs)}
     for _ in range(2):  # our own names stay what they are
         components.renamed(names)(state, wanted)

@@ -37,7 +37,7 @@ def datasets(
     ] = None,
     methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy",
 ) -> Series:
-    """Transfer on several data sets, each beside its own baseline: does the outcome persist?"""
+    """Transfer on several data sets, each with its own baseline: does the outcome persist?"""
     wanted = comma_separated(USUAL[lab.settings.profile.name] if data is None else data, "--data", "digits,larger")
     passed = comma_separated(methods, "--methods", "copy,distill")
     studies = tuple(

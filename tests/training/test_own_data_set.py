@@ -54,8 +54,8 @@ STRIPES = EmbeddedSet(
     cluster="pattern",
 )
 DATA = Data(name="stripes", train=256, test_per_source=5)
-NETWORK = Network(image_size=SIDE, patch_size=2, channels=1, width=16, depth=2, heads=2, classes=2)
-RECIPE = Recipe(epochs=12, batch_size=16, lr=3e-3, warmup_epochs=0.5)
+NETWORK = Network(image_size=SIDE, patch_size=2, channels=1, width=16, depth=1, heads=2, classes=2)
+RECIPE = Recipe(epochs=8, batch_size=16, lr=3e-3, warmup_epochs=0.5)
 
 
 @pytest.fixture

@@ -173,9 +173,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     if store is not None and re.fullmatch("[0-9a-f]{1,16}", run_id):
         found = _run(run_id, store)
         return of_start(found) if begin else of_run(found)
-    # Ids may be abbreviated to a prefix.
-    ids = [run.id[: max(len(reference), 4)] for run in store.list()] if store else []
-    near = suggest(reference, teachers.miniatures()) or suggest(reference, [*teachers.registry(), *ids])
+    near = suggest(reference, teachers.miniatures()) or suggest(reference, teachers.registry())
     raise UserError(
         f"no teacher, run or file is named {reference!r}{near}",
         "'atdiag teachers' and 'atdiag runs list' list what there is",
@@ -183,16 +181,11 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
 
 
 def _run(run_id: str, store: Store) -> Run:
-    """Return the run whose id has this prefix. Raises UserError, with suggestions, unless exactly one does."""
-    ids = [run.id for run in store.list()]
+    """Return the run whose id has this prefix. Raises UserError unless exactly one does."""
     try:
         return store.find(run_id)
-    except KeyError as fault:
-        if len(run_id) < 4 or any(one.startswith(run_id) for one in ids):  # too short or ambiguous: no suggestions
-            near = ""
-        else:
-            near = suggest(run_id, [one[: len(run_id)] for one in ids])
-        raise UserError(f"{fault.args[0]}{near}", "'atdiag runs list' lists them") from None
+    except KeyError as fault:  # no suggestion: a hash that resembles another says nothing
+        raise UserError(str(fault.args[0]), "'atdiag runs list' lists them") from None
 
 
 def _teacher(reference: str, profile: str, data: Data | None) -> Subject:

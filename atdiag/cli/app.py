@@ -16,6 +16,7 @@ from atdiag.cli import data, doctor, experiments, inspect, looks, probes, reprod
 from atdiag.cli.messages import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
+    EXIT_PIPE,
     EXIT_TERMINATED,
     EXIT_USAGE,
     RESERVED,
@@ -122,6 +123,13 @@ def _explain(fault: Exception) -> int:
 
     if isinstance(fault, StoppedError):
         return EXIT_TERMINATED
+    if isinstance(fault, BrokenPipeError):  # whoever read our output has had enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
+        return EXIT_PIPE
+    if isinstance(fault, ImportError | MemoryError):
+        what = "out of memory" if isinstance(fault, MemoryError) else f"this installation is incomplete ({fault})"
+        say(what if isinstance(fault, MemoryError) else f"{what}: install atdiag again, in an environment of its own")
+        return EXIT_FAULT
     if isinstance(fault, FaultError | DamagedRunError | OSError):
         say(as_typed(str(fault)))
         return EXIT_FAULT

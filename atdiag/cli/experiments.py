@@ -107,15 +107,41 @@ def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
     For all teachers (with ``leave_out``: for several), those that the ablation refuses are left out, with a note in the
     series. Raises UserError for a refused teacher that was named, and if none is left.
     """
-    from atdiag.core.selection import comma_separated
     from atdiag.study.protocol import Series
 
     asked = make.keywords.get("teacher")
     if not isinstance(asked, str) or (asked != "all" and "," not in asked):
         return Series.join([make(lab)])
-    names = lab.teachers if asked == "all" else comma_separated(asked, "teacher", "clip_b,deit_b")
+    names = lab.teachers if asked == "all" else references(asked)
+    if len(names) == 1:
+        return Series.join([make(lab, teacher=names[0])])
     series = Series.of_each(names, lambda name: make(lab, teacher=name), leave_out=leave_out or asked == "all")
     return replace(series, notes=tuple(map(as_typed, series.notes)))  # why some teachers are left out
+
+
+def references(text: str) -> tuple[str, ...]:
+    """Split ``a,b`` into references to teachers, each once. The path of a file that exists is taken whole, commas too.
+
+    Raises UserError if there are none.
+    """
+    from atdiag.core.selection import comma_separated
+
+    rest = text.split(",")
+    out: list[str] = []
+    while rest:
+        joined = (n for n in range(len(rest), 1, -1) if "@" in rest[0] and _is_file(",".join(rest[:n]).strip()))
+        count = next(joined, 1)
+        out.append(",".join(rest[:count]).strip())
+        rest = rest[count:]
+    found = tuple(dict.fromkeys(filter(None, out)))
+    return found or comma_separated(text, "teacher", "clip_b,deit_b")
+
+
+def _is_file(reference: str) -> bool:
+    from atdiag.networks.weights.sources import split_reference
+
+    file = split_reference(reference)[1]
+    return file is not None and file.is_file()
 
 
 def check_overrides(

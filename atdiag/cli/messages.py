@@ -9,7 +9,7 @@ import re
 
 import typer
 
-EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
 
 LOOKING = ("trace", "similarity", "intervene", "probe", "attention-stats", "maps")
 """Commands that look inside networks: they train nothing, and write their files at the end."""

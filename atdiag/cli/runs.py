@@ -106,12 +106,12 @@ def store_of(runs: Path | None) -> Store:
 
 
 def _find(store: Store, name: str) -> Run:
-    from atdiag.core.errors import UserError, suggest
+    from atdiag.core.errors import UserError
 
     try:
         return store.find(name)
-    except KeyError as fault:
-        raise UserError(f"{fault.args[0]}{suggest(name, [run.id for run in store.list()])}") from None
+    except KeyError as fault:  # no suggestion: a hash that resembles another says nothing
+        raise UserError(str(fault.args[0]), "'atdiag runs list' lists them") from None
 
 
 @app.command("show")

@@ -132,7 +132,10 @@ def resolve(
     place = None if given is None else Path(given).expanduser().absolute()
     overrides = _overrides(path, file.get("set", {}), sets)
     with paths.looking_in(place):
-        resolved = _apply(PROFILES[name], overrides)
+        try:
+            resolved = _apply(PROFILES[name], overrides)
+        except UserError as fault:
+            raise UserError(f"{_culprit(PROFILES[name], path, overrides, sets)}{fault}") from None
     count = seeds if seeds is not None else file.get("seeds", resolved.seeds)
     if not 1 <= count <= 1000:
         asked = f"`seeds` {count}" if seeds is not None else f"{path}: seeds = {count}"
@@ -250,10 +253,29 @@ def _overrides(path: Path, file: Mapping[str, Any], sets: Sequence[str]) -> dict
         for name in given:
             if name not in _SETTINGS:
                 raise UserError(
-                    f"{origin}{name!r} is not a setting{suggest(name, _SETTINGS)}",
+                    f"{origin}{name!r} is not a setting{_near(name)}",
                     "'atdiag reinit --dry-run' lists the settings",
                 )
     return {name: value for name, value in file.items() if _general(name) not in line} | line
+
+
+def _culprit(profile: Profile, path: Path, overrides: Mapping[str, Any], sets: Sequence[str]) -> str:
+    """Return the file's name with a colon where the settings are wrong by the file alone; empty where not."""
+    line = {_parse(item)[0] for item in sets}
+    typed = {name: value for name, value in overrides.items() if name in line}
+    if typed == overrides:
+        return ""
+    try:
+        _apply(profile, typed)
+    except UserError:
+        return ""
+    return f"{path}: "
+
+
+def _near(name: str) -> str:
+    """Return ", did you mean 'recipe.lr'?" for ``lr``, and for any other slip the closest setting."""
+    whole = [setting for setting in _SETTINGS if setting.count(".") == 1 and setting.endswith(f".{name}")]
+    return f", did you mean {whole[0]!r}?" if whole else suggest(name, _SETTINGS)
 
 
 def _general(name: str) -> str:

@@ -55,7 +55,10 @@ def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
         raise UserError(f"{source.name} can't be built for images of {image_size} px ({fault})") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None:
-        raise UserError(f"{source.name} is not a ViT (timm's {type(model).__name__} has no patch embedding)")
+        from atdiag.networks.timm import inspection
+
+        reason = inspection.why_not(model) or "it has no patch embedding of one size"
+        raise UserError(f"{source.name} (timm's {type(model).__name__}) can't be a teacher: {reason}")
     side = patch if isinstance(patch, int) else max(patch)
     if image_size % side:
         low = image_size // side * side

@@ -46,6 +46,13 @@ def check(path: Path) -> Kind:
         raise WeightsError(f"{path} is a Git LFS pointer, not the weights that it points to", "fetch them by 'git lfs'")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise WeightsError(f"{path} is a web page, not a weight file", "download the file itself")
+    if size == 0:
+        raise WeightsError(f"{path} is empty (0 bytes)", "copy or download it again")
+    if start.lstrip().startswith(b"{") and path.name.endswith(".index.json"):
+        raise WeightsError(
+            f"{path} is an index of shards, which holds no weights itself",
+            "join the shards into one safetensors file, and name that",
+        )
     raise WeightsError(f"{path} is neither a safetensors file nor a checkpoint of torch.save")
 
 

@@ -90,9 +90,7 @@ def convert(contents: Mapping[str, Any], branch: Literal["weights", "ema"] = "we
             f"the file holds no moving average of the weights; it has {shortlist(map(str, contents))}", "leave #ema out"
         )
     container, tensors = _unwrap(contents, averages if branch == "ema" else (*_CONTAINERS, ""), averages)
-    prefix = next((p for p in _PREFIXES if p + _ANCHOR in tensors), None)
-    if prefix is None:
-        raise WeightsError(f"the file holds no ViT: no key ends in {_ANCHOR!r}; it has {shortlist(tensors)}")
+    prefix = _prefix_of(tensors)
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     outside = [key for key in tensors if not key.startswith(prefix)]
     found = _format(container, prefix, state)
@@ -100,6 +98,21 @@ def convert(contents: Mapping[str, Any], branch: Literal["weights", "ema"] = "we
     state = _renamed(found, {key: value for key, value in state.items() if key not in inside})
     where = f"{container}: {prefix}*" if container else f"{prefix}*"
     return Converted(state, found, where, (*outside, *(prefix + key for key in inside)), averages)
+
+
+def _prefix_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return what the network's keys begin with: a prefix of the formats, or whatever the only network's keys have.
+
+    Raises WeightsError that lists the prefixes of a file with several networks, of which none is known.
+    """
+    found = [key.removesuffix(_ANCHOR) for key in tensors if key.endswith(_ANCHOR)]
+    known = [prefix for prefix in _PREFIXES if prefix in found]
+    if not known and len(found) > 1:
+        raise WeightsError(
+            f"the file holds {len(found)} networks, with keys that begin with {shortlist(map(repr, found))}",
+            "save the state dict of one of them",
+        )
+    return (known or found)[0]
 
 
 def _tensors(entry: Any) -> dict[str, Tensor]:

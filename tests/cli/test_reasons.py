@@ -1,0 +1,102 @@
+"""The reason that is given is the true one, and names the file or setting that is at fault."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from atdiag.cli import experiments
+from atdiag.networks.weights import files, formats
+from atdiag.networks.weights.sources import WeightsError
+from tests.commands import wrong
+
+MODEL = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def state():
+    return timm.create_model(MODEL).state_dict()
+
+
+@pytest.mark.parametrize("prefix", ["net.backbone.", "_orig_mod.module.", "encoder.vit."])
+def test_a_prefix_that_nobody_knows_hides_no_network(state, prefix):
+    found = formats.convert({"state_dict": {prefix + key: value for key, value in state.items()}})
+    assert found.state.keys() == state.keys()
+    assert found.branch == f"state_dict: {prefix}*"
+
+
+def test_two_networks_under_unknown_prefixes_are_listed(state):
+    both = {f"{prefix}{key}": value for prefix in ("left.", "right.") for key, value in state.items()}
+    with pytest.raises(WeightsError, match=r"2 networks, .*'left\.', 'right\.'"):
+        formats.convert(both)
+
+
+def test_a_comma_in_a_path_is_part_of_it(tmp_path):
+    file = tmp_path / "a, b,c.safetensors"
+    file.touch()
+    whole = f"timm:{MODEL}@{file}"
+    assert experiments.references(f"clip_b,{whole},deit_b") == ("clip_b", whole, "deit_b")
+    assert experiments.references(whole) == (whole,)
+    assert experiments.references("clip_b, deit_b,clip_b,") == ("clip_b", "deit_b")
+    assert experiments.references("x@/no/a,b") == ("x@/no/a", "b")
+
+
+def test_files_that_are_no_weights_are_called_what_they_are(tmp_path):
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    for name, says in (("empty.pth", "is empty"), ("model.safetensors.index.json", "index of shards")):
+        with pytest.raises(WeightsError, match=says):
+            files.check(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("reinit --set lr=1e-3", "did you mean 'recipe.lr'?"),
+        ("reinit --set image_size=96", "did you mean 'data.image_size'?"),
+        ("reinit --set epocs=1", "'epocs' is not a setting"),
+    ],
+)
+def test_a_setting_without_its_section_is_completed(tmp_path, monkeypatch, capsys, line, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in wrong(capsys, *line.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "named"),
+    [
+        ("[recipe]\nbatch_size = 100000\n", "reinit --dry-run", True),
+        ('[recipe]\nlr = "x"\n', "reinit --dry-run", True),
+        ("[recipe]\nlr = 1e-3\n", "reinit --dry-run --set recipe.epochs=0", False),
+    ],
+)
+def test_a_fault_of_the_settings_file_names_it(tmp_path, monkeypatch, capsys, content, line, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "atdiag.toml").write_text(content)
+    assert wrong(capsys, *line.split()).startswith("atdiag.toml: ") == named
+
+
+def test_no_hash_is_guessed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "0123456789abcdef"
+    run.mkdir(parents=True)
+    (run / "spec.json").write_text("{}")
+    for line in ("runs show 0123456789abcdee", "maps 0123456789abcdee --out out"):
+        said = wrong(capsys, *line.split())
+        assert "did you mean" not in said and "0123456789abcdee" in said
+
+
+def test_a_reader_that_has_had_enough_is_no_fault():
+    code = f"exec {sys.executable} -m atdiag teachers --profile paper --json"
+    done = subprocess.run(["bash", "-c", f"({code}) | head -c 1"], capture_output=True, text=True, check=False)
+    assert done.stdout == "[" and done.stderr == ""
+
+
+def test_weights_of_a_fine_tuned_file_are_read(state, tmp_path):
+    save_file({f"net.{key}": value for key, value in state.items()}, tmp_path / "mine.safetensors")
+    found = formats.convert(files.read(tmp_path / "mine.safetensors"))
+    assert torch.equal(found.state["cls_token"], state["cls_token"])

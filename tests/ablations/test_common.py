@@ -53,5 +53,5 @@ def test_one_seed_decides_nothing(make):
 
 @pytest.mark.parametrize("make", [partial(ood, on=""), partial(datasets, data=" , ")])
 def test_an_empty_list_is_no_default(make):
-    with pytest.raises(UserError, match="names none"):
+    with pytest.raises(UserError, match="is empty"):
         make(lab())

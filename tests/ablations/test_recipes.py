@@ -76,7 +76,7 @@ def test_all_teachers_are_read_together():
 @pytest.mark.parametrize(
     ("teacher", "transfer", "message"),
     [
-        ("clip_b", "copi", "--transfer 'copi', did you mean 'copy'"),
+        ("clip_b", "copi", "`transfer` 'copi', did you mean 'copy'"),
         ("clip_b", "finetune", "choose from: copy, distill"),
         ("klip_b", "copy", "unknown teacher 'klip_b', did you mean 'clip_b'"),
     ],

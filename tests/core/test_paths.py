@@ -30,11 +30,11 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, fault):
 
 
 def test_names_that_are_too_long(tmp_path):
-    with pytest.raises(UserError, match="--runs"):
+    with pytest.raises(UserError, match="`runs`"):
         paths.fit_for_runs(tmp_path / ("a" * 300), "runs")
     long = tmp_path.joinpath(*["a" * 100] * 50)
     assert len(os.fspath(long)) > 4096
-    with pytest.raises(UserError, match="--runs"):
+    with pytest.raises(UserError, match="`runs`"):
         paths.fit_for_runs(long, "runs")
     assert not paths.is_folder(long) and not paths.is_folder(tmp_path / ("a" * 300))
     assert list(tmp_path.iterdir()) == []

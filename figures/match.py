@@ -18,6 +18,7 @@ _MEAN, _BLOCK, _MATCHED = "JSD", re.compile(r"JSD block (\d+)"), "JSD heads matc
 """As ``ablations/match.py`` names what it measures, in bits."""
 
 
+@style.drawn
 def match(reading: Reading) -> Figure:
     """Left: divergence from the teacher's maps by block. Right: gain over the baseline against its mean over layers.
 

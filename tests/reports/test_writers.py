@@ -1,0 +1,61 @@
+"""Results as files: a table is never lost with a figure, and a LaTeX table holds nothing that its font lacks."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+
+from atdiag.reports import document, tables, writers
+from figures import contrasts
+from tests import series_shapes as shapes
+
+MADE = shapes.GAINS["corrected"]
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_table(tmp_path, capsys):
+    def broken():
+        raise RuntimeError("no\nfont")
+
+    (tmp_path / "x-bad.png").write_bytes(b"of an earlier result")
+    figures = {"-bad": broken, "-good": lambda: contrasts.contrasts(MADE.reports[0])}
+    written = writers.write(tmp_path, "x", {"csv": "a\n1\n"}, {"command": "c"}, figures)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "x-bad.png" in said and "RuntimeError: no font" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"x.csv", "x.json", "x-good.png", "x-good.pdf"}
+    assert set(written.files) == set(tmp_path.iterdir())
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["command"] == "c" and set(record["files"]) == {str(path) for path in tmp_path.iterdir()}
+    assert record["missing"] == {str(tmp_path / f"x-bad.{kind}"): "RuntimeError: no font" for kind in ("png", "pdf")}
+
+
+def test_a_reading_without_its_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(writers, "figure_of", lambda reading: 1 / 0)
+    monkeypatch.setattr(tables, "frame", lambda reading: pd.DataFrame({"a": [1]}))  # of runs, which there are none of
+    written = writers.write_reading(MADE, tmp_path)
+    assert {path.suffix for path in written.files} == {".csv", ".md", ".tex", ".txt", ".json"}
+    assert all(path.stat().st_size for path in written.files) and len(written.missing) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("made", shapes.GAINS.values(), ids=shapes.GAINS)
+def test_a_latex_table_is_of_characters_that_ot1_has(made):
+    text = tables.latex(made, document.headline(made), "tab:x")
+    assert text.isascii()
+    plain = re.sub(r"\$[^$]*\$|^%.*$|\\\$", "", text, flags=re.M)  # outside of formulas and comments
+    assert not set(plain) & set('<>|"~^')
+    assert not re.search(r"(?<!\\)[#%]", plain) and not re.search(r"(?<!\\)_", plain.replace(r"\label{tab:x}", ""))
+    assert not re.search(r"\\\\\s*[\[*]", text)  # would be an argument of the line's end
+    widths = {len(re.findall(r"(?<!\\)&", line)) for line in text.splitlines() if line.endswith(r"\\")}
+    (columns,) = re.findall(r"\\begin\{tabular\}\{(lr*)\}", text)
+    assert widths == {len(columns) - 1}
+    assert text.index(r"\caption{") < text.index(r"\label{tab:x}") < text.index(r"\begin{tabular}")
+    assert f"n = {made.reports[0].rows[1].contrast.images:,} test images" in text
+    assert text.count("{") == text.count("}")
+
+
+def test_texts_in_latex():
+    assert tables.escaped('<.001 a_b 5 % [x] c:\\d {e} ~ ^ # $ & | "f"') == (
+        r"$<$.001 a\_b 5 \% {[}x{]} c:\textbackslash{}d \{e\} \textasciitilde{} \textasciicircum{} \# \$ \& $|$ ''f''"
+    )
+    assert tables.escaped("caf\u00e9 \u00b1 \u2212 \u4e2d") == r"cafe $\pm$ $-$ U+4E2D"

@@ -24,7 +24,7 @@ def contrasts(report: Report) -> Figure:
     lines: list[tuple[str, Estimate, str]] = [*arms, *asked]
     labels = [_wrapped(name) for name, _, _ in lines]
     heights = [1 + 0.6 * label.count("\n") for label in labels]
-    figure, axes = style.canvas(height=0.75 + 0.2 * sum(heights) + 0.12 * caption(report).count("\n"))
+    figure, axes = style.canvas(height=0.87 + 0.2 * sum(heights) + 0.12 * caption(report).count("\n"))
 
     small: dict[str, Any] = {"fontsize": 6.5, "color": style.GREY}
     place, places = 0.0, []

@@ -33,8 +33,9 @@ def _draw(axes: Axes, reports: list[Report], looks: dict[str, marks.Look]) -> No
     lengths = [_length(report) for report in reports]
     log = max(lengths) >= 4 * min(lengths)
     axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
-    for name, look in looks.items():
+    for i, (name, look) in enumerate(looks.items()):
         having = [(x, r.row(name).contrast_or_raise()) for x, r in zip(lengths, reports, strict=True) if _has(r, name)]
+        having = [(grids.beside(x, lengths, i, len(looks), log), estimate) for x, estimate in having]
         axes.plot([x for x, _ in having], [estimate.value for _, estimate in having], color=look[0])
         for x, estimate in having:
             marks.upright(axes, x, estimate, look)

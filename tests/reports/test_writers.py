@@ -32,6 +32,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_table(tmp_path, capsys):
 def test_a_reading_without_its_figure(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(writers, "figure_of", lambda reading: 1 / 0)
     monkeypatch.setattr(tables, "frame", lambda reading: pd.DataFrame({"a": [1]}))  # of runs, which there are none of
+    monkeypatch.setattr(tables, "notes", lambda reading: [])
     written = writers.write_reading(MADE, tmp_path)
     assert {path.suffix for path in written.files} == {".csv", ".md", ".tex", ".txt", ".json"}
     assert all(path.stat().st_size for path in written.files) and len(written.missing) == 2

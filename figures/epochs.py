@@ -35,9 +35,9 @@ def _draw(axes: Axes, reports: list[Report], looks: dict[str, marks.Look]) -> No
     axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
     for i, (name, look) in enumerate(looks.items()):
         having = [(x, r.row(name).contrast_or_raise()) for x, r in zip(lengths, reports, strict=True) if _has(r, name)]
-        having = [(grids.beside(x, lengths, i, len(looks), log), estimate) for x, estimate in having]
-        axes.plot([x for x, _ in having], [estimate.value for _, estimate in having], color=look[0])
-        for x, estimate in having:
+        xs = [grids.beside(x, lengths, i, len(looks), log) for x, _ in having]
+        axes.plot(xs, [estimate.value for _, estimate in having], color=look[0])
+        for x, (_, estimate) in zip(xs, having, strict=True):
             marks.upright(axes, x, estimate, look)
     grids.ticks(axes, lengths, log)
 

@@ -121,7 +121,7 @@ def _lines(groups: dict[str, list[Outcome]]) -> list[tuple[tuple[str, list[Outco
 
 
 def _title(found: Sequence[Outcome]) -> str:
-    return style.wrapped(f"{found[0].subject}, {found[0].images} images", 62)
+    return style.wrapped(f"{found[0].subject}, {found[0].images} images", 54)
 
 
 def _below(found: Sequence[Outcome]) -> str:

@@ -182,6 +182,8 @@ def wrapped(name: str, most: int = 40) -> str:
     >>> wrapped("vit_so400m_patch14_reg4_siglip_gap_896", 20).splitlines()
     ['vit_so400m_patch14_', 'reg4_siglip_gap_896']
     """
+    if "\n" in name:
+        return "\n".join(wrapped(line, most) for line in name.splitlines())
     lines = [""]
     for part in re.findall(r"[^ _./@:+,-]*[ _./@:+,-]*", name):
         if len((lines[-1] + part).rstrip()) > most and lines[-1]:

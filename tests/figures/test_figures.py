@@ -187,6 +187,7 @@ def compared(layers=12, heads=3, others=3, name="deit_s (mini)", other="dinov2_r
 
 
 LONG = "vit_so400m_patch14_reg4_siglip_gap_896"
+FILE = "vit_tiny_patch16_224.augreg_in21k_ft_in1k 587e9d"
 
 
 @pytest.mark.parametrize(
@@ -196,9 +197,11 @@ LONG = "vit_so400m_patch14_reg4_siglip_gap_896"
         [compared(layers=24, heads=16, others=16)],
         [compared(layers=1, heads=1, others=1, token=False)],
         [compared(layers=3, heads=2, others=6, name=LONG, other=LONG)],
+        [compared(name=FILE, other=FILE)],
+        [compared(name=FILE, other=FILE), compared(name=FILE, other="1a2b3c distill")],
         [compared(other=f"1a2b3c distill at step {i}", seed=i) for i in range(9)],
     ],
-    ids=["usual", "large", "one", "long", "many"],
+    ids=["usual", "large", "one", "long", "of files", "of files, several", "many"],
 )
 def test_similarity(found):
     drawn = joined(check(similarity.by_layer(found)))
@@ -304,8 +307,9 @@ ARMS = ("1a2b3c at its start", "2b3c4d scratch", "deit_b (mini)", "3c4d5e fine-t
         [shown(LONG, (2, 11), 3, name="/OF/IMAGES/imagenette-128/val/N02102040/ILSVRC2012_VAL_00004650.JPEG")],
         [shown("deit_b (mini)", name="imagenette 2000"), shown(LONG, name="imagenette 2000", grid=14)],
         [shown("deit_b (mini)", (3,), roll=False)],
+        [shown(FILE), shown("1a2b3c distill")],
     ],
-    ids=["five arms", "heads", "long", "capitals", "two grids", "one"],
+    ids=["five arms", "heads", "long", "capitals", "two grids", "one", "of a file"],
 )
 def test_attention_maps(found):
     wide = len(found[0].layers) > 3

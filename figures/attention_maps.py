@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _LABEL, _GAP = 0.75, 0.06
 
 
+@style.drawn
 def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Figure:
     """Draw attention over the image, each map scaled from 0 to its own maximum, which is written below it."""
     rows = [(one, head) for one in found for head in range(len(one.heads))]
@@ -29,7 +30,8 @@ def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Fi
     panel = min((width - _LABEL) / columns - _GAP, 1.1)
     alone = len(found) == 1
     title = _title(found, image, query, 140 if wide else 64)
-    height = len(rows) * (panel + 0.13) + 0.43 + 0.12 * len(title)
+    names = [_name(one, head, alone) for one, head in rows]
+    height = sum(max(panel, 0.1 * name.count("\n") + 0.1) + 0.13 for name in names) + 0.43 + 0.12 * len(title)
     figure, panels = style.panels(len(rows), columns, height, width)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)  # type: ignore[union-attr, call-arg]
     same = len({one.layers for one in found}) == 1
@@ -39,9 +41,7 @@ def attention_maps(found: Sequence[Shown], image: int = 0, query: int = 0) -> Fi
             _bare(axes)
         _picture(line[0], one, image)
         _mark(line[0], one, query)
-        name = [] if alone else [style.short(one.label, 30)]
-        name += [f"head {one.heads[head]}"] if len(one.heads) > 1 else []
-        line[0].set_ylabel(_wrapped("\n".join(name)), rotation=0, ha="right", va="center", labelpad=3)
+        line[0].set_ylabel(names[i], rotation=0, ha="right", va="center", labelpad=3)
         for j, layer in enumerate(one.layers):
             _overlay(line[1 + j], one, image, query, one.attention[image, j, query, head])
             if i == 0 or not same:
@@ -66,24 +66,19 @@ def _title(found: Sequence[Shown], image: int, query: int, most: int) -> list[st
     what = [f"attention of {words.get(asked, f'the patch at {asked}')}"]
     if len(first.heads) == 1:
         what.append("mean over heads" if first.heads[0] == "mean" else f"head {first.heads[0]}")
-    what += [style.short(first.label)] if len(found) == 1 else []
+    what += [first.label] if len(found) == 1 else []
     parts = [first.names[image], ", ".join(what)]
     whole = ": ".join(parts)
-    # File names of capitals and digits, such as ILSVRC2012_val_00004650.JPEG, are wider than words.
-    return [whole] if len(whole) <= most else [_short(parts[0], most * 3 // 4), _short(parts[1], most)]
+    # Names are wider than words: of capitals and digits, as ILSVRC2012_val_00004650.JPEG.
+    if len(whole) <= most:
+        return [whole]
+    return [*style.wrapped(parts[0], most * 3 // 4).splitlines(), *style.wrapped(parts[1], most).splitlines()]
 
 
-def _short(title: str, most: int) -> str:
-    """Shorten a path at its beginning: its end identifies the image."""
-    return title if len(title) <= most else f"...{title[3 - most :]}"
-
-
-def _wrapped(name: str, width: int = 13) -> str:
-    """Wrap a name into short lines, at spaces and after underscores."""
-    import textwrap
-
-    parts = [textwrap.wrap(part.replace("_", "_ "), width, break_long_words=False) for part in name.split("\n")]
-    return "\n".join(line.replace("_ ", "_") for lines in parts for line in lines)
+def _name(one: Shown, head: int, alone: bool) -> str:
+    """What a row is called, in short lines: its subject where there are several, and its head."""
+    parts = [] if alone else [style.wrapped(one.label, 13)]
+    return "\n".join([*parts, *([f"head {one.heads[head]}"] if len(one.heads) > 1 else [])])
 
 
 def _bare(axes: Axes) -> None:

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 _NAMES = {
     "entropy": "entropy, bits",
     "distance": "distance, pixels",
-    "rank": "effective rank",
+    "rank": "effective rank, dimensions",
     "redundancy": "divergence of heads, bits",
-    "sink": "largest column mean",
+    "sink": "largest column mean, share",
     "class_share": "share on class token",
     "register_share": "share on registers",
     "high_norm": "share of high-norm tokens",
-    "norm": "median norm of patches",
+    "norm": "median norm of patches, no unit",
 }
 
 
+@style.drawn
 def attention_stats(found: Sequence[Stats]) -> Figure:
     """Draw the mean over heads as lines, and each head as a dot."""
     values = {name: [_of(one, name) for one in found] for name in _NAMES}
@@ -35,7 +36,8 @@ def attention_stats(found: Sequence[Stats]) -> Figure:
     columns = 3
     rows = -(-len(names) // columns)
     width = 2 * style.COLUMN + 0.25
-    figure, panels = style.panels(rows, columns, 0.6 + 1.4 * rows, width)
+    below = style.height_of([style.wrapped(one.label, 44) for one in found], 3)
+    figure, panels = style.panels(rows, columns, 0.5 + 1.4 * rows + below, width)
     subjects = zip(found, style.colours(len(found)), style.markers(len(found)), strict=True)
     # A copy-student's attention equals its teacher's: the line below is wider, so that both are visible.
     widths = np.linspace(1.2 + 0.45 * (len(found) - 1), 1.2, len(found)).clip(max=3)
@@ -59,7 +61,7 @@ def attention_stats(found: Sequence[Stats]) -> Figure:
                 ms=3 + widths[place] - widths[-1],
                 mec="white",
                 mew=0.3,
-                label=style.short(one.label, 40),
+                label=style.wrapped(one.label, 44),
             )
         axes.set_title(_NAMES[name], pad=3)
         axes.set_ylim(bottom=0)

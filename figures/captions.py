@@ -72,6 +72,21 @@ def studies(reports: Sequence[Report]) -> list[str]:
     return labels
 
 
+def levels(reports: Sequence[Report]) -> str:
+    """The accuracies that contrasts of one teacher's studies stand on: the baseline's, and the teacher's own if known.
+
+    ``scratch: 41.2 %``, ``scratch: 41.2 to 60.3 %; teacher: 80.1 %``.
+    """
+    own = {report.reference.top1 for report in reports if report.reference is not None}
+    said = [f"{reports[0].rows[0].arm}: {_span([report.rows[0].top1 for report in reports])}"]
+    return "\n".join(said + ([f"teacher: {_span(own)}"] if own else []))
+
+
+def _span(values: Iterable[float]) -> str:
+    low, high = (f"{end(values):.1f}" for end in (min, max))
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
 def filling(estimates: Iterable[Estimate]) -> str:
     """Explain filled and open markers, for a legend or a line below."""
     corrected = " after Holm's correction" if any(e.adjusted is not None for e in estimates) else ""

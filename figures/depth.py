@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from figures import style
@@ -16,6 +15,7 @@ _PROBES = {"linear": "linear probe", "knn": "nearest neighbours", "centroid": "n
 _TOKENS = {"class": "class token", "patch": "mean patch", "both": "class token and mean patch"}
 
 
+@style.drawn
 def depth(frame: pd.DataFrame) -> Figure:
     """Draw the linear probe on all features (class token and mean patch) above, the early exit below.
 
@@ -24,7 +24,8 @@ def depth(frame: pd.DataFrame) -> Figure:
     exits = frame[frame.probe == "head"]
     rows = 2 if len(exits) else 1
     subjects = list(frame.subject.unique())
-    figure, panels = style.panels(rows, 1, 0.9 + 1.35 * rows + 0.12 * len(subjects), sharex=True)
+    legend = style.height_of([style.wrapped(name, 50) for name in subjects])
+    figure, panels = style.panels(rows, 1, 0.9 + 1.35 * rows + legend, sharex=True)
     linear = frame[frame.probe == "linear"]
     best = linear[(linear.tokens == "both") | ~linear.subject.isin(linear[linear.tokens == "both"].subject)]
     without = [name for name in subjects if name not in set(linear[linear.tokens == "both"].subject)]
@@ -34,7 +35,7 @@ def depth(frame: pd.DataFrame) -> Figure:
         _lines(panels[1], exits, subjects)
         panels[1].set_title("early exit: the trained head after each layer", loc="left", pad=3)
         _ends(panels[1], frame[frame.probe == "itself"], subjects)
-    notes = [f"{', '.join(map(style.short, without))}: mean patch alone"] if without else []
+    notes = [style.wrapped(f"{', '.join(without)}: mean patch alone", 62)] if without else []
     notes += ["bars at the right of the early exit: the networks themselves"] if rows == 2 else []
     for axes in panels[:rows]:
         axes.set_ylabel("top-1, %")
@@ -49,14 +50,16 @@ def depth(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+@style.drawn
 def grid(frame: pd.DataFrame) -> Figure:
     """Draw every probe (rows) on every kind of features (columns)."""
     kinds = [tokens for tokens in _TOKENS if (frame.tokens == tokens).any()]
     subjects = list(frame.subject.unique())
     width = style.COLUMN if len(kinds) == 1 else style.PAGE
-    lines = math.ceil(len(subjects) / 3)
+    across = 3 if len(kinds) > 1 else 1
+    legend = style.height_of([style.wrapped(name, 50) for name in subjects], across)
     figure, panels = style.panels(
-        len(_PROBES), len(kinds), 0.75 + 1.35 * len(_PROBES) + 0.12 * lines, width, sharex=True, sharey=True
+        len(_PROBES), len(kinds), 0.75 + 1.35 * len(_PROBES) + legend, width, sharex=True, sharey=True
     )
     for i, (probe, name) in enumerate(_PROBES.items()):
         for j, tokens in enumerate(kinds):
@@ -65,10 +68,10 @@ def grid(frame: pd.DataFrame) -> Figure:
             if i == 0:
                 axes.set_title(_TOKENS[tokens], pad=3)
             if j == 0:
-                axes.set_ylabel(f"{name}, %")
+                axes.set_ylabel(f"{name}\ntop-1, %")
     for axes in panels[-len(kinds) :]:
         axes.set_xlabel("layer")
-    _finish(figure, panels[kinds.index("patch")], frame, "", columns=3)
+    _finish(figure, panels[kinds.index("patch")], frame, "", columns=across)
     return figure
 
 
@@ -79,7 +82,7 @@ def _lines(axes: Axes, frame: pd.DataFrame, subjects: list[str]) -> None:
             continue
         axes.fill_between(one.layer, one.ci_low, one.ci_high, color=colour, alpha=0.15, lw=0)
         axes.plot(
-            one.layer, one.top1, color=colour, marker=marker, ms=3, label=style.short(name, 40), mec="white", mew=0.3
+            one.layer, one.top1, color=colour, marker=marker, ms=3, label=style.wrapped(name, 50), mec="white", mew=0.3
         )
     axes.grid(visible=False, axis="x")
 

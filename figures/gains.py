@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from atdiag.study.protocol import Reading
 
 
+@style.drawn
 def gains(reading: Reading) -> Figure:
     """Draw points above the baseline, a row for each study, grouped by family; a colour and a marker for each arm.
 

@@ -53,6 +53,13 @@ def ylabel(panels: Sequence[Axes], text: str) -> None:
             axes.set_ylabel(text)
 
 
+def beside(place: float, places: Sequence[float], which: int, count: int, log: bool) -> float:
+    """Where one of so many marks of equal place is drawn: a little beside the others, around the place itself."""
+    low, high = min(places), max(places)
+    step = (which - (count - 1) / 2) * 0.015
+    return place * (high / low) ** step if log else place + (high - low) * step
+
+
 def ticks(axes: Axes, places: Sequence[float], log: bool) -> None:
     """Set ticks at measured positions, as many as their labels have room for; optionally on a logarithmic axis."""
     from math import log10

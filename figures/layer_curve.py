@@ -1,4 +1,4 @@
-"""Accuracy over the number of blocks whose attention is transferred, counted from the top, the bottom or both."""
+"""Gain against the number of blocks whose attention is transferred, counted from the top, the bottom or both."""
 
 from __future__ import annotations
 
@@ -16,47 +16,49 @@ if TYPE_CHECKING:
 _ENDS = {"bottom": (style.BLUE, "o"), "top": (style.VERMILLION, "s")}
 
 
+@style.drawn
 def layer_curve(report: Report) -> Figure:
-    """Draw top-1 over k, a line for each end; bands are intervals of the contrast with the baseline (k = 0)."""
-    figure, axes = style.canvas(height=1.6)
+    """Points above the baseline (k = 0) over k, a line for each end; bands: the intervals of these contrasts."""
+    figure, axes = style.canvas(height=1.95)
     axes.grid(visible=False, axis="x")
     _draw(axes, report)
-    axes.set_ylabel("top-1 accuracy, %")
-    axes.set_xlabel("k")
+    axes.set_ylabel(_points(report))
+    axes.set_xlabel(f"k\n{captions.levels([report])}")
     style.finish(figure, captions.caption(report), _keys([report]), _note([report], style.COLUMN))
     return figure
 
 
+@style.drawn
 def layer_curves(reading: Reading) -> Figure:
     """Draw the same for several teachers, a panel for each."""
     groups = grids.by_teacher(reading)
-    figure, panels, width = grids.panels(list(groups))
+    figure, panels, width = grids.panels(list(groups), height=1.8)
     for axes, reports in zip(panels, groups.values(), strict=True):
         for report in reports:
             _draw(axes, report)
-        axes.set_xlabel("k")
-    grids.ylabel(panels, "top-1 accuracy, %")
+        axes.set_xlabel(f"k\n{captions.levels(reports)}")
+    grids.ylabel(panels, _points(reading.reports[0]))
     style.finish(
         figure, captions.caption(reading, width), _keys(list(reading.reports)), _note(list(reading.reports), width)
     )
     return figure
 
 
+def _points(report: Report) -> str:
+    return f"top-1 points minus {report.rows[0].arm}"
+
+
 def _draw(axes: Axes, report: Report) -> None:
-    baseline = report.rows[0].top1
     for end, points in _curves(report).items():
-        ks, rows = [k for k, _ in points], [row for _, row in points]
-        low = [baseline + (row.contrast.low if row.contrast else 0) for row in rows]
-        high = [baseline + (row.contrast.high if row.contrast else 0) for row in rows]
+        ks, found = [k for k, _ in points], [row.contrast for _, row in points]
+        low, high, value = ([getattr(e, what) if e else 0.0 for e in found] for what in ("low", "high", "value"))
         colour, marker = _ENDS[end]
         axes.fill_between(ks, low, high, color=colour, alpha=0.2, lw=0)
-        axes.plot(ks, [row.top1 for row in rows], f"{marker}-", color=colour, ms=3.2, mfc="white", mew=0.9, zorder=3)
-        for k, row in points:
-            if row.contrast is not None and row.contrast.clear:
-                marks.point(axes, k, row.top1, colour, marker, clear=True, size=3.2)
-    axes.axhline(baseline, color=style.INK, lw=0.9, ls=(0, (4, 2)))
-    if report.reference is not None:
-        axes.axhline(report.reference.top1, color=style.GREY, lw=0.9, ls=(0, (1, 1.5)))
+        axes.plot(ks, value, color=colour, zorder=3)
+        for k, estimate in zip(ks, found, strict=True):
+            if estimate is not None:
+                marks.point(axes, k, estimate.value, colour, marker, clear=estimate.clear, size=3.2)
+    axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
     grids.ticks(axes, list(report.study.curve.values()), log=False)
 
 
@@ -82,11 +84,7 @@ def _curves(report: Report) -> dict[str, list[tuple[int, ArmResult]]]:
 
 def _keys(reports: list[Report]) -> list[Line2D]:
     ends = [end for end in _ENDS if any(end in _curves(report) for report in reports)]
-    keys = [marks.key(_ENDS[end], f"from the {end}") for end in ends]
-    keys.append(marks.key((style.INK, ""), reports[0].rows[0].arm, ls=(0, (4, 2)), lw=0.9))
-    if any(report.reference for report in reports):
-        keys.append(marks.key((style.GREY, ""), "teacher", ls=(0, (1, 1.5)), lw=0.9))
-    return keys
+    return [marks.key(_ENDS[end], f"from the {end}") for end in ends]
 
 
 def _note(reports: list[Report], width: float) -> str:

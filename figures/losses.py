@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from atdiag.study.protocol import ArmResult, Reading, Report
 
 
+@style.drawn
 def losses(reading: Reading) -> Figure:
     """Draw points above the baseline over the weight: a line with intervals for each loss, a panel for each teacher."""
     groups = grids.by_teacher(reading)

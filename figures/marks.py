@@ -54,10 +54,10 @@ def across(axes: Axes, estimate: Estimate, y: float, look: Look, size: float = 4
     point(axes, estimate.value, y, *look, clear=estimate.clear, size=size)
 
 
-def upright(axes: Axes, x: float, estimate: Estimate, look: Look, base: float = 0.0) -> None:
-    """Draw a contrast along the vertical axis, at ``base`` plus its value."""
-    axes.plot([x, x], [base + estimate.low, base + estimate.high], color=look[0], lw=0.9, solid_capstyle="butt")
-    point(axes, x, base + estimate.value, *look, clear=estimate.clear, size=3.5)
+def upright(axes: Axes, x: float, estimate: Estimate, look: Look) -> None:
+    """A contrast along the vertical axis."""
+    axes.plot([x, x], [estimate.low, estimate.high], color=look[0], lw=0.9, solid_capstyle="butt")
+    point(axes, x, estimate.value, *look, clear=estimate.clear, size=3.5)
 
 
 def key(look: Look, label: str, **options: Any) -> Line2D:

@@ -18,6 +18,7 @@ _MEAN, _BLOCK, _MATCHED = "JSD", re.compile(r"JSD block (\d+)"), "JSD heads matc
 """Names of the measurements (in bits) in ``ablations/match.py``."""
 
 
+@style.drawn
 def match(reading: Reading) -> Figure:
     """Draw the divergence from the teacher's maps by block (left), and gain over mean divergence (right).
 

@@ -25,6 +25,7 @@ _LINE = 0.105
 """Height of a line of text, in inches."""
 
 
+@style.drawn
 def recipes(reading: Reading) -> Figure:
     """Draw a row for each teacher, by decreasing gain; filled: has it, empty: lacks it, no mark: unknown.
 
@@ -90,7 +91,7 @@ def _gains(axes: Axes, reports: Sequence[Report], middles: Sequence[float], name
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.1)
     axes.locator_params(axis="x", nbins=4)
-    axes.set_xlabel(f"{_outcome(reports[0]).arm}: points minus {reports[0].rows[0].arm}")
+    axes.set_xlabel(f"{_outcome(reports[0]).arm}: top-1 points\nminus {reports[0].rows[0].arm}")
 
 
 def _colour(estimate: Estimate) -> str:
@@ -139,4 +140,4 @@ def _note(reports: Sequence[Report], estimates: Sequence[Estimate], parts: Seque
         said.append("grey: of the published teachers; all miniatures share one recipe")
     if unknown:
         said.append("?: not in the registry")
-    return "\n".join([*textwrap.wrap("; ".join(said), 140), captions.filling(estimates)])
+    return "\n".join([*textwrap.wrap("; ".join(said), 140), f"circles {captions.filling(estimates)}"])

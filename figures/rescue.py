@@ -22,6 +22,7 @@ _LOOKS = {
 }
 
 
+@style.drawn
 def rescue(reading: Reading) -> Figure:
     """Draw a row for each teacher: the gain of transfer in the standard student, joined to that in the native one.
 
@@ -43,7 +44,7 @@ def rescue(reading: Reading) -> Figure:
     axes.set_xlabel("top-1 points")
     keys = [marks.key(look, name) for name, look in _LOOKS.items()]
     filling = captions.filling(estimate for report in reading.reports for estimate in _three(report))
-    note = f"{filling}\nright: top-1 of scratch, %; rescue: native minus standard\n(bold: clear of zero)"
+    note = f"{filling}\nright: top-1 of scratch, %; rescue: native minus standard, points\n(bold: clear of zero)"
     style.finish(figure, captions.caption(reading), keys, note)
     return figure
 

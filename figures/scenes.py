@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@style.drawn
 def scenes(task: str = "digits", clutter: int = 6) -> Figure:
     """Draw 25 training scenes of a task, each under its label."""
     from atdiag.data import scenes

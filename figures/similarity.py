@@ -17,10 +17,20 @@ if TYPE_CHECKING:
     from atdiag.analysis.similarity import Rows, Similarity
 
 
+_WIDTH = 54
+"""Characters of a line over the whole width, of names that are wider than words."""
+
+
+@style.drawn
 def by_layer(found: Sequence[Similarity]) -> Figure:
-    """Draw divergence by layer above, CKA below: every matching for one comparison, the optimal one for several."""
-    lines = 2 if len(found) == 1 else len(found)
-    figure, (above, below) = style.panels(2, 1, height=2.7 + 0.13 * lines, sharex=True)
+    """Divergence by layer above, CKA below. Of one comparison every matching; of several the optimal one of each."""
+    names = [style.wrapped(one.b, 50) for one in found]
+    legend = 0.26 if len(found) == 1 else style.height_of(names)
+    title = _pair(found[0]) if len(found) == 1 else f"{found[0].a} and {len(found)} others"
+    title = style.wrapped(f"{title}, {found[0].images} images", _WIDTH)
+    along = style.wrapped(f"layer of {found[0].a}", 44)
+    height = 2.7 + legend + 0.11 * (title.count("\n") + along.count("\n"))
+    figure, (above, below) = style.panels(2, 1, height=height, sharex=True)
     if len(found) == 1:
         one = found[0]
         _line(above, one, one.matched("optimal"), "all queries, heads one to one", style.BLUE, "o-")
@@ -31,12 +41,11 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
         _line(below, one, one.cka["all"], "all tokens", style.BLUE, "o-")
         if "class" in one.cka:
             _line(below, one, one.cka["class"], "class token", style.VERMILLION, "^-")
-        title = _pair(one)
     else:
-        for one, colour, marker in zip(found, style.colours(len(found)), style.markers(len(found)), strict=True):
-            _line(above, one, one.matched("optimal"), style.short(one.b, 40), colour, f"{marker}-")
-            _line(below, one, one.cka["all"], style.short(one.b, 40), colour, f"{marker}-")
-        title = f"{style.short(found[0].a)} and {len(found)} others"
+        looks = zip(found, names, style.colours(len(found)), style.markers(len(found)), strict=True)
+        for one, name, colour, marker in looks:
+            _line(above, one, one.matched("optimal"), name, colour, f"{marker}-")
+            _line(below, one, one.cka["all"], name, colour, f"{marker}-")
     above.set_ylabel("JSD of maps, bits" + ("" if len(found) == 1 else "\nheads one to one"))
     below.set_ylabel("CKA of streams")
     for axes in (above, below):
@@ -46,15 +55,13 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
     below.set_xticks(layers[:: -(-len(layers) // 14)])
     handles, labels = above.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=2 if len(found) == 1 else 1, frameon=False)
-    below.set_xlabel(f"layer of {style.short(found[0].a)}")
-    style.describe(figure, f"{title}, {found[0].images} images")
+    below.set_xlabel(along)
+    style.describe(figure, title)
     return figure
 
 
 def _pair(one: Similarity) -> str:
-    """Return the names of both networks, on two lines if too long for one."""
-    a, b = style.short(one.a), style.short(one.b)
-    return f"{a}{' ' if len(a) + len(b) < 42 else chr(10)}and {b}"
+    return f"{one.a}{' ' if len(one.a) + len(one.b) < 42 else chr(10)}and {one.b}"
 
 
 def _line(axes: Axes, one: Similarity, values: NDArray[np.float64], label: str, colour: str, form: str) -> None:
@@ -65,6 +72,7 @@ _CELL = 0.3
 """Maximum height of a head's row, in inches."""
 
 
+@style.drawn
 def heads(one: Similarity, rows: Rows = "all") -> Figure:
     """Draw every head of A (rows) against each of B (columns), a panel for each layer; dots: optimal matching."""
     matrices = one.heads[rows]
@@ -94,6 +102,10 @@ def heads(one: Similarity, rows: Rows = "all") -> Figure:
     bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, aspect=30)
     bar.set_label("JSD, bits", fontsize=7)
     bar.outline.set_visible(False)
-    below = f"down: heads of {style.short(one.a)}\nacross: of {style.short(one.b)}; dots: matched one to one"
-    style.describe(figure, f"{_pair(one)}, {one.images} images", below)
+    below = f"down: heads of {one.a}\nacross: of {one.b}; dots: matched one to one"
+    below = "\n".join(style.wrapped(line, _WIDTH) for line in below.splitlines())
+    title = style.wrapped(f"{_pair(one)}, {one.images} images", _WIDTH)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.1 * (title.count("\n") + below.count("\n") - 1))
+    style.describe(figure, title, below)
     return figure

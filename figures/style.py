@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import re
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+P = ParamSpec("P")
 
 COLUMN = 3.35
 """Width of one column of a two-column paper, in inches. A figure is saved at exactly its size."""
@@ -24,7 +32,9 @@ PURPLE, SKY = "#CC79A7", "#56B4E9"
 CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, INK, GREY)
 """Colours of lines, in order."""
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
     "font.size": 7,
     "axes.titlesize": 7,
     "axes.labelsize": 7,
@@ -34,24 +44,85 @@ _SETTINGS = {
     "figure.titlesize": 7,
     "figure.labelsize": 7,
     "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.edgecolor": INK,
     "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": "#CCCCCC",
     "grid.linewidth": 0.4,
     "lines.linewidth": 1.2,
+    "lines.solid_capstyle": "round",
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "xtick.major.size": 4.8,
+    "ytick.major.size": 4.8,
     "xtick.major.pad": 1,
     "ytick.major.pad": 1,
     "pdf.fonttype": 42,  # text stays text in the PDF
     "savefig.dpi": 300,
 }
 
+_NOT_OURS = ("backend", "backend_fallback", "interactive")
+"""Settings of the session that imports this: they decide nothing about a figure with a canvas of its own."""
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """Matplotlib's defaults and the house style while it lasts, whatever the user's matplotlibrc says; then as before.
+
+    A text's font or use of LaTeX is read when it is made, and ticks are made when a figure is drawn: figures are both
+    made and drawn in here.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update({k: v for k, v in matplotlib.rcParamsDefault.items() if k not in _NOT_OURS})
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def drawn(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Make a figure with :func:`settings`, and nothing of them left behind: a decorator."""
+
+    @functools.wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with settings():
+            return function(*args, **kwargs)
+
+    return inside
+
+
+class HouseFigure(Figure):
+    """A figure that is drawn and saved with :func:`settings`, too. Has a canvas of Agg: needs neither display nor
+    pyplot."""
+
+    def __init__(self, width: float, height: float) -> None:
+        super().__init__(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(self)
+
+    def draw(self, renderer: Any) -> None:
+        """Draw it, with everything in it."""
+        with settings():
+            super().draw(renderer)
+
+    def savefig(self, *args: Any, **options: Any) -> None:
+        """Write it to a file, as matplotlib's does."""
+        with settings():
+            super().savefig(*args, **options)
+
 
 def colours(count: int) -> list[str]:
     """Return this many line colours; beyond the palette, shades of one colour, in order."""
     if count <= len(CYCLE):
         return list(CYCLE[:count])
-    import seaborn as sns
+    from matplotlib.colors import to_hex
 
-    return [str(colour) for colour in sns.color_palette("crest", count).as_hex()]
+    shades = matplotlib.colormaps["viridis"]
+    return [to_hex(shades(0.9 * i / (count - 1))) for i in range(count)]
 
 
 def markers(count: int) -> list[str]:
@@ -60,30 +131,18 @@ def markers(count: int) -> list[str]:
 
 
 def canvas(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
-    """Create an empty figure in the shared style, drawn without a display."""
-    import seaborn as sns
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    sns.set_theme(context="paper", style="whitegrid", rc=_SETTINGS)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    sns.despine(ax=axes, left=True)
-    return figure, axes
+    """An empty figure in the house style, drawn without a display."""
+    with settings():
+        figure = HouseFigure(width, height)
+        return figure, figure.subplots()
 
 
 def panels(rows: int, columns: int, height: float, width: float = COLUMN, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Create a figure with several axes, row by row. options: for matplotlib's ``subplots``."""
-    import seaborn as sns
-
-    figure, first = canvas(height, width)
-    first.remove()
-    grid = figure.subplots(rows, columns, squeeze=False, **options)
-    every = [axes for row in grid for axes in row]
-    for axes in every:
-        sns.despine(ax=axes, left=True)
-    return figure, every
+    """As :func:`canvas`, with several axes, row by row. options: as of matplotlib's ``subplots``."""
+    with settings():
+        figure = HouseFigure(width, height)
+        grid = figure.subplots(rows, columns, squeeze=False, **options)
+        return figure, [axes for row in grid for axes in row]
 
 
 def describe(figure: Figure, title: str, below: str = "") -> None:
@@ -117,11 +176,25 @@ def finish(figure: Figure, title: str, keys: Sequence[Line2D], note: str = "") -
     )
 
 
-def short(name: str, most: int = 26) -> str:
-    """Shorten a name that is too long by leaving out its middle.
+def wrapped(name: str, most: int = 40) -> str:
+    """A name in lines of at most so many characters, broken after spaces and punctuation, else anywhere; never cut.
 
-    >>> short("clip_b (mini)"), short("vit_so400m_patch14_reg4_siglip_gap_896", 20)
-    ('clip_b (mini)', 'vit_so400m...gap_896')
+    >>> wrapped("vit_so400m_patch14_reg4_siglip_gap_896", 20).splitlines()
+    ['vit_so400m_patch14_', 'reg4_siglip_gap_896']
     """
-    left = (most - 2) // 2
-    return name if len(name) <= most else f"{name[: left + 1]}...{name[-(most - left - 4) :]}"
+    if "\n" in name:
+        return "\n".join(wrapped(line, most) for line in name.splitlines())
+    lines = [""]
+    for part in re.findall(r"[^ _./@:+,-]*[ _./@:+,-]*", name):
+        if len((lines[-1] + part).rstrip()) > most and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+        while len(lines[-1].rstrip()) > most:
+            lines[-1:] = [lines[-1][:most], lines[-1][most:]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def height_of(labels: Iterable[str], columns: int = 1) -> float:
+    """What a legend of such labels takes of a figure's height, in inches."""
+    heights = [0.04 + 0.1 * (label.count("\n") + 1) for label in labels]
+    return sum(max(heights[i : i + columns]) for i in range(0, len(heights), columns))

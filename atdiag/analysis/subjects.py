@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,34 @@ def of(model: nn.Module, label: str, network: Network | None = None) -> Subject:
     return Subject(label, outside.eval(), network or outside.network)
 
 
+def find_all(
+    references: Sequence[str], profile: str, data: Data, store: Store | None = None, asked: Collection[str] = ()
+) -> tuple[list[Subject], Data]:
+    """The subjects of some references, in their order, and the data set whose images they are looked into with.
+
+    The first run among them brings the data that it was trained on, and teachers are built for images of its size.
+    data: what they see without a run. asked: settings of ``data`` that the user named, such as ``data.image_size``: of
+    those a run brings nothing else. Raises UserError, as :func:`find` does, and for runs that see images of different
+    sizes.
+    """
+    found = {one: find(one, profile, data, store) for one in references if not _is_teacher(one)}
+    runs = [one for one in found.values() if one.spec is not None]
+    for one in runs[1:]:
+        sizes = [f"{run.label} sees images of {run.network.image_size} px" for run in (runs[0], one)]
+        if runs[0].network.image_size != one.network.image_size:
+            raise UserError(" and ".join(sizes), "look into runs of one image size at a time")
+    if runs and runs[0].data is not None and not asked:
+        data = runs[0].data
+    elif runs and names.is_real(data.name) and "data.image_size" not in asked:
+        data = data.model_copy(update={"image_size": runs[0].network.image_size})
+    found |= {one: find(one, profile, data, store) for one in references if one not in found}
+    return [found[one] for one in references], data
+
+
+def _is_teacher(reference: str) -> bool:
+    return reference.partition("@")[0] in teachers.registry() or reference.startswith(teachers.TIMM)
+
+
 def find(reference: str, profile: str = "mini", data: Data | None = None, store: Store | None = None) -> Subject:
     """Return the subject that a reference names, frozen, on the CPU.
 
@@ -159,8 +188,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     data: the images that it will see, unless the reference implies them. Raises UserError, with suggestions, for a
     reference that names nothing.
     """
-    name = reference.partition("@")[0]
-    if name in teachers.registry() or name.startswith(teachers.TIMM):
+    if _is_teacher(reference):
         return _teacher(reference, profile, data)
     word, colon, rest = reference.partition(":")
     there = Path(reference).expanduser().exists()

@@ -62,10 +62,10 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
     planning.header(series, session.settings)
     train([series], plan, session)
     reading = session.reading(series)
-    files = writers.write_reading(reading, folder)
-    console.show_reading(reading, files)
+    written = writers.write_reading(reading, folder)
+    console.show_reading(reading, written.files)
     if json_:
-        typer.echo(json.dumps({**document.as_json(reading), "files": [str(path) for path in files]}))
+        typer.echo(json.dumps({**document.as_json(reading), **written.record()}))
 
 
 def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,7 @@ from atdiag.core.text import byte_size
 from atdiag.reports.console import table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
     from atdiag.analysis.interventions import Outcome
@@ -66,6 +68,7 @@ def trace(
     from atdiag.analysis import streaming
     from atdiag.core.errors import UserError
     from atdiag.core.runs import write_atomically
+    from atdiag.reports.writers import Written
 
     out = out.expanduser()
     if out.suffix != ".safetensors" or out.is_dir():
@@ -92,7 +95,7 @@ def trace(
     document = {"command": "trace", "subject": one.label, "id": one.id, "images": len(kept), "tensors": list(tensors)}
     document["left_out"] = list(pictures.skipped)
     over = "mean over " if mean else ""
-    session.tell([shown], [f"{over}{shown_on(pictures)}"], [out], document, pictures)
+    session.tell([shown], [f"{over}{shown_on(pictures)}"], Written([out]), document, pictures)
 
 
 # --- similarity ----------------------------------------------------------------------------------------------------
@@ -115,7 +118,6 @@ def similarity(
     """
     from atdiag.analysis import similarity as work
     from atdiag.reports import writers
-    from figures import similarity as figures
 
     folder = given.folder("similarity")
     session = InspectionSession([subject, *others], given)
@@ -139,15 +141,26 @@ def similarity(
         "rows": json.loads(frame.to_json(orient="records")),
         "heads": [{rows: one.heads[rows].round(6).tolist() for rows in one.heads} for one in found],
     }
-    drawn = {"-layers": figures.by_layer(found)}
-    drawn |= {f"-heads{i if len(found) > 1 else ''}": figures.heads(one) for i, one in enumerate(found, 1)}
+
+    def by_layer() -> Figure:
+        from figures import similarity as figures
+
+        return figures.by_layer(found)
+
+    def heads(one: Similarity) -> Figure:
+        from figures import similarity as figures
+
+        return figures.heads(one)
+
+    drawn = {"-layers": by_layer}
+    drawn |= {f"-heads{i if len(found) > 1 else ''}": partial(heads, one) for i, one in enumerate(found, 1)}
     ids = [one.id for one in session.subjects]
     name = stem(a.label, "+".join(one.label for one in bs), *ids, str(found[0].layers), *pictures.names)
     texts = {"csv": frame.to_csv(index=False)}
-    files = writers.write(folder, name, texts, document, drawn)
+    written = writers.write(folder, name, texts, document, drawn)
     notes = [f"bits, 0 to 1, mean over queries and {shown_on(pictures)}; CKA of the residual stream, 0 to 1"]
     notes += dict.fromkeys(note for one in found for note in one.notes)
-    session.tell([_similarity_table(one) for one in found], notes, files, document, pictures)
+    session.tell([_similarity_table(one) for one in found], notes, written, document, pictures)
 
 
 def _similarity_table(one: Similarity) -> Table:
@@ -197,7 +210,6 @@ def intervene(
     from atdiag.analysis import subjects
     from atdiag.analysis.replacements import Replacement, check
     from atdiag.reports import writers
-    from figures import interventions as figures
 
     folder = given.folder("intervene")
     session = InspectionSession([subject, *(from_ or ())], given)
@@ -227,19 +239,28 @@ def intervene(
         "left_out": list(pictures.skipped),
         "rows": json.loads(frame.to_json(orient="records")),
     }
-    drawn = {"-residual": figures.residual(found)}
-    if found[0].change is not None:
-        drawn["-accuracy"] = figures.accuracy(found)
+
+    def residual() -> Figure:
+        from figures import interventions as figures
+
+        return figures.residual(found)
+
+    def accuracy() -> Figure:
+        from figures import interventions as figures
+
+        return figures.accuracy(found)
+
+    drawn = {"-residual": residual} | ({} if found[0].change is None else {"-accuracy": accuracy})
     said = dict.fromkeys(one.replaced for one in found)
     asked = [(one.replaced, one.layers, one.heads) for one in found]
     name = stem(a.label, "+".join(said), *(one.id for one in session.subjects), str(asked), *pictures.names)
     texts = {"csv": frame.to_csv(index=False)}
-    files = writers.write(folder, name, texts, document, drawn)
+    written = writers.write(folder, name, texts, document, drawn)
     notes = [f"{shown_on(pictures)}, the same before and after; 95 % intervals over images (by cluster)"]
     notes.append("stream: how far the last block's output moves, relative to its norm")
     if found[0].change is None:
-        notes.append("no accuracy: these images have no labels for the classes of its head")
-    session.tell([_outcomes_table(found)], notes, files, document, pictures)
+        notes.append("no accuracy: of these images no labels are known that its head was made for")
+    session.tell([_outcomes_table(found)], notes, written, document, pictures)
 
 
 def _outcomes_table(found: Sequence[Outcome]) -> Table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,7 @@ from atdiag.cli.session import (
 from atdiag.reports.console import table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
     from atdiag.analysis.maps import Shown
@@ -66,7 +68,6 @@ def attention_stats(
     from atdiag.analysis import statistics as work
     from atdiag.core.errors import UserError
     from atdiag.reports import writers
-    from figures import attention_stats as figures
 
     if rank_images < 1 or (threshold is not None and not threshold > 0):
         raise UserError("--rank-images and --threshold are positive numbers")
@@ -89,16 +90,20 @@ def attention_stats(
     }
     labels = "+".join(one.label for one in found)
     described = [*(one.id for one in found), str(asked), str(threshold), str(rank_images), *pictures.names]
-    drawn = {"": figures.attention_stats(found)}
-    files = writers.write(
-        folder, stem(labels, shown_on(pictures), *described), {"csv": frame.to_csv(index=False)}, document, drawn
-    )
+
+    def draw() -> Figure:
+        from figures import attention_stats as figures
+
+        return figures.attention_stats(found)
+
+    name = stem(labels, shown_on(pictures), *described)
+    written = writers.write(folder, name, {"csv": frame.to_csv(index=False)}, document, {"": draw})
     high = f"above {threshold:g}" if threshold is not None else f"above {work.HIGH_NORM:g} x the median of the image's"
     notes = [
         f"{shown_on(pictures)} (effective rank: {found[0].rank_images}); means over heads, each head in the CSV",
         f"entropy and divergence of heads in bits, distance in pixels; high-norm: share of tokens whose norm is {high}",
     ]
-    session.tell([_stats_table(one) for one in found], notes, files, document, pictures)
+    session.tell([_stats_table(one) for one in found], notes, written, document, pictures)
 
 
 _SHORT = {
@@ -156,7 +161,6 @@ def maps(
     from atdiag.analysis import maps as work
     from atdiag.core.errors import UserError
     from atdiag.reports import writers
-    from figures import attention_maps as figures
 
     if head not in ("mean", "all") and not head.isdecimal():
         raise UserError(f"--head {head!r}", "give mean, all, or a number")
@@ -179,8 +183,14 @@ def maps(
         with watched(images=pictures):
             found.append(work.maps(one, pictures, asked, queries, which, not no_rollout))
     frame = pd.concat([shown.frame() for shown in found], ignore_index=True)
+
+    def draw(image: int, query: int) -> Figure:
+        from figures import attention_maps as figures
+
+        return figures.attention_maps(found, image, query)
+
     drawn = {
-        f"-{i}" + (f"-{name.replace(',', '_')}" if len(queries) > 1 else ""): figures.attention_maps(found, i, q)
+        f"-{i}" + (f"-{name.replace(',', '_')}" if len(queries) > 1 else ""): partial(draw, i, q)
         for i in range(len(found[0].names))
         for q, name in enumerate(queries)
     }
@@ -196,9 +206,8 @@ def maps(
     }
     labels = "+".join(shown.label for shown in found)
     described = [*(one.id for one in session.subjects), str(asked), head, str(no_rollout), *queries, *found[0].names]
-    files = writers.write(
-        folder, stem(labels, queries[0], *described), {"csv": frame.to_csv(index=False)}, document, drawn
-    )
+    name = stem(labels, queries[0], *described)
+    written = writers.write(folder, name, {"csv": frame.to_csv(index=False)}, document, drawn)
     summary = table("maps", "subject", "layers", "largest weight", "not on patches")
     for shown in found:
         largest = shown.attention.max((-2, -1)).mean((0, 2, 3))
@@ -206,7 +215,7 @@ def maps(
         spread = [" ".join(f"{value:.2f}" for value in values) for values in (largest, elsewhere)]
         summary.add_row(shown.label, " ".join(map(str, shown.layers)), *spread)
     notes = ["each map from 0 to its own largest weight; by layer, means over images, queries and heads"]
-    session.tell([summary], notes, files, document, pictures)
+    session.tell([summary], notes, written, document, pictures)
 
 
 _MOST_IMAGES = 100

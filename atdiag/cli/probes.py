@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +29,7 @@ from atdiag.reports.console import table
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
     from rich.table import Table
 
     from atdiag.analysis.subjects import Subject
@@ -113,11 +114,12 @@ def probe(
     from atdiag.core.errors import UserError
     from atdiag.reports import writers
     from atdiag.study import depth
-    from figures import depth as figures
 
     folder = given.folder("probe")
     arms = _arms(subjects)
-    session = InspectionSession([reference for arm in arms for reference in arm.references], given)
+    if labels := given.names(len(arms)):
+        arms = [replace(arm, name=label) for arm, label in zip(arms, labels, strict=True)]
+    session = InspectionSession([reference for arm in arms for reference in arm.references], replace(given, label=None))
     names = _named(arms, session.subjects)
     asked = chosen_of_all(layers, session.subjects)
     pictures = session.pictures(images or ["0"])
@@ -145,15 +147,25 @@ def probe(
         "neighbours": neighbours,
         "rows": json.loads(frame.to_json(orient="records")),
     }
-    drawn = {"": figures.depth(frame), "-all": figures.grid(frame)}
+
+    def depth_of() -> Figure:
+        from figures import depth as figures
+
+        return figures.depth(frame)
+
+    def grid() -> Figure:
+        from figures import depth as figures
+
+        return figures.grid(frame)
+
     ids = [one.id for group in groups.values() for one in group]
     described = [str(asked), str(len(fitted)), str(neighbours), data_set.model_dump_json(), *pictures.names]
-    files = writers.write(
+    written = writers.write(
         folder,
         stem("+".join(groups), data_set.name, *ids, *described),
         {"csv": frame.to_csv(index=False)},
         document,
-        drawn,
+        {"": depth_of, "-all": grid},
     )
     notes = [
         f"fitted to {document['train']} training images of {data_set.name}, regularisation chosen on "
@@ -162,7 +174,7 @@ def probe(
         "are several",
     ]
     notes += left_out(fitted, "training images")
-    session.tell(_probe_tables(frame), notes, files, document, pictures)
+    session.tell(_probe_tables(frame), notes, written, document, pictures)
 
 
 def _probe_tables(frame: pd.DataFrame) -> list[Table]:

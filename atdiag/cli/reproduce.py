@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from atdiag.core.runs import Store
     from atdiag.core.spec import RunSpec
     from atdiag.execution.plan import Plan
+    from atdiag.reports.writers import Written
     from atdiag.study.claims import Judged
     from atdiag.study.protocol import Reading, Series
 
@@ -124,12 +125,12 @@ def _reproduce(
     begun = time.monotonic()
     experiments.train(every, plan, session)
     readings = {name: session.reading(series) for name, series in analyses.series.items()}
-    files = _write_all(readings, folder)
+    written = _write_all(readings, folder)
     judged = [*_judged(readings), *_untestable(analyses)]
     summary = _write_summary(judged, readings, folder)
     _tell(judged, session)
     typer.echo(f"{text.duration(time.monotonic() - begun)} in all\n")
-    console.show_files([path for path in (*files, *summary) if path.suffix in (".md", ".png")])
+    console.show_files([path for path in (*written.files, *summary.files) if path.suffix in (".md", ".png")])
     if json_:
         typer.echo(json.dumps(json.loads((folder / "summary.json").read_text())))
 
@@ -154,13 +155,13 @@ def _figures(
         else:
             readings[name] = session.reading(series)
     if not readings or (left and "all" not in wanted):
-        raise UserError("; ".join(left), "'atdiag reproduce' with the same options trains them")
-    files = _write_all(readings, folder)
-    console.show_files([path for path in files if path.suffix in (".png", ".pdf", ".txt")])
+        raise UserError("; ".join(left), "the same line with 'reproduce' for 'figures NAME' trains them")
+    written = _write_all(readings, folder)
+    console.show_files([path for path in written.files if path.suffix in (".png", ".pdf", ".txt")])
     for line in left:
         typer.echo(f"not drawn: {line}")
     if json_:
-        typer.echo(json.dumps({"files": [str(path) for path in files], "left": left}))
+        typer.echo(json.dumps({**written.record(), "left": left}))
 
 
 def _folder(name: str, session: ExperimentSession, out: Path | None) -> Path:
@@ -215,10 +216,12 @@ def _as_json(analyses: Analyses, store: Store) -> dict[str, Any]:
     }
 
 
-def _write_all(readings: dict[str, Reading], folder: Path) -> list[Path]:
+def _write_all(readings: dict[str, Reading], folder: Path) -> Written:
     from atdiag.reports import writers
 
-    return [path for name, reading in readings.items() for path in writers.write_reading(reading, folder / name)]
+    every = [writers.write_reading(reading, folder / name) for name, reading in readings.items()]
+    missing = {path: why for one in every for path, why in one.missing.items()}
+    return writers.Written([path for one in every for path in one.files], missing)
 
 
 def _judged(readings: dict[str, Reading]) -> list[Judged]:
@@ -237,8 +240,8 @@ def _untestable(analyses: Analyses) -> list[Judged]:
     ]
 
 
-def _write_summary(judged: Sequence[Judged], readings: dict[str, Reading], folder: Path) -> list[Path]:
-    """Write the table of claims in every format, with the runs on which it is based."""
+def _write_summary(judged: Sequence[Judged], readings: dict[str, Reading], folder: Path) -> Written:
+    """The table of claims in every form, with the runs that it stands on."""
     import pandas as pd
 
     from atdiag.reports import tables, writers
@@ -247,7 +250,7 @@ def _write_summary(judged: Sequence[Judged], readings: dict[str, Reading], folde
     runs = list(dict.fromkeys(run for reading in readings.values() for run in reading.runs))
     texts = {
         "md": "\n".join([*tables.claims_markdown(judged), "", f"{len(runs)} runs: {', '.join(runs)}", ""]),
-        "tex": tables.booktabs(tables.CLAIMS, cells),
+        "tex": tables.booktabs(tables.CLAIMS, cells, "The papers' claims, here.", "tab:claims", tables.CLAIM_COLUMNS),
         "csv": pd.DataFrame(records).to_csv(index=False),
     }
     verdicts = {name: reading.verdict for name, reading in readings.items()}

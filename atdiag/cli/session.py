@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from atdiag.core.runs import Store
     from atdiag.core.spec import RunSpec
     from atdiag.execution.plan import Plan
+    from atdiag.reports.writers import Written
     from atdiag.study.protocol import Reading, Series
     from atdiag.study.settings import Settings
 
@@ -53,7 +54,13 @@ _SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images tha
 _Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the best that is here]")]
 _Out = Annotated[Path | None, typer.Option(help="Folder for tables and figures. [default: ./results/<command>]")]
 
+_Label = Annotated[
+    list[str] | None,
+    typer.Option("--label", help="A subject's name in tables and figures. Repeatable: one for each, in their order."),
+]
+
 _COMMON: dict[str, tuple[Any, Any]] = {
+    "label": (_Label, None),
     "skip_bad": (_SkipBad, False),
     "data": (_DataName, None),
     "set_": (Set, []),
@@ -70,6 +77,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 class InspectionOptions:
     """Options common to all commands that look inside networks, as typed."""
 
+    label: Sequence[str] | None = None
     skip_bad: bool = False
     data: str | None = None
     set_: Sequence[str] = ()
@@ -79,6 +87,15 @@ class InspectionOptions:
     device: str | None = None
     out: Path | None = None
     json_: bool = False
+
+    def names(self, count: int) -> list[str] | None:
+        """The names of so many subjects, where they were given. Raises UserError for too few, too many, or twins."""
+        if not self.label:
+            return None
+        if len(self.label) != count or len(set(self.label)) != count or not all(map(str.strip, self.label)):
+            told = f"there are {count} subjects" if count > 1 else "there is one subject"
+            raise UserError(f"--label {', '.join(map(repr, self.label))}: {told}", "give each a name of its own")
+        return list(self.label)
 
     def folder(self, command: str) -> Path:
         """Return the folder for tables and figures. Raises UserError if it can't be written."""
@@ -175,14 +192,12 @@ class InspectionSession:
         self.profile = settings.profile.name
         self.store = Store(settings.runs)
         self.device = devices.resolve(given.device)
-        data = settings.profile.data
-        self.subjects: list[Subject] = [
-            subjects.find(reference, self.profile, data, self.store).to(self.device) for reference in references
+        asked = {item.partition("=")[0].strip() for item in overrides if item.startswith("data.")}
+        self.subjects, self.data = subjects.find_all(references, self.profile, settings.profile.data, self.store, asked)
+        names = given.names(len(references)) or [one.label for one in self.subjects]
+        self.subjects = [
+            replace(one, label=name).to(self.device) for one, name in zip(self.subjects, names, strict=True)
         ]
-        # A run's student is examined on the data set that it was trained on, unless others are given.
-        trained = next((one.data for one in self.subjects if one.spec is not None), None)
-        own = trained is None or any(item.startswith("data.") for item in overrides)
-        self.data = data if own else trained
 
     def pictures(self, images: Sequence[str] | None, default: int = 256) -> ImageSet:
         """Return the given images, by default ``default`` of the data set's.
@@ -203,7 +218,7 @@ class InspectionSession:
         return every.reordered(np.arange(count, dtype=np.int64) * len(every) // count)
 
     def tell(
-        self, tables: Sequence[Table], notes: Sequence[str], files: Sequence[Path], document: Any, pictures: ImageSet
+        self, tables: Sequence[Table], notes: Sequence[str], written: Written, document: Any, pictures: ImageSet
     ) -> None:
         """Print tables, notes and files, and the document as JSON if requested."""
         from rich.console import Console
@@ -211,11 +226,20 @@ class InspectionSession:
         terminal = Console()
         for one in tables:
             terminal.print(one)
-        for note in [*notes, *filter(None, (one.note for one in self.subjects)), *left_out(pictures)]:
+        for note in [*notes, *left_out(pictures), *self._elsewhere(pictures)]:
             terminal.print(f"- {note}", style="dim", highlight=False)
-        console.show_files(files)
+        console.show_files(written.files)
         if self.given.json_:
-            typer.echo(json.dumps({**document, "files": [str(path) for path in files]}))
+            typer.echo(json.dumps({**document, **written.record()}))
+
+    def _elsewhere(self, pictures: ImageSet) -> list[str]:
+        """Notes on runs that were trained on other data than these images are of."""
+        return [
+            f"{one.label} was trained on {one.data.name}"
+            for one in self.subjects
+            if one.spec is not None and one.data is not None
+            if pictures.data is not None and one.data.name != pictures.data.name
+        ]
 
 
 def chosen(text: str | None, count: int, argument: str) -> tuple[int, ...] | None:

@@ -55,7 +55,12 @@ def as_json(reading: Reading) -> dict[str, Any]:
 
 
 def caption(reading: Reading) -> str:
-    """Return the figure's caption for a paper: what is shown, how many images, seeds and runs, at which profile."""
+    """What stands below the figure in a paper: what is shown, of how many images, seeds, runs, at which profile."""
+    return "\n".join([*headline(reading), *tables.notes(reading), f"Runs: {', '.join(reading.runs)}.", ""])
+
+
+def headline(reading: Reading) -> list[str]:
+    """The sentences of a caption that say what is shown, and of how many images and seeds."""
     report = reading.reports[0]
     estimates = [row.contrast for row in report.rows if row.contrast is not None]
     lines = [f"{tables.title(reading.series)}. Top-1 accuracy, and points against {report.rows[0].arm}."]
@@ -64,9 +69,7 @@ def caption(reading: Reading) -> str:
         of = f" of {one.clusters:,} clusters" if one.clusters != one.images else ""
         seeds = count(report.rows[0].seeds, "seed")
         lines.append(f"n = {one.images:,} test images{of}, {seeds}; intervals: 95 %, over {one.covers}.")
-    lines += tables.notes(reading)
-    lines.append(f"Runs: {', '.join(reading.runs)}.")
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def _study(report: Report) -> dict[str, Any]:

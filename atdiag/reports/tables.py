@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -174,27 +175,83 @@ def _bar(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def latex(reading: Reading) -> str:
-    """Format the same table for a paper, with booktabs rules; its caption is the figure's."""
+def latex(reading: Reading, caption: Sequence[str], label: str) -> str:
+    """The same table for a paper. caption: the sentences above it; label: what ``\\ref`` refers to."""
     head = _head(reading)
     body: list[list[str]] = []
     for report in reading.reports:
         if len(reading.reports) > 1:
             body.append([report.study.label, *[""] * (len(head) - 1)])
         body += _lines(reading, report)
-    return booktabs(head, body)
+    return booktabs(head, body, " ".join(caption), label)
 
 
-def booktabs(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Format a LaTeX ``tabular`` with booktabs rules; texts are escaped."""
-    import pandas as pd
+_LATEX = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    '"': "''",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    "\u2212": "$-$",
+    "\u00b1": "$\\pm$",
+    "\u00d7": "$\\times$",
+    "\u2013": "--",
+    "\u2014": "---",
+    "\u00a0": "~",
+    "[": "{[}",
+    "]": "{]}",
+}
+"""What LaTeX reads otherwise, or OT1, its default encoding of fonts, has at another place (``<`` is printed as an
+inverted exclamation mark). A bracket after a line's end would be taken for an argument."""
 
-    table = pd.DataFrame([list(line) for line in body], columns=list(head))
-    styled = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
-    return styled.to_latex(hrules=True, column_format="l" + "r" * (len(head) - 1))
+
+def escaped(text: str) -> str:
+    """A text for LaTeX with OT1 fonts, in ASCII. A letter loses an accent; what has no letter is written as U+4E2D.
+
+    >>> escaped("a_b <.001 [1]")
+    'a\\\\_b $<$.001 {[}1{]}'
+    """
+    out = []
+    for char in text:
+        plain = _LATEX.get(char) or "".join(c for c in unicodedata.normalize("NFKD", char) if c.isascii())
+        out.append(plain or f"U+{ord(char):04X}")
+    return "".join(out)
+
+
+def booktabs(
+    head: Sequence[str], body: Sequence[Sequence[str]], caption: str, label: str, columns: str | None = None
+) -> str:
+    """A LaTeX table with its caption above, and the rules of the package booktabs; texts are escaped.
+
+    columns: how they are aligned; by default the first to the left, the others to the right.
+    """
+    lines = [" & ".join(map(escaped, cells)) + r" \\" for cells in (head, *body)]
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{escaped(caption)}}}",
+            rf"\label{{{label}}}",
+            rf"\begin{{tabular}}{{{columns or 'l' + 'r' * (len(head) - 1)}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
 
 
 CLAIMS = ("claim", "paper", "ours [95 %]", "verdict")
+CLAIM_COLUMNS = "".join(rf"p{{{share}\linewidth}}" for share in (0.25, 0.15, 0.25, 0.2))
+"""Of the claims in LaTeX: they are sentences, and are broken."""
 
 
 def claim_cells(judged: Judged) -> tuple[str, str, str, str]:

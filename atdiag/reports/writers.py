@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,31 +22,61 @@ if TYPE_CHECKING:
 FIGURE_KINDS = ("png", "pdf")
 """File suffixes of every figure."""
 
+Drawing = Callable[[], "Figure"]
+"""A figure that is still to be made."""
+
 _ORDER = ("csv", "md", "tex", "json", "txt")
 """Order in which the other files of a result are listed."""
 
 
-def write(
-    folder: Path, stem: str, texts: Mapping[str, str], report: Mapping[str, Any], figures: Mapping[str, Figure]
-) -> list[Path]:
-    """Write a result in every format, and return the files.
+@dataclass(frozen=True)
+class Written:
+    """What became of a result: its files, and the figures that could not be drawn."""
 
-    texts: suffix -> content. report: content of ``<stem>.json``, to which the list of ``files`` is added. figures: what
-    is appended to the stem -> a figure, written in each of ``FIGURE_KINDS``. All figures are drawn before anything is
-    written, and no file of another result is touched.
+    files: Sequence[Path]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """A figure's file -> why it is not there."""
+
+    def record(self) -> dict[str, Any]:
+        """For a machine: ``files``, and ``missing`` with the reasons."""
+        return {"files": [str(path) for path in self.files], "missing": dict(self.missing)}
+
+
+def write(
+    folder: Path, stem: str, texts: Mapping[str, str], report: Mapping[str, Any], figures: Mapping[str, Drawing]
+) -> Written:
+    """Write a result in every form.
+
+    texts: ending -> content. report: what becomes ``<stem>.json``, with :meth:`Written.record` added. figures: what is
+    added to the stem -> what makes a figure, which is written as each of ``FIGURE_KINDS``. All figures are drawn before
+    anything is written, and nothing of another result is touched.
+
+    A figure that can't be drawn costs nothing else: it is told on standard error and in the JSON. An older file of its
+    name would be another picture than the table's, so it is removed.
     """
-    drawn = {
-        folder / f"{stem}{name}.{kind}": draw(figure, kind) for name, figure in figures.items() for kind in FIGURE_KINDS
-    }
-    kinds = sorted((*texts, "json"), key=_ORDER.index)
-    files = [*(folder / f"{stem}.{kind}" for kind in kinds), *drawn]
-    contents = {**texts, "json": json.dumps({**report, "files": [str(path) for path in files]}, indent=1)}
     folder.mkdir(parents=True, exist_ok=True)
+    drawn: dict[Path, bytes] = {}
+    missing: dict[str, str] = {}
+    for name, make in figures.items():
+        paths = {kind: folder / f"{stem}{name}.{kind}" for kind in FIGURE_KINDS}
+        try:
+            figure = make()
+            drawn |= {path: draw(figure, kind) for kind, path in paths.items()}
+        except Exception as fault:
+            why = " ".join(f"{type(fault).__name__}: {fault}".split())
+            missing |= {str(path): why for path in paths.values()}
+            print(f"atdiag: the figure {paths[FIGURE_KINDS[0]]} can't be drawn ({why})", file=sys.stderr)
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+    kinds = sorted((*texts, "json"), key=_ORDER.index)
+    written = Written([*(folder / f"{stem}.{kind}" for kind in kinds), *drawn], missing)
+    for kind, text in texts.items():
+        write_atomically(folder / f"{stem}.{kind}", text)
     for path, image in drawn.items():
         write_atomically(path, image)
-    for kind, text in contents.items():  # JSON last: whoever reads it finds the other files
-        write_atomically(folder / f"{stem}.{kind}", text)
-    return files
+    # The JSON last: whoever reads it finds the others.
+    write_atomically(folder / f"{stem}.json", json.dumps({**report, **written.record()}, indent=1))
+    return written
 
 
 def draw(figure: Figure, kind: str) -> bytes:
@@ -54,15 +86,16 @@ def draw(figure: Figure, kind: str) -> bytes:
     return content.getvalue()
 
 
-def write_reading(reading: Reading, folder: Path) -> list[Path]:
+def write_reading(reading: Reading, folder: Path) -> Written:
     """Write a reading: tables, caption, JSON, and the figure that its series names."""
+    stem = document.slug(reading.series)
     texts = {
         "csv": tables.frame(reading).to_csv(index=False),
         "md": tables.markdown(reading),
-        "tex": tables.latex(reading),
+        "tex": tables.latex(reading, document.headline(reading), f"tab:{stem}"),
         "txt": document.caption(reading),
     }
-    return write(folder, document.slug(reading.series), texts, document.as_json(reading), {"": figure_of(reading)})
+    return write(folder, stem, texts, document.as_json(reading), {"": lambda: figure_of(reading)})
 
 
 def figure_of(reading: Reading) -> Figure:

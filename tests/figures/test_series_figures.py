@@ -12,7 +12,7 @@ from PIL import Image
 from atdiag.networks.registry import teachers
 from atdiag.reports import writers
 from atdiag.study.protocol import BASELINE, Contrast
-from figures import captions, epochs, gains, layer_curve, losses, match, recipes, rescue, style
+from figures import captions, epochs, gains, grids, layer_curve, losses, match, recipes, rescue, style
 from tests import series_shapes as shapes
 from tests.drawings import check
 
@@ -74,21 +74,22 @@ def test_an_arm_looks_the_same_whichever_others_there_are():
 def test_epochs(made):
     drawn = joined(check(epochs.epochs(made), width(made)))
     lengths = {int(report.study.options["epochs"]) for report in made.reports}
-    assert {str(min(lengths)), "epochs", BASELINE} <= drawn
+    assert {str(min(lengths)), f"top-1pointsminus{BASELINE}"} <= drawn
+    for of_one in grids.by_teacher(made).values():
+        assert f"epochs{captions.levels(of_one)}".replace("\n", " ").replace(" ", "") in drawn
     assert len(lengths) > 4 or {str(length) for length in lengths} <= drawn
     assert str(max(lengths)) in drawn
 
 
-def test_epochs_lays_intervals_around_the_curve():
+def test_epochs_draws_contrasts_on_an_axis_of_contrasts():
     made = shapes.EPOCHS["one"]
     (axes,) = epochs.epochs(made).axes
     bars = {tuple(np.round(line.get_ydata(), 9)) for line in axes.lines if len(set(line.get_xdata())) == 1}
-    for report in made.reports:
-        base = report.rows[0].top1
-        for row in report.rows[1:]:
-            assert (round(base + row.contrast.low, 9), round(base + row.contrast.high, 9)) in bars
-    dashed = next(line for line in axes.lines if line.get_marker() == "_")
-    assert list(dashed.get_ydata()) == [report.rows[0].top1 for report in made.reports]
+    estimates = [row.contrast for report in made.reports for row in report.rows[1:]]
+    assert {(round(e.low, 9), round(e.high, 9)) for e in estimates} <= bars
+    low, high = min(e.low for e in estimates), max(e.high for e in estimates)
+    assert low - 2 < axes.get_ylim()[0] < low and high < axes.get_ylim()[1] < high + 2
+    assert sorted(filled(axes.figure) + filled(axes.figure, "s")) == sorted(e.clear for e in estimates)
 
 
 @pytest.mark.parametrize("made", shapes.LOSSES.values(), ids=shapes.LOSSES)
@@ -200,7 +201,7 @@ def test_both_ends_share_none_and_all_blocks():
     for line, end in zip(lines, ("bottom", "top"), strict=True):
         arms = [BASELINE, *(f"{end} {k}" for k in range(1, 12)), "all blocks"]
         assert list(line.get_xdata()) == list(range(13))
-        assert list(line.get_ydata()) == [report.row(arm).top1 for arm in arms]
+        assert list(line.get_ydata()) == [0.0, *(report.row(arm).contrast.value for arm in arms[1:])]
 
 
 def test_a_curve_needs_a_place_for_every_arm():

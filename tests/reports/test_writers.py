@@ -1,73 +1,62 @@
-"""Results as files: all of them, or none."""
+"""Results as files: a table is never lost with a figure, and a LaTeX table holds nothing that its font lacks."""
 
 import json
+import re
 
+import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 
-from atdiag.reports import writers
+from atdiag.reports import document, tables, writers
+from figures import contrasts
+from tests import series_shapes as shapes
 
-
-class BrokenFigure(Figure):
-    """Can't be drawn."""
-
-    def savefig(self, *arguments, **options):
-        raise ValueError("no room for the legend")
+MADE = shapes.GAINS["corrected"]
 
 
-def figure() -> Figure:
-    made = Figure(figsize=(2, 1))
-    made.add_subplot().plot([0, 1], [1, 0])
-    return made
+def test_a_figure_that_cannot_be_drawn_costs_no_table(tmp_path, capsys):
+    def broken():
+        raise RuntimeError("no\nfont")
+
+    (tmp_path / "x-bad.png").write_bytes(b"of an earlier result")
+    figures = {"-bad": broken, "-good": lambda: contrasts.contrasts(MADE.reports[0])}
+    written = writers.write(tmp_path, "x", {"csv": "a\n1\n"}, {"command": "c"}, figures)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "x-bad.png" in said and "RuntimeError: no font" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"x.csv", "x.json", "x-good.png", "x-good.pdf"}
+    assert set(written.files) == set(tmp_path.iterdir())
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["command"] == "c" and set(record["files"]) == {str(path) for path in tmp_path.iterdir()}
+    assert record["missing"] == {str(tmp_path / f"x-bad.{kind}"): "RuntimeError: no font" for kind in ("png", "pdf")}
 
 
-def test_every_form_is_written_and_listed(tmp_path):
-    texts = {"txt": "caption", "csv": "a,b\n", "md": "| a |"}
-    files = writers.write(tmp_path / "new", "x", texts, {"verdict": "ä"}, {"": figure(), "-layers": figure()})
-    names = ["x.csv", "x.md", "x.json", "x.txt", "x.png", "x.pdf", "x-layers.png", "x-layers.pdf"]
-    assert [path.name for path in files] == names
-    assert {path.name for path in (tmp_path / "new").iterdir()} == set(names)
-    for kind, text in texts.items():
-        assert (tmp_path / "new" / f"x.{kind}").read_text() == text
-    document = json.loads((tmp_path / "new" / "x.json").read_text())
-    assert document == {"verdict": "ä", "files": [str(path) for path in files]}
-    for path in files[4:]:
-        assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
+def test_a_reading_without_its_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(writers, "figure_of", lambda reading: 1 / 0)
+    monkeypatch.setattr(tables, "frame", lambda reading: pd.DataFrame({"a": [1]}))  # of runs, which there are none of
+    monkeypatch.setattr(tables, "notes", lambda reading: [])
+    written = writers.write_reading(MADE, tmp_path)
+    assert {path.suffix for path in written.files} == {".csv", ".md", ".tex", ".txt", ".json"}
+    assert all(path.stat().st_size for path in written.files) and len(written.missing) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_the_same_result_is_the_same_bytes(tmp_path):
-    one, other = (writers.write(tmp_path / name, "x", {}, {}, {"": figure()}) for name in "ab")
-    assert [path.read_bytes() for path in one[1:]] == [path.read_bytes() for path in other[1:]]
+@pytest.mark.parametrize("made", shapes.GAINS.values(), ids=shapes.GAINS)
+def test_a_latex_table_is_of_characters_that_ot1_has(made):
+    text = tables.latex(made, document.headline(made), "tab:x")
+    assert text.isascii()
+    plain = re.sub(r"\$[^$]*\$|^%.*$|\\\$", "", text, flags=re.M)  # outside of formulas and comments
+    assert not set(plain) & set('<>|"~^')
+    assert not re.search(r"(?<!\\)[#%]", plain) and not re.search(r"(?<!\\)_", plain.replace(r"\label{tab:x}", ""))
+    assert not re.search(r"\\\\\s*[\[*]", text)  # would be an argument of the line's end
+    widths = {len(re.findall(r"(?<!\\)&", line)) for line in text.splitlines() if line.endswith(r"\\")}
+    (columns,) = re.findall(r"\\begin\{tabular\}\{(lr*)\}", text)
+    assert widths == {len(columns) - 1}
+    assert text.index(r"\caption{") < text.index(r"\label{tab:x}") < text.index(r"\begin{tabular}")
+    assert f"n = {made.reports[0].rows[1].contrast.images:,} test images" in text
+    assert text.count("{") == text.count("}")
 
 
-@pytest.mark.parametrize("before", [None, "of another time"])
-def test_a_figure_that_fails_leaves_no_file(tmp_path, before):
-    folder = tmp_path / "results"
-    if before is not None:
-        folder.mkdir()
-        (folder / "x.csv").write_text(before)
-    with pytest.raises(ValueError, match="no room for the legend"):
-        writers.write(folder, "x", {"csv": "new"}, {}, {"": figure(), "-layers": BrokenFigure()})
-    if before is None:
-        assert not folder.exists()
-    else:
-        assert {path.name: path.read_text() for path in folder.iterdir()} == {"x.csv": before}
-
-
-def test_the_document_is_written_when_all_it_names_is_there(tmp_path, monkeypatch):
-    real, order = writers.write_atomically, []
-
-    def write(path, content):
-        order.append(path)
-        real(path, content)
-
-    monkeypatch.setattr(writers, "write_atomically", write)
-    files = writers.write(tmp_path, "x", {"csv": "", "md": "", "tex": "", "txt": ""}, {}, {"": figure()})
-    assert order[-1] == tmp_path / "x.json"
-    assert sorted(order) == sorted(files)
-
-
-def test_an_ending_that_is_unknown_writes_nothing(tmp_path):
-    with pytest.raises(ValueError):
-        writers.write(tmp_path / "results", "x", {"xlsx": ""}, {}, {})
-    assert not (tmp_path / "results").exists()
+def test_texts_in_latex():
+    assert tables.escaped('<.001 a_b 5 % [x] c:\\d {e} ~ ^ # $ & | "f"') == (
+        r"$<$.001 a\_b 5 \% {[}x{]} c:\textbackslash{}d \{e\} \textasciitilde{} \textasciicircum{} \# \$ \& $|$ ''f''"
+    )
+    assert tables.escaped("caf\u00e9 \u00b1 \u2212 \u4e2d") == r"cafe $\pm$ $-$ U+4E2D"

@@ -1,0 +1,76 @@
+"""Drawing depends on nobody's settings of matplotlib, and changes nobody's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from atdiag.reports import writers
+from figures import contrasts, layer_curve, style
+from tests import series_shapes as shapes
+
+REPORT = shapes.GAINS["one"].reports[0]
+HOSTILE = {
+    "text.usetex": True,
+    "font.family": ["Nowhere Sans"],
+    "font.size": 40,
+    "axes.grid": False,
+    "figure.dpi": 30,
+    "savefig.dpi": 30,
+    "savefig.bbox": "tight",
+    "savefig.format": "svg",
+    "axes.prop_cycle": matplotlib.cycler(color=["r"]),
+    "figure.constrained_layout.use": False,
+    "axes.unicode_minus": False,
+    "pdf.fonttype": 3,
+}
+
+
+@pytest.mark.parametrize("kind", writers.FIGURE_KINDS)
+def test_a_figure_is_the_same_whatever_the_settings_are_and_leaves_them(kind):
+    for figure in (
+        lambda: contrasts.contrasts(REPORT),
+        lambda: layer_curve.layer_curve(shapes.CURVES["one"].reports[0]),
+    ):
+        plain = writers.draw(figure(), kind)
+        with matplotlib.rc_context(HOSTILE):
+            before = dict(matplotlib.rcParams)
+            assert writers.draw(figure(), kind) == plain
+            assert dict(matplotlib.rcParams) == before
+
+
+def test_a_saved_figure_does_not_depend_on_them_either(tmp_path):
+    one, other = (contrasts.contrasts(REPORT) for _ in range(2))
+    one.savefig(tmp_path / "a.png")
+    with matplotlib.rc_context(HOSTILE):
+        other.savefig(tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+CODE = """
+import sys
+from figures import style
+figure, axes = style.canvas(1.0)
+axes.set_title("a title")
+figure.savefig(sys.argv[1])
+assert "matplotlib.pyplot" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "TkAgg", ""])
+def test_a_notebooks_backend_and_ones_own_matplotlibrc_do_not_matter(tmp_path, backend):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: nonsense\nfigure.figsize: 1, 1\n")
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", CODE, "a.png"], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrapped_names_are_whole():
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k 587e9d"
+    lines = style.wrapped(name, 16).splitlines()
+    assert max(map(len, lines)) <= 16 and "".join(lines) == name
+    assert style.wrapped("x" * 50, 20).splitlines() == ["x" * 20, "x" * 20, "x" * 10]
+    assert style.wrapped("clip_b (mini)") == "clip_b (mini)"

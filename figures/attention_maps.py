@@ -76,7 +76,7 @@ def _title(found: Sequence[Shown], image: int, query: int, most: int) -> list[st
 
 
 def _name(one: Shown, head: int, alone: bool) -> str:
-    """What a row is called, in short lines: its subject where there are several, and its head."""
+    """Return a row's label in short lines: its subject, if there are several, and its head."""
     parts = [] if alone else [style.wrapped(one.label, 13)]
     return "\n".join([*parts, *([f"head {one.heads[head]}"] if len(one.heads) > 1 else [])])
 

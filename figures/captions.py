@@ -73,7 +73,7 @@ def studies(reports: Sequence[Report]) -> list[str]:
 
 
 def levels(reports: Sequence[Report]) -> str:
-    """The accuracies that contrasts of one teacher's studies stand on: the baseline's, and the teacher's own if known.
+    """Name the accuracies behind the contrasts of one teacher's studies: the baseline's, and the teacher's if known.
 
     ``scratch: 41.2 %``, ``scratch: 41.2 to 60.3 %; teacher: 80.1 %``.
     """

@@ -55,7 +55,7 @@ def across(axes: Axes, estimate: Estimate, y: float, look: Look, size: float = 4
 
 
 def upright(axes: Axes, x: float, estimate: Estimate, look: Look) -> None:
-    """A contrast along the vertical axis."""
+    """Draw a contrast along the vertical axis."""
     axes.plot([x, x], [estimate.low, estimate.high], color=look[0], lw=0.9, solid_capstyle="butt")
     point(axes, x, estimate.value, *look, clear=estimate.clear, size=3.5)
 

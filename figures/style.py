@@ -131,7 +131,7 @@ def markers(count: int) -> list[str]:
 
 
 def canvas(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
-    """An empty figure in the house style, drawn without a display."""
+    """Make an empty figure in the house style, drawn without a display."""
     with settings():
         figure = HouseFigure(width, height)
         return figure, figure.subplots()
@@ -177,7 +177,7 @@ def finish(figure: Figure, title: str, keys: Sequence[Line2D], note: str = "") -
 
 
 def wrapped(name: str, most: int = 40) -> str:
-    """A name in lines of at most so many characters, broken after spaces and punctuation, else anywhere; never cut.
+    """Break a name into lines of at most ``most`` characters, after spaces and punctuation, else anywhere; never cut.
 
     >>> wrapped("vit_so400m_patch14_reg4_siglip_gap_896", 20).splitlines()
     ['vit_so400m_patch14_', 'reg4_siglip_gap_896']
@@ -195,6 +195,6 @@ def wrapped(name: str, most: int = 40) -> str:
 
 
 def height_of(labels: Iterable[str], columns: int = 1) -> float:
-    """What a legend of such labels takes of a figure's height, in inches."""
+    """Return the height of a legend of such labels, in inches."""
     heights = [0.04 + 0.1 * (label.count("\n") + 1) for label in labels]
     return sum(max(heights[i : i + columns]) for i in range(0, len(heights), columns))

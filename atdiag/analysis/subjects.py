@@ -147,7 +147,7 @@ def of(model: nn.Module, label: str, network: Network | None = None) -> Subject:
 def find_all(
     references: Sequence[str], profile: str, data: Data, store: Store | None = None, asked: Collection[str] = ()
 ) -> tuple[list[Subject], Data]:
-    """The subjects of some references, in their order, and the data set whose images they are looked into with.
+    """Return the subjects of some references, in order, and the data set on whose images they are examined.
 
     The first run among them brings the data that it was trained on, and teachers are built for images of its size.
     data: what they see without a run. asked: settings of ``data`` that the user named, such as ``data.image_size``: of
@@ -162,8 +162,8 @@ def find_all(
             raise UserError(" and ".join(sizes), "look into runs of one image size at a time")
     if runs and runs[0].data is not None and not asked:
         data = runs[0].data
-    elif runs and names.is_real(data.name) and "data.image_size" not in asked:
-        data = data.model_copy(update={"image_size": runs[0].network.image_size})
+    elif runs and "data.image_size" not in asked:
+        data = sources.find(data).resized(data, runs[0].network.image_size)
     found |= {one: find(one, profile, data, store) for one in references if one not in found}
     return [found[one] for one in references], data
 

@@ -241,7 +241,7 @@ def _untestable(analyses: Analyses) -> list[Judged]:
 
 
 def _write_summary(judged: Sequence[Judged], readings: dict[str, Reading], folder: Path) -> Written:
-    """The table of claims in every form, with the runs that it stands on."""
+    """Write the table of claims in every format, with the runs on which it is based."""
     import pandas as pd
 
     from atdiag.reports import tables, writers

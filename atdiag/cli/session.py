@@ -89,7 +89,7 @@ class InspectionOptions:
     json_: bool = False
 
     def names(self, count: int) -> list[str] | None:
-        """The names of so many subjects, where they were given. Raises UserError for too few, too many, or twins."""
+        """Return the given names of ``count`` subjects, if any. Raises UserError for another number, or equal names."""
         if not self.label:
             return None
         if len(self.label) != count or len(set(self.label)) != count or not all(map(str.strip, self.label)):
@@ -226,14 +226,15 @@ class InspectionSession:
         terminal = Console()
         for one in tables:
             terminal.print(one)
-        for note in [*notes, *left_out(pictures), *self._elsewhere(pictures)]:
+        taken = filter(None, (one.note for one in self.subjects))
+        for note in [*notes, *taken, *left_out(pictures), *self._elsewhere(pictures)]:
             terminal.print(f"- {note}", style="dim", highlight=False)
         console.show_files(written.files)
         if self.given.json_:
             typer.echo(json.dumps({**document, **written.record()}))
 
     def _elsewhere(self, pictures: ImageSet) -> list[str]:
-        """Notes on runs that were trained on other data than these images are of."""
+        """Return notes on runs that were trained on another data set than these images come from."""
         return [
             f"{one.label} was trained on {one.data.name}"
             for one in self.subjects

@@ -55,12 +55,12 @@ def as_json(reading: Reading) -> dict[str, Any]:
 
 
 def caption(reading: Reading) -> str:
-    """What stands below the figure in a paper: what is shown, of how many images, seeds, runs, at which profile."""
+    """Return the figure's caption for a paper: what is shown, the numbers of images, seeds and runs, the profile."""
     return "\n".join([*headline(reading), *tables.notes(reading), f"Runs: {', '.join(reading.runs)}.", ""])
 
 
 def headline(reading: Reading) -> list[str]:
-    """The sentences of a caption that say what is shown, and of how many images and seeds."""
+    """Return the sentences of a caption that say what is shown, on how many images and seeds."""
     report = reading.reports[0]
     estimates = [row.contrast for row in report.rows if row.contrast is not None]
     lines = [f"{tables.title(reading.series)}. Top-1 accuracy, and points against {report.rows[0].arm}."]

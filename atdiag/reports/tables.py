@@ -176,7 +176,7 @@ def _bar(cells: Sequence[str]) -> str:
 
 
 def latex(reading: Reading, caption: Sequence[str], label: str) -> str:
-    """The same table for a paper. caption: the sentences above it; label: what ``\\ref`` refers to."""
+    """Return the same table for a paper. caption: the sentences above it; label: what ``\\ref`` refers to."""
     head = _head(reading)
     body: list[list[str]] = []
     for report in reading.reports:
@@ -209,7 +209,7 @@ inverted exclamation mark). A bracket after a line's end would be taken for an a
 
 
 def escaped(text: str) -> str:
-    """A text for LaTeX with OT1 fonts, in ASCII. A letter loses an accent; what has no letter is written as U+4E2D.
+    """Escape a text for LaTeX with OT1 fonts, in ASCII: accents are dropped, other characters written as U+4E2D.
 
     >>> escaped("a_b <.001 [1]")
     'a\\\\_b $<$.001 {[}1{]}'
@@ -224,7 +224,7 @@ def escaped(text: str) -> str:
 def booktabs(
     head: Sequence[str], body: Sequence[Sequence[str]], caption: str, label: str, columns: str | None = None
 ) -> str:
-    """A LaTeX table with its caption above, and the rules of the package booktabs; texts are escaped.
+    """Return a LaTeX table with its caption above, and the rules of the package booktabs; texts are escaped.
 
     columns: how they are aligned; by default the first to the left, the others to the right.
     """

@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import timm
+from atdiag.data.names import complete
 from PIL import Image
 from safetensors.torch import save_file
 
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
-from atdiag.data.names import complete
 from atdiag.training import cohort
 from tests.commands import atdiag, wrong
 

@@ -46,6 +46,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
+FEWEST_SEEDS = 3
+"""Verdicts begin at so many seeds: two say too little of how seeds vary (see above)."""
+
 
 @dataclass(frozen=True)
 class Outcomes:
@@ -95,14 +98,21 @@ class Estimate:
     """``p`` corrected for the number of contrasts that it was read with (:func:`holm`); None: it was read alone."""
     within: float | None = None
     """The margin, in points, within which it was found to be equivalent to 0; None: it was not, or nobody asked."""
+    undertrained: bool = False
+    """Whether the baseline it was read with is too near chance for any contrast to say something."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether it may have a verdict at all: from three seeds on, unless the baseline is near chance."""
+        return self.seeds >= FEWEST_SEEDS and not self.undertrained
 
     @property
     def clear(self) -> bool:
-        """Whether the sign is settled: the interval covers seeds and images and excludes zero, and so does the
-        corrected test where the contrast was read among others."""
+        """Whether the sign is settled: it may have a verdict, its interval excludes zero, and so does the corrected
+        test where the contrast was read among others."""
         apart = self.low > 0 or self.high < 0
         corrected = self.adjusted is None or self.adjusted < 1 - self.level
-        return self.covers == "seeds and images" and apart and corrected
+        return self.decides and apart and corrected
 
     def interval(self, level: float) -> tuple[float, float]:
         """The interval at another level. Raises ValueError unless 0 < level < 1."""
@@ -160,6 +170,8 @@ def estimate(arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: 
         var_cluster = max(ms_cluster - ms_residual, 0) / seeds
         if ms_seed + seeds * var_cluster < 1e-9 * ms_residual:
             ms_seed = ms_residual  # seeds that tie to the last image are luck: MS_S is MS_E at least, in expectation
+        if seeds == 2:  # the sum with the images' part is then MS_C at least, whatever one difference of seeds says
+            ms_seed = max(ms_seed, min(ms_cluster, ms_residual))
         of_seeds, of_clusters = ms_seed / (seeds * clusters), var_cluster / clusters
         variance, df = of_seeds + of_clusters, _degrees(of_seeds, of_clusters, seeds, clusters)
         least = min(seeds, clusters) - 1.0
@@ -234,7 +246,8 @@ def _p_value(t: float, df: float, least: float) -> float:
     """The level alpha of the interval that just reaches zero, t standard errors away."""
 
     def of(log_alpha: float) -> float:
-        return float(stats.t.logsf(t, _degrees_at(exp(log_alpha), df, least))) + log(2) - log_alpha
+        alpha = exp(max(log_alpha, -700))  # a smaller one would be rounded to 0
+        return float(stats.t.logsf(t, _degrees_at(alpha, df, least))) + log(2) - log_alpha
 
     most, fewest = (float(stats.t.logsf(t, d)) + log(2) for d in (df, least))
     if most >= log(0.05) or fewest - most < 1e-9:
@@ -285,7 +298,7 @@ def seeds_needed(estimate: Estimate, power: float = 0.8, most: int = 1000) -> in
         quantiles = stats.t.ppf([(1 + estimate.level) / 2, power], [strict, df])
         return bool(abs(estimate.value) >= quantiles.sum() * sqrt(of_seeds + of_clusters))
 
-    numbers = range(2, most + 1)
+    numbers = range(FEWEST_SEEDS, most + 1)
     found = bisect_left(numbers, True, key=settles)
     return numbers[found] if found < len(numbers) else None
 
@@ -293,9 +306,10 @@ def seeds_needed(estimate: Estimate, power: float = 0.8, most: int = 1000) -> in
 def equivalent(estimate: Estimate, margin: float) -> bool:
     """Whether the contrast lies within ``margin`` points of 0, by two one-sided tests at 5 % (Schuirmann 1987).
 
-    That is: its 90 % interval lies inside. Never from one seed. Raises ValueError unless the margin is positive.
+    That is: its 90 % interval lies inside. Never of a contrast that may have no verdict (:attr:`Estimate.decides`).
+    Raises ValueError unless the margin is positive.
     """
     if not margin > 0:
         raise ValueError(f"the margin of equivalence is a positive number of points, not {margin}")
     low, high = estimate.interval(0.90)
-    return estimate.covers == "seeds and images" and -margin < low and high < margin
+    return estimate.decides and -margin < low and high < margin

@@ -40,13 +40,13 @@ def report(study: Study, settings: Settings, store: Store) -> Report:
 def corrected(reports: Iterable[Report], equivalence: float | None = None) -> list[Report]:
     """The reports with every contrast's p-value corrected for the number of contrasts in all of them (Holm 1979).
 
-    A contrast from one seed decides nothing and is left out. The same contrast of the same runs, as when two teachers
+    A contrast that may have no verdict (fewer than three seeds, an undertrained baseline) is left out. The same contrast of the same runs, as when two teachers
     share an arm, counts once.
     """
     from atdiag.stats.contrasts import equivalent, holm
 
     reports = list(reports)
-    alone = {report.made_of(name): e for report in reports for name, e in report.estimates if e.seeds > 1}
+    alone = {report.made_of(name): e for report in reports for name, e in report.estimates if e.decides}
     adjusted = dict(zip(alone, holm([e.p for e in alone.values()]), strict=True))
 
     def read_among(report: Report, name: str, estimate: Estimate) -> Estimate:

@@ -7,8 +7,8 @@ best of the grid on the test images, which nobody can choose, and the fixed pena
 image. Penalties are those of the held-out fits.
 
 *Synthetic*: classes' means at random in 64 dimensions under noise, from 2 to 200 classes and 1 to 50 images a class.
-*Real*: class token and mean patch after the last block of a pre-trained ViT-Ti/16 on images of Imagenette, where DIR has
-both files (ATDIAG_TEST_DATA).
+*Real*: class token and mean patch after the last block of a pre-trained ViT-Ti/16 on images of Imagenette, where DIR
+(or ATDIAG_TEST_DATA) has both.
 """
 
 from __future__ import annotations

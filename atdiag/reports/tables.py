@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from atdiag.study import chance
 from atdiag.study.claims import Judged
 from atdiag.study.protocol import ArmResult, Reading, Report, Series
 
@@ -90,7 +91,9 @@ def interval(estimate: Estimate) -> str:
 
 
 def probability(estimate: Estimate) -> str:
-    """The corrected p-value; nothing for a contrast from one seed."""
+    """The corrected p-value; nothing for a contrast from one or two seeds; a word where no verdict can be given."""
+    if estimate.undertrained:
+        return "undertrained"
     p = estimate.adjusted
     return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
@@ -239,6 +242,7 @@ def notes(reading: Reading) -> list[str]:
     """What a reader must know beside the numbers."""
     reports, first = reading.reports, reading.reports[0]
     out = [*reading.series.notes, *(note for report in reports for note in report.study.notes)]
+    out += [note for report in reports for note in chance.notes(report)]
     out += [
         f"The teacher's weights without a place in the student, dropped: {', '.join(names)}."
         for report in reports
@@ -271,13 +275,16 @@ def _corrected(reading: Reading) -> str:
 
 def _power(reading: Reading) -> list[str]:
     """How many seeds would settle what is undecided, were the effects as estimated."""
-    from atdiag.stats.contrasts import seeds_needed
+    from atdiag.stats.contrasts import FEWEST_SEEDS, seeds_needed
 
+    least = min(e.seeds for report in reading.reports for _, e in report.estimates)
+    few = f"Verdicts begin at three seeds, and here {'is one' if least == 1 else 'are two'}: --seeds 3 trains the rest."
+    begin = [few] if least < FEWEST_SEEDS else []
     open_ = [
         (" ".join(filter(None, (report.study.label if len(reading.reports) > 1 else "", name))), estimate)
         for report in reading.reports
         for name, estimate in report.estimates
-        if estimate.seeds > 1 and not estimate.clear and estimate.within is None
+        if estimate.seeds > 1 and not (estimate.clear or estimate.undertrained) and estimate.within is None
     ]
     said = []
     for name, estimate in open_:
@@ -286,5 +293,5 @@ def _power(reading: Reading) -> list[str]:
         needed = seeds_needed(strict)
         said.append(f"{name}: {'more than 1,000' if needed is None else f'about {needed}'}")
     if not said:
-        return []
-    return [f"Seeds that would settle what is undecided, were it as estimated (80 % power): {'; '.join(said)}."]
+        return begin
+    return [*begin, f"Seeds that would settle what is undecided, were it as estimated (80 % power): {'; '.join(said)}."]

@@ -246,13 +246,14 @@ def _p_value(t: float, df: float, least: float) -> float:
     """The level alpha of the interval that just reaches zero, t standard errors away."""
 
     def of(log_alpha: float) -> float:
-        alpha = exp(max(log_alpha, -700))  # a smaller one would be rounded to 0
-        return float(stats.t.logsf(t, _degrees_at(alpha, df, least))) + log(2) - log_alpha
+        return float(stats.t.logsf(t, _degrees_at(exp(log_alpha), df, least))) + log(2) - log_alpha
 
     most, fewest = (float(stats.t.logsf(t, d)) + log(2) for d in (df, least))
     if most >= log(0.05) or fewest - most < 1e-9:
         return exp(most)
-    return exp(float(optimize.brentq(of, most, min(fewest, log(0.05)))))
+    # With many degrees of freedom logsf is -inf beyond t = 40 or so; a smaller level than exp(-700) would be 0.
+    lowest = max(most, -700.0)
+    return exp(float(optimize.brentq(of, lowest, min(fewest, log(0.05)))) if of(lowest) > 0 else lowest)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

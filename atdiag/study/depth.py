@@ -22,8 +22,9 @@ def frame(arms: Mapping[str, Sequence[Probed]], level: float = 0.95) -> pd.DataF
     arms: name -> the runs of one condition (one network alone, too), all probed on the same images. Columns: subject,
     layer (-1: the network itself), probe (linear, knn, centroid, head: early exit, itself), tokens (class, patch, both,
     empty), top1, ci_low, ci_high (cut off at 0 and 100), interval_covers, seeds, images, clusters, train, penalty (the
-    geometric mean over seeds), held_out (training images that it was chosen on; 0: it is fixed). Intervals are of the test images and of seeds (``contrast``), given the images that the
-    probes were fitted to. Raises ValueError for runs of one arm that were probed in different layers.
+    geometric mean over seeds), held_out (training images that it was chosen on; 0: it is fixed). Intervals are of the
+    test images and of seeds (``contrast``), given the images that the probes were fitted to. Raises ValueError for runs
+    of one arm that were probed in different layers.
     """
     import pandas as pd
 

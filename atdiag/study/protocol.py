@@ -18,6 +18,7 @@ from atdiag.core.spec import RunSpec, Teacher
 if TYPE_CHECKING:
     from atdiag.core.runs import Run
     from atdiag.stats.contrasts import Estimate
+    from atdiag.study.chance import Footing
     from atdiag.study.claims import Claim, Judged
 
 METHODS = ("copy", "distill")
@@ -92,6 +93,8 @@ class Study:
     """What a reader should know of how the arms were made."""
     curve: Mapping[str, int] = field(default_factory=dict)
     """Arm -> its place on the horizontal axis, for a figure that draws one."""
+    short_on_purpose: bool = False
+    """The length of training is what is studied: a baseline near chance is said, and takes no verdict away."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.teacher.label)
@@ -190,6 +193,8 @@ class ArmResult:
     """What else was measured, in the mean over its runs, by column."""
     by_run: tuple[Mapping[str, float], ...] = ()
     """The same of each of ``runs``, in their order."""
+    classes: tuple[int, ...] = ()
+    """How many different classes each of ``runs`` predicts."""
 
     def contrast_or_raise(self) -> Estimate:
         """The contrast with the baseline; ValueError for the baseline itself."""
@@ -212,6 +217,13 @@ class Report:
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Arm -> the teacher's weights that had no place in the student that started from it."""
     verdict: str = ""
+    footing: Footing | None = None
+    """How far the baseline is above chance; None: it was not looked at."""
+
+    @property
+    def undertrained(self) -> bool:
+        """Whether the baseline is so near chance that nothing can be said."""
+        return self.footing is not None and self.footing.undertrained and not self.study.short_on_purpose
 
     @property
     def estimates(self) -> list[tuple[str, Estimate]]:

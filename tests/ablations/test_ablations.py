@@ -219,7 +219,7 @@ def test_a_teacher_without_components_can_not_be_rescued(monkeypatch):
         (0.5, 1.0, 3, "can't be told from noise (+0.5 points [-0.5, +1.5], 3 seeds)"),
         (1.0, 1.0, 3, "can't be told from noise (+1.0 points [+0.0, +2.0], 3 seeds)"),
         (30.0, 1.0, 1, "is undecided with one seed (+30.0 points [+29.0, +31.0], images only)"),
-        (0.0, 0.0, 2, "can't be told from noise (+0.0 points [+0.0, +0.0], 2 seeds, too few to tell much)"),
+        (30.0, 1.0, 2, "is undecided with two seeds (+30.0 points [+29.0, +31.0])"),
     ],
 )
 def test_an_estimate_in_words(value, half, seeds, says):
@@ -302,7 +302,7 @@ def test_a_report_is_read_from_run_directories(tmp_path):
     assert (report.reference.top1, report.reference.seeds) == (90.0, 1)
     assert report.dropped["reinit attn"] == ("norm_pre.weight", "blocks.*.attn.x")
     assert "weakness" not in report.verdict
-    assert "(+0.0 points [+0.0, +0.0], 2 seeds, too few to tell much)" in report.verdict
+    assert "is undecided with two seeds (+0.0 points [+0.0, +0.0])" in report.verdict
 
 
 def test_predictions_of_another_run_are_not_taken_for_its_own(tmp_path):

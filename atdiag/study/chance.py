@@ -93,11 +93,9 @@ def notes(report: Report) -> list[str]:
         return []
     out = []
     if report.undertrained:
-        out.append(f"{report.study.label}: {UNDERTRAINED}, {_stands(report)}. {remedy(report)}")
+        out.append(f"{report.study.label} is {UNDERTRAINED}, for {_stands(report)}.")
     elif stands.undertrained:
-        out.append(
-            f"{report.study.label} is near chance, as the length of training is what is studied: {_stands(report)}."
-        )
+        out.append(f"{report.study.label} is near chance, and is read all the same: {_stands(report)}.")
     for row in (*report.rows, *([report.reference] if report.reference else [])):
         if said := _few_classes(row, stands.classes):
             whose = f"{report.study.teacher.label} itself" if row is report.reference else row.arm

@@ -49,7 +49,8 @@ def test_with_two_seeds_the_variance_is_never_below_that_of_the_images():
         study = drawn(seed, 2)
         ms_s, ms_c, ms_e, C = mean_squares(study)
         e = estimate(study, DIFFERENCE)
-        plain = (ms_s + max(ms_c - ms_e, 0)) / (2 * C)
+        tie = ms_s + max(ms_c - ms_e, 0) < 1e-9 * ms_e  # then MS_S is MS_E, with any number of seeds
+        plain = (ms_e if tie else ms_s + max(ms_c - ms_e, 0)) / (2 * C)
         assert e.se**2 == pytest.approx(max(plain, ms_c / (2 * C)))
         bound += plain < ms_c / (2 * C)
     assert 20 < bound < 180  # both happen
@@ -64,7 +65,7 @@ def test_two_seeds_that_tie_are_no_outcome():
         if leads == [-11, -11]:
             break
     e = estimate(study, DIFFERENCE)
-    ms_s, ms_c, ms_e, C = mean_squares(study)
+    ms_s, ms_c, _, C = mean_squares(study)
     assert (e.value, ms_s) == (pytest.approx(-5.5), pytest.approx(0))
     images_alone = stats.t.ppf(0.975, C - 1) * np.sqrt(ms_c / (2 * C))
     assert e.high - e.value >= images_alone > 3
@@ -121,7 +122,7 @@ def test_sets_of_seeds_that_tie_are_drawn_evenly():
 
 
 def test_the_committed_rates():
-    """Two seeds give no verdict; the rates of all studies are within the protocol's target; those given a tie are said."""
+    """Two seeds give no verdict, and the rates of all studies are within the protocol's target."""
     document = json.loads((RESULTS / "false_alarms_ties.json").read_text())
     like = json.loads((RESULTS / "false_alarms.json").read_text())["simulated"]
     assert document["by_seeds"].keys() == like.keys()
@@ -134,7 +135,5 @@ def test_the_committed_rates():
             assert given["half_width"] > 0
             if one["seeds"] == 2:
                 assert every["percent"] == given["verdicts"]["percent"] == 0
-                assert (
-                    given["interval_excludes_zero"]["percent"]
-                    <= 5 + 3 * given["interval_excludes_zero"]["standard_error"]
-                )
+                apart = given["interval_excludes_zero"]
+                assert apart["percent"] <= 5 + 3 * apart["standard_error"]

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import studies
-from studies import lab
 
 from ablations.epochs import epochs
 from ablations.gains import study as gains
@@ -21,6 +19,8 @@ from atdiag.stats.contrasts import Outcomes, estimate
 from atdiag.study import aggregate, chance, judging
 from atdiag.study.claims import Claim
 from atdiag.study.protocol import BASELINE, Series
+from tests import studies
+from tests.studies import lab
 
 IMAGES = 400
 LABELS = np.arange(IMAGES) % 10
@@ -33,7 +33,7 @@ def outcomes(shares, images=IMAGES, seed=0):
     return Outcomes({i: rng.permutation(one) for i, one in correct.items()}, np.arange(images, dtype=np.int32) // 2)
 
 
-def finish(study, store, shares, labels=LABELS, predicted=10):
+def finish(study, store, shares, labels=LABELS, predicted=None):
     """Made-up runs: what share of the images each seed of an arm gets right; the rest is said to be the next class."""
     rng = np.random.default_rng(0)
     for arm in filter(None, [*study.arms, study.reference]):
@@ -43,13 +43,8 @@ def finish(study, store, shares, labels=LABELS, predicted=10):
             n = len(labels)
             right = rng.permutation(np.arange(n) < round(share * n))
             said = np.where(right, labels, (labels + 1) % 10).astype(np.int32)
-            said = (
-                said
-                if isinstance(predicted, int)
-                else np.full(n, predicted[arm.name], np.int32)
-                if arm.name in predicted
-                else said
-            )
+            if arm.name in (predicted or {}):
+                said = np.full(n, predicted[arm.name], np.int32)
             run, buffer = store.create(spec), io.BytesIO()
             np.savez(buffer, prediction=said, label=labels.astype(np.int32), cluster=np.arange(n, dtype=np.int32) // 2)
             run.write("predictions.npz", buffer.getvalue())
@@ -93,7 +88,7 @@ def test_the_lower_limit_is_the_intervals():
     assert chance.footing(two, LABELS, None).low == min(alone)
 
 
-@pytest.mark.parametrize(("share", "undertrained"), [(0.13, True), (0.17, True), (0.22, True), (0.30, False)])
+@pytest.mark.parametrize(("share", "undertrained"), [(0.13, True), (0.17, True), (0.2, True), (0.30, False)])
 def test_thirteen_to_seventeen_per_cent_of_ten_classes_are_chance(share, undertrained):
     assert chance.footing(outcomes([share] * 3), LABELS, 80.0).undertrained == undertrained
 

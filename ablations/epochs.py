@@ -50,6 +50,7 @@ def epochs(
             where=f"{length} epochs",
             options={"epochs": str(length)},
             claims=claims.of("epochs"),
+            short_on_purpose=length < max(lengths),
         )
         for length in sorted(set(lengths))
     )

@@ -106,7 +106,7 @@ def _part(report: Report, end: str, count: int, depth: int) -> str:
     name = _name(end, count, depth)
     said = verb_phrase(report.row(name).contrast_or_raise(), "helps", "hurts")
     against = report.contrasts.get(f"{name} minus {_name(end, depth, depth)}")
-    if against is None or against.seeds == 1:
+    if against is None or not against.decides:
         return said
     return f"{said}, and " + verb_phrase(
         against, "is better than all", "is worse than all", "can't be told apart from all"

@@ -82,6 +82,8 @@ def matched(reports: Sequence[Report]) -> Judged:
     By seed: head by head, minus the scratch student's divergence with its heads matched; corrected for the number of
     teachers (Holm).
     """
+    from atdiag.stats.contrasts import FEWEST_SEEDS
+
     claim = claims.stated("match", "the students match")
     asked = {i: (by_seed(r, PASSED, HEAD_BY_HEAD), by_seed(r, BASELINE, HEADS_MATCHED)) for i, r in enumerate(reports)}
     asked = {i: both for i, both in asked.items() if all(both)}
@@ -89,8 +91,9 @@ def matched(reports: Sequence[Report]) -> Judged:
         return Judged(claim, "not testable here", "", note=f"{PASSED} is not among the methods: no maps were measured")
     found = {i: gap(*both) for i, both in asked.items()}
     gaps = {i: one for i, one in found.items() if one is not None}
-    if len(gaps) < len(found):
-        return Judged(claim, "undecided", "", seeds=1, note="one seed says nothing about other seeds")
+    least = min(one.seeds if one else 1 for one in found.values())
+    if least < FEWEST_SEEDS:
+        return Judged(claim, "undecided", "", seeds=least, note=_too_few(least))
     clear = _clear(gaps)
     closer = sum(gaps[i].value < 0 for i in clear)
     against = len(clear) - closer
@@ -100,7 +103,7 @@ def matched(reports: Sequence[Report]) -> Judged:
         claim,
         word,
         f"{_bits(list(gaps.values()))}, {closer} of {len(gaps)} clearly closer",
-        seeds=min(one.seeds for one in gaps.values()),
+        seeds=least,
         note=f"not clear: {', '.join(open_)}" if open_ else "",
     )
 
@@ -113,6 +116,7 @@ def usable(reports: Sequence[Report]) -> Judged:
     not hold if a worse match clearly goes with a smaller gain; everything else is undecided.
     """
     from atdiag.stats.association import spearman
+    from atdiag.stats.contrasts import FEWEST_SEEDS
 
     claim = claims.stated("match", "matching is not the issue")
     seeds = {i: by_seed(r, PASSED, HEAD_BY_HEAD) for i, r in enumerate(reports)}
@@ -124,8 +128,8 @@ def usable(reports: Sequence[Report]) -> Judged:
     ranks = spearman(list(jsd.values()), [one.value for one in effects.values()])
     least = min(one.seeds for one in effects.values())
     ours = f"rank correlation of divergence and gain {ranks.rho:+.2f}, p = {ranks.p:.2g}, {count} teachers"
-    if least < 2:
-        return Judged(claim, "undecided", ours, seeds=least, note="one seed decides no outcome")
+    if least < FEWEST_SEEDS:
+        return Judged(claim, "undecided", ours, seeds=least, note=_too_few(least))
     if ranks.least >= _LEVEL:
         why = f"with {count} teachers no correlation can reach p < {ranks.least:.2g}"
         return Judged(claim, "not testable here", ours, seeds=least, note=why)
@@ -150,6 +154,10 @@ def _clear(gaps: Mapping[Key, Gap], among: int = 0) -> list[Key]:
     rest = [1.0] * (among - len(gaps))
     adjusted = holm([*(one.p for one in gaps.values()), *rest])
     return [key for key, p in zip(gaps, adjusted, strict=False) if p < _LEVEL]
+
+
+def _too_few(seeds: int) -> str:
+    return f"{'one seed says' if seeds == 1 else 'two seeds say'} too little of other seeds: give --seeds 3"
 
 
 def _bits(gaps: Sequence[Gap]) -> str:

@@ -16,7 +16,7 @@ from atdiag.core.errors import UserError
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, Contrast, Report, Study
 from atdiag.study.registry import ablation
-from atdiag.study.verdicts import effect, verb_phrase
+from atdiag.study.verdicts import effect, no_verdict, verb_phrase
 
 OF_INTEREST = "rescue: (native + transfer - native) - (standard + transfer - scratch)"
 
@@ -87,8 +87,8 @@ def rescue(
 def _said(report: Report, plain: str) -> str:
     """Describe the difference of differences; only a transfer that does not help can be rescued."""
     estimate, standard = report.contrasts[OF_INTEREST], report.row(plain).contrast_or_raise()
-    if estimate.seeds < 2:
-        return "(undecided with one seed)"
+    if why := no_verdict(estimate):
+        return f"(undecided {why})"
     if not estimate.clear:
         return "(within noise)"
     if standard.clear and standard.value > 0:

@@ -1,6 +1,8 @@
 """Test the statistical protocol: how often it calls an absent effect clear, and whether it finds a real one.
 
     python benchmarks/false_alarms.py --json benchmarks/results/false_alarms.json [--runs DIR]
+    python benchmarks/false_alarms.py --json benchmarks/results/false_alarms_ties.json \\
+        --like benchmarks/results/false_alarms.json
 
 1. How real runs vary: contrasts of finished mini runs, trained first where they are not in DIR. Two arms are the same
    condition where they differ in nothing but the model seeds. An arm's runs are paired by their *data* seed, as in
@@ -12,6 +14,11 @@
    with three data seeds of its own, so the pairs are independent given the test images. Beside them, studies drawn
    from the same runs (three of the data seeds, each with its two runs in either order): more precise and not
    independent of one another.
+
+With ``--like`` nothing is trained; from the moments in that file it is simulated how often 2, 3 and 5 seeds give a
+false alarm, in all studies and, as a diagnostic, in those whose seeds tie to the last image. A rate given a tie is no
+error rate of the protocol: it may be above 5 % where that of all studies is not. It says what a reader of tied seeds
+should think of their narrow interval.
 """
 
 from __future__ import annotations
@@ -34,7 +41,7 @@ from atdiag.core.runs import Store
 from atdiag.core.spec import RunSpec, Seed
 from atdiag.execution import plan, run
 from atdiag.stats.contrasts import Estimate, Outcomes, equivalent, estimate, holm, seeds_needed
-from atdiag.stats.simulation import Moments, Population, moments
+from atdiag.stats.simulation import Moments, Population, moments, tied
 from atdiag.study.builder import Lab
 from atdiag.study.settings import resolve
 from atdiag.training.provenance import environment
@@ -45,6 +52,12 @@ SHORT = ("recipe.epochs=2", "data.train=1600", "data.clutter=3")
 OTHER = 1000
 """Offset that turns a model seed into another one: no experiment has as many seeds."""
 SEEDS = 3
+SEVERAL = (2, 3, 5)
+"""Numbers of seeds whose false alarms are compared."""
+POOL = 300
+"""Seeds of a study of which some tie."""
+SMALL = 50
+"""Clusters of a small test set, of 200 images."""
 SAME = "same condition"
 DIFFERENCE = {"a": 1.0, "b": -1.0}
 Draw = Callable[[float, int], Estimate]
@@ -228,6 +241,53 @@ def real(store: Store, pairs: int, studies: int, bar: Progress) -> tuple[dict[st
     }, vary({"a": a, "b": b}, SAME)
 
 
+# --- given a tie -----------------------------------------------------------------------------------------------------
+
+
+def by_seeds(like: Moments, clusters: int, studies: int, pools: int, bar: Progress, title: str) -> list[dict[str, Any]]:
+    """Count false alarms by number of seeds, in all studies and in those whose seeds tie, on a test set of some size."""
+    population, rng = replace(Population.like(like), clusters=clusters), np.random.default_rng(2026)
+    accuracies = dict.fromkeys("ab", like.accuracy)
+    task = bar.add_task(f"ties: {title}, {clusters} clusters", total=pools + len(SEVERAL) * studies)
+    given: dict[int, list[tuple[int, Estimate]]] = {seeds: [] for seeds in SEVERAL}
+    for _ in range(pools):
+        study = population.study(rng, accuracies, POOL)
+        for seeds, found in given.items():
+            chosen, sets = tied(study, seeds, rng)
+            if sets:
+                found.append((sets, estimate(chosen, DIFFERENCE)))
+        bar.advance(task)
+    out = []
+    for seeds, found in given.items():
+        every = []
+        for _ in range(studies):
+            every.append(estimate(population.study(rng, accuracies, seeds), DIFFERENCE))
+            bar.advance(task)
+        out.append(
+            {
+                "seeds": seeds,
+                "images": clusters * population.per_cluster,
+                "interval_excludes_zero": rate(e.p < 0.05 for e in every),
+                "verdicts": rate(e.clear for e in every),
+                "given_a_tie": {
+                    "interval_excludes_zero": weighted([(sets, e.p < 0.05) for sets, e in found]),
+                    "verdicts": weighted([(sets, e.clear) for sets, e in found]),
+                    "half_width": sum(sets * (e.high - e.value) for sets, e in found) / sum(sets for sets, _ in found),
+                },
+            }
+        )
+    return out
+
+
+def weighted(hits: Sequence[tuple[int, bool]]) -> dict[str, Any]:
+    """Return a weighted share in per cent, and the standard error of such a ratio of sums (Cochran 1977, ch. 6)."""
+    weights, hit = (np.array(column, float) for column in zip(*hits, strict=True))
+    weights /= weights.sum()
+    share = float(weights @ hit)
+    error = sqrt(float(np.square(weights * (hit - share)).sum()))
+    return {"percent": 100 * share, "standard_error": 100 * error, "studies": len(hits)}
+
+
 def main() -> None:
     """Measure, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -236,8 +296,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8, help="of the runs whose variation is measured")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where finished runs are, and new ones go")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--like", type=Path, metavar="FILE", help="results whose moments are simulated; trains nothing")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.like:
+        write_ties(asked)
+        return
     store = Store(asked.runs)
     with Progress(transient=True) as bar:
         found = variation(store, asked.seeds, bar)
@@ -258,12 +322,49 @@ def main() -> None:
         asked.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def write_ties(asked: argparse.Namespace) -> None:
+    """Simulate by number of seeds and given a tie from the moments of earlier results; print, and write JSON."""
+    before = {
+        title: Moments(**one["moments"]) for title, one in json.loads(asked.like.read_text())["simulated"].items()
+    }
+    pools = asked.studies // 4
+    with Progress(transient=True) as bar:
+        settings = {
+            title: [
+                each
+                for clusters in (like.clusters, SMALL)
+                for each in by_seeds(like, clusters, asked.studies, pools, bar, title)
+            ]
+            for title, like in before.items()
+        }
+    document = {
+        "benchmark": "false_alarms, given a tie",
+        "machine": environment(torch.device("cpu")),
+        "like": asked.like.name,
+        "pool": POOL,
+        "by_seeds": settings,
+    }
+    for title, found in settings.items():
+        print(title)
+        for each in found:
+            tie = each["given_a_tie"]
+            print(
+                f"  {each['seeds']} seeds, {each['images']:4} images: interval excludes zero in "
+                f"{said(each['interval_excludes_zero'])}, verdict in {said(each['verdicts'])}; given a tie "
+                f"{said(tie['interval_excludes_zero'])} and {said(tie['verdicts'])} "
+                f"(+-{tie['half_width']:.1f} points)"
+            )
+    if asked.json:
+        asked.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def said(one: dict[str, Any]) -> str:
+    """Format a rate with its standard error."""
+    return f"{one['percent']:.1f} +- {one['standard_error']:.1f} %"
+
+
 def show(document: dict[str, Any]) -> None:
-    """Print the figures as lines."""
-
-    def said(one: dict[str, Any]) -> str:
-        return f"{one['percent']:.1f} +- {one['standard_error']:.1f} %"
-
+    """Print the figures, in lines."""
     for title, one in document["simulated"].items():
         components = ", ".join(f"{one['moments'][n]:.3g}" for n in ("var_seed", "var_cluster", "var_residual"))
         print(f"{title} (seed, cluster, residual: {components})")

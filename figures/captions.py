@@ -28,6 +28,7 @@ def caption(shown: Report | Reading, width: float = style.COLUMN) -> str:
     own += [f"{name}={value}" for name, value in sorted(first.overrides.items())]
     most = round(_CHARACTERS * width)
     head = [first.study.ablation, _subject(reports), *covers.split(", ")]
+    own += [f"undertrained, nothing can be said: {one.study.label}" for one in reports if one.undertrained]
     return "\n".join([*_lines(head, most), *_lines(own, most)])
 
 

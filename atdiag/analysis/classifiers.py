@@ -1,19 +1,22 @@
 """Three classifiers on fixed features: linear, nearest neighbours, nearest class mean.
 
-Each agrees with its scikit-learn counterpart on the same features (``LogisticRegression``, ``KNeighborsClassifier``,
-``NearestCentroid``). They are written in torch to run on the features' device and to warm-start a path of penalties.
-Shapes: n training images, m test images, D features, K classes.
+Each is scikit-learn's of the same name on the same features (``LogisticRegression``, ``KNeighborsClassifier``,
+``NearestCentroid``), written in torch so that it runs where the features are and fits a path of penalties from one
+another. Scaling and splitting are scikit-learn's own. Shapes: n training images, m test images, D features, K classes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedShuffleSplit
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from atdiag.core import randomness
@@ -23,7 +26,10 @@ PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 """Penalties that the linear probe chooses from, strong to weak: see :func:`fit_linear`."""
 
 HELD_OUT = 0.2
-"""Share of the training images held out to choose the penalty."""
+"""The share of the training images on which the regularisation is chosen; more where that is fewer than classes."""
+
+FIXED_C = 1.0
+"""scikit-learn's default ``C``: the penalty is ``1 / (FIXED_C * n)`` where no images can be held out to choose it."""
 
 NEIGHBOURS = 20
 """Number of neighbours, as in DINO's evaluation (Caron et al. 2021; votes are weighted there)."""
@@ -31,11 +37,8 @@ NEIGHBOURS = 20
 _SMALL = 2**20
 """Number of feature values up to which one thread is faster than several."""
 
-_PATH_TOLERANCE = 1e-3
-"""Tolerance on the path of penalties: a tighter one takes twice as long and chooses the same penalty, up to noise."""
-
-_PATIENCE = 2
-"""Stop the path after this many penalties in a row that do not improve on the best."""
+_PATH_TOLERANCE = 1e-4
+"""On the path of penalties, as in scikit-learn: at 1e-3 a fit of many classes is not yet what it becomes."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,13 @@ class Linear:
 def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
     """Standardise all tensors, feature by feature, by the mean and standard deviation over the training images.
 
-    A feature that is constant over them is only centred (as in scikit-learn's ``StandardScaler``).
+    By scikit-learn's ``StandardScaler``: a feature that is constant there is only centred. A spread of nothing but the
+    features' own rounding counts as constant, too.
     """
-    wide = train.to(_wide(train))
-    mean, std = wide.mean(0), wide.std(0, correction=0)
-    std = torch.where(std > 10 * torch.finfo(train.dtype).eps * mean.abs().clamp_min(1e-30), std, torch.ones_like(std))
-    return [(x.to(wide) - mean) / std for x in (train, *others)]
+    scaler = StandardScaler().fit(_array(train))
+    rounding = 10 * torch.finfo(train.dtype).eps * np.abs(scaler.mean_).clip(1e-30)
+    scaler.scale_[np.sqrt(scaler.var_) <= rounding] = 1.0
+    return [torch.from_numpy(scaler.transform(_array(x))).to(_wide(x)).to(x.device) for x in (train, *others)]
 
 
 def fit_linear(
@@ -108,44 +112,48 @@ def fit_linear(
 
 
 def choose_linear(
-    x: Tensor, y: Tensor, classes: int, held_out: Tensor, penalties: Sequence[float] = PENALTIES
+    x: Tensor, y: Tensor, classes: int, held_out: Tensor | None, penalties: Sequence[float] = PENALTIES
 ) -> Linear:
     """Return the linear probe with the best penalty on the held-out training images, refitted on all of them.
 
-    held_out: bool [n]. Penalties are tried from strong to weak, each warm-started from the last, until two in a row do
-    not improve on the best; ties go to the stronger. No test image is used.
+    held_out: bool [n]; None: the penalty is that of scikit-learn's default ``C``, whatever ``penalties`` says. All
+    penalties are tried, from strong to weak, each from the last one's solution; of equally good ones the strongest is
+    taken. The last fit has the same ``C``, so a penalty per image that is smaller as its images are more: all this is
+    scikit-learn's ``LogisticRegressionCV`` on the same split. Nothing of a test set is seen.
     """
-    best, found, since = -1.0, penalties[0], 0
+    if held_out is None:
+        return fit_linear(x, y, classes, 1 / (FIXED_C * len(x)))
+    best, found = -1.0, penalties[0]
     fitted: Linear | None = None
     kept: Linear | None = None
     for penalty in sorted(penalties, reverse=True):
         fitted = fit_linear(x[~held_out], y[~held_out], classes, penalty, fitted, _PATH_TOLERANCE)
         score = float((fitted(x[held_out]) == y[held_out]).double().mean())
         if score > best:
-            best, found, since, kept = score, penalty, 0, fitted
-        else:
-            since += 1
-            if since == _PATIENCE:
-                break
-    return fit_linear(x, y, classes, found, kept)
+            best, found, kept = score, penalty, fitted
+    return fit_linear(x, y, classes, found * int((~held_out).sum()) / len(x), kept)
 
 
-def hold_out(clusters: NDArray[np.int64], share: float = HELD_OUT) -> NDArray[np.bool_]:
-    """Return which training images are held out: bool [n], about a share of them, whole clusters, always the same ones.
+def hold_out(
+    clusters: NDArray[np.int64], labels: NDArray[np.int64], share: float = HELD_OUT
+) -> NDArray[np.bool_] | None:
+    """Which training images are held out: bool [n], whole clusters, each class in proportion; the same every time.
 
-    Raises UserError if there are too few images.
+    A cluster counts as of the class of its first image. At least as many clusters as there are classes are held out.
+    None where a class has one cluster only, so that nothing of it is left to fit to, or to choose by.
     """
-    _, index, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
-    order = randomness.generator(0, "probe/held-out", len(sizes)).permutation(len(sizes))
-    before = np.cumsum(sizes[order]) - sizes[order]
-    chosen = np.zeros(len(sizes), np.bool_)
-    chosen[order[before < share * len(clusters)]] = True
-    chosen[order[-1]] = False  # keep at least one cluster for fitting
+    _, first, index = np.unique(clusters, return_index=True, return_inverse=True)
+    of_cluster = labels[first]
+    classes, sizes = np.unique(of_cluster, return_counts=True)
+    if len(classes) < len(np.unique(labels)) or sizes.min() < 2:
+        return None
+    seed = int(randomness.generator(0, "probe/held-out", len(first)).integers(2**32))
+    count = max(math.ceil(share * len(first)), len(classes))
+    split = StratifiedShuffleSplit(n_splits=1, test_size=count, random_state=seed)
+    _, held = next(split.split(of_cluster[:, None], of_cluster))
+    chosen = np.zeros(len(first), np.bool_)
+    chosen[held] = True
     out: NDArray[np.bool_] = chosen[index]
-    if not out.any():
-        raise UserError(
-            f"{len(clusters)} training images are too few to hold some of them out", "give more with `train`"
-        )
     return out
 
 
@@ -188,6 +196,10 @@ def _threads(x: Tensor) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _array(x: Tensor) -> NDArray[np.float64]:
+    return x.detach().cpu().double().numpy()
 
 
 def _wide(like: Tensor) -> torch.dtype:

@@ -83,7 +83,9 @@ class Probed:
     correct: Mapping[tuple[Probe, Tokens | Literal[""]], NDArray[np.bool_]]
     """(probe, tokens) -> which predictions are correct, [L, n]; the early exit is ("head", "")."""
     penalties: Mapping[Tokens, NDArray[np.float64]]
-    """The chosen penalty of the linear probe by tokens, [L]."""
+    """The linear probe's regularisation by tokens, [L]."""
+    held_out: int
+    """Training images on which it was chosen; 0: a class had a single one, and it is fixed."""
     neighbours: int
     clusters: NDArray[np.int64]
     """Cluster of each test image, [n]: images in the same cluster are not independent."""
@@ -251,7 +253,7 @@ def probe(
     labels, truth = train.labels[kept], test.labels[tested]
     clusters = np.arange(len(test)) if test.clusters is None else test.clusters
     groups = np.arange(len(train)) if train.clusters is None else train.clusters
-    held_out = classifiers.hold_out(groups[kept])
+    held_out = classifiers.hold_out(groups[kept], labels)
     out = []
     for subject, one, other in zip(subjects, shown, asked, strict=True):
         known = tracing.request(subject, (), layers).layers
@@ -276,6 +278,7 @@ def probe(
                 len(kept),
                 correct,
                 chosen,
+                0 if held_out is None else int(held_out.sum()),
                 neighbours,
                 clusters[tested],
                 itself,
@@ -287,7 +290,7 @@ def probe(
 def _fitted(
     train: Tensor,
     labels: NDArray[np.int64],
-    held_out: NDArray[np.bool_],
+    held_out: NDArray[np.bool_] | None,
     test: Tensor,
     neighbours: int,
     penalties: Sequence[float],
@@ -296,7 +299,8 @@ def _fitted(
     x, z = classifiers.standardise(train, test)
     y = torch.from_numpy(labels).to(x.device)
     classes = int(labels.max()) + 1
-    linear = classifiers.choose_linear(x, y, classes, torch.from_numpy(held_out).to(x.device), penalties)
+    held = None if held_out is None else torch.from_numpy(held_out).to(x.device)
+    linear = classifiers.choose_linear(x, y, classes, held, penalties)
     said = [
         linear(z),
         classifiers.neighbours(x, y, z, classes, neighbours),

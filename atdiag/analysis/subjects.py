@@ -15,6 +15,7 @@ from atdiag.core.errors import UserError, suggest
 from atdiag.core.resources import small_file
 from atdiag.core.runs import DamagedRunError, Run
 from atdiag.core.spec import Data, Network, RunSpec, Teacher, Transfer
+from atdiag.data import sources as data_sets
 from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.registry import teachers
@@ -163,7 +164,7 @@ def find_all(
     if runs and runs[0].data is not None and not asked:
         data = runs[0].data
     elif runs and "data.image_size" not in asked:
-        data = sources.find(data).resized(data, runs[0].network.image_size)
+        data = data_sets.find(data).resized(data, runs[0].network.image_size)
     found |= {one: find(one, profile, data, store) for one in references if one not in found}
     return [found[one] for one in references], data
 

@@ -107,10 +107,11 @@ def probe(
 ) -> None:
     """Probe every layer's tokens for the classes, and apply the trained head to every layer.
 
-    A linear probe (its regularisation chosen on a held-out part of the training images), nearest neighbours by cosine,
+    A linear probe (its regularisation chosen on a held-out part of the training images, where each class has two or
+    more), nearest neighbours by cosine,
     and nearest class means, on class token, mean patch token, and both.
     """
-    from atdiag.analysis import classifiers, probing
+    from atdiag.analysis import probing
     from atdiag.core.errors import UserError
     from atdiag.reports import writers
     from atdiag.study import depth
@@ -129,7 +130,8 @@ def probe(
     count = min(data_set.train, 20_000) if train is None else train
     fitted = probing.training_pictures(data_set, session.subjects[0].network, count, given.skip_bad)
     with watched(training_images=fitted, test_images=pictures):
-        found = iter(probing.probe(session.subjects, fitted, pictures, asked, neighbours))
+        probed = probing.probe(session.subjects, fitted, pictures, asked, neighbours)
+    held_out, found = probed[0].held_out, iter(probed)
     groups = {name: [next(found) for _ in range(count)] for name, count in names}
     frame = depth.frame(groups)
     document = {
@@ -145,6 +147,7 @@ def probe(
         "images": int(frame.images.iloc[0]),
         "left_out": list(pictures.skipped),
         "neighbours": neighbours,
+        "regularisation": {"fixed": held_out == 0, "held_out": held_out, "stratified": held_out > 0},
         "rows": json.loads(frame.to_json(orient="records")),
     }
 
@@ -168,13 +171,26 @@ def probe(
         {"": depth_of, "-all": grid},
     )
     notes = [
-        f"fitted to {document['train']} training images of {data_set.name}, regularisation chosen on "
-        f"{100 * classifiers.HELD_OUT:.0f} % of them; measured on {shown_on(pictures)}",
+        f"fitted to {document['train']} training images of {data_set.name}, {_regularised(held_out)}; "
+        f"measured on {shown_on(pictures)}",
         f"nearest neighbours: {neighbours}, cosine, majority; 95 % intervals over test images, and seeds where there "
         "are several",
     ]
     notes += left_out(fitted, "training images")
     session.tell(_probe_tables(frame), notes, written, document, pictures)
+
+
+def _regularised(held_out: int) -> str:
+    """How the linear probe's regularisation was found."""
+    from atdiag.analysis import classifiers
+
+    if held_out:
+        return f"regularisation chosen on {held_out} of them, each class in proportion"
+    return (
+        "regularisation fixed (C = "
+        f"{classifiers.FIXED_C:g}, scikit-learn's default): a class with a single image (or source of images) leaves "
+        "nothing to choose it on"
+    )
 
 
 def _probe_tables(frame: pd.DataFrame) -> list[Table]:

@@ -86,6 +86,7 @@ def _study(report: Report) -> dict[str, Any]:
                 **_numbers(row.contrast, "contrast"),
                 "seeds": row.seeds,
                 **row.numbers,
+                "classes_predicted": list(row.classes),
                 "runs": list(row.runs),
             }
             for row in report.rows
@@ -94,7 +95,21 @@ def _study(report: Report) -> dict[str, Any]:
         "contrasts": [
             {"contrast": name, **_numbers(e, "value"), "seeds": e.seeds} for name, e in report.contrasts.items()
         ],
+        "chance": _footing(report),
         "verdict": report.verdict,
+    }
+
+
+def _footing(report: Report) -> dict[str, float | bool] | None:
+    """Chance, the lower limit of the baseline's accuracy and what it has to reach, in per cent; None: not known."""
+    if (stands := report.footing) is None:
+        return None
+    return {
+        "top1": stands.chance,
+        "baseline_low": stands.low,
+        "needed": stands.needed,
+        "undertrained": report.undertrained,
+        "short_on_purpose": report.study.short_on_purpose,
     }
 
 

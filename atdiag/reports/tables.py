@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from atdiag.data import sources
+from atdiag.study import chance
 from atdiag.study.claims import Judged
 from atdiag.study.protocol import ArmResult, Reading, Report, Series
 
@@ -92,7 +93,9 @@ def interval(estimate: Estimate) -> str:
 
 
 def probability(estimate: Estimate) -> str:
-    """Format the corrected p-value; empty for a contrast from one seed."""
+    """Return the corrected p-value; nothing for a contrast from one or two seeds; a word where no verdict can be given."""
+    if estimate.undertrained:
+        return "undertrained"
     p = estimate.adjusted
     return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
@@ -297,7 +300,7 @@ def notes(reading: Reading) -> list[str]:
     """Return the notes that a reader needs beside the numbers."""
     reports, first = reading.reports, reading.reports[0]
     out = [*reading.series.notes, *(note for report in reports for note in report.study.notes)]
-    out += [f"{report.study.teacher.label}: {note}." for report in reports for note in report.weights]
+    out += [note for report in reports for note in chance.notes(report)]
     out += [
         f"The teacher's weights without a place in the student, dropped: {', '.join(names)}."
         for report in reports
@@ -330,14 +333,17 @@ def _corrected(reading: Reading) -> str:
 
 
 def _power(reading: Reading) -> list[str]:
-    """Estimate how many seeds would settle the undecided contrasts, if the effects are as estimated."""
-    from atdiag.stats.contrasts import seeds_needed
+    """How many seeds would settle what is undecided, were the effects as estimated."""
+    from atdiag.stats.contrasts import FEWEST_SEEDS, seeds_needed
 
+    least = min(e.seeds for report in reading.reports for _, e in report.estimates)
+    few = f"Verdicts begin at three seeds, and here {'is one' if least == 1 else 'are two'}: --seeds 3 trains the rest."
+    begin = [few] if least < FEWEST_SEEDS else []
     open_ = [
         (" ".join(filter(None, (report.study.label if len(reading.reports) > 1 else "", name))), estimate)
         for report in reading.reports
         for name, estimate in report.estimates
-        if estimate.seeds > 1 and not estimate.clear and estimate.within is None
+        if estimate.seeds > 1 and not (estimate.clear or estimate.undertrained) and estimate.within is None
     ]
     said = []
     for name, estimate in open_:
@@ -346,7 +352,5 @@ def _power(reading: Reading) -> list[str]:
         needed = seeds_needed(strict)
         said.append(f"{name}: {'more than 1,000' if needed is None else f'about {needed}'}")
     if not said:
-        return []
-    return [
-        f"Seeds needed to settle what is undecided if the effects are as estimated (80 % power): {'; '.join(said)}."
-    ]
+        return begin
+    return [*begin, f"Seeds that would settle what is undecided, were it as estimated (80 % power): {'; '.join(said)}."]

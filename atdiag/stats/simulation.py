@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import comb, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,6 +153,27 @@ class Population:
             name: Outcomes(dict(enumerate(right)), ids)
             for name, right in zip(accuracies, latent > -thresholds, strict=True)
         }
+
+
+def tied(study: Mapping[str, Outcomes], seeds: int, rng: np.random.Generator) -> tuple[dict[str, Outcomes], int]:
+    """From a study of two arms with many seeds: one of its sets of ``seeds`` seeds that tie, each equally likely, and
+    how many such sets there are (none: the arms have no seeds).
+
+    Seeds tie where the first arm has as many right answers more than the second. Averaged with the numbers of sets as
+    weights, what such sets show is the expectation given a tie, which is too rare to wait for.
+    """
+    one, other = study.values()
+    common = list(one.correct)
+    lead = np.array([int(one.correct[seed].sum()) - int(other.correct[seed].sum()) for seed in common])
+    values, counts = np.unique(lead, return_counts=True)
+    sets = [comb(int(count), seeds) for count in counts]
+    chosen: list[int] = []
+    if total := sum(sets):
+        value = rng.choice(values, p=np.array(sets) / total)
+        chosen = rng.choice(np.flatnonzero(lead == value), seeds, replace=False).tolist()
+    return {
+        name: Outcomes({common[i]: arm.correct[common[i]] for i in chosen}, arm.clusters) for name, arm in study.items()
+    }, total
 
 
 def _covariance(p: float, rho: float) -> float:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from atdiag.core.runs import Run, Store
 from atdiag.data import testsets
-from atdiag.study import judging
+from atdiag.study import chance, judging
+from atdiag.study.claims import Judged
 from atdiag.study.protocol import Arm, ArmResult, Measurement, Reading, Report, Series, Study
 from atdiag.study.settings import Settings
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from atdiag.stats.contrasts import Estimate, Outcomes
 
 
@@ -27,9 +31,17 @@ def read(series: Series, settings: Settings, store: Store, equivalence: float | 
     reports = tuple(_concluded(report) for report in measured)
     judged = tuple(judging.judge_claim(claim, reports) for claim in series.claims)
     if series.findings is not None:
-        judged += tuple(series.findings(reports))
+        judged += _findings(series.findings, reports)
     together = series.verdict(reports) if series.verdict is not None else " ".join(r.verdict for r in reports)
-    return Reading(series, reports, judged, together)
+    unsaid = [one.verdict for one in reports if one.undertrained and one.verdict not in together]
+    return Reading(series, reports, judged, " ".join([together, *unsaid]))
+
+
+def _findings(find: Callable[[Sequence[Report]], Sequence[Judged]], reports: Sequence[Report]) -> tuple[Judged, ...]:
+    """Verdicts on claims from the studies whose baselines are trained enough."""
+    if trained := [report for report in reports if not report.undertrained]:
+        return tuple(find(trained))
+    return tuple(Judged(one.claim, "not testable here", "", note=chance.UNDERTRAINED) for one in find(reports))
 
 
 def report(study: Study, settings: Settings, store: Store) -> Report:
@@ -40,33 +52,28 @@ def report(study: Study, settings: Settings, store: Store) -> Report:
 def corrected(reports: Iterable[Report], equivalence: float | None = None) -> list[Report]:
     """Correct every contrast's p-value for the number of contrasts in all reports (Holm 1979).
 
-    A contrast from one seed decides nothing and is left out. The same contrast of the same runs, as when two teachers
-    share an arm, counts once.
+    A contrast that may have no verdict (fewer than three seeds, an undertrained baseline) is left out. The same
+    contrast of the same runs, as when two teachers share an arm, counts once.
     """
     from atdiag.stats.contrasts import equivalent, holm
 
     reports = list(reports)
-    alone = {report.made_of(name): e for report in reports for name, e in report.estimates if e.seeds > 1}
+    alone = {report.made_of(name): e for report in reports for name, e in report.estimates if e.decides}
     adjusted = dict(zip(alone, holm([e.p for e in alone.values()]), strict=True))
 
-    def read_among(report: Report, name: str, estimate: Estimate) -> Estimate:
-        within = equivalence if equivalence is not None and equivalent(estimate, equivalence) else None
-        return replace(estimate, adjusted=adjusted.get(report.made_of(name)), within=within)
+    def read_among(report: Report) -> Report:
+        def read(name: str, estimate: Estimate) -> Estimate:
+            within = equivalence if equivalence is not None and equivalent(estimate, equivalence) else None
+            return replace(estimate, adjusted=adjusted.get(report.made_of(name)), within=within)
 
-    return [
-        replace(
-            report,
-            rows=tuple(
-                row if row.contrast is None else replace(row, contrast=read_among(report, row.arm, row.contrast))
-                for row in report.rows
-            ),
-            contrasts={name: read_among(report, name, e) for name, e in report.contrasts.items()},
-        )
-        for report in reports
-    ]
+        return _changed(report, read)
+
+    return [read_among(report) for report in reports]
 
 
 def _concluded(report: Report) -> Report:
+    if report.undertrained:
+        return replace(report, verdict=chance.verdict(report))
     return replace(report, verdict=" ".join(filter(None, (report.study.verdict(report), _handicap(report)))))
 
 
@@ -76,25 +83,49 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
 
     if len(versions := {spec.semantics for spec in study.specs}) > 1:
         raise ValueError(f"runs of different semantics can't be compared: {sorted(versions)}")
-    measured = {arm.name: outcomes(arm, store, study.test_set) for arm in study.arms}
+    answers = {arm.name: answered(arm, store, study.test_set) for arm in study.arms}
+    measured = {name: said.outcomes for name, said in answers.items()}
     baseline = study.arms[0].name
     rows = []
     for arm in study.arms:
         versus = None if arm.name == baseline else estimate(measured, {arm.name: 1, baseline: -1})
-        rows.append(_row(arm, measured[arm.name], store, study.measures, versus))
+        rows.append(_row(arm, answers[arm.name], store, study.measures, versus))
     asked = {c.name: estimate(measured, c.weights) for c in study.contrasts}
     reference = None
     if study.reference is not None:
-        said = outcomes(study.reference, store, study.test_set)
+        said = answered(study.reference, store, study.test_set)
         reference = _row(study.reference, said, store, study.measures)
-    origins = [store.run(arm.specs[0]).result().get("weights") for arm in study.arms]
-    weights = tuple(dict.fromkeys(note for origin in origins if (note := _which_weights(origin))))
+    stands = chance.footing(measured[baseline], answers[baseline].labels, reference.top1 if reference else None)
     dropped = {arm.name: names for arm in study.arms if (names := _dropped(store.run(arm.specs[0]).result()))}
-    return Report(study, settings.profile.name, tuple(rows), asked, reference, settings.overrides, dropped, weights)
+    name, overrides = settings.profile.name, settings.overrides
+    found = Report(study, name, tuple(rows), asked, reference, overrides, dropped, footing=stands)
+    return _changed(found, lambda _, one: replace(one, undertrained=True)) if found.undertrained else found
 
 
-def outcomes(arm: Arm, store: Store, test_set: str | None = None) -> Outcomes:
-    """Return an arm's correctness on each image, by seed: on its own test images, or on another test set.
+def _changed(report: Report, change: Callable[[str, Estimate], Estimate]) -> Report:
+    """Return the report with every contrast changed, by name."""
+    return replace(
+        report,
+        rows=tuple(
+            row if row.contrast is None else replace(row, contrast=change(row.arm, row.contrast)) for row in report.rows
+        ),
+        contrasts={name: change(name, one) for name, one in report.contrasts.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an arm's runs said of n test images."""
+
+    outcomes: Outcomes
+    labels: NDArray[np.int32]
+    """[n]."""
+    classes: tuple[int, ...]
+    """How many different classes each run predicts."""
+
+
+def answered(arm: Arm, store: Store, test_set: str | None = None) -> Answers:
+    """Return an arm's per-image outcomes by seed, on its own test images or on another test set.
 
     Raises DamagedRunError for predictions that can't be read or disagree with the run's result, FileNotFoundError for a
     test set that a run was not evaluated on.
@@ -105,27 +136,30 @@ def outcomes(arm: Arm, store: Store, test_set: str | None = None) -> Outcomes:
     from atdiag.training import predictions
 
     correct: dict[tuple[int, int], Any] = {}
-    clusters = np.empty(0, np.int32)
+    label, clusters, classes = np.empty(0, np.int32), np.empty(0, np.int32), []
     for spec in arm.specs:
         run = store.run(spec)
         if test_set is None:
-            right, clusters = predictions.correct(run)
+            prediction, label, clusters = predictions.own(run)
         else:
-            said = predictions.read(run, testsets.find(test_set)).predictions
-            right, clusters = said.prediction == said.label, said.cluster
-        correct[spec.seed.data, spec.seed.model] = right
-    return Outcomes(correct, clusters)
+            there = predictions.read(run, testsets.find(test_set)).predictions
+            prediction, label, clusters = there.prediction, there.label, there.cluster
+        correct[spec.seed.data, spec.seed.model] = prediction == label
+        classes.append(len(np.unique(prediction)))
+    return Answers(Outcomes(correct, clusters), label, tuple(classes))
 
 
 def _row(
-    arm: Arm, said: Outcomes, store: Store, measures: Iterable[Measurement], contrast: Estimate | None = None
+    arm: Arm, said: Answers, store: Store, measures: Iterable[Measurement], contrast: Estimate | None = None
 ) -> ArmResult:
     runs = [Run(store.root / spec.id) for spec in arm.specs]
-    top1 = 100 * sum(float(right.mean()) for right in said.correct.values()) / len(runs)
+    top1 = 100 * sum(float(right.mean()) for right in said.outcomes.correct.values()) / len(runs)
     taken = [{k: v for measure in measures for k, v in measure.numbers(run).items()} for run in runs]
     shared = [name for name in taken[0] if all(name in numbers for numbers in taken)]
     numbers = {name: sum(one[name] for one in taken) / len(taken) for name in shared}
-    return ArmResult(arm.name, top1, len(runs), tuple(run.id for run in runs), contrast, numbers, tuple(taken))
+    return ArmResult(
+        arm.name, top1, len(runs), tuple(run.id for run in runs), contrast, numbers, tuple(taken), said.classes
+    )
 
 
 def _dropped(result: Mapping[str, Any]) -> tuple[str, ...]:

@@ -21,9 +21,10 @@ def frame(arms: Mapping[str, Sequence[Probed]], level: float = 0.95) -> pd.DataF
 
     arms: name -> the runs of one condition (or one network alone), all probed on the same images. Columns: subject,
     layer (-1: the network itself), probe (linear, knn, centroid, head: early exit, itself), tokens (class, patch, both,
-    empty), top1, ci_low, ci_high (clipped to 0 and 100), interval_covers, seeds, images, clusters, train, penalty
-    (geometric mean over seeds). Intervals cover test images and seeds (``contrast``), given the images that the probes
-    were fitted to. Raises ValueError for runs of one arm that were probed in different layers.
+    empty), top1, ci_low, ci_high (cut off at 0 and 100), interval_covers, seeds, images, clusters, train, penalty (the
+    geometric mean over seeds), held_out (training images that it was chosen on; 0: it is fixed). Intervals are of the
+    test images and of seeds (``contrast``), given the images that the probes were fitted to. Raises ValueError for runs
+    of one arm that were probed in different layers.
     """
     import pandas as pd
 
@@ -38,6 +39,7 @@ def frame(arms: Mapping[str, Sequence[Probed]], level: float = 0.95) -> pd.DataF
                 line |= _accuracy([run.correct[probe, tokens][i] for run in runs], first, level)
                 if probe == "linear" and tokens:
                     line["penalty"] = float(np.exp(np.mean([np.log(run.penalties[tokens][i]) for run in runs])))
+                    line["held_out"] = first.held_out
                 lines.append(line)
         own = [run.itself for run in runs if run.itself is not None]
         if len(own) == len(runs):

@@ -1,9 +1,10 @@
 """Judge a claim: *holds*, *does not hold*, *undecided*, *not testable here*.
 
-The verdict depends only on the intervals of the contrasts that the claim names, corrected for the number of contrasts
-tested with them. A claim holds if every one of them is clear of zero in the claimed direction, and does not hold if at
-least one is clear of zero in the other direction or was shown to be equivalent to zero. Everything else is undecided:
-too few seeds are not evidence against a paper.
+It follows from the intervals of the contrasts that the claim names, with the correction for the number of contrasts
+that they were read with, and from nothing else. A claim holds where every one of them is clear of zero in the claimed
+direction, and does not hold where at least one is clear of zero in the other direction or was shown to be equivalent to
+zero. Everything else is undecided: too few seeds are not evidence against a paper. Studies whose baseline is near
+chance are named and not counted (:mod:`atdiag.study.chance`); where there is no other, the claim is not testable here.
 """
 
 from __future__ import annotations
@@ -25,9 +26,13 @@ def judge_claim(claim: Claim, reports: Sequence[Report]) -> Judged:
     found: list[Estimate] = []
     tested: set[str] = set()
     spared: list[str] = []
+    undertrained: list[str] = []
     for report in reports:
         family = teachers.family(report.study.teacher.name)
         if claim.families and family not in claim.families:
+            continue
+        if report.undertrained:
+            undertrained.append(report.study.label)
             continue
         arms = {row.arm: row.contrast for row in report.rows if row.contrast is not None}
         given = _matching(arms, claim.failing)
@@ -42,6 +47,8 @@ def judge_claim(claim: Claim, reports: Sequence[Report]) -> Judged:
     note = f"not tested: {', '.join(missing)}" if missing else ""
     if spared:
         note = f"no failure to reverse: {', '.join(spared)}"
+    if undertrained:
+        note = "; ".join(filter(None, (note, f"undertrained: {', '.join(undertrained)}")))
     if not found:
         return Judged(claim, "not testable here", "", note=note or "no such contrast was measured")
     return Judged(

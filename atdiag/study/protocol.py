@@ -18,6 +18,7 @@ from atdiag.core.spec import RunSpec, Teacher
 if TYPE_CHECKING:
     from atdiag.core.runs import Run
     from atdiag.stats.contrasts import Estimate
+    from atdiag.study.chance import Footing
     from atdiag.study.claims import Claim, Judged
 
 METHODS = ("copy", "distill")
@@ -91,7 +92,9 @@ class Study:
     notes: tuple[str, ...] = ()
     """Notes for readers on how the arms were made."""
     curve: Mapping[str, int] = field(default_factory=dict)
-    """Arm -> its position on the horizontal axis, for a figure with a curve."""
+    """Arm -> its place on the horizontal axis, for a figure that draws one."""
+    short_on_purpose: bool = False
+    """The length of training is what is studied: a baseline near chance is said, and takes no verdict away."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.teacher.label)
@@ -189,7 +192,9 @@ class ArmResult:
     numbers: Mapping[str, float] = field(default_factory=dict)
     """Further measurements, averaged over its runs, by column."""
     by_run: tuple[Mapping[str, float], ...] = ()
-    """The same for each of ``runs``, in their order."""
+    """The same of each of ``runs``, in their order."""
+    classes: tuple[int, ...] = ()
+    """How many different classes each of ``runs`` predicts."""
 
     def contrast_or_raise(self) -> Estimate:
         """Return the contrast with the baseline; raise ValueError for the baseline itself."""
@@ -214,6 +219,13 @@ class Report:
     weights: tuple[str, ...] = ()
     """Which weights of the teacher's file were taken, where it holds several."""
     verdict: str = ""
+    footing: Footing | None = None
+    """How far the baseline is above chance; None: it was not looked at."""
+
+    @property
+    def undertrained(self) -> bool:
+        """Whether the baseline is so near chance that nothing can be said."""
+        return self.footing is not None and self.footing.undertrained and not self.study.short_on_purpose
 
     @property
     def estimates(self) -> list[tuple[str, Estimate]]:

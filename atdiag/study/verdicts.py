@@ -24,14 +24,22 @@ def outcome(estimate: Estimate) -> Outcome:
 def verb_phrase(
     estimate: Estimate, better: str, worse: str, same: str = "can't be told from noise", be: str = "is"
 ) -> str:
-    """Return a verb phrase for an estimate, with its numbers; with one seed always "undecided".
+    """Return a verb phrase for an estimate, with its numbers; "undecided" where it may have no verdict.
 
     An interval that includes zero does not show that there is no effect, so no phrase says that.
     """
-    if estimate.seeds < 2:
-        return f"{be} undecided with one seed ({effect(estimate)}, images only)"
+    if why := no_verdict(estimate):
+        return f"{be} undecided {why} ({effect(estimate)}{', images only' if estimate.seeds == 1 else ''})"
     phrase = same if not estimate.clear else better if estimate.value > 0 else worse
     if estimate.within is not None:
         return f"makes no difference of {estimate.within:g} points ({effect(estimate)}, {estimate.seeds} seeds)"
-    few = ", too few to tell much" if estimate.seeds == 2 and not estimate.clear else ""
-    return f"{phrase} ({effect(estimate)}, {estimate.seeds} seeds{few})"
+    return f"{phrase} ({effect(estimate)}, {estimate.seeds} seeds)"
+
+
+def no_verdict(estimate: Estimate) -> str:
+    """Why an estimate may have no verdict, as it follows "undecided"; empty where it may."""
+    if estimate.decides:
+        return ""
+    if estimate.undertrained:
+        return "beside an undertrained baseline"
+    return f"with {'one seed' if estimate.seeds == 1 else 'two seeds'}"

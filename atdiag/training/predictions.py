@@ -104,7 +104,13 @@ def _check(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
 
 
 def correct(run: Run) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
-    """Return which test images a finished run classified correctly, and the images' clusters, [n] each.
+    """Which of its own test images a finished run got right, and their clusters, [n] each: see :func:`own`."""
+    said, label, clusters = own(run)
+    return said == label, clusters
+
+
+def own(run: Run) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Return a finished run's predictions on its own test images, their labels and clusters, [n] each.
 
     Raises DamagedRunError for predictions that can't be read, were changed, or disagree with the run's result.
     """
@@ -117,10 +123,10 @@ def correct(run: Run) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
         raise DamagedRunError(run.predictions, fault) from None
     if len({array.shape for array in saved.values()}) > 1 or label.ndim != 1 or not len(label):
         raise DamagedRunError(run.predictions, "its parts do not fit each other")
-    right, top1 = said == label, run.result().get("top1")
-    if not isinstance(top1, int | float) or not abs(100 * right.mean() - top1) <= 1e-6:
+    top1 = run.result().get("top1")
+    if not isinstance(top1, int | float) or not abs(100 * (said == label).mean() - top1) <= 1e-6:
         raise DamagedRunError(run.predictions, "it does not agree with result.json")
-    return right, clusters
+    return said, label, clusters
 
 
 def read(run: Run, test_set: TestSet) -> Elsewhere:

@@ -66,7 +66,7 @@ def test_accuracies_are_scikit_learns_on_the_same_features(subject, pictures):
         pixels = some.source.split.pixels
         pixels[:] = 0.3 * pixels + 17 * some.labels[:, None, None, None]
     (found,) = probing.probe([one], train, test, neighbours=5, penalties=(1.0, 0.01))
-    held = classifiers.hold_out(np.arange(160))
+    held = classifiers.hold_out(np.arange(160), train.labels)
     streamed = [streams(one, some).numpy() for some in (train, test)]
     for tokens in ("class", "patch", "both"):
         for layer in range(3):
@@ -81,9 +81,11 @@ def test_accuracies_are_scikit_learns_on_the_same_features(subject, pictures):
                 for penalty in (1.0, 0.01)
             }
             best = max(scores, key=lambda penalty: (scores[penalty], penalty))
-            assert found.penalties[tokens][layer] == best
+            last = best * (~held).mean()  # the same C of more images
+            assert found.penalties[tokens][layer] == pytest.approx(last)
+            assert found.held_out == held.sum() == 32
             for name, model in (
-                ("linear", LogisticRegression(C=1 / (best * 160), tol=1e-8, max_iter=5000)),
+                ("linear", LogisticRegression(C=1 / (last * 160), tol=1e-8, max_iter=5000)),
                 ("knn", KNeighborsClassifier(5, metric="cosine")),
                 ("centroid", NearestCentroid()),
             ):
@@ -93,8 +95,10 @@ def test_accuracies_are_scikit_learns_on_the_same_features(subject, pictures):
                     tokens,
                     layer,
                 )
-                if name != "knn":  # where two neighbours are equally far, rounding says which is nearer
-                    assert found.top1(name, tokens)[layer] == pytest.approx(100 * (said == test.labels).mean())
+                if name != "knn":  # of equally far ones rounding says which is nearer; here it may turn one image of 80
+                    assert found.top1(name, tokens)[layer] == pytest.approx(
+                        100 * (said == test.labels).mean(), abs=1.26
+                    )
     assert found.top1("linear", "both").max() > 40
 
 

@@ -349,7 +349,7 @@ def test_accuracy_over_depth(labels, layers, token):
         right["head", ""] = draw.random((layers, 50)) < 0.5
         penalties = {tokens: np.ones(layers) for tokens in kinds}
         itself = draw.random(50) < 0.5
-        one = Probed(label, "", tuple(range(layers)), 100, right, penalties, 20, np.arange(50), itself)
+        one = Probed(label, "", tuple(range(layers)), 100, right, penalties, 20, 20, np.arange(50), itself)
         arms[label] = [one]
     frame = depths.frame(arms)
     drawn = joined(check(depth.depth(frame)))

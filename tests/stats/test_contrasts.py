@@ -212,8 +212,7 @@ def test_always_finite_and_consistent(arms, weights):
     assert e.low <= e.value <= e.high
     assert 0 <= e.p <= 1
     assert min(e.seeds, e.clusters) - 1 <= e.df + 1e-9 or e.seeds == 1
-    if e.seeds > 1:
-        assert e.clear == (e.p < 0.05)
+    assert e.clear == (e.p < 0.05 and e.seeds > 2)
     wider = e.interval(0.99)
     assert wider[0] <= e.low and e.high <= wider[1]
     np.testing.assert_allclose(e.interval(e.level), (e.low, e.high))
@@ -245,7 +244,7 @@ def test_no_variance_at_all():
     arms = arms_of(np.stack([np.ones((3, 8), bool), np.zeros((3, 8), bool)]), np.arange(8))
     everything, gap = estimate(arms, {"a": 1}), estimate(arms, DIFFERENCE)
     assert (everything.value, everything.low, everything.high) == (100, 100, 100)
-    assert (gap.value, gap.p, gap.clear, seeds_needed(gap)) == (100, 0, True, 2)
+    assert (gap.value, gap.p, gap.clear, seeds_needed(gap)) == (100, 0, True, 3)
 
 
 def test_seeds_that_tie_by_luck_are_not_certainty():

@@ -26,7 +26,7 @@ def test_a_report_is_read_from_run_directories(tmp_path):
     assert (report.reference.top1, report.reference.seeds) == (90.0, 1)
     assert report.dropped["reinit attn"] == ("norm_pre.weight", "blocks.*.attn.x")
     assert "weakness" not in report.verdict
-    assert "(+0.0 points [+0.0, +0.0], 2 seeds, too few to tell much)" in report.verdict
+    assert "is undecided with two seeds (+0.0 points [+0.0, +0.0])" in report.verdict
 
 
 def test_predictions_of_another_run_are_not_taken_for_its_own(tmp_path):

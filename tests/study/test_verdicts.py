@@ -14,7 +14,7 @@ from tests.studies import estimate
         (0.5, 1.0, 3, "can't be told from noise (+0.5 points [-0.5, +1.5], 3 seeds)"),
         (1.0, 1.0, 3, "can't be told from noise (+1.0 points [+0.0, +2.0], 3 seeds)"),
         (30.0, 1.0, 1, "is undecided with one seed (+30.0 points [+29.0, +31.0], images only)"),
-        (0.0, 0.0, 2, "can't be told from noise (+0.0 points [+0.0, +0.0], 2 seeds, too few to tell much)"),
+        (30.0, 1.0, 2, "is undecided with two seeds (+30.0 points [+29.0, +31.0])"),
     ],
 )
 def test_an_estimate_in_words(value, half, seeds, says):

@@ -1,0 +1,121 @@
+"""Whether a baseline was trained enough for contrasts with it to say something: its accuracy beside chance.
+
+Arms near chance differ by little, whatever their transfer is worth, and a small difference between them is no outcome.
+So the lower limit of the baseline's accuracy has to be above chance by ten points, or by a third of the way from chance
+to the teacher where that is less.
+
+*Chance* is the share of the most frequent class among the test labels: the most that can be had without looking at an
+image. Of balanced classes that is one in so many; of unbalanced ones more, and an arm that has learnt nothing but the
+commonest class is then still at chance, although it is right more often than one in so many.
+
+*The lower limit* is that of the interval over seeds and test images. Fewer than three seeds give no such interval that
+is of use (with two it is 13 standard errors wide): it is then the lowest of each seed's own, over images alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from atdiag.data import names
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from atdiag.stats.contrasts import Outcomes
+    from atdiag.study.protocol import ArmResult, Report
+
+MARGIN = 10.0
+"""Points above chance that the baseline needs, or a third of the teacher's where that is less."""
+UNDERTRAINED = "undertrained: nothing can be said"
+"""The verdict on a study whose baseline is near chance."""
+FEW_CLASSES = 2
+"""An arm that predicts so many classes or fewer is named, where there are more."""
+
+
+@dataclass(frozen=True)
+class Footing:
+    """How far a baseline is above chance, in per cent of the test images."""
+
+    chance: float
+    low: float
+    """The lower limit of the baseline's accuracy."""
+    needed: float
+    """What ``low`` has to reach."""
+    classes: int
+    """How many there are among the test labels."""
+
+    @property
+    def undertrained(self) -> bool:
+        """Whether the baseline is too near chance."""
+        return self.low < self.needed
+
+
+def footing(baseline: Outcomes, labels: NDArray[np.integer], teacher: float | None) -> Footing:
+    """How a baseline stands on the test images with these labels [n].
+
+    teacher: its accuracy in per cent, where it is known.
+    """
+    import numpy as np
+
+    from atdiag.stats.contrasts import FEWEST_SEEDS, Outcomes, estimate
+
+    _, counts = np.unique(labels, return_counts=True)
+    chance = 100 * float(counts.max()) / len(labels)
+    margin = MARGIN if teacher is None else max(min(MARGIN, (teacher - chance) / 3), 0.0)
+    together = [baseline]
+    if len(baseline.correct) < FEWEST_SEEDS:
+        together = [Outcomes({seed: right}, baseline.clusters) for seed, right in baseline.correct.items()]
+    low = min(estimate({"": one}, {"": 1}).low for one in together)
+    return Footing(chance, low, chance + margin, len(counts))
+
+
+def verdict(report: Report) -> str:
+    """Return the verdict on a study whose baseline is near chance: why, and what to type."""
+    return f"{report.study.label}: {UNDERTRAINED} ({_stands(report)}). {remedy(report)}"
+
+
+def remedy(report: Report) -> str:
+    """Return the settings that train for longer."""
+    spec = report.study.arms[0].specs[0]
+    asked = "--epochs " if "epochs" in report.study.options else "--set recipe.epochs="
+    longer = f"Train longer: {asked}{2 * spec.recipe.epochs} (here {spec.recipe.epochs})"
+    if names.is_real(spec.data.name):
+        return f"{longer}, or on more images."
+    return f"{longer}, or on more images: --set data.train={2 * spec.data.train} (here {spec.data.train})."
+
+
+def notes(report: Report) -> list[str]:
+    """Return notes on a study near chance, and on arms that predict one or two classes only."""
+    stands = report.footing
+    if stands is None:
+        return []
+    out = []
+    if report.undertrained:
+        out.append(f"{report.study.label} is {UNDERTRAINED}, for {_stands(report)}.")
+    elif stands.undertrained:
+        out.append(f"{report.study.label} is near chance, and is read all the same: {_stands(report)}.")
+    for row in (*report.rows, *([report.reference] if report.reference else [])):
+        if said := _few_classes(row, stands.classes):
+            whose = f"{report.study.teacher.label} itself" if row is report.reference else row.arm
+            out.append(f"{report.study.label}: {whose} predicts {said} of {stands.classes}.")
+    return out
+
+
+def _few_classes(row: ArmResult, classes: int) -> str:
+    """``one class only, with 2 of 3 seeds``; empty for an arm that predicts more."""
+    few = [count for count in row.classes if count <= FEW_CLASSES and count < classes]
+    if not few:
+        return ""
+    least = {(1, 1): "one class only", (2, 2): "two classes only"}.get((min(few), max(few)), "one or two classes only")
+    return least if row.seeds == 1 else f"{least} with {len(few)} of {row.seeds} seeds,"
+
+
+def _stands(report: Report) -> str:
+    stands, baseline = report.footing, report.rows[0]
+    assert stands is not None
+    return (
+        f"{baseline.arm} has {baseline.top1:.1f} %, at least {stands.low:.1f}, where chance is {stands.chance:.1f} % "
+        f"and a verdict takes {stands.needed:.1f}"
+    )

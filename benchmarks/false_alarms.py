@@ -245,7 +245,7 @@ def real(store: Store, pairs: int, studies: int, bar: Progress) -> tuple[dict[st
 
 
 def by_seeds(like: Moments, clusters: int, studies: int, pools: int, bar: Progress, title: str) -> list[dict[str, Any]]:
-    """Count false alarms by number of seeds, in all studies and in those whose seeds tie, on a test set of some size."""
+    """Count false alarms by number of seeds, in all studies and in those whose seeds tie."""
     population, rng = replace(Population.like(like), clusters=clusters), np.random.default_rng(2026)
     accuracies = dict.fromkeys("ab", like.accuracy)
     task = bar.add_task(f"ties: {title}, {clusters} clusters", total=pools + len(SEVERAL) * studies)

@@ -81,8 +81,21 @@ def settings() -> Iterator[None]:
     """
     with matplotlib.rc_context():
         matplotlib.rcParams.update({k: v for k, v in matplotlib.rcParamsDefault.items() if k not in _NOT_OURS})
-        matplotlib.rcParams.update(_SETTINGS)
+        sns = _seaborn()
+        matplotlib.rcParams.update({**sns.plotting_context("paper"), **sns.axes_style("whitegrid"), **_SETTINGS})
         yield
+
+
+@functools.cache
+def _seaborn() -> Any:
+    """Import seaborn, whatever backend the environment names: it imports pyplot, which would look for that backend."""
+    before = dict.__getitem__(matplotlib.rcParams, "backend")  # plain access would resolve it
+    dict.__setitem__(matplotlib.rcParams, "backend", "agg")
+    try:
+        import seaborn
+    finally:
+        dict.__setitem__(matplotlib.rcParams, "backend", before)
+    return seaborn
 
 
 def drawn(function: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -119,10 +132,7 @@ def colours(count: int) -> list[str]:
     """Return this many line colours; beyond the palette, shades of one colour, in order."""
     if count <= len(CYCLE):
         return list(CYCLE[:count])
-    from matplotlib.colors import to_hex
-
-    shades = matplotlib.colormaps["viridis"]
-    return [to_hex(shades(0.9 * i / (count - 1))) for i in range(count)]
+    return [str(colour) for colour in _seaborn().color_palette("crest", count).as_hex()]
 
 
 def markers(count: int) -> list[str]:

@@ -93,7 +93,7 @@ def interval(estimate: Estimate) -> str:
 
 
 def probability(estimate: Estimate) -> str:
-    """Return the corrected p-value; nothing for a contrast from one or two seeds; a word where no verdict can be given."""
+    """Return the corrected p-value; empty below three seeds, a word where no verdict can be given."""
     if estimate.undertrained:
         return "undertrained"
     p = estimate.adjusted

@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from atdiag.data import names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +80,7 @@ def remedy(report: Report) -> str:
     spec = report.study.arms[0].specs[0]
     asked = "--epochs " if "epochs" in report.study.options else "--set recipe.epochs="
     longer = f"Train longer: {asked}{2 * spec.recipe.epochs} (here {spec.recipe.epochs})"
-    if names.is_real(spec.data.name):
+    if spec.data.image_size is not None:
         return f"{longer}, or on more images."
     return f"{longer}, or on more images: --set data.train={2 * spec.data.train} (here {spec.data.train})."
 

@@ -31,6 +31,7 @@ ignored, as in timm; a TIFF's own Orientation is applied, by Pillow.
 from __future__ import annotations
 
 import io
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,11 @@ def decode(path: Path, content: bytes | None = None, remarks: set[str] | None = 
     content: the file's bytes, if already read. remarks: gets what may surprise in the image, such as ``DARK``.
     """
     try:
-        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as picture:
+        # Never by name: Pillow would map the file, and gets the rows of a grey TIFF with an Orientation wrong then.
+        with (
+            path.open("rb") if content is None else io.BytesIO(content) as file,
+            Image.open(file, formats=FORMATS) as picture,
+        ):
             out = as_rgb(picture)
             if remarks is not None:
                 remarks |= _remarks(picture, out)
@@ -147,7 +152,7 @@ def _remarks(picture: Image.Image, rgb: Image.Image) -> set[str]:
     if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a photograph with a preview, or in depth
         found.add(SEVERAL)
     if not isinstance(picture, TiffImageFile):
-        with suppress(Exception):  # a camera's EXIF is often malformed, and never needed
+        with suppress(Exception), warnings.catch_warnings(action="ignore"):  # EXIF is often malformed, never needed
             if picture.getexif().get(_ORIENTATION, 1) not in (0, 1):
                 found.add(TURNED)
     return found

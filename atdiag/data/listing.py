@@ -76,7 +76,9 @@ def text(reading: Scan) -> list[str]:
     """Format the result of scanning a data set as lines of text."""
     counts = " + ".join(f"{number:,} {split}" for split, number in reading.counts.items())
     width, height = reading.mean_size
-    lines = [f"{reading.folder}: {counts} images, {reading.classes:,} classes, mean size {width:.0f} x {height:.0f}"]
+    lines = [
+        f"{reading.folder}: {counts} images, {count(reading.classes, 'class')}, mean size {width:.0f} x {height:.0f}"
+    ]
     for remark, number, first in reading.remarks:
         lines.append(f"{count(number, 'image')} {remark} (first: {first})")
     if reading.left_out:

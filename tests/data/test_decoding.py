@@ -260,6 +260,7 @@ def test_of_several_frames_the_first_is_taken(tmp_path, ending):
     assert remarks == {SEVERAL}
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_exif_orientation_is_ignored_and_a_tiffs_own_applied(tmp_path):
     exif = Image.Exif()
     exif[274] = 6

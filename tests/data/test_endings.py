@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from atdiag.analysis.images import choose, named
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Network
 from atdiag.data import endings, folder_sets, image_folders, sources
@@ -153,3 +154,18 @@ def test_rules_of_training_do_not_bind_a_look_at_ten_images(tmp_path, fill, caps
         capsys, "maps", "timm:vit_tiny_patch16_224", "--data", f"folder:{root}", "--set", "data.image_size=224"
     )
     assert "the weights of timm:vit_tiny_patch16_224 are not on this machine" in text
+
+
+def test_a_look_at_a_folder_takes_the_same_endings_and_names_what_it_cannot_read(uniform):
+    bee = uniform / "train" / "bee"
+    for ending in (".tif", ".gif", ".pgm"):
+        Image.new("L", (32, 32)).save(
+            bee / f"z{ending.upper()}", {".pgm": "PPM", ".tif": "TIFF", ".gif": "GIF"}[ending]
+        )
+    for name in ("notes.txt", "figure.pdf"):
+        (bee / name).touch()
+    assert {path.name for path in named(bee)} == {path.name for path in bee.iterdir()} - {"notes.txt", "figure.pdf"}
+    (bee / "new.avif").write_bytes(b"no format of ours")
+    pictures = choose(bee, None, NETWORK)
+    with pytest.raises(UserError, match=r"new.avif can't be read: it is not an image of a known format"):
+        list(pictures.batches(64))

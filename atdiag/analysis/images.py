@@ -11,18 +11,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
-from atdiag.data import sources
+from atdiag.data import endings, sources
 from atdiag.data.decoding import BrokenImageError, View, decode, to_array
 from atdiag.data.splits import Images, Split
-
-SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-"""Suffixes of the files taken as images in a folder: formats that Pillow can read (a PDF, for example, it only
-writes)."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +198,9 @@ def named(wanted: int | str | Path | Sequence[str | Path]) -> int | list[int] | 
     return tuple(path for part in parts for path in _paths(Path(str(part)).expanduser()))
 
 
+_LISTED = endings.READ + endings.UNREAD
+"""Endings of the images in a folder. Those that can't be read are listed too, and named when their turn comes."""
+
 _INDICES = re.compile(r"[\d\s,-]+")
 
 
@@ -268,7 +266,7 @@ def _indices(text: str) -> list[int]:
 
 def _paths(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(_LISTED) and file.is_file())
         if not found:
             raise UserError(f"there are no images in the folder {path}")
         return found

@@ -21,7 +21,7 @@ app = typer.Typer(help="List the data sets and where they are found; check one."
 @app.callback(invoke_without_command=True)
 def data_list(context: typer.Context, data_dir: DataDir = None, json_: Json = False) -> None:
     """List the data sets: classes, images, licence, and where each is found."""
-    resolve(data_dir)
+    resolve(data_dir, training=False)
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console
@@ -51,7 +51,7 @@ def data_check(
 
     Exit code 1 if an image is broken. The manifest, with the sha256 of each file, is stored in the cache folder.
     """
-    resolve(data_dir)
+    resolve(data_dir, training=False)
     from atdiag.data import listing, manifest, sources
 
     if download:

@@ -33,6 +33,7 @@ def header(series: Series, settings: Settings) -> None:
 
 def scale(studies: tuple[Study, ...], settings: Settings) -> None:
     """Print the data, the training length, and the origin of the teachers."""
+    from atdiag.data import folder_sets
     from atdiag.networks.registry import teachers
 
     arms = [arm.specs[0] for study in studies for arm in study.arms]
@@ -42,6 +43,9 @@ def scale(studies: tuple[Study, ...], settings: Settings) -> None:
         f"profile {settings.profile.name}: {data} x {' or '.join(map(str, epochs))} epochs, "
         f"{count(len(settings.seeds), 'seed')}"
     )
+    for name in dict.fromkeys(spec.data.name for spec in arms):
+        if note := folder_sets.left_out(name):
+            typer.echo(f"{name}: {note}")
     distinct = list({study.teacher.label: study.teacher for study in studies}.values())
     if minis := [teacher for teacher in distinct if teachers.is_miniature(teacher)]:
         whose = f"{teachers.row(minis[0].name).title}'s architecture" if len(minis) == 1 else "their architectures"

@@ -187,7 +187,7 @@ class InspectionSession:
         from atdiag.execution import devices
 
         overrides = [*([f"data.name={given.data}"] if given.data is not None else []), *given.set_]
-        settings = resolve(given.data_dir, profile=given.profile, sets=overrides, runs=given.runs)
+        settings = resolve(given.data_dir, profile=given.profile, sets=overrides, runs=given.runs, training=False)
         self.given = given
         self.profile = settings.profile.name
         self.store = Store(settings.runs)

@@ -27,6 +27,15 @@ def shortlist(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(some[:most]) + (f" and {len(some) - most} more" if len(some) > most else "")
 
 
+def printable(text: str) -> str:
+    r"""Escape what can't be printed in a name: control characters, and bytes that are not text.
+
+    >>> print(printable("one" + chr(10) + "two"))
+    one\ntwo
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def duration(seconds: float) -> str:
     """Format a duration as ``40 s``, ``12 min``, ``3.5 h`` or ``4 days``."""
     if seconds < 90:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atdiag.core.resources import MIB
-from atdiag.data import image_folders
+from atdiag.data import endings
 from atdiag.data.catalogue import Facts, is_class
 from atdiag.data.decoding import to_picture
 
@@ -86,7 +86,7 @@ def _write_images(facts: Facts, members: Iterator[_Member], into: Path, report: 
     done = 0
     for path, _, content in members:
         split, cls, file = ("", "", "", *path.parts)[-3:]
-        image = re.fullmatch(r"[A-Za-z0-9][\w.-]*", file, re.ASCII) and path.suffix.lower() in image_folders.IMAGES
+        image = re.fullmatch(r"[A-Za-z0-9][\w.-]*", file, re.ASCII) and endings.is_image(file)
         if split not in due or not is_class(facts, cls) or not image:
             continue
         due[split] -= 1

@@ -1,7 +1,8 @@
 """Cache of decoded data sets: a file in the cache folder holds a split's pixels for all later runs.
 
 A split is cached if all its images have one size and the total is at most ``MOST`` bytes. The cache file's name is a
-hash of the list of image files with sizes and modification times, so a changed image is never served from an old cache.
+hash of the list of image files with sizes and modification times, and the version of the rule by which pixels are
+decoded, so neither a changed image nor pixels of an older rule are ever served.
 It is written to a temporary file and renamed; what a killed process left is never read.
 """
 
@@ -21,7 +22,7 @@ from PIL import Image
 
 from atdiag.core import paths
 from atdiag.core.resources import available_cores
-from atdiag.data.decoding import FORMATS, BrokenImageError, load
+from atdiag.data.decoding import FORMATS, RULE, BrokenImageError, load
 from atdiag.data.image_folders import Files
 
 MOST = 4 * 2**30
@@ -41,7 +42,7 @@ def decoded(files: Files) -> Path | None:
     if size is None:
         return None
     shape = (len(files), size[1], size[0], 3)
-    path = paths.cache() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}.npy"
+    path = paths.cache() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}-{RULE}.npy"
     mixed = path.with_suffix(".mixed")  # marks a split whose images turned out to have several sizes
     if mixed.exists():
         return None

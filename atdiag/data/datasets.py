@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
+from atdiag.core.text import count
 from atdiag.data.image_folders import Files, SplitName
 
 if TYPE_CHECKING:
@@ -91,9 +93,22 @@ class DataSet(Protocol):
         """Return the test images, the same for every run."""
 
 
+def check_classes(name: str, number: int) -> None:
+    """Raise UserError for a data set with fewer than two classes, on which every network is always right."""
+    if number < 2:
+        raise UserError(
+            f"{name} has {count(number, 'class')}, so that every network would be right on every image",
+            "training needs at least two classes, each in a folder of its own",
+        )
+
+
 def check_fit(data_set: DataSet, data: Data, network: Network) -> None:
-    """Raise ValueError for a network that is for other classes or images than a data set's."""
+    """Raise ValueError for a network that is for other classes or images than a data set's.
+
+    Raises UserError for a data set with fewer than two classes.
+    """
     number = data_set.classes
+    check_classes(data_set.name, number)
     channels, size = data_set.shape(data)
     for what, have, need in (
         ("classes", network.classes, number),

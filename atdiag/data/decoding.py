@@ -1,8 +1,38 @@
-"""Real images: decoding, the test view, and a split as one object."""
+"""Real images: decoding, the test view, and a split as one object.
+
+How each mode of Pillow becomes 8-bit RGB. No rule looks at the values of an image: its own least and largest would
+change the contrast from image to image.
+
+====================  ================================================================================================
+mode                  rule
+====================  ================================================================================================
+RGB                   as it is. Of 16 bits a channel Pillow keeps the upper 8 (at most 1 from division by 257)
+L, 1                  the grey value in all three channels; 1, 2 and 4 bits are spread over 0 to 255 by Pillow
+P                     the colour in the palette
+LA, RGBA, PA, RGBX    the colour; alpha is dropped, as in timm and torchvision, whatever is transparent
+La, RGBa              the same, after division by alpha, which these modes have multiplied in
+CMYK                  (255 - C) (255 - K) / 255, and so for M and Y; colour profiles are ignored in every mode
+YCbCr                 JFIF's matrix (ITU-R BT.601, full range)
+I;16, I;16B, I;16L    round(255 v / largest), the same in all three channels. largest: 65,535, so v / 257; 4,095 in a
+                      TIFF whose BitsPerSample is 12. White as zero in a TIFF: 255 minus that
+I                     the same, in a PGM, whose values Pillow scales from the file's own largest to 65,535, and in a PNG
+                      by old versions of Pillow; otherwise refused: 32-bit or signed integers have no stated range
+F, LAB, HSV, others   refused: no stated range, or no rule
+====================  ================================================================================================
+
+12 bits in a 16-bit PNG or TIFF can't be told from a dark image, and are taken as 16 bits: neither PNG's sBIT (PNG's
+samples fill their range at any significant depth) nor TIFF's MaxSampleValue (a statistic of the image) is a range.
+``atdiag data check`` counts images of 16 bits that use less than an eighth of their range.
+
+Of an animation, or of several pages, the first image is taken (of an APNG, its default image). EXIF orientation is
+ignored, as in timm; a TIFF's own Orientation is applied, by Pillow.
+"""
 
 from __future__ import annotations
 
 import io
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +40,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
+from atdiag.data import endings
 from atdiag.data.image_folders import Files, Stored
+
+RULE = 2
+"""Version of the rule above; the decoded cache's file names hold it. 1: Pillow's own conversion, which clips I;16."""
 
 
 class BrokenImageError(OSError):
@@ -25,24 +60,102 @@ class BrokenImageError(OSError):
         return f"the image {self.path} can't be read: {self.why}"
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Formats that are read, whatever a file's suffix. Not all that Pillow supports: for EPS it would run Ghostscript."""
+FORMATS = tuple(endings.FORMATS)
+"""Formats that are read, whatever a file's suffix."""
+
+SEVERAL = "with several frames or pages: the first is taken"
+TRANSPARENT = "with transparent pixels: alpha is dropped, and the colours under it show"
+TURNED = "with an EXIF orientation, which is ignored"
+DARK = "of 16-bit grey within an eighth of the range, so almost black at 8 bits: 12 bits have to be scaled to 16 first"
 
 
-def decode(path: Path, content: bytes | None = None) -> Image.Image:
-    """Decode an image as RGB at its stored size; EXIF orientation is ignored, as in timm. Raises BrokenImageError.
+class _NoRuleError(Exception):
+    """An image of a mode without a rule; args: the reason."""
 
-    content: the file's bytes, if already read.
+
+def decode(path: Path, content: bytes | None = None, remarks: set[str] | None = None) -> Image.Image:
+    """Decode an image as RGB at its stored size, by the rule for its mode. Raises BrokenImageError.
+
+    content: the file's bytes, if already read. remarks: gets what may surprise in the image, such as ``DARK``.
     """
     try:
-        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as picture:
-            return picture.convert("RGB")
+        # Never by name: Pillow would map the file, and gets the rows of a grey TIFF with an Orientation wrong then.
+        with (
+            path.open("rb") if content is None else io.BytesIO(content) as file,
+            Image.open(file, formats=FORMATS) as picture,
+        ):
+            out = as_rgb(picture)
+            if remarks is not None:
+                remarks |= _remarks(picture, out)
+            return out
+    except _NoRuleError as fault:
+        raise BrokenImageError(path, str(fault)) from None
     except UnidentifiedImageError:
         raise BrokenImageError(path, "it is not an image of a known format") from None
     except OSError as fault:
         raise BrokenImageError(path, fault.strerror or str(fault)) from None
     except Exception as fault:  # Pillow's readers raise many types on a broken file
         raise BrokenImageError(path, f"{type(fault).__name__}: {fault}") from None
+
+
+_COLOUR = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+_MULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+_WIDE = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
+"""Tags of TIFF; the last is EXIF's too."""
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """Convert a picture as opened to RGB by the rule for its mode (see the module). Raises _NoRuleError, OSError."""
+    if picture.mode in _MULTIPLIED:
+        return picture.convert(_MULTIPLIED[picture.mode]).convert("RGB")
+    if picture.mode in _COLOUR:
+        return picture.convert("RGB")
+    largest, inverted = _range(picture), _white_is_zero(picture)
+    values = np.asarray(picture).astype(np.int64)
+    grey = ((510 * values + largest) // (2 * largest)).astype(np.uint8)  # 255 v / largest, rounded
+    return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
+
+
+def _range(picture: Image.Image) -> int:
+    """Return the largest value that a wide grey image can have. Raises _NoRuleError where the file states none."""
+    mode = picture.mode
+    if isinstance(picture, TiffImageFile) and mode in _WIDE[:-1]:
+        return int(2 ** picture.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
+    if mode in _WIDE[:-1] or (mode == "I" and picture.format in ("PPM", "PNG")):
+        return 2**16 - 1
+    why = {
+        "I": "its pixels are signed or 32-bit integers, whose range the file does not state",
+        "F": "its pixels are floating-point numbers, whose range the file does not state",
+    }.get(mode, f"there is no rule that turns its pixels, of Pillow's mode {mode}, into RGB")
+    raise _NoRuleError(f"{why}; save it as 8-bit RGB or as grey of 8 or 16 bits")
+
+
+def _white_is_zero(picture: Image.Image) -> bool:
+    """Return whether a wide grey TIFF has white as zero, which Pillow inverts at 8 bits and not at 16."""
+    if not isinstance(picture, TiffImageFile) or not picture.tile:
+        return False
+    how = picture.tile[0].args
+    return picture.tag_v2.get(_PHOTOMETRIC) == 0 and isinstance(how, tuple) and how[0] == "I;16"
+
+
+def _remarks(picture: Image.Image, rgb: Image.Image) -> set[str]:
+    """Return what may surprise in a picture that has become ``rgb``."""
+    found = set()
+    if picture.mode in _WIDE:
+        if int(np.asarray(rgb).max()) < 256 // 8:
+            found.add(DARK)
+    elif picture.mode in ("LA", "PA", "RGBA", *_MULTIPLIED) or "transparency" in picture.info:
+        alpha = picture.convert(_MULTIPLIED.get(picture.mode, picture.mode)).convert("RGBA").getchannel("A")
+        if alpha.getextrema()[0] != 255:
+            found.add(TRANSPARENT)
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a photograph with a preview, or in depth
+        found.add(SEVERAL)
+    if not isinstance(picture, TiffImageFile):
+        with suppress(Exception), warnings.catch_warnings(action="ignore"):  # EXIF is often malformed, never needed
+            if picture.getexif().get(_ORIENTATION, 1) not in (0, 1):
+                found.add(TURNED)
+    return found
 
 
 def load(stored: Stored) -> Image.Image:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
 from atdiag.data import image_folders
-from atdiag.data.catalogue import FACTS, IMAGENET_MEAN, IMAGENET_STD, Facts, crop_share
+from atdiag.data.catalogue import ANY_FOLDER, FACTS, IMAGENET_MEAN, IMAGENET_STD, Facts, crop_share
 from atdiag.data.datasets import check_fit
 from atdiag.data.image_folders import SPLITS, Files, SplitName
+from atdiag.data.tars import TIMM
 
 if TYPE_CHECKING:
     from atdiag.data.decoding import ImageFolder
@@ -187,6 +188,15 @@ class FolderSet:
 
         _, size = self.shape(data)
         return ImageFolder(files, View(size, crop_share(self.name)), cache.decoded(files))
+
+
+def left_out(name: str) -> str:
+    """Describe in one line what is left out of one's own folder; empty if nothing is.
+
+    The catalogue's sets are complete or refused: their numbers of images are known.
+    """
+    own = name.startswith((ANY_FOLDER, TIMM))
+    return image_folders.left_out(image_folders.read(name, split) for split in SPLITS) if own else ""
 
 
 def _check_count(data: Data, have: int, number: int) -> None:

@@ -5,8 +5,9 @@
     $ATDIAG_DATA/cifar10/train/<class>/<image>
     $ATDIAG_DATA/cifar10/test/<class>/<image>
 
-Names that begin with a dot are ignored: file systems create them. Imports nothing heavy, not even
-NumPy: planning asks for the number of classes.
+Names that begin with a dot are ignored: file systems create them. Everything else in a class folder is an image,
+refused, or another file that is counted and named (:mod:`~atdiag.data.endings`). Imports nothing heavy, not even NumPy:
+planning asks for the number of classes.
 """
 
 from __future__ import annotations
@@ -24,14 +25,12 @@ from typing import Literal
 from atdiag.core import paths
 from atdiag.core.errors import UserError
 from atdiag.core.resources import GIB, small_file
-from atdiag.core.text import shortlist
-from atdiag.data import tars
+from atdiag.core.text import count, printable, shortlist
+from atdiag.data import endings, tars
 from atdiag.data.catalogue import ANY_FOLDER, FACTS, OWN_TESTS, Facts, TestFacts, is_class
 
 SplitName = Literal["train", "test"]
 SPLITS: tuple[SplitName, SplitName] = ("train", "test")
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-"""Suffixes of image files, in any case. Other files are ignored."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ class Files:
     """The images of one split, sorted by class and then by name.
 
     files: paths below ``root``; keys: name of each image by class and file ("cat/0001.jpg") wherever it is stored;
-    labels: indices into ``classes``; spans: for images in tars, each one's tar (path below ``root``), offset and size.
+    labels: indices into ``classes``; spans: for images in tars, each one's tar (path below ``root``), offset and size;
+    others: files in class folders that are no images, which are left out (paths below ``root``).
     """
 
     root: Path
@@ -68,6 +68,7 @@ class Files:
     keys: tuple[str, ...]
     labels: tuple[int, ...]
     spans: tuple[tuple[str, int, int], ...] = ()
+    others: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -180,7 +181,7 @@ def read(name: str, split: SplitName) -> Files:
     """Return all images of a split. Raises UserError for a folder with an invalid layout."""
     root, facts = find(name), FACTS.get(name)
     if name.startswith(tars.TIMM):
-        return _in_tars(root, split)
+        return _mostly_read(_in_tars(root, split))
     if facts is not None and facts.annotations is not None:
         stem = "train" if split == "train" else "val"
         annotations = root / f"{stem}{facts.annotations}.json"
@@ -191,16 +192,38 @@ def read(name: str, split: SplitName) -> Files:
     files: list[str] = []
     keys: list[str] = []
     labels: list[int] = []
+    others: list[str] = []
     prefix = folder.relative_to(root).as_posix()
     for label, cls in enumerate(classes):
-        here = sorted(images_in(folder / cls))
+        here, left_out = class_files(folder / cls)
+        others += [f"{prefix}/{cls}/{file}" for file in left_out]
         files += [f"{prefix}/{cls}/{file}" for file in here]
         keys += [f"{cls}/{file}" for file in here]
         labels += [label] * len(here)
-    out = Files(root, split, classes, tuple(files), tuple(keys), tuple(labels))
+    out = Files(root, split, classes, tuple(files), tuple(keys), tuple(labels), others=tuple(others))
     if empty := [cls for cls, count in zip(classes, out.counts, strict=True) if count == 0]:
         raise UserError(f"{len(empty)} of the {len(classes)} classes in {folder} have no images: {shortlist(empty)}")
-    return out
+    return _mostly_read(out)
+
+
+def _mostly_read(files: Files) -> Files:
+    """Return the files. Raises UserError for a split of which more files are left out than read."""
+    if len(files.others) > len(files):
+        raise UserError(
+            f"{files.root} has {len(files):,} {files.split} images and {len(files.others):,} other files beside them, "
+            f"which would be left out: {shortlist(map(printable, files.others))}",
+            f"move those away, or save them as images that are read ({', '.join(endings.READ[:2])} and so on)",
+        )
+    return files
+
+
+def left_out(splits: Iterable[Files]) -> str:
+    """Describe in one line the files in class folders that are no images; empty if there are none."""
+    others = [file for split in splits for file in split.others]
+    if not others:
+        return ""
+    named = shortlist(map(printable, others))
+    return f"{count(len(others), 'file')} in class folders left out, no images by the ending: {named}"
 
 
 def fingerprint(name: str) -> str:
@@ -245,7 +268,7 @@ def class_folders(name: str, folder: Path, facts: Facts | TestFacts | None) -> t
                 raise UserError(f"{folder} has a class whose name is not plain text: {entry.name!r}", "rename it")
             folders.append(entry.name)
         else:
-            images += _is_image(entry.name)
+            images += endings.is_image(entry.name) or endings.is_refused(entry.name)
     text = facts.classes_text if facts else "a folder for each class"
     if not folders:
         what = f"{images} images and no folder" if images else "neither folders nor images"
@@ -270,7 +293,7 @@ def _in_tars(root: Path, split: SplitName) -> Files:
         wanted = _either(f"{stem}.tar" for stem in stems)
         what = f"{root} has neither {wanted} nor a folder of tars {_either(stems)}"
         raise UserError(what, f"it holds {shortlist(_names(root))}; for images that are files use folder:PATH")
-    images = tars.images(place)
+    images, others = tars.contents(place)
     classes = tuple(sorted({image.cls for image in images}))
     label = {cls: i for i, cls in enumerate(classes)}
     keys = tuple(f"{image.cls}/{image.file}" for image in images)
@@ -282,6 +305,7 @@ def _in_tars(root: Path, split: SplitName) -> Files:
         keys,
         tuple(label[image.cls] for image in images),
         tuple((image.tar, image.offset, image.size) for image in images),
+        tuple(others),
     )
 
 
@@ -327,10 +351,15 @@ _UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 """Characters that a manifest can't hold: control characters, and bytes that are not text."""
 
 
-def images_in(folder: Path) -> Iterator[str]:
-    """Yield the names of the images in a folder. Raises UserError for one that would be lost or is unreadable."""
+def class_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the images in a class folder, and of its other files; both sorted.
+
+    Raises UserError for an image that would be lost, is unreadable, or is of a format that is not read.
+    """
+    images: list[str] = []
+    others: list[str] = []
     for entry in _entries(folder):
-        if _is_image(entry.name):
+        if endings.is_image(entry.name):
             if not entry.is_file():
                 what = "a broken link, a folder or a pipe"
                 raise UserError(
@@ -338,16 +367,27 @@ def images_in(folder: Path) -> Iterator[str]:
                 )
             if _UNWRITABLE.search(entry.name):
                 raise UserError(f"{folder} holds an image whose name is not plain text: {entry.name!r}", "rename it")
-            yield entry.name
-        elif entry.is_dir() and any(_is_image(file) for _, _, files in os.walk(entry.path) for file in files):
-            raise UserError(
-                f"{folder} has images in a folder within it, {entry.name}: the images of a class belong in one folder",
-                "move them up, or move that folder away",
-            )
+            images.append(entry.name)
+        elif entry.is_dir():
+            others += [f"{entry.name}/{file}" for file in _nested(folder, entry.name)]
+        elif endings.is_refused(entry.name):
+            raise tars.not_read(str(folder / entry.name))
+        else:
+            others.append(entry.name)
+    return sorted(images), sorted(others)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGES)
+def _nested(folder: Path, name: str) -> Iterator[str]:
+    """Yield the files in a folder within a class folder, none of which may be an image. Raises UserError."""
+    for place, _, files in os.walk(folder / name):
+        for file in files:
+            if endings.is_image(file) or endings.is_refused(file):
+                raise UserError(
+                    f"{folder} has images in a folder within it, {name}: the images of a class belong in one folder",
+                    "move them up, or move that folder away",
+                )
+            if not file.startswith("."):
+                yield (Path(place) / file).relative_to(folder / name).as_posix()
 
 
 def _either(names: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from atdiag.core.errors import UserError
+from atdiag.core.text import count
 from atdiag.data import image_folders, sources
 from atdiag.data.catalogue import ANY_FOLDER, CORRUPTIONS, TEST_SETS
 from atdiag.data.embedded import EMBEDDED
@@ -73,9 +74,15 @@ def others() -> str:
 
 def text(reading: Scan) -> list[str]:
     """Format the result of scanning a data set as lines of text."""
-    counts = " + ".join(f"{count:,} {split}" for split, count in reading.counts.items())
+    counts = " + ".join(f"{number:,} {split}" for split, number in reading.counts.items())
     width, height = reading.mean_size
-    lines = [f"{reading.folder}: {counts} images, {reading.classes:,} classes, mean size {width:.0f} x {height:.0f}"]
+    lines = [
+        f"{reading.folder}: {counts} images, {count(reading.classes, 'class')}, mean size {width:.0f} x {height:.0f}"
+    ]
+    for remark, number, first in reading.remarks:
+        lines.append(f"{count(number, 'image')} {remark} (first: {first})")
+    if reading.left_out:
+        lines.append(reading.left_out)
     if reading.broken:
         lines += [f"broken: {path} ({why})" for path, why in reading.broken]
         lines.append(f"{len(reading.broken)} broken: no manifest is written")
@@ -92,6 +99,8 @@ def document(reading: Scan) -> dict[str, Any]:
         "classes": reading.classes,
         "mean_size": list(reading.mean_size),
         "broken": [{"path": str(path), "why": why} for path, why in reading.broken],
+        "remarks": [{"what": what, "images": number, "first": str(first)} for what, number, first in reading.remarks],
+        "left_out": reading.left_out,
         "manifest": None if reading.manifest is None else str(reading.manifest),
         "sha256": reading.sha256,
     }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atdiag.core import paths, resources
-from atdiag.data import sources
+from atdiag.data import image_folders, sources
 from atdiag.data.decoding import BrokenImageError, decode
 from atdiag.data.image_folders import SPLITS, Files, SplitName, Stored
 
@@ -27,7 +27,8 @@ class Scan:
     """The result of scanning a data set.
 
     broken: path and reason. manifest, sha256: None if an image is broken. mean_size: width and height in pixels, over
-    the sound images. counts: images in each split.
+    the sound images. counts: images in each split. remarks: what may surprise, of how many images, and the first.
+    left_out: a line on the other files in class folders; empty if there are none.
     """
 
     folder: Path
@@ -37,6 +38,8 @@ class Scan:
     mean_size: tuple[float, float]
     manifest: Path | None
     sha256: str | None
+    remarks: tuple[tuple[str, int, Path], ...] = ()
+    left_out: str = ""
 
 
 def read(
@@ -49,21 +52,24 @@ def read(
     report: progress callback (done, total).
     """
     root = splits["train"].root
-    images = [splits[split].stored(i) for split in SPLITS for i in range(len(splits[split]))]
+    every = [splits[split].stored(i) for split in SPLITS for i in range(len(splits[split]))]
     state = _state(splits)
     lines, broken = [], []
+    remarked: dict[str, list[Path]] = {}
     width = height = 0
     pool = ProcessPoolExecutor(processes or resources.available_cores())
     try:
-        for done, (image, (sha256, size, why)) in enumerate(
-            zip(images, pool.map(_one, images, chunksize=_CHUNK), strict=True), 1
+        for done, (image, (sha256, size, why, remarks)) in enumerate(
+            zip(every, pool.map(_one, every, chunksize=_CHUNK), strict=True), 1
         ):
             if why is None:
                 lines.append(f"{sha256}  {image.path.relative_to(root).as_posix()}\n")
                 width, height = width + size[0], height + size[1]
+                for remark in remarks:
+                    remarked.setdefault(remark, []).append(image.path)
             else:
                 broken.append((image.path, why))
-            report(done, len(images))
+            report(done, len(every))
     finally:
         pool.shutdown(cancel_futures=True)
     path, digest = None, None
@@ -83,6 +89,8 @@ def read(
         (width / sound, height / sound),
         path,
         digest,
+        tuple((remark, len(images), images[0]) for remark, images in sorted(remarked.items())),
+        image_folders.left_out(splits.values()),
     )
 
 
@@ -112,14 +120,15 @@ def _folder() -> Path:
     return paths.cache() / "manifests"
 
 
-def _one(image: Stored) -> tuple[str, tuple[int, int], str | None]:
-    """Return an image's sha256 and size, and why it is broken, if it is."""
+def _one(image: Stored) -> tuple[str, tuple[int, int], str | None, set[str]]:
+    """Return an image's sha256 and size, why it is broken, if it is, and remarks on it."""
     try:
         content = image.read()
     except OSError as fault:
-        return "", (0, 0), fault.strerror or str(fault)
+        return "", (0, 0), fault.strerror or str(fault), set()
     sha256 = hashlib.sha256(content).hexdigest()
+    remarks: set[str] = set()
     try:
-        return sha256, decode(image.path, content).size, None
+        return sha256, decode(image.path, content, remarks).size, None, remarks
     except BrokenImageError as fault:
-        return sha256, (0, 0), fault.why
+        return sha256, (0, 0), fault.why, set()

@@ -13,9 +13,9 @@ import json
 import os
 import tarfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from filelock import FileLock
@@ -23,6 +23,8 @@ from filelock import FileLock
 from atdiag.core import paths
 from atdiag.core.errors import UserError
 from atdiag.core.resources import GIB, small_file
+from atdiag.core.text import printable
+from atdiag.data import endings
 
 TIMM = "timm:"
 """``timm:PATH``: ``train.tar`` and ``val.tar`` in PATH, or folders ``train`` and ``val`` with tars in them."""
@@ -49,6 +51,20 @@ class Packed(NamedTuple):
     size: int
 
 
+class Contents(NamedTuple):
+    """What the classes of a split in tars hold: images, and the paths of other files, which are left out."""
+
+    images: list[Packed]
+    others: list[str]
+
+
+def not_read(path: str) -> UserError:
+    """Return the error for an image, or a document, of a format that is not read."""
+    return UserError(
+        f"{printable(path)} is of a format that is not read", "save it as PNG, TIFF or JPEG, or move it away"
+    )
+
+
 def check(name: str) -> None:
     """Raise UserError for paths that timm can read but atdiag can't, or must not."""
     prefix, slash, _ = name.removeprefix(TIMM).partition("/")
@@ -66,8 +82,8 @@ def place(root: Path, stems: Iterable[str]) -> Path | None:
     return None
 
 
-def images(path: Path) -> list[Packed]:
-    """Return all images of a split, sorted by class and then by name; a class is the folder, or the tar, of an image.
+def contents(path: Path) -> Contents:
+    """Return what a split holds, sorted by class and then by name; a class is the folder, or the tar, of an image.
 
     Hidden files are ignored. Raises UserError for anything but a tar of images in classes, and OSError.
     """
@@ -88,54 +104,72 @@ def images(path: Path) -> list[Packed]:
                 if found is None:
                     found = _scan(path, tars)
                     part = kept.with_suffix(".part")
-                    part.write_text(json.dumps(found))
+                    part.write_text(json.dumps(found._asdict()))
                     part.replace(kept)
         except OSError as fault:
             warnings.warn(f"what is in {path} can't be kept in {kept.parent} ({fault})", stacklevel=2)
             found = _scan(path, tars) if found is None else found
-    if any(i.offset < 0 or i.size < 0 or i.offset + i.size > sizes.get(i.tar, 0) for i in found):
+    if any(i.offset < 0 or i.size < 0 or i.offset + i.size > sizes.get(i.tar, 0) for i in found.images):
         raise UserError(f"{path} is truncated, or {kept} is out of date: copy the former again, or remove the latter")
     return found
 
 
-def _read(kept: Path) -> list[Packed] | None:
+def _read(kept: Path) -> Contents | None:
     """Read a cached index; None if there is none, or it is unreadable."""
     try:
-        rows: list[Any] = json.loads(small_file(kept, 4 * GIB))
-        return [Packed(str(c), str(file), str(tar), int(offset), int(size)) for c, file, tar, offset, size in rows]
-    except (OSError, ValueError, TypeError, RecursionError):
+        document: dict[str, list[Any]] = json.loads(small_file(kept, 4 * GIB))
+        rows = document["images"]
+        images = [Packed(str(c), str(file), str(tar), int(offset), int(size)) for c, file, tar, offset, size in rows]
+        return Contents(images, list(map(str, document["others"])))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
-def _look(file: IO[bytes], size: int) -> None:
-    """Read the headers of a tar, and of the tars in it.
+def _look(file: IO[bytes], size: int, name: str, cls: str) -> Iterator[str]:
+    """Read the headers of a tar, and of the tars in it; yield the paths of files in classes that are no images.
 
-    Raises TarError if one declares more data than there is, for which timm's reader would search endlessly.
+    name: the tar, for the paths; cls: the class of what lies in no folder, or "" for none. Raises TarError if a header
+    declares more data than there is, for which timm's reader would search endlessly.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.size < 0 or member.offset_data + member.size > size:
                 raise tarfile.ReadError(f"{member.name} is said to have {member.size:,} bytes")
-            if member.isreg() and member.name.endswith(".tar") and (inner := tar.extractfile(member)) is not None:
-                _look(inner, member.size)
+            if (
+                member.isreg()
+                and member.name.lower().endswith(".tar")
+                and (inner := tar.extractfile(member)) is not None
+            ):
+                yield from _look(inner, member.size, f"{name}/{member.name}", PurePosixPath(member.name).stem)
+            elif not member.isdir() and not (member.isreg() and endings.is_image(member.name)):  # a link is none
+                path = PurePosixPath(member.name)
+                own = path.parent.name or cls
+                if own and not own.startswith(".") and not path.name.startswith("."):
+                    yield f"{name}/{path}"
 
 
-def _scan(path: Path, tars: Iterable[Path]) -> list[Packed]:
-    from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+def _scan(path: Path, tars: Iterable[Path]) -> Contents:
+    from timm.data.readers.reader_image_in_tar import extract_tarinfos
 
+    others: list[str] = []
     try:
         for tar in tars:
             with tar.open("rb") as file:
-                _look(file, tar.stat().st_size)
-        # timm would store its index beside the tars as a pickle, and unpickle any file of that name. Its factory,
-        # create_reader, always reads a folder of tars as a folder of images: hence the reader class.
-        reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+                alone = tar == path
+                name = path.name if alone else f"{path.name}/{tar.name}"
+                others += _look(file, tar.stat().st_size, name, "" if alone else tar.stem)
+        # timm would store its index beside the tars as a pickle, and unpickle any file of that name. Its reader takes
+        # no endings, and would pass over all images but PNG and JPEG: hence the function below it.
+        samples, targets, index, _ = extract_tarinfos(str(path), cache_tarinfo=False, extensions=endings.READ)
     except (tarfile.TarError, ValueError, EOFError, AssertionError, RecursionError) as fault:
         reason = "no image in it" if "unpack" in str(fault) else str(fault) or type(fault).__name__
         raise UserError(f"{path} can't be read as tars of images ({reason})") from None
+    if refused := next(filter(endings.is_refused, others), None):
+        raise not_read(f"{path.parent}/{refused}")
     found = []
-    for (entry, tar, outer), target in zip(reader.samples, reader.targets, strict=True):
-        cls, file = str(reader.class_idx_to_name[target]), os.path.basename(entry.name)  # noqa: PTH119
+    classes = {label: cls for cls, label in index.items()}
+    for (entry, tar, outer), target in zip(samples, targets, strict=True):
+        cls, file = str(classes[target]), os.path.basename(entry.name)  # noqa: PTH119
         if cls in ("", "."):
             raise UserError(
                 f"{path} holds images outside of any folder, such as {file}", "expected a folder for each class"
@@ -150,4 +184,4 @@ def _scan(path: Path, tars: Iterable[Path]) -> list[Packed]:
     found.sort()
     if twice := next((a for a, b in pairwise(found) if a[:2] == b[:2]), None):
         raise UserError(f"{path} holds two images {twice.cls}/{twice.file}", "each needs a name of its own")
-    return found
+    return Contents(found, sorted(others))

@@ -133,7 +133,7 @@ def read(name: str) -> Files:
     files: list[str] = []
     labels: list[int] = []
     for cls in sorted(label, key=label.__getitem__):
-        here = sorted(image_folders.images_in(folder / cls))
+        here, _ = image_folders.class_files(folder / cls)
         if not here or (facts.per_class and len(here) != facts.per_class):
             need = f"{name} has {facts.per_class} of each class" if facts.per_class else "every class needs some"
             raise UserError(f"the class {cls} in {folder} has {len(here)} images", need)

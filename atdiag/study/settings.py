@@ -22,6 +22,7 @@ from atdiag.core.errors import UserError, suggest
 from atdiag.core.resources import small_file
 from atdiag.core.spec import Data, Recipe, Seed, Spec
 from atdiag.data import sources
+from atdiag.data.datasets import check_classes
 from atdiag.data.embedded import USUAL
 from atdiag.study.transfer_settings import TransferSettings
 
@@ -123,8 +124,12 @@ def resolve(
     data_dir: Path | None = None,
     environment: Mapping[str, str] = os.environ,
     folder: Path = Path(),
+    training: bool = True,
 ) -> Settings:
-    """Resolve a command's settings. Raises UserError for any invalid one."""
+    """Resolve a command's settings. Raises UserError for any invalid one.
+
+    training: whether the command may train on the data; otherwise ten images, or one class, are as good as any.
+    """
     path = folder / "atdiag.toml"
     file = _read_file(path)
     name = _name(profile, environment, path, file)
@@ -133,7 +138,7 @@ def resolve(
     overrides = _overrides(path, file.get("set", {}), sets)
     with paths.looking_in(place):
         try:
-            resolved = _apply(PROFILES[name], overrides)
+            resolved = _apply(PROFILES[name], overrides, training)
         except UserError as fault:
             raise UserError(f"{_culprit(PROFILES[name], path, overrides, sets)}{fault}") from None
     count = seeds if seeds is not None else file.get("seeds", resolved.seeds)
@@ -295,7 +300,7 @@ def _parse(item: str) -> tuple[str, Any]:
         return name.strip(), text
 
 
-def _apply(profile: Profile, overrides: Mapping[str, Any]) -> Profile:
+def _apply(profile: Profile, overrides: Mapping[str, Any], training: bool = True) -> Profile:
     """Apply overrides by dotted name to a profile."""
     document = profile.model_dump(mode="json")
     document["data"] = _data(profile.data, overrides.get("data.name"))
@@ -317,6 +322,8 @@ def _apply(profile: Profile, overrides: Mapping[str, Any]) -> Profile:
     completed = sources.complete(applied.data, overrides.get("data.train"))
     applied = applied.model_copy(update={"data": completed})
     _check_sense(applied)
+    if training:
+        _check_training(applied)
     return applied
 
 
@@ -374,12 +381,6 @@ def _check_sense(profile: Profile) -> None:
             )
         if recipe.epochs == 0:
             raise UserError("recipe.epochs=0 trains nothing", "give at least 1")
-        if recipe.batch_size > data.train:
-            raise UserError(
-                f"recipe.batch_size={_short(recipe.batch_size)} is larger than the training set "
-                f"(data.train={data.train})",
-                "make one smaller or the other larger",
-            )
         if recipe.warmup_epochs > recipe.epochs:
             raise UserError(
                 f"recipe.warmup_epochs={recipe.warmup_epochs:g} is longer than recipe.epochs={recipe.epochs}",
@@ -394,4 +395,17 @@ def _check_sense(profile: Profile) -> None:
             raise UserError(
                 f"recipe.rand_augment={_short(recipe.rand_augment)} is not one of timm's configurations",
                 "write it as 'rand-m9-mstd0.5-inc1'",
+            )
+
+
+def _check_training(profile: Profile) -> None:
+    """Raise UserError for data that can't be trained on."""
+    data = profile.data
+    check_classes(data.name, sources.find(data).classes)
+    for recipe in profile.recipe.values():
+        if recipe.batch_size > data.train:
+            raise UserError(
+                f"recipe.batch_size={_short(recipe.batch_size)} is larger than the training set "
+                f"(data.train={data.train})",
+                "make one smaller or the other larger",
             )

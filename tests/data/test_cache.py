@@ -72,6 +72,22 @@ def test_a_changed_image_is_decoded_anew(uniform, draw):
     assert not np.array_equal(np.load(new)[0], np.load(old)[0])
 
 
+def test_pixels_of_an_older_rule_are_never_served(uniform, monkeypatch):
+    wide = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    for image in uniform.glob("*/*/*"):
+        Image.fromarray(wide).save(image.with_suffix(".png"))
+        image.unlink()
+    files = train(uniform)
+    old = paths.cache() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}.npy"  # as it was named at first
+    old.parent.mkdir(parents=True)
+    np.save(old, np.full((36, 32, 32, 3), 255, np.uint8))
+    expected = np.rint(wide / 257)
+    path = cache.decoded(files)
+    assert (np.load(path) == expected[..., None]).all()
+    monkeypatch.setattr(cache, "RULE", cache.RULE + 1)
+    assert cache.decoded(files) != path
+
+
 def test_images_of_several_sizes_are_not_cached(mixed, uniform, draw, spec):
     assert cache.decoded(train(mixed)) is None
     data = spec(mixed)

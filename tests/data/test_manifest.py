@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import os
 import subprocess
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from atdiag.core import paths
 from atdiag.data import listing, manifest, sources
+from atdiag.data.decoding import DARK, TRANSPARENT
 from tests.commands import ran
 
 
@@ -82,6 +86,26 @@ def test_broken_images_are_listed_by_path_and_exit_with_1(uniform, capfd):
     assert "2 broken: no manifest is written" in out
     assert "Traceback" not in capfd.readouterr().err
     assert manifest.recorded(f"folder:{uniform}") is None
+
+
+def test_what_may_surprise_and_what_is_left_out_is_counted_and_named(uniform):
+    bee, cow = uniform / "train" / "bee", uniform / "val" / "cow"
+    for i in (3, 4):
+        Image.new("RGBA", (32, 32), (200, 0, 0, 0)).save(bee / f"clear{i}.png")
+    Image.fromarray(np.full((32, 32), 4095, np.uint16)).save(cow / "dark.png")
+    (bee / "notes.txt").touch()
+    (bee / os.fsdecode(b"\xff\n.csv")).touch()
+    (cow / "masks").mkdir()
+    (cow / "masks" / "a.npy").touch()
+    code, out = ran("data", "check", f"folder:{uniform}", "--json")
+    assert code == 0
+    assert f"2 images {TRANSPARENT} (first: {bee / 'clear3.png'})" in out
+    assert f"1 image {DARK} (first: {cow / 'dark.png'})" in out
+    named = r"train/bee/notes.txt, train/bee/\udcff\n.csv, val/cow/masks/a.npy"
+    assert f"3 files in class folders left out, no images by the ending: {named}\n" in out
+    document = json.loads(out.splitlines()[-1])
+    assert [row["images"] for row in document["remarks"]] == [1, 2]
+    assert document["left_out"].startswith("3 files")
 
 
 def test_the_list_shows_all_sets_and_where_they_are(tmp_path, fill):

@@ -176,9 +176,9 @@ def test_tars_are_looked_through_once(both, monkeypatch):
     for content in (b"", b"{", b"[[1]]", b"null", b"[" * 10_000, kept.read_bytes()[:-9]):
         kept.write_bytes(content)
         assert image_folders.read(name, "train") == first
-    rows = json.loads(kept.read_text())
-    rows[0][4] = 2**60
-    kept.write_text(json.dumps(rows))
+    document = json.loads(kept.read_text())
+    document["images"][0][4] = 2**60
+    kept.write_text(json.dumps(document))
     with pytest.raises(UserError, match=r"truncated, or .* is out of date"):
         image_folders.read(name, "train")
 

@@ -56,7 +56,7 @@ from figures import style
 figure, axes = style.canvas(1.0)
 axes.set_title("a title")
 figure.savefig(sys.argv[1])
-assert "matplotlib.pyplot" not in sys.modules
+assert figure.canvas.__class__.__module__ == "matplotlib.backends.backend_agg"
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from atdiag.data.decoding import ImageFolder
 
 _IMAGENET_CLASSES = 1000
+_WNID = re.compile(r"n\d{8}")
+"""A WordNet id, as ImageNet names its classes."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,20 @@ class FolderSet:
         return self.facts.classes if self.facts else len(image_folders.class_names(self.name))
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the class folders, in the order of the labels; empty where the folder is not found.
+
+        Raises UserError for a folder that is not laid out as it should be.
+        """
+        if self.facts and self.facts.imagenet:
+            from atdiag.data import testsets
+
+            return tuple(testsets.synsets()[row] for row in self.facts.imagenet)
+        if self.folder() is None:
+            return ()
+        return image_folders.read(self.name, "train").classes if self.facts else image_folders.class_names(self.name)
+
+    @property
     def image_size(self) -> int | None:
         """Side of the crop unless a spec says otherwise, in pixels; None for one's own."""
         return self.facts.image_size if self.facts else None
@@ -47,7 +64,15 @@ class FolderSet:
     @property
     def imagenet_rows(self) -> tuple[int, ...]:
         """Where the classes are ImageNet-1k's: their indices there, in order; else empty."""
-        return self.facts.imagenet if self.facts else ()
+        if self.facts is not None:
+            return self.facts.imagenet
+        names = self.class_names
+        if not names or not all(map(_WNID.fullmatch, names)):
+            return ()
+        from atdiag.data import testsets
+
+        row = {synset: index for index, synset in enumerate(testsets.synsets())}
+        return tuple(row[name] for name in names) if row.keys() >= set(names) else ()
 
     @property
     def cluster(self) -> str:
@@ -124,7 +149,7 @@ class FolderSet:
         return self.facts.test if self.facts else data.train // 5
 
     def head_rows(self, classes: int) -> tuple[int, ...] | None:
-        """Return the rows of a head of 1,000 classes, which is ImageNet-1k's, where these are a part of them."""
+        """Return the rows of a head of 1,000 classes, taken for ImageNet-1k's, where these are a part of them."""
         return self.imagenet_rows or None if classes == _IMAGENET_CLASSES else None
 
     def check(self, data: Data, network: Network) -> None:

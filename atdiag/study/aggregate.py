@@ -83,14 +83,18 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
         versus = None if arm.name == baseline else estimate(measured, {arm.name: 1, baseline: -1})
         rows.append(_row(arm, measured[arm.name], store, study.measures, versus))
     asked = {c.name: estimate(measured, c.weights) for c in study.contrasts}
-    reference = None
+    reference, warning = None, ""
     if study.reference is not None:
         said = outcomes(study.reference, store, study.test_set)
         reference = _row(study.reference, said, store, study.measures)
+        if study.reference.head is not None:
+            warning = study.reference.head.warning(next(iter(said.correct.values())))
     origins = [store.run(arm.specs[0]).result().get("weights") for arm in study.arms]
     weights = tuple(dict.fromkeys(note for origin in origins if (note := _which_weights(origin))))
     dropped = {arm.name: names for arm in study.arms if (names := _dropped(store.run(arm.specs[0]).result()))}
-    return Report(study, settings.profile.name, tuple(rows), asked, reference, settings.overrides, dropped, weights)
+    return Report(
+        study, settings.profile.name, tuple(rows), asked, reference, settings.overrides, dropped, weights, warning
+    )
 
 
 def outcomes(arm: Arm, store: Store, test_set: str | None = None) -> Outcomes:

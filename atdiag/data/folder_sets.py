@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
 from atdiag.data import image_folders
-from atdiag.data.catalogue import FACTS, IMAGENET_MEAN, IMAGENET_STD, Facts, crop_share
+from atdiag.data.catalogue import FACTS, IMAGENET_MEAN, IMAGENET_STD, Facts, crop_share, synsets
 from atdiag.data.datasets import check_fit
 from atdiag.data.image_folders import SPLITS, Files, SplitName
 
@@ -49,9 +49,7 @@ class FolderSet:
         Raises UserError for a folder that is not laid out as it should be.
         """
         if self.facts and self.facts.imagenet:
-            from atdiag.data import testsets
-
-            return tuple(testsets.synsets()[row] for row in self.facts.imagenet)
+            return tuple(synsets()[row] for row in self.facts.imagenet)
         if self.folder() is None:
             return ()
         return image_folders.read(self.name, "train").classes if self.facts else image_folders.class_names(self.name)
@@ -69,9 +67,7 @@ class FolderSet:
         names = self.class_names
         if not names or not all(map(_WNID.fullmatch, names)):
             return ()
-        from atdiag.data import testsets
-
-        row = {synset: index for index, synset in enumerate(testsets.synsets())}
+        row = {synset: index for index, synset in enumerate(synsets())}
         return tuple(row[name] for name in names) if row.keys() >= set(names) else ()
 
     @property

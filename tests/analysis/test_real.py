@@ -86,7 +86,11 @@ def test_what_it_knows_hangs_on_its_maps(real):
 
 
 def test_a_folder_of_wnids_has_its_imagenet_teachers_reference_row(folder, tmp_path):
-    lab = Lab(resolve(profile="small", seeds=1, sets=[f"data.name=folder:{folder}", "data.image_size=224"]))
+    lab = Lab(
+        resolve(
+            profile="small", seeds=1, sets=[f"data.name=folder:{folder}", "data.image_size=224", "recipe.batch_size=8"]
+        )
+    )
     arm = lab.reference(lab.teacher(f"timm:vit_tiny_patch16_224@{FILE}"))
     assert arm.head.how == "ImageNet's wnids"
     (spec,) = arm.specs

@@ -18,6 +18,8 @@ from atdiag.core.spec import Data, Network
 from atdiag.data import endings, sources
 from atdiag.data.decoding import BrokenImageError, View, decode, to_array
 from atdiag.data.splits import Images, Split
+from atdiag.networks.weights import classes
+from atdiag.networks.weights.classes import HeadClasses, HeadRows
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,16 @@ class ImageSet:
     on_progress: Callable[[int], None] | None = field(default=None, repr=False)
     """Callback (done), called after each batch with the number of images processed."""
 
-    def head_rows(self, network: Network) -> NDArray[np.int64] | None:
-        """Return the rows of a network's head that belong to the data set's classes, in the order of its labels.
+    def head_rows(self, head: HeadClasses) -> HeadRows:
+        """Return the rows of a head that belong to the data set's classes, in the order of its labels.
 
-        A head of 1,000 classes is assumed to be ImageNet-1k's, of which some data sets use a subset of classes. None if
-        no labels are known or the head is for other classes.
+        Labels of images that are no data set's are rows of the head themselves.
         """
         if self.labels is None:
-            return None
-        data_set = None if self.data is None else sources.find(self.data)
-        if data_set is not None and (rows := data_set.head_rows(network.classes)) is not None:
-            return np.array(rows, np.int64)
-        same = data_set is None or network.classes == data_set.classes
-        return np.arange(network.classes) if same else None
+            return HeadRows(None, "the classes of these images are not known")
+        if self.data is None:
+            return HeadRows(tuple(range(head.rows)), "the labels as given")
+        return classes.match(head, self.data)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -25,6 +25,7 @@ from atdiag.analysis.subjects import Subject
 from atdiag.analysis.tracing import Reader, Traced
 from atdiag.core import randomness
 from atdiag.core.errors import UserError
+from atdiag.networks.weights.classes import HeadRows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +54,13 @@ class Outcome:
     """The same for the class token alone."""
     logits: float
     """Largest absolute change of any logit."""
+    head: HeadRows | None = None
+    """The rows of its head that are the data set's classes, and how they are known."""
+
+    @property
+    def warning(self) -> str:
+        """A warning if the order of the head's classes is assumed, and the unchanged network no better than chance."""
+        return "" if self.labels is None or self.head is None else self.head.warning(self.before == self.labels)
 
     @property
     def top1(self) -> tuple[float, float] | None:
@@ -149,7 +157,7 @@ def intervene(
     order = randomness.generator(seed, "intervene").permutation(len(pictures))
     networks = [subject.network, *(one.source.network for one in replacements if isinstance(one.source, Subject))]
     size = _even(len(pictures), batch or tracing.batch_size(*networks))
-    depth, rows = subject.network.depth, pictures.head_rows(subject.network)
+    depth, head = subject.network.depth, pictures.head_rows(subject.head)
     sums = [_Sums(depth) for _ in replacements]
     clean: list[Tensor] = []
     index: list[NDArray[np.int64]] = []
@@ -168,15 +176,15 @@ def intervene(
             own = reader(one.pixels, wants[id(subject)], before)
             shown = {key: other(one.pixels, wants[key]) for key, other in others.items()}
             assert own.logits is not None
-            clean.append(_predictions(own.logits, rows))
+            clean.append(_predictions(own.logits, head))
             index.append(order[one.index])
             for change, which, total in zip(replacements, pairs, sums, strict=True):
                 given = {**before, **givens(subject, change, which, own, shown, before)}
                 after = reader(one.pixels, tracing.request(subject, ("residual",), logits=True), given)
                 _take_in(total, own, after, subject.network.class_token)
-                total.predictions.append(_predictions(after.logits, rows))
+                total.predictions.append(_predictions(after.logits, head))
     return [
-        _outcome(subject, pictures, change, which, total, torch.cat(clean).numpy(), np.concatenate(index))
+        _outcome(subject, pictures, head, change, which, total, torch.cat(clean).numpy(), np.concatenate(index))
         for change, which, total in zip(replacements, pairs, sums, strict=True)
     ]
 
@@ -206,10 +214,10 @@ def _wants(
     }
 
 
-def _predictions(logits: Tensor | None, rows: NDArray[np.int64] | None) -> Tensor:
+def _predictions(logits: Tensor | None, head: HeadRows) -> Tensor:
     """Return the most likely class [B] among the data set's classes."""
     assert logits is not None
-    among = logits if rows is None else logits[:, torch.from_numpy(rows).to(logits.device)]
+    among = logits if head.rows is None else logits[:, list(head.rows)]
     return among.argmax(-1).cpu()
 
 
@@ -233,6 +241,7 @@ def _relative(x: Tensor, y: Tensor) -> Tensor:
 def _outcome(
     subject: Subject,
     pictures: ImageSet,
+    head: HeadRows,
     one: Replacement,
     pairs: tuple[tuple[int, int], ...],
     total: _Sums,
@@ -241,7 +250,7 @@ def _outcome(
 ) -> Outcome:
     back = np.argsort(index)
     where = index[back]
-    images, labels = len(where), None if pictures.head_rows(subject.network) is None else pictures.labels
+    images, labels = len(where), None if head.rows is None else pictures.labels
     return Outcome(
         subject=subject.label,
         replaced=one.label,
@@ -255,4 +264,5 @@ def _outcome(
         residual=total.residual / images,
         residual_class=total.residual_class / images if subject.network.class_token else None,
         logits=total.logits,
+        head=head,
     )

@@ -37,6 +37,7 @@ from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
 from atdiag.data import sources
 from atdiag.data.splits import Split
+from atdiag.networks.weights.classes import HeadRows
 
 Tokens = Literal["class", "patch", "both"]
 Probe = Literal["linear", "knn", "centroid", "head"]
@@ -91,6 +92,13 @@ class Probed:
     """Cluster of each test image, [n]: images in the same cluster are not independent."""
     itself: NDArray[np.bool_] | None = None
     """Which predictions of the network itself are correct, [n]; None if its classes are not the data set's."""
+    head: HeadRows | None = None
+    """The rows of its head that are the data set's classes, and how they are known."""
+
+    @property
+    def warning(self) -> str:
+        """A warning if the order of the head's classes is assumed, and the network itself no better than chance."""
+        return "" if self.head is None or self.itself is None else self.head.warning(self.itself)
 
     def top1(self, probe: Probe, tokens: Tokens | Literal[""] = "") -> NDArray[np.float64]:
         """Return accuracy in per cent by layer, [L]."""
@@ -152,7 +160,7 @@ def features(
 
     exits: include the early-exit predictions.
     """
-    heads = [pictures.head_rows(one.network) if exits else None for one in subjects]
+    heads = [_rows(pictures.head_rows(one.head)) if exits else None for one in subjects]
     leave = [None if rows is None else _early_exit(one) for one, rows in zip(subjects, heads, strict=True)]
     wanted = [
         tracing.request(one, ("residual",), layers, logits=rows is not None)
@@ -176,6 +184,10 @@ def features(
                     part = part._replace(early=logits[..., rows].argmax(-1))
             parts[i].append(part)
     return [_joined(one) for one in parts], np.concatenate(places)
+
+
+def _rows(head: HeadRows) -> NDArray[np.int64] | None:
+    return None if head.rows is None else np.array(head.rows, np.int64)
 
 
 class _Part(NamedTuple):
@@ -282,6 +294,7 @@ def probe(
                 neighbours,
                 clusters[tested],
                 itself,
+                test.head_rows(subject.head),
             )
         )
     return out

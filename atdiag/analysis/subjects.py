@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.registry import teachers
 from atdiag.networks.timm import inspection
-from atdiag.networks.weights import files, loading, sources
+from atdiag.networks.weights import classes, files, loading, sources
+from atdiag.networks.weights.classes import HeadClasses
 from atdiag.training import checkpoint, evaluation
 from atdiag.transfer import methods
 from atdiag.transfer.attention import AttentionOverride
@@ -52,6 +53,21 @@ class Subject:
     """A run's id or a weight file's sha256: enough to refer to the same subject again."""
     spec: RunSpec | None = None
     """The run's spec, if the subject is a run's student."""
+    teacher: Teacher | None = None
+    """The teacher's spec, if the subject is a teacher."""
+    classes: Path | None = None
+    """The user's list of the classes of its head, if the subject is a teacher."""
+
+    @property
+    def head(self) -> HeadClasses:
+        """What is known of the classes of its head. Raises UserError for a list that is not about it."""
+        if self.spec is not None:
+            return classes.of_run(self.spec)
+        if self.teacher is not None:
+            return classes.of_teacher(self.teacher, self.classes)
+        if self.classes is not None:
+            return classes.of_list(self.classes, self.network.classes, self.label)
+        return HeadClasses(self.network.classes, data=self.data)
 
     @property
     def module(self) -> nn.Module:
@@ -209,6 +225,20 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     )
 
 
+def with_classes(found: Sequence[Subject], names: Path) -> list[Subject]:
+    """Return subjects with the user's list of the classes of a head, for those whose classes only it can tell.
+
+    A run's classes are known. Raises UserError for a list that is about none of them.
+    """
+    heads = [one for one in found if one.spec is None]
+    if not heads:
+        raise UserError("the classes of a run's head are those of its data set", "leave `classes` out")
+    length = len(classes.read_list(names))
+    if all(one.network.classes != length for one in heads):
+        classes.of_list(names, heads[0].network.classes, heads[0].label)  # says why
+    return [replace(one, classes=names) if one.spec is None and one.network.classes == length else one for one in found]
+
+
 def _run(run_id: str, store: Store) -> Run:
     """Return the run whose id has this prefix. Raises UserError unless exactly one does."""
     try:
@@ -253,7 +283,7 @@ def loaded(spec: Teacher, data: Data | None) -> Subject:
     name, _, own = spec.name.removeprefix(teachers.TIMM).partition("@")
     average = " average" if spec.branch == "ema" else ""
     label = spec.label if teachers.is_miniature(spec) else f"{name} {spec.sha256[:6]}{average}" if own else name
-    return Subject(label, body, found.network, data, spec.weights)
+    return Subject(label, body, found.network, data, spec.weights, teacher=spec)
 
 
 def of_run(run: Run) -> Subject:
@@ -370,7 +400,9 @@ def _file(path: Path) -> Subject:
     if file is None:
         raise UserError(f"{path} is not a run's folder: there is no spec.json in it")
     try:
-        network = Network.model_validate(loading.metadata(file)["network"])
+        header = loading.metadata(file)
+        network = Network.model_validate(header["network"])
+        trained = Data.model_validate(header["data"]) if "data" in header else None
     except (ValueError, KeyError):
         raise UserError(
             f"it is not known which network {path} belongs to (a run's has a spec.json beside it)",
@@ -382,4 +414,4 @@ def _file(path: Path) -> Subject:
     except RuntimeError as fault:
         raise UserError(f"{file} does not fit the network in its header ({str(fault).splitlines()[-1]})") from None
     vit.eval().requires_grad_(False)
-    return Subject(file.stem, evaluation.Predictor(vit), network, None, sources.sha256(file))
+    return Subject(file.stem, evaluation.Predictor(vit), network, trained, sources.sha256(file))

@@ -53,6 +53,7 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
     session = open_session(set_=set_, **given)
     series = spread(make, Lab(session.settings))
     check_overrides(lambda lab: spread(make, lab).specs, series.specs, session.settings, set_)
+    check_classes([series], session.settings)
     folder = document.folder(series, session.settings.profile.name, out.expanduser() if out else None)
     plan = session.plan(series.specs)
     if dry_run:
@@ -164,6 +165,14 @@ def check_overrides(
             continue
         if ids == {spec.id for spec in without}:
             raise UserError(f"{name} has no effect here: it changes none of this experiment's runs", "leave it out")
+
+
+def check_classes(several: Sequence[Series], settings: Settings) -> None:
+    """Raise UserError for a list of classes where no teacher's own head is measured."""
+    from atdiag.core.errors import UserError
+
+    if settings.classes is not None and not any(study.reference for one in several for study in one.studies):
+        raise UserError("`classes` has no effect here: no teacher's own head is measured", "leave it out")
 
 
 def _is_so(name: str, specs: list[RunSpec], settings: Settings) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atdiag.cli.options import Classes
 from atdiag.cli.session import (
     SUBJECT,
     Images,
@@ -21,6 +22,7 @@ from atdiag.cli.session import (
     Layers,
     add,
     chosen,
+    head_record,
     layer_pairs,
     shown_on,
     stem,
@@ -201,6 +203,7 @@ def intervene(
     layer_map: LayerMap = None,
     each: Annotated[bool, typer.Option("--each", help="One block at a time, not all of them at once.")] = False,
     images: Images = None,
+    classes: Classes = None,
 ) -> None:
     """Replace a trained network's attention, without training, and measure the effect.
 
@@ -212,7 +215,7 @@ def intervene(
     from atdiag.reports import writers
 
     folder = given.folder("intervene")
-    session = InspectionSession([subject, *(from_ or ())], given)
+    session = InspectionSession([subject, *(from_ or ())], given, classes)
     a, *others = session.subjects
     words = with_ or ([] if from_ else ["uniform", "identity", "shuffled", "no-sinks"])
     sources: list[Any] = [*others]
@@ -231,10 +234,11 @@ def intervene(
     with watched(images=pictures):
         found = work.intervene(a, replacements, pictures)
     frame = work.frame(found)
+    head = head_record(found[0].head, found[0].warning)
     document = {
         "command": "intervene",
         "profile": session.profile,
-        "subject": {"label": a.label, "id": a.id},
+        "subject": {"label": a.label, "id": a.id, "head": head},
         "images": found[0].images,
         "left_out": list(pictures.skipped),
         "rows": json.loads(frame.to_json(orient="records")),
@@ -259,7 +263,10 @@ def intervene(
     notes = [f"{shown_on(pictures)}, the same before and after; 95 % intervals over images (by cluster)"]
     notes.append("stream: how far the last block's output moves, relative to its norm")
     if found[0].change is None:
-        notes.append("no accuracy: of these images no labels are known that its head was made for")
+        notes.append(f"no accuracy: these images have no labels for the classes of its head ({head['rows']})")
+    else:
+        notes.append(f"which row of its head is which class: {head['rows']}")
+        notes += [f"{a.label} is {warning}"] if (warning := head["warning"]) else []
     session.tell([_outcomes_table(found)], notes, written, document, pictures)
 
 

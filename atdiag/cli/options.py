@@ -29,6 +29,15 @@ DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="The folder that holds all real data sets. [default: $ATDIAG_DATA]")
 ]
 
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The classes of a teacher's head: their names, one a line, a line for each row. "
+        "[default: a list inside the weights or beside them, ImageNet-1k's for 1,000 rows]",
+    ),
+]
+
 _Seeds = Annotated[int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]")]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would run, what is finished, and what it costs; run nothing.")
@@ -75,6 +84,7 @@ EXPERIMENT: Common = {
     "set_": (Set, []),
     "seeds": (_Seeds, None),
     "equivalence": (_Equivalence, None),
+    "classes": (Classes, None),
     "dry_run": (_DryRun, False),
     "json_": (Json, False),
     "out": (_Out, None),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atdiag.cli.options import Classes
 from atdiag.cli.session import (
     SUBJECT,
     InspectionOptions,
@@ -20,6 +21,7 @@ from atdiag.cli.session import (
     Layers,
     add,
     chosen_of_all,
+    head_record,
     left_out,
     shown_on,
     stem,
@@ -104,6 +106,7 @@ def probe(
         list[str] | None, typer.Option("--images", help="A number of test images, or indices. [default: all]")
     ] = None,
     neighbours: Annotated[int, typer.Option(help="How many nearest neighbours vote.")] = 20,
+    classes: Classes = None,
 ) -> None:
     """Probe every layer's tokens for the classes, and apply the trained head to every layer.
 
@@ -120,7 +123,8 @@ def probe(
     arms = _arms(subjects)
     if labels := given.names(len(arms)):
         arms = [replace(arm, name=label) for arm, label in zip(arms, labels, strict=True)]
-    session = InspectionSession([reference for arm in arms for reference in arm.references], replace(given, label=None))
+    every = [reference for arm in arms for reference in arm.references]
+    session = InspectionSession(every, replace(given, label=None), classes)
     names = _named(arms, session.subjects)
     asked = chosen_of_all(layers, session.subjects)
     pictures = session.pictures(images or ["0"])
@@ -133,13 +137,14 @@ def probe(
         probed = probing.probe(session.subjects, fitted, pictures, asked, neighbours)
     held_out, found = probed[0].held_out, iter(probed)
     groups = {name: [next(found) for _ in range(count)] for name, count in names}
+    heads = {name: head_record(group[0].head, group[0].warning) for name, group in groups.items() if group[0].head}
     frame = depth.frame(groups)
     document = {
         "command": "probe",
         "profile": session.profile,
         "data": data_set.model_dump(mode="json"),
         "subjects": [
-            {"subject": name, "runs": [{"label": one.label, "id": one.id} for one in group]}
+            {"subject": name, "runs": [{"label": one.label, "id": one.id} for one in group], "head": heads.get(name)}
             for name, group in groups.items()
         ],
         "train": int(frame.train.iloc[0]),
@@ -176,6 +181,8 @@ def probe(
         f"nearest neighbours: {neighbours}, cosine, majority; 95 % intervals over test images, and seeds where there "
         "are several",
     ]
+    notes += [f"which row of the head of {name} is which class: {head['rows']}" for name, head in heads.items()]
+    notes += [f"{name} is {head['warning']}" for name, head in heads.items() if head["warning"]]
     notes += left_out(fitted, "training images")
     session.tell(_probe_tables(frame), notes, written, document, pictures)
 

@@ -113,6 +113,7 @@ def _reproduce(
     if not analyses.series:
         raise next(iter(analyses.refused.values()))
     experiments.check_overrides(lambda lab: make(lab).specs, analyses.specs, session.settings, set_)
+    experiments.check_classes(list(analyses.series.values()), session.settings)
     folder = _folder("reproduce", session, out)
     plan, every = session.plan(analyses.specs), list(analyses.series.values())
     if not dry_run:
@@ -145,6 +146,7 @@ def _figures(
 
     session = open_session(set_=set_, **given)
     analyses, wanted = make(Lab(session.settings))
+    experiments.check_classes(list(analyses.series.values()), session.settings)
     folder = _folder("figures", session, out)
     readings: dict[str, Reading] = {}
     left: list[str] = [f"{name}: {fault}" for name, fault in analyses.refused.items()]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atdiag.cli.messages import as_typed
 from atdiag.cli.options import DataDir, Json, Profile, Runs, Set, execution_options, joined
 from atdiag.core import paths
 from atdiag.core.errors import UserError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from atdiag.core.runs import Store
     from atdiag.core.spec import RunSpec
     from atdiag.execution.plan import Plan
+    from atdiag.networks.weights.classes import HeadRows
     from atdiag.reports.writers import Written
     from atdiag.study.protocol import Reading, Series
     from atdiag.study.settings import Settings
@@ -160,6 +162,7 @@ def open_session(
     equivalence: float | None,
     runs: Path | None,
     data_dir: Path | None,
+    classes: Path | None = None,
     **given: Any,
 ) -> ExperimentSession:
     """Resolve the options of an experiment. Raises UserError for any invalid one."""
@@ -170,7 +173,7 @@ def open_session(
     if equivalence is not None and not 0 < equivalence < 100:
         raise UserError(f"--equivalence {equivalence:g} is not a margin", "give points above 0, such as 0.5")
     compiled.choice()
-    settings = resolve(data_dir, profile=profile, seeds=seeds, sets=set_, runs=runs)
+    settings = resolve(data_dir, profile=profile, seeds=seeds, sets=set_, runs=runs, classes=classes)
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))
     if not paths.is_folder(settings.runs):  # one that is there may be read-only: finished runs are only read
@@ -181,13 +184,16 @@ def open_session(
 class InspectionSession:
     """Subjects by their references, and images for them."""
 
-    def __init__(self, references: Sequence[str], given: InspectionOptions) -> None:
+    def __init__(self, references: Sequence[str], given: InspectionOptions, classes: Path | None = None) -> None:
+        """classes: the user's list of the classes of the heads that have as many rows."""
         from atdiag.analysis import subjects
         from atdiag.core.runs import Store
         from atdiag.execution import devices
 
         overrides = [*([f"data.name={given.data}"] if given.data is not None else []), *given.set_]
-        settings = resolve(given.data_dir, profile=given.profile, sets=overrides, runs=given.runs, training=False)
+        settings = resolve(
+            given.data_dir, profile=given.profile, sets=overrides, runs=given.runs, classes=classes, training=False
+        )
         self.given = given
         self.profile = settings.profile.name
         self.store = Store(settings.runs)
@@ -198,6 +204,8 @@ class InspectionSession:
         self.subjects = [
             replace(one, label=name).to(self.device) for one, name in zip(self.subjects, names, strict=True)
         ]
+        if settings.classes is not None:
+            self.subjects = subjects.with_classes(self.subjects, settings.classes)
 
     def pictures(self, images: Sequence[str] | None, default: int = 256) -> ImageSet:
         """Return the given images, by default ``default`` of the data set's.
@@ -311,6 +319,11 @@ def left_out(pictures: ImageSet, kind: str = "images") -> list[str]:
 
 
 _NAMED = 10
+
+
+def head_record(head: HeadRows | None, warning: str) -> dict[str, str | None]:
+    """Return how the rows of a head were matched with classes, and the warning if that looks wrong, as a record."""
+    return {"rows": "" if head is None else as_typed(head.note), "warning": as_typed(warning) or None}
 
 
 def shown_on(pictures: ImageSet) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -301,3 +302,11 @@ CORRUPTIONS: tuple[str, ...] = (
 SMALLEST = 20
 """Minimum side of images for corruptions, in pixels."""
 SEVERITIES = (1, 2, 3, 4, 5)
+
+
+@cache
+def synsets() -> tuple[str, ...]:
+    """Return the WordNet ids of ImageNet-1k's classes, in the order of the labels."""
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo("imagenet-1k").label_names())

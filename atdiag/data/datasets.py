@@ -29,6 +29,10 @@ class DataSet(Protocol):
         """Number of classes. Raises UserError where only the folder says it, and that is not there."""
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels; empty where they are not known on this machine."""
+
+    @property
     def image_size(self) -> int | None:
         """Side of the images that networks see unless a spec says otherwise, in pixels; None: every spec says it."""
 

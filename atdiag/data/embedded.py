@@ -74,6 +74,8 @@ class EmbeddedSet:
     """What it heeds of a spec's fields for embedded images. The others are at their defaults in every spec of it."""
     known_to_teachers: bool = False
     """Whether the heads of teachers with as many classes are for these: the miniature teachers know ``digits``."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes in the order of the labels, by which a teacher's head is matched; empty: not known."""
     source: str = ""
     licence: str = ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
 from atdiag.data import image_folders
-from atdiag.data.catalogue import ANY_FOLDER, FACTS, IMAGENET_MEAN, IMAGENET_STD, Facts, crop_share
+from atdiag.data.catalogue import ANY_FOLDER, FACTS, IMAGENET_MEAN, IMAGENET_STD, Facts, crop_share, synsets
 from atdiag.data.datasets import check_fit
 from atdiag.data.image_folders import SPLITS, Files, SplitName
 from atdiag.data.tars import TIMM
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from atdiag.data.decoding import ImageFolder
 
 _IMAGENET_CLASSES = 1000
+_WNID = re.compile(r"n\d{8}")
+"""A WordNet id, as ImageNet names its classes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,18 @@ class FolderSet:
         return self.facts.classes if self.facts else len(image_folders.class_names(self.name))
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the class folders, in the order of the labels; empty where the folder is not found.
+
+        Raises UserError for a folder that is not laid out as it should be.
+        """
+        if self.facts and self.facts.imagenet:
+            return tuple(synsets()[row] for row in self.facts.imagenet)
+        if self.folder() is None:
+            return ()
+        return image_folders.read(self.name, "train").classes if self.facts else image_folders.class_names(self.name)
+
+    @property
     def image_size(self) -> int | None:
         """Side of the crop unless a spec says otherwise, in pixels; None for one's own."""
         return self.facts.image_size if self.facts else None
@@ -48,7 +63,13 @@ class FolderSet:
     @property
     def imagenet_rows(self) -> tuple[int, ...]:
         """Where the classes are ImageNet-1k's: their indices there, in order; else empty."""
-        return self.facts.imagenet if self.facts else ()
+        if self.facts is not None:
+            return self.facts.imagenet
+        names = self.class_names
+        if not names or not all(map(_WNID.fullmatch, names)):
+            return ()
+        row = {synset: index for index, synset in enumerate(synsets())}
+        return tuple(row[name] for name in names) if row.keys() >= set(names) else ()
 
     @property
     def cluster(self) -> str:
@@ -125,7 +146,7 @@ class FolderSet:
         return self.facts.test if self.facts else data.train // 5
 
     def head_rows(self, classes: int) -> tuple[int, ...] | None:
-        """Return the rows of a head of 1,000 classes, which is ImageNet-1k's, where these are a part of them."""
+        """Return the rows of a head of 1,000 classes, taken for ImageNet-1k's, where these are a part of them."""
         return self.imagenet_rows or None if classes == _IMAGENET_CLASSES else None
 
     def check(self, data: Data, network: Network) -> None:

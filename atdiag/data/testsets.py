@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from atdiag.core import text
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import Data, Network
 from atdiag.data import image_folders, sources
-from atdiag.data.catalogue import CORRUPTIONS, SEVERITIES, SMALLEST, TEST_SETS, crop_share
+from atdiag.data.catalogue import CORRUPTIONS, SEVERITIES, SMALLEST, TEST_SETS, crop_share, synsets
 from atdiag.data.image_folders import Files
 
 if TYPE_CHECKING:
@@ -112,14 +111,6 @@ def check(test_set: TestSet, data: Data, network: Network) -> None:
             f"corruptions fit every data set, such as {CORRUPTIONS[0]}:{MIDDLE}",
         )
     read(test_set.name)
-
-
-@cache
-def synsets() -> tuple[str, ...]:
-    """Return the WordNet ids of ImageNet-1k's classes, in the order of the labels."""
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
 def read(name: str) -> Files:

@@ -91,7 +91,14 @@ def _study(report: Report) -> dict[str, Any]:
             }
             for row in report.rows
         ],
-        "reference": None if reference is None else {"top1": reference.top1, "runs": list(reference.runs)},
+        "reference": None
+        if reference is None
+        else {
+            "top1": reference.top1,
+            "runs": list(reference.runs),
+            "head": None if (own := report.study.reference) is None or own.head is None else own.head.note,
+            "head_warning": report.head_warning or None,
+        },
         "contrasts": [
             {"contrast": name, **_numbers(e, "value"), "seeds": e.seeds} for name, e in report.contrasts.items()
         ],

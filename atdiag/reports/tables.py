@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from atdiag.data import sources
+from atdiag.networks.weights import classes
 from atdiag.study import chance
 from atdiag.study.claims import Judged
 from atdiag.study.protocol import ArmResult, Reading, Report, Series
@@ -124,7 +125,8 @@ def _lines(reading: Reading, report: Report) -> list[list[str]]:
     lines = [_cells(row.arm, row, row.contrast, extra) for row in report.rows]
     if report.reference:
         cells = _cells(f"{report.study.teacher.label} itself", report.reference, None, extra)
-        lines.append([*cells[:2], "its own head", *cells[3:-1], ""])
+        told = "no better than chance" if report.head_warning else "its own head"
+        lines.append([*cells[:2], told, *cells[3:-1], ""])
     return lines + [_cells(name, None, estimate, extra) for name, estimate in report.contrasts.items()]
 
 
@@ -317,14 +319,27 @@ def notes(reading: Reading) -> list[str]:
     if first.overrides:
         given = ", ".join(f"{name}={value}" for name, value in sorted(first.overrides.items()))
         out.append(f"Overrides: {given}.")
-    out += [
-        f"{report.study.teacher.label}'s own accuracy is not shown: its head is for another task than {data.name}."
-        for report in reports
-        for data in [report.study.arms[0].specs[0].data]
-        if report.reference is None
-        and report.study.teacher.network.classes != report.study.arms[0].specs[0].network.classes
-    ]
+    out += filter(None, map(_own_head, reports))
     return list(dict.fromkeys([*out, *_power(reading)]))
+
+
+def _own_head(report: Report) -> str:
+    """Return how the rows of the teacher's head are matched with the data set's classes, or why it is not shown."""
+    study = report.study
+    if study.reference is not None:
+        if study.reference.head is None:
+            return ""
+        warning = f" It is {report.head_warning}." if report.head_warning else ""
+        how = study.reference.head.note
+        return f"{study.teacher.label} itself: which row of its head is which class: {how}.{warning}"
+    spec = study.arms[0].specs[0]
+    head = classes.match(classes.of_teacher(study.teacher), spec.data)
+    if head.rows is not None:
+        return ""  # the experiment does not ask for it
+    why = f"its head is for another task than {spec.data.name}"
+    if study.teacher.network.classes == spec.network.classes:
+        why = f"the rows of its head are not known ({head.note})"
+    return f"{study.teacher.label}'s own accuracy is not shown: {why}."
 
 
 def _corrected(reading: Reading) -> str:

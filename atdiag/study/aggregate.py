@@ -91,14 +91,28 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
         versus = None if arm.name == baseline else estimate(measured, {arm.name: 1, baseline: -1})
         rows.append(_row(arm, answers[arm.name], store, study.measures, versus))
     asked = {c.name: estimate(measured, c.weights) for c in study.contrasts}
-    reference = None
+    reference, warning = None, ""
     if study.reference is not None:
         said = answered(study.reference, store, study.test_set)
         reference = _row(study.reference, said, store, study.measures)
+        if study.reference.head is not None:
+            warning = study.reference.head.warning(next(iter(said.outcomes.correct.values())))
     stands = chance.footing(measured[baseline], answers[baseline].labels, reference.top1 if reference else None)
+    origins = [store.run(arm.specs[0]).result().get("weights") for arm in study.arms]
+    weights = tuple(dict.fromkeys(note for origin in origins if (note := _which_weights(origin))))
     dropped = {arm.name: names for arm in study.arms if (names := _dropped(store.run(arm.specs[0]).result()))}
-    name, overrides = settings.profile.name, settings.overrides
-    found = Report(study, name, tuple(rows), asked, reference, overrides, dropped, footing=stands)
+    found = Report(
+        study,
+        settings.profile.name,
+        tuple(rows),
+        asked,
+        reference,
+        settings.overrides,
+        dropped,
+        weights,
+        warning,
+        footing=stands,
+    )
     return _changed(found, lambda _, one: replace(one, undertrained=True)) if found.undertrained else found
 
 

@@ -13,6 +13,8 @@ from atdiag.core.selection import choose
 from atdiag.core.spec import Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, TransferMethod
 from atdiag.data import sources
 from atdiag.networks.registry import teachers
+from atdiag.networks.weights import classes
+from atdiag.networks.weights.classes import HeadRows
 from atdiag.study.protocol import BASELINE, METHODS, Arm
 from atdiag.study.settings import Settings, changed, describe
 
@@ -85,6 +87,9 @@ class Lab:
         """
         profile = self.settings.profile
         transfer = transfer or Transfer()
+        init = init or Init()
+        if teacher is not None and (transfer.method == "logits" or (init.head and not init.head_rows)):
+            self._check_same_classes(teacher)
         try:
             return Arm(
                 name,
@@ -92,7 +97,7 @@ class Lab:
                     RunSpec(
                         network=network,
                         teacher=teacher,
-                        init=init or Init(),
+                        init=init,
                         transfer=transfer,
                         data=profile.data,
                         recipe=profile.recipe[recipe or recipe_of(transfer)],
@@ -111,13 +116,14 @@ class Lab:
     def reference(self, teacher: Teacher) -> Arm | None:
         """Return the teacher itself, with its own head, on the test images; None if its head is for another task.
 
-        From an ImageNet head it takes the rows of the data set's classes, if those are ImageNet classes.
+        It takes the rows of the data set's classes from the head. Raises UserError for a list of classes that the user
+        named and that is not about this head, or lacks classes of the data set.
         """
         data, network = self.settings.profile.data, teacher.network
-        rows = sources.find(data).head_rows(network.classes)
-        if network.differences or rows is None:
+        head = self._head(teacher)
+        if network.differences or head.rows is None:
             return None
-        rows = () if len(rows) == network.classes else rows
+        rows = () if head.rows == tuple(range(network.classes)) else head.rows
         spec = RunSpec(
             network=network.model_copy(update={"classes": len(rows) or network.classes}),
             teacher=teacher,
@@ -126,7 +132,29 @@ class Lab:
             recipe=Recipe(epochs=0, batch_size=1),
             seed=Seed(data=0, model=0),
         )
-        return Arm("teacher", (spec,))
+        return Arm("teacher", (spec,), head)
+
+    def _check_same_classes(self, teacher: Teacher) -> None:
+        """Raise UserError for a head of as many classes as the data set has that are others, or in another order."""
+        network, data = teacher.network, self.settings.profile.data
+        if network.classes != sources.find(data).classes:
+            return  # the spec refuses it, and says why
+        head = self._head(teacher)
+        if head.rows == tuple(range(network.classes)):
+            return
+        why = head.how if head.rows is None else f"their order is another ({head.how})"
+        raise UserError(
+            f"the head of {teacher.label} is not for the classes of {data.name}: {why}",
+            "a student can learn from its logits, or start with it, only row by row",
+        )
+
+    def _head(self, teacher: Teacher) -> HeadRows:
+        """Return the rows of a teacher's head that are the data set's classes."""
+        typed = self.settings.classes
+        found = classes.match(classes.of_teacher(teacher, typed), self.settings.profile.data)
+        if typed is not None and found.rows is None:
+            raise UserError(found.how, "its names must be those of the data set's classes")
+        return found
 
 
 def recipe_of(transfer: Transfer) -> str:

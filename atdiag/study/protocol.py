@@ -17,6 +17,7 @@ from atdiag.core.spec import RunSpec, Teacher
 
 if TYPE_CHECKING:
     from atdiag.core.runs import Run
+    from atdiag.networks.weights.classes import HeadRows
     from atdiag.stats.contrasts import Estimate
     from atdiag.study.chance import Footing
     from atdiag.study.claims import Claim, Judged
@@ -35,6 +36,8 @@ class Arm:
 
     name: str
     specs: tuple[RunSpec, ...]
+    head: HeadRows | None = None
+    """Of the teacher itself: the rows of its head that are the data set's classes, and how they are known."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,8 @@ class Report:
     """Arm -> the teacher's weights that had no place in the student that started from it."""
     weights: tuple[str, ...] = ()
     """Which weights of the teacher's file were taken, where it holds several."""
+    head_warning: str = ""
+    """A warning where the reference is no better than chance and the order of its head's classes is assumed."""
     verdict: str = ""
     footing: Footing | None = None
     """How far the baseline is above chance; None: it was not looked at."""

@@ -112,6 +112,8 @@ class Settings:
     """Folder of all data sets; None: not set, which is enough for most commands."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """The user's overrides by dotted name, as applied."""
+    classes: Path | None = None
+    """The user's list of the classes of the teacher's head, one for each of its rows."""
     varied: dict[str, Any] = field(default_factory=dict)
     """Settings that an experiment varied on top of them, likewise."""
 
@@ -124,6 +126,7 @@ def resolve(
     data_dir: Path | None = None,
     environment: Mapping[str, str] = os.environ,
     folder: Path = Path(),
+    classes: Path | None = None,
     training: bool = True,
 ) -> Settings:
     """Resolve a command's settings. Raises UserError for any invalid one.
@@ -149,7 +152,9 @@ def resolve(
         runs.expanduser() if runs else Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
     )
     pairs = tuple(Seed(data=i, model=i) for i in range(count))
-    return Settings(resolved, pairs, root, place, overrides)
+    if classes is not None and not (classes := classes.expanduser()).is_file():
+        raise UserError(f"`classes` {classes}: there is no such file", "give a text file, one class a line")
+    return Settings(resolved, pairs, root, place, overrides, classes)
 
 
 def changed(settings: Settings, name: str, value: Any) -> Settings:

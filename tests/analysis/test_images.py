@@ -8,6 +8,7 @@ from atdiag.analysis import images, streaming
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data
 from atdiag.data import sources
+from atdiag.networks.weights.classes import HeadRows
 
 DIGITS = Data(name="digits", train=1, clutter=6)
 
@@ -106,12 +107,12 @@ def test_what_does_not_fit_the_network(subject, tmp_path):
 
 def test_the_rows_of_a_head_that_are_the_data_sets_classes(subject):
     some = images.choose(6, DIGITS, subject().network)
-    assert some.head_rows(subject().network).tolist() == list(range(10))
-    assert some.head_rows(subject(classes=7).network) is None
+    assert some.head_rows(subject().head) == HeadRows(tuple(range(10)), "assumed: alphabetical order")
+    assert some.head_rows(subject(classes=7).head).rows is None
     real = images.ImageSet(some.names, some.source, np.arange(6), None, Data(name="imagenette", train=1, image_size=20))
-    rows = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
-    assert real.head_rows(subject(classes=1000).network).tolist() == rows
-    assert images.from_arrays(np.zeros((2, 1, 20, 20), np.uint8)).head_rows(subject().network) is None
+    rows = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
+    assert real.head_rows(subject(classes=1000).head) == HeadRows(rows, "ImageNet's wnids")
+    assert images.from_arrays(np.zeros((2, 1, 20, 20), np.uint8)).head_rows(subject().head).rows is None
 
 
 def test_arrays_of_another_kind_are_refused():

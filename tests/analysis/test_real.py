@@ -10,8 +10,15 @@ import torch
 
 from atdiag.analysis import images, interventions, similarity, streaming, subjects
 from atdiag.analysis.replacements import Replacement
+from atdiag.core.options import ExecutionOptions
+from atdiag.core.runs import Store
 from atdiag.core.spec import Data
 from atdiag.data import sources
+from atdiag.networks.weights import loading
+from atdiag.networks.weights.classes import HeadRows
+from atdiag.study.builder import Lab
+from atdiag.study.settings import resolve
+from atdiag.training import cohort
 
 REAL = Path(os.environ.get("ATDIAG_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 FILE = REAL / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
@@ -71,10 +78,26 @@ def test_what_it_knows_hangs_on_its_maps(real):
     known = images.ImageSet(
         some.names, some.source, some.labels, some.clusters, Data(name="imagenette", train=1, image_size=224)
     )
-    assert (known.head_rows(subject.network) == rows).all()
-    own, uniform = interventions.intervene(subject, [Replacement("own"), Replacement("uniform")], known)
+    for one in (known, some):  # named in the catalogue; a folder of one's own whose classes are wnids
+        assert one.head_rows(subject.head) == HeadRows(tuple(rows), "ImageNet's wnids")
+    own, uniform = interventions.intervene(subject, [Replacement("own"), Replacement("uniform")], some)
     assert own.top1[0] == own.top1[1] > 80 and own.logits < 1e-4
     assert uniform.top1[1] < 40 and uniform.residual[-1] > 0.1
+
+
+def test_a_folder_of_wnids_has_its_imagenet_teachers_reference_row(folder, tmp_path):
+    lab = Lab(
+        resolve(
+            profile="small", seeds=1, sets=[f"data.name=folder:{folder}", "data.image_size=224", "recipe.batch_size=8"]
+        )
+    )
+    arm = lab.reference(lab.teacher(f"timm:vit_tiny_patch16_224@{FILE}"))
+    assert arm.head.how == "ImageNet's wnids"
+    (spec,) = arm.specs
+    assert spec.init.head_rows == sources.find("imagenette").imagenet_rows and spec.network.classes == 10
+    store = Store(tmp_path)
+    assert set(cohort.train([spec], store, loading.load, ExecutionOptions(device="cpu")).values()) == {"finished"}
+    assert store.run(spec).result()["top1"] > 80
 
 
 def test_itself_is_itself(real):

@@ -7,7 +7,7 @@ import pytest
 
 from atdiag.networks.registry import teachers
 from atdiag.networks.weights import loading
-from atdiag.study import settings
+from atdiag.study import profiles
 from tests.commands import LINES, ran
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -48,5 +48,5 @@ def test_every_line_of_the_readme_runs(line, folder):
 
 
 def test_the_profile_is_told():
-    for name in settings.PROFILES:
+    for name in profiles.PROFILES:
         assert f"`{name}`" in README

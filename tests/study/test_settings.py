@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Recipe
-from atdiag.study.settings import METHODS, PROFILES, Settings, resolve
+from atdiag.study.profiles import METHODS, PROFILES
+from atdiag.study.settings import Settings, resolve
 from atdiag.study.transfer_settings import TransferSettings
 
 

@@ -64,7 +64,10 @@ LIGHT = (
     *(f"atdiag/networks/weights/{name}.py" for name in ("files", "loading", "pull", "sources")),
     "atdiag/networks/timm/architectures.py",
     *(f"atdiag/study/{name}.py" for name in ("aggregate", "builder", "claims", "judging", "matching", "pipeline")),
-    *(f"atdiag/study/{name}.py" for name in ("protocol", "registry", "settings", "profiles", "transfer_settings", "verdicts")),
+    *(
+        f"atdiag/study/{name}.py"
+        for name in ("protocol", "registry", "settings", "profiles", "transfer_settings", "verdicts")
+    ),
     *(f"atdiag/training/{name}.py" for name in ("audit", "predictions")),
     "ablations/*.py",
 )

@@ -18,8 +18,8 @@ weakness of Welch's test below 5 df: Best & Rayner 1987). False alarms at 95 % w
 grid of variance components that includes no seed or no image effect (normal theory, 200,000 studies each):
 unconstrained MS_S + MS_C - MS_E with nu 2.0-7.7 %; with MS_C - MS_E >= 0 and nu 5.0-7.7; with S - 1 df 0.0-4.8; images
 alone where MS_S < MS_E 3.2-7.5; MS_S >= MS_E enforced 1.7-7.5; Cochran & Cox 2.9-5.0; seeds alone 4.9-16.4; **as
-shipped 3.5-5.8** (2 seeds, before they had the rule below: 0.8-6.2, nu 12.7; 5 seeds: 4.9-5.8). On simulated right and
-wrong answers, 2,000 studies for each of 13 settings, 4.2-6.6 (tests/stats).
+shipped 3.5-5.8** (2 seeds, without the rule below: 0.8-6.2, nu 12.7; 5 seeds: 4.9-5.8). On simulated right and wrong
+answers, 2,000 studies for each of 13 settings, 4.2-6.6 (tests/stats).
 
 Why further beyond 95 %: Holm's method needs p-values down to 0.05 / m for m contrasts, where one df for all levels
 is wrong by a growing factor. Largest rate over the grid as a multiple of the nominal 5, 1, 0.5 and 0.1 % with 2, 3, 5

@@ -14,15 +14,15 @@ is of use (with two it is 13 standard errors wide): it is then the lowest of eac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from atdiag.study.protocol import ArmResult, Footing, Report
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from atdiag.stats.contrasts import Outcomes
-    from atdiag.study.protocol import ArmResult, Report
 
 MARGIN = 10.0
 """Points above chance that the baseline needs, or a third of the teacher's where that is less."""
@@ -30,24 +30,6 @@ UNDERTRAINED = "undertrained: nothing can be said"
 """The verdict on a study whose baseline is near chance."""
 FEW_CLASSES = 2
 """An arm that predicts so many classes or fewer is named, where there are more."""
-
-
-@dataclass(frozen=True)
-class Footing:
-    """How far a baseline is above chance, in per cent of the test images."""
-
-    chance: float
-    low: float
-    """The lower limit of the baseline's accuracy."""
-    needed: float
-    """What ``low`` has to reach."""
-    classes: int
-    """How many there are among the test labels."""
-
-    @property
-    def undertrained(self) -> bool:
-        """Whether the baseline is too near chance."""
-        return self.low < self.needed
 
 
 def footing(baseline: Outcomes, labels: NDArray[np.integer], teacher: float | None) -> Footing:

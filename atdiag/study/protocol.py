@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from atdiag.core.runs import Run
     from atdiag.networks.weights.classes import HeadRows
     from atdiag.stats.contrasts import Estimate
-    from atdiag.study.chance import Footing
     from atdiag.study.claims import Claim, Judged
 
 METHODS = ("copy", "distill")
@@ -204,6 +203,24 @@ class ArmResult:
         if self.contrast is None:
             raise ValueError(f"{self.arm} is not contrasted with the baseline")
         return self.contrast
+
+
+@dataclass(frozen=True)
+class Footing:
+    """How far a baseline is above chance, in per cent of the test images."""
+
+    chance: float
+    low: float
+    """The lower limit of the baseline's accuracy."""
+    needed: float
+    """What ``low`` has to reach."""
+    classes: int
+    """How many there are among the test labels."""
+
+    @property
+    def undertrained(self) -> bool:
+        """Whether the baseline is too near chance."""
+        return self.low < self.needed
 
 
 @dataclass(frozen=True)

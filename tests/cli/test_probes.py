@@ -76,8 +76,11 @@ def test_probe_of_two_teachers():
     last = frame[(frame.layer == 11) & (frame.probe == "head")].set_index("subject").top1
     itself = frame[frame.probe == "itself"].set_index("subject").top1
     assert last.to_dict() == itself.to_dict() and last.min() > 50
-    for word in ("deit_s (mini)", "siglip2_b (mini)", "early exit", "120 training images", "20 %", "60 test images"):
+    for word in ("deit_s (mini)", "siglip2_b (mini)", "early exit", "120 training images", "60 test images"):
         assert word in out
+    held_out = document["regularisation"]["held_out"]
+    assert 24 <= held_out < 40 and document["regularisation"]["stratified"] and not document["regularisation"]["fixed"]
+    assert f"regularisation chosen on {held_out} of them, each class in proportion" in " ".join(out.split())
 
 
 def test_probe_of_an_experiment_has_its_arms_over_their_seeds(report):
@@ -180,3 +183,10 @@ def test_what_is_wrong_is_one_line(capsys, tmp_path):
     }.items():
         assert fault in wrong(capsys, *arguments, *cpu), arguments
     assert not (tmp_path / "results").exists()
+
+
+def test_a_fixed_regularisation_is_said():
+    from atdiag.cli.probes import _regularised
+
+    assert _regularised(0).startswith("regularisation fixed (C = 1, scikit-learn's default): a class with a single")
+    assert _regularised(30) == "regularisation chosen on 30 of them, each class in proportion"

@@ -18,7 +18,7 @@ from atdiag.reports import document, tables
 from atdiag.stats.contrasts import Outcomes, estimate
 from atdiag.study import aggregate, chance, judging
 from atdiag.study.claims import Claim
-from atdiag.study.protocol import BASELINE, Series
+from atdiag.study.protocol import BASELINE, Footing, Series
 from tests import studies
 from tests.studies import lab
 
@@ -131,7 +131,7 @@ def test_a_claim_is_judged_by_the_studies_that_are_trained(copied, tmp_path):
     store = Store(tmp_path)
     finish(copied, store, {BASELINE: [0.5, 0.49, 0.51], "copy": [0.7, 0.71, 0.72], "teacher": [0.9]})
     (good,) = read(copied, store).reports
-    low = replace(good, footing=chance.Footing(10, 12, 20, 10), study=replace(copied, label="other"))
+    low = replace(good, footing=Footing(10, 12, 20, 10), study=replace(copied, label="other"))
     judged = judging.judge_claim(CLAIM, [good, low])
     assert (judged.verdict, judged.note) == ("holds", "undertrained: other")
     assert judging.judge_claim(CLAIM, [low]).verdict == "not testable here"

@@ -140,6 +140,7 @@ def open_session(
     profile: str | None,
     set_: list[str],
     seeds: int | None,
+    first_seed: int | None,
     equivalence: float | None,
     runs: Path | None,
     data_dir: Path | None,
@@ -153,7 +154,7 @@ def open_session(
     if equivalence is not None and not 0 < equivalence < 100:
         raise UserError(f"--equivalence {equivalence:g} is not a margin", "give points above 0, such as 0.5")
     compiled.choice()
-    settings = resolve(data_dir, profile=profile, seeds=seeds, sets=set_, runs=runs)
+    settings = resolve(data_dir, profile=profile, seeds=seeds, first_seed=first_seed, sets=set_, runs=runs)
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))
     if not paths.is_folder(settings.runs):  # one that is there may be read-only: finished runs are only read

@@ -28,6 +28,9 @@ from atdiag.study.transfer_settings import TransferSettings
 METHODS = ("none", "copy", "distill", "finetune")
 """Methods with a recipe. ``finetune`` starts from all of a teacher's weights and transfers nothing."""
 
+SEEDS = 1_000_000
+"""Studies have seeds below this; miniature teachers were pre-trained with this one."""
+
 
 class Profile(Spec):
     """A scale: data, a recipe for each transfer method, and a number of seeds."""
@@ -123,8 +126,12 @@ def resolve(
     data_dir: Path | None = None,
     environment: Mapping[str, str] = os.environ,
     folder: Path = Path(),
+    first_seed: int | None = None,
 ) -> Settings:
-    """Resolve a command's settings. Raises UserError for any invalid one."""
+    """Resolve a command's settings. Raises UserError for any invalid one.
+
+    first_seed: the first of ``seeds`` seeds in a row; by default 0.
+    """
     path = folder / "atdiag.toml"
     file = _read_file(path)
     name = _name(profile, environment, path, file)
@@ -137,10 +144,14 @@ def resolve(
     if not 1 <= count <= 1000:
         asked = f"`seeds` {count}" if seeds is not None else f"{path}: seeds = {count}"
         raise UserError(asked, "give a number from 1 to 1000")
+    first = first_seed if first_seed is not None else file.get("first_seed", 0)
+    if not 0 <= first <= SEEDS - count:
+        asked = f"`first_seed` {first}" if first_seed is not None else f"{path}: first_seed = {first}"
+        raise UserError(asked, f"give a number from 0 to {SEEDS - count}")
     root = (
         runs.expanduser() if runs else Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
     )
-    pairs = tuple(Seed(data=i, model=i) for i in range(count))
+    pairs = tuple(Seed(data=i, model=i) for i in range(first, first + count))
     return Settings(resolved, pairs, root, place, overrides)
 
 
@@ -191,6 +202,7 @@ def _name(profile: str | None, environment: Mapping[str, str], path: Path, file:
 _FILE_KEYS = {
     "profile": (str, 'profile = "mini"'),
     "seeds": (int, "seeds = 3"),
+    "first_seed": (int, "first_seed = 100"),
     "runs": (str, 'runs = "runs"'),
     "data_dir": (str, 'data_dir = "/data"'),
 }
@@ -206,7 +218,7 @@ _SETTINGS = (
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """Read ``atdiag.toml``: profile, seeds, runs, and the tables data, recipe and transfer."""
+    """Read ``atdiag.toml``: profile, seeds, first_seed, runs, data_dir, and the tables data, recipe and transfer."""
     if not path.exists():
         return {}
     try:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from atdiag.core import randomness
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data
 from atdiag.data import scenes, sources, validation
+from atdiag.data.embedded import EmbeddedSet
 from atdiag.data.image_folders import read
+from atdiag.data.splits import Images
 from atdiag.study.settings import resolve
 from tests.data.test_sources import network
 
@@ -153,6 +156,30 @@ def test_validation_scenes_do_not_depend_on_global_generators():
     with randomness.isolated(0, "another state"):
         one = sources.find(data).validation_split(data, 0)
     assert np.array_equal(one.pixels, sources.find(data).validation_split(data, 0).pixels)
+
+
+def test_a_set_of_one_s_own_makes_its_own_part_or_has_none():
+    def make(count, value):
+        return Images(np.full((count, 1, 8, 8), value, np.uint8), np.arange(count) % 2, np.arange(count))
+
+    own = EmbeddedSet(
+        name="plain",
+        title="plain",
+        classes=2,
+        image_size=8,
+        make_train=lambda data, seed: make(data.train, 0),
+        make_test=lambda data: make(4, 1),
+        sources=4,
+    )
+    data = Data(name="plain", train=10, validation=0.4, test_draw=3)
+    with pytest.raises(UserError, match=r"`data\.validation`: plain makes no images for validation"):
+        own.complete(data)
+    assert own.complete(data.model_copy(update={"validation": None})).test_draw == 0
+    with_part = replace(own, make_validation=lambda data, seed: make(4, 2), settings=frozenset({"test_draw"}))
+    assert with_part.complete(data) == data
+    assert (with_part.validation_split(data, 0).pixels == 2).all()
+    with pytest.raises(ValueError, match="made 4 images for validation, not 5"):
+        with_part.validation_split(data.model_copy(update={"validation": 5}), 0)
 
 
 # --- Real images ------------------------------------------------------------------------------------------------------

@@ -317,6 +317,8 @@ def overrides(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
         "data.train",
         "data.name",
         "data.per_class",
+        "data.validation",
+        "data.test_draw",
     ]
     known += ["recipe.precision", "recipe.drop_path", "recipe.batch_size", "transfer.loss", "seeds", "network.depth"]
     text = draw(TYPED | st.tuples(st.sampled_from(known), st.just("="), NUMBERS | TYPED).map("".join))

@@ -39,6 +39,10 @@ Classes = Annotated[
 ]
 
 _Seeds = Annotated[int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]")]
+_FirstSeed = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="The first seed: N to N + S - 1 of S seeds, for an independent study. [default: 0]"),
+]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would run, what is finished, and what it costs; run nothing.")
 ]
@@ -83,6 +87,7 @@ EXPERIMENT: Common = {
     "profile": (Profile, None),
     "set_": (Set, []),
     "seeds": (_Seeds, None),
+    "first_seed": (_FirstSeed, None),
     "equivalence": (_Equivalence, None),
     "classes": (Classes, None),
     "dry_run": (_DryRun, False),

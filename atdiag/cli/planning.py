@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from atdiag.core.spec.data import OF_SCENES
 from atdiag.core.text import count, duration
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from atdiag.cli.session import ExperimentSession
     from atdiag.core.runs import Store
-    from atdiag.core.spec import Network, RunSpec, Teacher
+    from atdiag.core.spec import Data, Network, RunSpec, Teacher
     from atdiag.execution.plan import Plan
     from atdiag.study.protocol import Series, Study
     from atdiag.study.settings import Settings
@@ -33,15 +34,19 @@ def header(series: Series, settings: Settings) -> None:
 
 def scale(studies: tuple[Study, ...], settings: Settings) -> None:
     """Print the data, the training length, and the origin of the teachers."""
-    from atdiag.data import folder_sets
+    from atdiag.data import folder_sets, sources
     from atdiag.networks.registry import teachers
 
+    def images(one: Data) -> str:
+        held = sources.find(one).validation_images(one)
+        return f"{one.name}, {one.train:,} training images" + (f" and {held:,} for validation" if held else "")
+
     arms = [arm.specs[0] for study in studies for arm in study.arms]
-    data = ", ".join(f"{one.name}, {one.train:,} training images" for one in dict.fromkeys(s.data for s in arms))
+    data = ", ".join(map(images, dict.fromkeys(spec.data for spec in arms)))
     epochs = sorted({spec.recipe.epochs for spec in arms})
     typer.echo(
         f"profile {settings.profile.name}: {data} x {' or '.join(map(str, epochs))} epochs, "
-        f"{count(len(settings.seeds), 'seed')}"
+        f"{count(len(settings.seeds), 'seed')}{_which(settings)}"
     )
     for name in dict.fromkeys(spec.data.name for spec in arms):
         if note := folder_sets.left_out(name):
@@ -58,6 +63,14 @@ def scale(studies: tuple[Study, ...], settings: Settings) -> None:
             typer.echo(f"the weights of {names(missing)} are not on this machine: {teachers.how_to_get(missing[0])}")
     if settings.overrides:
         typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(settings.overrides.items())))
+
+
+def _which(settings: Settings) -> str:
+    """Name the seeds where they do not begin at 0."""
+    first, last = settings.seeds[0].data, settings.seeds[-1].data
+    if not first:
+        return ""
+    return f" ({first})" if first == last else f" ({first} to {last})"
 
 
 def announce(plan: Plan, store: Store) -> None:
@@ -133,7 +146,7 @@ def _planned(series: Series) -> list[tuple[str, RunSpec]]:
 def _resolved(series: Series, settings: Settings) -> dict[str, dict[str, Any]]:
     """Return the settings of its runs: data, transfer, recipes, student."""
     profile = settings.profile
-    scenes = {"test_per_source", "clutter"} if profile.data.image_size else set()
+    scenes: set[str] = set(OF_SCENES) if profile.data.image_size else set()
     form = profile.transfer.model_dump(mode="json", exclude_defaults=True)
     resolved = {
         "data": profile.data.model_dump(mode="json", exclude=scenes),

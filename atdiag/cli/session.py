@@ -159,6 +159,7 @@ def open_session(
     profile: str | None,
     set_: list[str],
     seeds: int | None,
+    first_seed: int | None,
     equivalence: float | None,
     runs: Path | None,
     data_dir: Path | None,
@@ -173,7 +174,9 @@ def open_session(
     if equivalence is not None and not 0 < equivalence < 100:
         raise UserError(f"--equivalence {equivalence:g} is not a margin", "give points above 0, such as 0.5")
     compiled.choice()
-    settings = resolve(data_dir, profile=profile, seeds=seeds, sets=set_, runs=runs, classes=classes)
+    settings = resolve(
+        data_dir, profile=profile, seeds=seeds, first_seed=first_seed, sets=set_, runs=runs, classes=classes
+    )
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))
     if not paths.is_folder(settings.runs):  # one that is there may be read-only: finished runs are only read

@@ -68,6 +68,9 @@ class DataSet(Protocol):
     def test_images(self, data: Data) -> int:
         """Return about how many test images a spec means, for an estimate of what a test costs."""
 
+    def validation_images(self, data: Data) -> int:
+        """Return how many images a spec holds back for validation, 0 for none; for an estimate, as above."""
+
     def head_rows(self, classes: int) -> tuple[int, ...] | None:
         """Return the rows of a teacher's head of ``classes`` outputs that are this set's classes, in order of labels.
 
@@ -92,6 +95,9 @@ class DataSet(Protocol):
 
     def train_split(self, data: Data, seed: int) -> Split:
         """Return the training images, a pure function of spec and data seed."""
+
+    def validation_split(self, data: Data, seed: int) -> Split | None:
+        """Return the images held back for validation, a pure function of spec and data seed; None: none are."""
 
     def test_split(self, data: Data) -> Split:
         """Return the test images, the same for every run."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from atdiag.core import resources
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
+from atdiag.core.spec.data import OF_SCENES
+from atdiag.data import validation
 from atdiag.data.catalogue import CANVAS
 from atdiag.data.datasets import check_fit
 from atdiag.data.image_folders import Files, SplitName
@@ -28,10 +30,10 @@ USUAL = Data(name="digits", train=2500, clutter=6)
 EMBEDDED = "embedded"
 """What ``atdiag data`` says in place of a folder."""
 
-Setting = Literal["test_per_source", "clutter"]
+Setting = Literal["test_per_source", "clutter", "test_draw"]
 """A field of a spec that only embedded sets have."""
 
-_SETTINGS: frozenset[Setting] = frozenset({"test_per_source", "clutter"})
+_SETTINGS: frozenset[Setting] = frozenset(OF_SCENES)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class EmbeddedSet:
     """What the test images of one cluster share, in one word or two; empty: every image is a cluster of its own."""
     settings: frozenset[Setting] = frozenset({"test_per_source"})
     """What it heeds of a spec's fields for embedded images. The others are at their defaults in every spec of it."""
+    make_validation: Callable[[Data, int], Images] | None = None
+    """``(data, seed)`` -> images held back for validation; ``make_train`` then leaves out what these are made of where
+    ``data.validation`` is given. None: it can't be given."""
     known_to_teachers: bool = False
     """Whether the heads of teachers with as many classes are for these: the miniature teachers know ``digits``."""
     class_names: tuple[str, ...] = ()
@@ -105,15 +110,18 @@ class EmbeddedSet:
         return spec.model_copy(update={"name": self.name})
 
     def complete(self, data: Data, train: int | None = None) -> Data:
-        """Return the spec, with settings that it does not heed at their defaults. Raises UserError for an image size.
+        """Return the spec, with settings that it does not heed at their defaults.
 
-        train: is ``data.train`` already.
+        train: is ``data.train`` already. Raises UserError for an image size, and for a validation part where none is
+        made.
         """
         if data.image_size is not None:
             raise UserError(
                 f"`data.image_size` is of real images, and {self.name} are embedded ({self.image_size} px)",
                 "leave it out",
             )
+        if data.validation is not None and self.make_validation is None:
+            raise UserError(f"`data.validation`: {self.name} makes no images for validation", "leave it out")
         unheeded = _SETTINGS - self.settings
         if not unheeded:
             return data
@@ -135,6 +143,10 @@ class EmbeddedSet:
         """Return about how many test images a spec means."""
         return self.sources * data.test_per_source
 
+    def validation_images(self, data: Data) -> int:
+        """Return how many images a spec holds back for validation."""
+        return validation.size(data.validation, data.train)
+
     def head_rows(self, classes: int) -> tuple[int, ...] | None:
         """Return all rows of a head with as many classes, if teachers know this data set; else None."""
         return tuple(range(classes)) if self.known_to_teachers and classes == self.classes else None
@@ -142,11 +154,11 @@ class EmbeddedSet:
     def check(self, data: Data, network: Network) -> None:
         """Raise ValueError for a network that does not fit, UserError for more images than memory holds."""
         check_fit(self, data, network)
-        count = data.train + self.test_images(data)
+        count = data.train + self.validation_images(data) + self.test_images(data)
         resources.room(
             count * self.channels * self.image_size**2,
             f"{count:,} images of {self.name}",
-            "make `data.train` or `data.test_per_source` smaller",
+            "make `data.train`, `data.validation` or `data.test_per_source` smaller",
         )
 
     def folder(self) -> Path | None:
@@ -162,6 +174,18 @@ class EmbeddedSet:
         images = self._sound(self.make_train(data, seed))
         if len(images) != data.train:
             raise ValueError(f"the data set {self.name} made {len(images)} training images, not {data.train}")
+        return images
+
+    def validation_split(self, data: Data, seed: int) -> Images | None:
+        """Return the images held back for validation; None where none are.
+
+        Raises ValueError where the function makes others than the data set says.
+        """
+        if data.validation is None or self.make_validation is None:
+            return None
+        images = self._sound(self.make_validation(data, seed))
+        if len(images) != (count := self.validation_images(data)):
+            raise ValueError(f"the data set {self.name} made {len(images)} images for validation, not {count}")
         return images
 
     def test_split(self, data: Data) -> Images:
@@ -186,13 +210,21 @@ class EmbeddedSet:
 def _train_scenes(task: str, data: Data, seed: int) -> Images:
     from atdiag.data import scenes
 
-    return _images(scenes.train_scenes(task, data.train, seed, data.clutter))
+    return _images(scenes.train_scenes(task, data.train, seed, data.clutter, data.validation))
+
+
+def _validation_scenes(task: str, data: Data, seed: int) -> Images:
+    from atdiag.data import scenes
+
+    assert data.validation is not None
+    count = validation.size(data.validation, data.train)
+    return _images(scenes.validation_scenes(task, count, seed, data.clutter, data.validation))
 
 
 def _test_scenes(task: str, data: Data) -> Images:
     from atdiag.data import scenes
 
-    return _images(scenes.test_scenes(task, data.test_per_source, data.clutter))
+    return _images(scenes.test_scenes(task, data.test_per_source, data.clutter, data.test_draw))
 
 
 def _images(made: Scenes) -> Images:
@@ -209,6 +241,7 @@ def _scenes(name: str, title: str, classes: int) -> EmbeddedSet:
         image_size=CANVAS,
         make_train=partial(_train_scenes, name),
         make_test=partial(_test_scenes, name),
+        make_validation=partial(_validation_scenes, name),
         sources=600,
         cluster="source digit",
         settings=_SETTINGS,

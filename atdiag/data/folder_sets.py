@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
-from atdiag.data import image_folders
+from atdiag.data import image_folders, validation
 from atdiag.data.catalogue import ANY_FOLDER, FACTS, IMAGENET_MEAN, IMAGENET_STD, Facts, crop_share, synsets
 from atdiag.data.datasets import check_fit
 from atdiag.data.image_folders import SPLITS, Files, SplitName
@@ -100,10 +100,10 @@ class FolderSet:
     def complete(self, data: Data, train: int | None = None) -> Data:
         """Return the spec with ``train``, ``image_size`` and fingerprint as they are.
 
-        ``train`` becomes the number of training images that the spec means: all, ``per_class`` of each class, or of
-        those as many as ``train`` asks for. Where the files decide (``folder:PATH``, ``timm:PATH``, sets that are kept
-        in several forms) their fingerprint is taken; it stays None for a set that is not on this machine, which nothing
-        trains with.
+        ``train`` becomes the number of training images that the spec means: all, ``per_class`` of each class, without
+        those held back for validation, or of those as many as ``train`` asks for. Where the files decide
+        (``folder:PATH``, ``timm:PATH``, sets that are kept in several forms) their fingerprint is taken; it stays None
+        for a set that is not on this machine, which nothing trains with.
 
         Raises UserError for a folder of one's own that is not there or not laid out as it should be, for one without
         ``image_size``, which only its owner can know, and for more training images than there are.
@@ -112,12 +112,19 @@ class FolderSet:
         if facts is None and data.image_size is None:
             raise UserError(f"{self.name} needs `data.image_size`", "say which, such as `data.image_size`=224")
         have = facts.train if facts else len(image_folders.read(self.name, "train"))
-        have = self.classes * data.per_class if data.per_class else have
+        chosen = self.classes * data.per_class if data.per_class else have
+        have = chosen - (held := validation.size(data.validation, chosen))
+        if have < 1:
+            raise UserError(
+                f"`data.validation`={data.validation:g} holds back all of {chosen:,} training images",
+                "give a smaller one",
+            )
         fingerprint = data.fingerprint
         if facts is None or (facts.in_forms and self.folder() is not None):
             fingerprint = image_folders.fingerprint(self.name)
+        beside = f", and {held} for validation" if held else ""
         if train is not None and train > have:
-            raise UserError(f"`data.train`={train}: {self.name} has {have} training images to choose from")
+            raise UserError(f"`data.train`={train}: {self.name} has {have} training images to choose from{beside}")
         values = {
             "train": have if train is None else train,
             "image_size": data.image_size or self.image_size,
@@ -145,6 +152,15 @@ class FolderSet:
             return self.classes * data.test_per_class
         return self.facts.test if self.facts else data.train // 5
 
+    def validation_images(self, data: Data) -> int:
+        """Return how many images a spec holds back; of one's own without ``per_class`` a guess, where it is a share."""
+        if data.validation is None or data.validation >= 1:
+            return validation.size(data.validation, 0)
+        if data.per_class:
+            return validation.size(data.validation, self.classes * data.per_class)
+        chosen = self.facts.train if self.facts else round(data.train / (1 - data.validation))
+        return validation.size(data.validation, chosen)
+
     def head_rows(self, classes: int) -> tuple[int, ...] | None:
         """Return the rows of a head of 1,000 classes, taken for ImageNet-1k's, where these are a part of them."""
         return self.imagenet_rows or None if classes == _IMAGENET_CLASSES else None
@@ -164,7 +180,14 @@ class FolderSet:
                 raise UserError(
                     f"the class {name} in {part.root} has {fewest} {part.split} images, and the spec takes {wanted}"
                 )
-        _check_count(data, len(train), len(train.classes))
+        left, held = self._parts(data, train)
+        if held is None:
+            _check_count(data, len(train), len(train.classes))
+        elif data.train > len(left):
+            raise UserError(
+                f"`data.train`={data.train}, but {data.name} has {len(left)} training images beside {len(held)} for "
+                "validation"
+            )
         if data.fingerprint is None:
             if self.facts is None:
                 raise UserError(f"{self.name} needs a fingerprint in its spec", "sources.complete gives it")
@@ -196,12 +219,25 @@ class FolderSet:
 
     def train_split(self, data: Data, seed: int) -> ImageFolder:
         """Return the training images that the spec means, the same ones for every data seed."""
-        files = image_folders.read(self.name, "train").subset(data.per_class)
-        return self._images(data, files.subset(total=data.train))
+        left, _ = self._parts(data, image_folders.read(self.name, "train"))
+        return self._images(data, left.subset(total=data.train))
+
+    def validation_split(self, data: Data, seed: int) -> ImageFolder | None:
+        """Return the training images held back for validation, the same for every data seed; None: none are."""
+        if data.validation is None:
+            return None
+        _, held = self._parts(data, image_folders.read(self.name, "train"))
+        assert held is not None
+        return self._images(data, held)
 
     def test_split(self, data: Data) -> ImageFolder:
         """Return the test images that the spec means."""
         return self._images(data, image_folders.read(self.name, "test").subset(data.test_per_class))
+
+    def _parts(self, data: Data, files: Files) -> tuple[Files, Files | None]:
+        """Return which images can be trained on, and which are held back."""
+        chosen = files.subset(data.per_class)
+        return (chosen, None) if data.validation is None else validation.divide(chosen, data.validation)
 
     def _images(self, data: Data, files: Files) -> ImageFolder:
         from atdiag.data import cache

@@ -10,6 +10,11 @@ Two tasks on one canvas, after the cluttered-MNIST task of Mnih et al. 2014 ("Re
 The source digits are split into train and test *before* scenes are made, so no handwriting of the test set is ever
 seen in training. Test scenes that share a source digit are not independent: each scene carries the cluster (its source
 digit, or its pair of source digits; the pairs are disjoint) by which intervals must be computed.
+
+A validation part is made from source digits of the training split, which no training scene then shows, not even as
+clutter. Of a share (``data.validation`` below 1) they are that share of the digits; of a number of scenes, as many, but
+at most a fifth. They are stratified by class, at least ten are held back and at least ten left, and they are the same
+for every data seed; the scenes made of them differ by data seed, as training scenes do.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atdiag.core import randomness
+from atdiag.data import validation as held_back
 from atdiag.data.catalogue import CANVAS
 
 DIGIT = 8
@@ -33,6 +39,8 @@ STEP = 4
 """Digits are placed at multiples of this many pixels, fragments anywhere."""
 
 _TEST_SHARE = 1 / 3
+_MOST_VALIDATION = 1 / 5  # of the training digits, where a number of scenes says nothing of digits
+_FEWEST = 10  # digits for training and for validation: one of each class
 _SPLIT_SEED = 0  # the split of the source digits is part of the data set's definition, not of a run
 _TEST_SEED = 0  # likewise the test scenes: every run is measured on the same images
 
@@ -134,10 +142,34 @@ def _pairs(pool: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int
     return pairs[differ]
 
 
-def train_scenes(task: str, count: int, seed: int, clutter: int) -> Scenes:
-    """Generate ``count`` training scenes of ``task`` with ``clutter`` fragments each, as a pure function."""
-    draw = randomness.generator(seed, f"digits/{task}/train", count, clutter)
+@cache
+def training_split(validation: float | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the indices of source digits for training and for validation, fixed for all runs."""
     pool, _ = source_split()
+    if validation is None:
+        return pool, pool[:0]
+    most = len(pool) if validation < 1 else round(_MOST_VALIDATION * len(pool))
+    count = int(np.clip(held_back.size(validation, len(pool)), _FEWEST, min(most, len(pool) - _FEWEST)))
+    _, labels = _sources()
+    order = randomness.generator(_SPLIT_SEED, "digits/validation").permutation(len(pool))
+    held = np.sort(pool[held_back.stratified(labels[pool].tolist(), order.tolist(), count)])
+    return np.setdiff1d(pool, held), held
+
+
+def train_scenes(task: str, count: int, seed: int, clutter: int, validation: float | None = None) -> Scenes:
+    """Generate ``count`` training scenes of ``task`` with ``clutter`` fragments each, as a pure function."""
+    pool, _ = training_split(validation)
+    return _drawn(task, "train", pool, count, seed, clutter)
+
+
+def validation_scenes(task: str, count: int, seed: int, clutter: int, validation: float) -> Scenes:
+    """Generate ``count`` scenes like the training ones, from the source digits held back for validation."""
+    _, pool = training_split(validation)
+    return _drawn(task, "validation", pool, count, seed, clutter)
+
+
+def _drawn(task: str, part: str, pool: NDArray[np.int64], count: int, seed: int, clutter: int) -> Scenes:
+    draw = randomness.generator(seed, f"digits/{task}/{part}", count, clutter)
     if task == "digits":
         sources = draw.choice(pool, count)
     else:
@@ -148,9 +180,13 @@ def train_scenes(task: str, count: int, seed: int, clutter: int) -> Scenes:
     return _make(sources, pool, clutter, draw)
 
 
-def test_scenes(task: str, per_source: int, clutter: int) -> Scenes:
-    """Generate the test scenes: every held-out digit (or pair) in ``per_source`` scenes, the same for every run."""
-    draw = randomness.generator(_TEST_SEED, f"digits/{task}/test", per_source, clutter)
+def test_scenes(task: str, per_source: int, clutter: int, test_draw: int = 0) -> Scenes:
+    """Generate the test scenes: every held-out digit (or pair) in ``per_source`` scenes, the same for every run.
+
+    test_draw: 0, or the number of another draw from the same digits.
+    """
+    which = (test_draw,) if test_draw else ()  # draw 0 was there before there were others
+    draw = randomness.generator(_TEST_SEED, f"digits/{task}/test", per_source, clutter, *which)
     _, pool = source_split()
     sources = pool if task == "digits" else _pairs(pool, draw)
     return _make(np.repeat(sources, per_source, axis=0), pool, clutter, draw)

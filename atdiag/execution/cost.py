@@ -36,19 +36,29 @@ def macs(network: Network) -> float:
 
 
 def seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND, tested: bool = True) -> float:
-    """Estimate a run's thread-seconds: a step costs three forward passes of the student and one of the teacher."""
+    """Estimate a run's thread-seconds: a step costs three forward passes of the student and one of the teacher.
+
+    tested: include the test, and the validation after each epoch.
+    """
     steps = spec.recipe.epochs * (spec.data.train // spec.recipe.batch_size)
     step = spec.recipe.batch_size * (3 * 2 * macs(spec.network) + _of_teacher(spec)) + spec.network.depth * _BLOCK
     share = len(spec.transfer.layers or ()) / spec.network.depth
     relative = 1 - share * (1 - _RELATIVE.get(spec.transfer.method, 1.0))
     cost = steps * step * relative / flops_per_second
-    return cost + (testing_seconds(spec, flops_per_second) if tested else 0)
+    if not tested:
+        return cost
+    validated = spec.recipe.epochs * sources.find(spec.data).validation_images(spec.data)
+    return cost + validated * _prediction(spec) / flops_per_second + testing_seconds(spec, flops_per_second)
 
 
 def testing_seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND) -> float:
     """Estimate the thread-seconds of a run's test: a forward pass of the student, and of its teacher if it copies."""
-    teacher = _of_teacher(spec) if spec.transfer.method == "copy" else 0
-    return sources.find(spec.data).test_images(spec.data) * (2 * macs(spec.network) + teacher) / flops_per_second
+    return sources.find(spec.data).test_images(spec.data) * _prediction(spec) / flops_per_second
+
+
+def _prediction(spec: RunSpec) -> float:
+    """Return the floating-point operations of predicting one image."""
+    return 2 * macs(spec.network) + (_of_teacher(spec) if spec.transfer.method == "copy" else 0)
 
 
 def _of_teacher(spec: RunSpec) -> float:

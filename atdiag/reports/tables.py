@@ -316,6 +316,9 @@ def notes(reading: Reading) -> list[str]:
         + (f"seeds and test images{grouped}" if first.rows[0].seeds > 1 else "test images only: one seed")
         + _corrected(reading)
     )
+    seeds = [spec.seed.data for spec in first.study.arms[0].specs]
+    if seeds[0]:
+        out.append(f"Seeds from {seeds[0]} on.")
     if first.overrides:
         given = ", ".join(f"{name}={value}" for name, value in sorted(first.overrides.items()))
         out.append(f"Overrides: {given}.")

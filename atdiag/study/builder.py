@@ -128,7 +128,7 @@ class Lab:
             network=network.model_copy(update={"classes": len(rows) or network.classes}),
             teacher=teacher,
             init=Init(source="teacher", head=True, head_rows=rows),
-            data=data.model_copy(update={"train": 1, "per_class": None}),  # it is not trained
+            data=data.only_tested(),  # it is not trained
             recipe=Recipe(epochs=0, batch_size=1),
             seed=Seed(data=0, model=0),
         )

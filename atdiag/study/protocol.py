@@ -287,7 +287,7 @@ def _comparable(baseline: Arm, arm: Arm) -> None:
     """Raise UserError if an arm can't be contrasted with a baseline: other test images, or no common seed."""
 
     def tested(one: Arm) -> set[str]:
-        return {s.data.model_copy(update={"train": 1, "per_class": None}).model_dump_json() for s in one.specs}
+        return {s.data.only_tested().model_dump_json() for s in one.specs}
 
     if tested(arm) != tested(baseline):
         on = [", ".join(sorted({spec.data.name for spec in one.specs})) for one in (arm, baseline)]

@@ -26,6 +26,9 @@ from atdiag.data.datasets import check_classes
 from atdiag.study.profiles import METHODS, PROFILES, Profile
 from atdiag.study.transfer_settings import TransferSettings
 
+SEEDS = 1_000_000
+"""Studies have seeds below this; miniature teachers were pre-trained with this one."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -54,10 +57,12 @@ def resolve(
     folder: Path = Path(),
     classes: Path | None = None,
     training: bool = True,
+    first_seed: int | None = None,
 ) -> Settings:
     """Resolve a command's settings. Raises UserError for any invalid one.
 
     training: whether the command may train on the data; otherwise ten images, or one class, are as good as any.
+    first_seed: the first of ``seeds`` seeds in a row; by default 0.
     """
     path = folder / "atdiag.toml"
     file = _read_file(path)
@@ -74,10 +79,14 @@ def resolve(
     if not 1 <= count <= 1000:
         asked = f"`seeds` {count}" if seeds is not None else f"{path}: seeds = {count}"
         raise UserError(asked, "give a number from 1 to 1000")
+    first = first_seed if first_seed is not None else file.get("first_seed", 0)
+    if not 0 <= first <= SEEDS - count:
+        asked = f"`first_seed` {first}" if first_seed is not None else f"{path}: first_seed = {first}"
+        raise UserError(asked, f"give a number from 0 to {SEEDS - count}")
     root = (
         runs.expanduser() if runs else Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
     )
-    pairs = tuple(Seed(data=i, model=i) for i in range(count))
+    pairs = tuple(Seed(data=i, model=i) for i in range(first, first + count))
     if classes is not None and not (classes := classes.expanduser()).is_file():
         raise UserError(f"`classes` {classes}: there is no such file", "give a text file, one class a line")
     return Settings(resolved, pairs, root, place, overrides, classes)
@@ -130,6 +139,7 @@ def _name(profile: str | None, environment: Mapping[str, str], path: Path, file:
 _FILE_KEYS = {
     "profile": (str, 'profile = "mini"'),
     "seeds": (int, "seeds = 3"),
+    "first_seed": (int, "first_seed = 100"),
     "runs": (str, 'runs = "runs"'),
     "data_dir": (str, 'data_dir = "/data"'),
 }
@@ -145,7 +155,7 @@ _SETTINGS = (
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """Read ``atdiag.toml``: profile, seeds, runs, and the tables data, recipe and transfer."""
+    """Read ``atdiag.toml``: profile, seeds, first_seed, runs, data_dir, and the tables data, recipe and transfer."""
     if not path.exists():
         return {}
     try:

@@ -133,6 +133,9 @@ class _Cohort:
         self.teacher = load_teacher(teacher_spec).to(device) if teacher_spec else None
         self.stream = Stream(spec.data, spec.recipe, spec.seed.data) if any(s.recipe.epochs for _, s in todo) else None
         steps = self.stream.steps_per_epoch if self.stream else 1
+        self.validation = None
+        if self.stream is not None and spec.data.validation is not None:
+            self.validation = sources.find(spec.data).validation_split(spec.data, spec.seed.data)
         self.test = sources.find(spec.data).test_split(spec.data)
         self.members: list[RunTrainer] = []
         averages = _Averages(self.teacher, self.stream.images if self.stream else None)
@@ -216,10 +219,19 @@ class _Cohort:
             fits = False
         if not fits:  # outside the handler, whose traceback keeps the allocated tensors alive
             raise self._too_large(batch, active)
-        for member in active:
-            self.images += len(batch.labels)
-            if member.cause is None and member.step % member.steps_per_epoch == 0:
-                member.end_epoch()
+        self.images += len(batch.labels) * len(active)
+        self._end_epoch([m for m in active if m.cause is None and m.ends_epoch])
+
+    def _end_epoch(self, members: list[RunTrainer]) -> None:
+        """Record the epoch that these members have just ended, with their accuracy on the validation part if any."""
+        accuracy: list[float | None] = [None] * len(members)
+        if members and self.validation is not None:
+            self._tell("validating")
+            accuracy = [predictions.top1 for predictions in self._predict(members, self.validation)]
+            for member in members:
+                member.student.train()
+        for member, top1 in zip(members, accuracy, strict=True):
+            member.end_epoch(top1)
 
     def _advance(self, batch: Batch, active: list[RunTrainer]) -> None:
         """Advance some members by one step, in micro-batches if requested."""
@@ -315,11 +327,7 @@ class _Cohort:
         self.members = [m for m in self.members if not m.done]
         if whole := [m for m in ended if m.cause is None]:
             self._tell("testing")
-            precision = whole[0].spec.recipe.precision  # the same for all: precision is part of the stream
-            with compiled.eagerly() if self.compiled else nullcontext():
-                workers = default_workers(self.test, None, self.device, self.processes)
-                results = evaluation.predict([m.subject() for m in whole], self.test, self.device, precision, workers)
-            for member, predictions in zip(whole, results, strict=True):
+            for member, predictions in zip(whole, self._predict(whole, self.test), strict=True):
                 if np.isfinite(predictions.log_p).all():
                     self._store(member, predictions)
                     self.status[member.run.id] = "finished"
@@ -329,6 +337,12 @@ class _Cohort:
             member.board.close()
             if member.cause is not None:
                 self._fail(member.run, member.step, member.cause)
+
+    def _predict(self, members: list[RunTrainer], images: Split) -> list[evaluation.Predictions]:
+        precision = members[0].spec.recipe.precision  # the same for all: precision is part of the stream
+        with compiled.eagerly() if self.compiled else nullcontext():
+            workers = default_workers(images, None, self.device, self.processes)
+            return evaluation.predict([m.subject() for m in members], images, self.device, precision, workers)
 
     def _fail(self, run: Run, step: int, cause: str) -> None:
         run.fail(step, cause)
@@ -345,6 +359,7 @@ class _Cohort:
             {
                 "top1": predictions.top1,
                 "test_images": len(predictions.label),
+                **self._validated(member),
                 "steps": member.total,
                 "seconds": round(member.seconds, 3),
                 "images_per_second": round(trained / member.seconds, 1) if member.seconds else None,
@@ -360,6 +375,14 @@ class _Cohort:
                 "origin": {**self.origin, "from_step": member.began},
             }
         )
+
+    def _validated(self, member: RunTrainer) -> dict[str, Any]:
+        if self.validation is None:
+            return {}
+        return {
+            "validation_top1": member.metrics[-1]["validation_top1"] if member.metrics else None,
+            "validation_images": len(self.validation),
+        }
 
     def _tell(self, doing: str) -> None:
         to_do = sum(m.total - m.step for m in self.members)

@@ -88,7 +88,7 @@ def evaluate_runs(
 
 def _shares(spec: RunSpec) -> str:
     """Return a key equal for runs that see the same test images in the same precision."""
-    images = spec.data.model_copy(update={"train": 1, "per_class": None})
+    images = spec.data.only_tested()
     return f"{images.model_dump_json()} {spec.recipe.precision}"
 
 

@@ -214,14 +214,24 @@ class RunTrainer:
         self._latest.zero_()
         self._unsettled, self._kl = 0, []
 
-    def end_epoch(self) -> None:
-        """Append the epoch's means to the run's metrics."""
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the last step was an epoch's last. Fetches what was not fetched yet: False after a fault."""
+        if self.step % self.steps_per_epoch:
+            return False
+        self.settle()
+        return self.cause is None
+
+    def end_epoch(self, validation_top1: float | None = None) -> None:
+        """Append the epoch's means to the run's metrics, and its accuracy on the validation part if it has one."""
         self.settle()
         if self.cause is not None:
             return
         counts = {name: self.sums.pop(f"{name}steps", 1.0) for name in ("", "kl_")}
         line: dict[str, Any] = {"epoch": self.step // self.steps_per_epoch, "step": self.step}
         line |= {name: total / counts["kl_" if name == "kl" else ""] for name, total in self.sums.items()}
+        if validation_top1 is not None:
+            line["validation_top1"] = validation_top1
         line["lr"] = self.optimizer.param_groups[0]["lr"]
         line["seconds"] = round(self.seconds, 3)
         self.metrics.append(line)

@@ -65,6 +65,8 @@ from tests.commands import wrong
         ("reinit --seeds 0", "--seeds 0 ... from 1 to 1000"),
         ("reinit --seeds -3", "--seeds -3"),
         ("reinit --seeds many", "'--seeds'"),
+        ("reinit --first-seed -1", "--first-seed -1 ... from 0 to 999997"),
+        ("reinit --set data.validation=1.5", "a share between 0 and 1, or a whole number of images"),
         ("reinit --device gpu", "gpu"),
         ("reinit --out {file}", "{file} is not a folder"),
         ("reinit --out {file}/below/it", "{file} is not a folder"),

@@ -24,6 +24,12 @@ def test_arms_that_share_no_baseline_are_refused():
         UserError, match=r"'copy' \(on larger\) and 'scratch' \(on digits\) are not measured on the same"
     ):
         replace(study, arms=(study.arms[0], other.arms[1]))
+    redrawn = benchmark(lab("data.test_draw=1"), "deit_s", "copy")
+    with pytest.raises(UserError, match="are not measured on the same images"):
+        replace(study, arms=(study.arms[0], redrawn.arms[1]))
+    held = benchmark(lab("data.validation=0.1"), "deit_s", "copy")  # other training images, the same test images
+    assert replace(study, arms=(study.arms[0], held.arms[1]))
+    assert held.reference == study.reference
     late = replace(
         study.arms[1], specs=tuple(s.model_copy(update={"seed": Seed(data=9, model=9)}) for s in study.arms[1].specs)
     )

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Recipe
 from atdiag.study.profiles import METHODS, PROFILES
-from atdiag.study.settings import Settings, resolve
+from atdiag.study.settings import SEEDS, Settings, resolve
 from atdiag.study.transfer_settings import TransferSettings
+from atdiag.training import pretraining
 
 
 def asked(*sets: str, toml: str | None = None, folder: Path = Path("/nonexistent"), **options) -> Settings:
@@ -200,6 +201,25 @@ def test_numbers_of_seeds(count, tmp_path):
     assert f"atdiag.toml: seeds = {count}" in refused(toml=f"seeds = {count}", folder=tmp_path)
 
 
+def test_seeds_in_a_row_from_the_first(tmp_path):
+    def seeds(**given):
+        return [(seed.data, seed.model) for seed in asked(**given).seeds]
+
+    assert seeds(first_seed=100) == [(100, 100), (101, 101), (102, 102)]
+    assert seeds(first_seed=7, seeds=1) == [(7, 7)]
+    assert seeds(toml="first_seed = 5\nseeds = 2", folder=tmp_path) == [(5, 5), (6, 6)]
+    assert seeds(folder=tmp_path, first_seed=0) == [(0, 0), (1, 1)]
+    assert {pretraining.SEED.data, pretraining.SEED.model} == {SEEDS}, "no study reaches the miniatures' seed"
+    assert seeds(first_seed=SEEDS - 3)[-1] == (SEEDS - 1, SEEDS - 1)
+
+
+@pytest.mark.parametrize("first", [-1, SEEDS - 2])
+def test_first_seeds_out_of_range(first, tmp_path):
+    says = f"give a number from 0 to {SEEDS - 3}"
+    assert refused(first_seed=first) == f"`first_seed` {first}: {says}"
+    assert f"atdiag.toml: first_seed = {first}: {says}" in refused(toml=f"first_seed = {first}", folder=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -227,7 +247,7 @@ def test_profiles(name, says, tmp_path):
         pytest.param(f"seeds = {'9' * 5000}", "can't be read (Exceeds the limit", id="5000 digits"),
         (
             "profil = 'mini'",
-            "unknown key 'profil', did you mean 'profile'? (known: profile, seeds, runs, data_dir, [data], ",
+            "unknown key 'profil', did you mean 'profile'? (known: profile, seeds, first_seed, runs, data_dir, ",
         ),
         ("[recipes]\nlr = 1", "unknown key 'recipes', did you mean 'recipe'?"),
         ("epochs = 3", "unknown key 'epochs'"),

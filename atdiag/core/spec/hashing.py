@@ -26,6 +26,8 @@ ADDED_FIELDS: dict[str, Any] = {
     "transfer.reduce": "sum",
     "transfer.temperature": None,
     **dict.fromkeys(("data.image_size", "data.per_class", "data.test_per_class", "data.fingerprint")),
+    "data.test_draw": 0,
+    "data.validation": None,
     "recipe.crop": None,
     "recipe.flip": False,
     "recipe.erase": 0.0,

@@ -92,7 +92,11 @@ def rescue(
         notes=(
             f"Native components of {source.label}: {', '.join(own)}; in the student all start at random.",
             *([_untrained(idle, twins)] if idle else []),
-            *([f"In {control}, {' and '.join(alone)} can matter."] if (alone := idle.keys() & _acting(native)) else []),
+            *(
+                [f"In {control}, {' and '.join(alone)} can matter."]
+                if (alone := sorted(idle.keys() & _acting(native)))
+                else []
+            ),
         ),
     )
 

@@ -7,12 +7,15 @@ the gain of transfer in the native student minus that in the standard one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
 from ablations import claims
 from atdiag.core.errors import UserError
+from atdiag.core.spec import Network, Transfer
+from atdiag.networks.model.acting import matters, why_idle
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, Contrast, Report, Study
 from atdiag.study.registry import ablation
@@ -46,10 +49,16 @@ def rescue(
     standard, native = lab.student(source), lab.student(source, own)
     passed = lab.transfer(transfer, standard)
     plain, full, control = f"standard + {transfer}", f"native + {transfer}", "native, scratch"
-    # With a single component, "each alone" is the native student; with two, all but one is the other one alone.
-    some = {f"{name} + {transfer}": lab.student(source, [name]) for name in own} if len(own) > 1 else {}
-    if len(own) > 2:
-        some |= {f"all but {name} + {transfer}": lab.student(source, set(own) - {name}) for name in own}
+    idle = {name: why for name in own if (why := why_idle(name, passed, native))}
+    if len(idle) == len(own):
+        raise UserError(
+            f"under {transfer} no native component of {source.label} can change the student, so none can rescue it "
+            f"({_reasons(idle)})",
+            "choose another teacher" if own == ("no_k_bias",) else "give `transfer` distill",
+        )
+    wanted = {f"{name} + {transfer}": lab.student(source, [name]) for name in own}
+    wanted |= {f"all but {name} + {transfer}": lab.student(source, set(own) - {name}) for name in own}
+    some, twins = _distinct({plain: standard, full: native}, wanted, passed)
 
     def verdict(report: Report) -> str:
         return (
@@ -80,8 +89,56 @@ def rescue(
         together="rescue",
         claims=claims.of("rescue"),
         reference=lab.reference(source),
-        notes=(f"Native components of {source.label}: {', '.join(own)}; in the student all start at random.",),
+        notes=(
+            f"Native components of {source.label}: {', '.join(own)}; in the student all start at random.",
+            *([_untrained(idle, twins)] if idle else []),
+            *(
+                [f"In {control}, {' and '.join(alone)} can matter."]
+                if (alone := sorted(idle.keys() & _acting(native)))
+                else []
+            ),
+        ),
     )
+
+
+def _distinct(
+    known: Mapping[str, Network], wanted: Mapping[str, Network], transfer: Transfer
+) -> tuple[dict[str, Network], dict[str, str]]:
+    """Split the wanted students into those that differ from all others and the rest, each with the arm that it equals.
+
+    Two students are equal under a transfer if they have the same components among those that can matter. A network
+    that has had a name, as with a single component or two ("all but one" is the other), is not named again.
+    """
+    planned, twins = dict(known), dict[str, str]()
+    named = list(known.values())
+    by_acting = {_acting(network, transfer): name for name, network in known.items()}
+    for name, network in wanted.items():
+        if network in named:
+            continue
+        named.append(network)
+        twin = by_acting.setdefault(_acting(network, transfer), name)
+        if twin == name:
+            planned[name] = network
+        else:
+            twins[name] = twin
+    return {name: network for name, network in planned.items() if name not in known}, twins
+
+
+def _acting(network: Network, transfer: Transfer | None = None) -> frozenset[str]:
+    """Return the components of a student that can matter under a transfer, or without any."""
+    transfer = transfer or Transfer()
+    return frozenset(name for name in network.components if matters(name, transfer, network))
+
+
+def _reasons(idle: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in idle.items())
+
+
+def _untrained(idle: Mapping[str, str], twins: Mapping[str, str]) -> str:
+    """Describe the components that can't matter under the transfer, and the arms that are therefore not trained."""
+    said = f"Can't matter under this transfer: {_reasons(idle)}."
+    same = "; ".join(f"{name} would be the run of {twin}" for name, twin in twins.items())
+    return f"{said} Not trained: {same}." if same else said
 
 
 def _said(report: Report, plain: str) -> str:

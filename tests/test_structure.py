@@ -62,6 +62,7 @@ LIGHT = (
     *(f"atdiag/networks/{name}/__init__.py" for name in ("registry", "weights", "timm")),
     *(f"atdiag/networks/registry/{name}.py" for name in ("listing", "teachers")),
     *(f"atdiag/networks/weights/{name}.py" for name in ("files", "loading", "pull", "sources")),
+    "atdiag/networks/model/acting.py",
     "atdiag/networks/timm/architectures.py",
     *(f"atdiag/study/{name}.py" for name in ("aggregate", "builder", "claims", "judging", "matching", "pipeline")),
     *(

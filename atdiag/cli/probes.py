@@ -6,10 +6,10 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,7 +49,7 @@ class _Arm:
 
 
 def _arms(references: Sequence[str]) -> list[_Arm]:
-    """Resolve references: a subject by itself; for an experiment's JSON file, the teacher and every arm."""
+    """Resolve references: a subject by itself; for an experiment's JSON file, its teachers and every arm, each once."""
     from atdiag.core.errors import UserError
 
     out: list[_Arm] = []
@@ -59,10 +59,7 @@ def _arms(references: Sequence[str]) -> list[_Arm]:
             continue
         path = Path(reference).expanduser()
         try:
-            report = json.loads(path.read_text())
-            found = [_Arm(str(arm["arm"]), tuple(map(str, arm["runs"]))) for arm in report["arms"]]
-            if report["reference"]:
-                found.append(_Arm(f"{report['teacher']} itself", tuple(report["reference"]["runs"])))
+            found = _of_studies(json.loads(path.read_text())["studies"])
         except FileNotFoundError:
             raise UserError(f"there is no file {path}", "an experiment writes its .json under results/") from None
         except (OSError, ValueError, KeyError, TypeError):
@@ -71,6 +68,26 @@ def _arms(references: Sequence[str]) -> list[_Arm]:
             ) from None
         out += found
     return out
+
+
+def _of_studies(studies: Sequence[Mapping[str, Any]]) -> list[_Arm]:
+    """Return the arms and teachers of an experiment's studies; the same runs in several studies are one arm.
+
+    An arm that not all studies share is named with the label of its study, the first of several.
+    """
+    labels: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for study in studies:
+        for arm in study["arms"]:
+            labels.setdefault((str(arm["arm"]), tuple(map(str, arm["runs"]))), []).append(str(study["study"]))
+    arms: dict[tuple[str, ...], _Arm] = {}
+    for (name, runs), of in labels.items():
+        more = f" and {len(of) - 1} more" if len(of) > 1 else ""
+        arms.setdefault(runs, _Arm(name if len(of) == len(studies) else f"{of[0]}{more}: {name}", runs))
+    for study in studies:
+        if study["reference"]:
+            runs = tuple(map(str, study["reference"]["runs"]))
+            arms.setdefault(runs, _Arm(f"{study['teacher']} itself", runs))
+    return list(arms.values())
 
 
 def _named(arms: Sequence[_Arm], subjects: Sequence[Subject]) -> list[tuple[str, int]]:

@@ -52,13 +52,15 @@ def report(study: Study, settings: Settings, store: Store) -> Report:
 def corrected(reports: Iterable[Report], equivalence: float | None = None) -> list[Report]:
     """Correct every contrast's p-value for the number of contrasts in all reports (Holm 1979).
 
-    A contrast that may have no verdict (fewer than three seeds, an undertrained baseline) is left out. The same
-    contrast of the same runs, as when two teachers share an arm, counts once.
+    A contrast that may have no verdict (fewer than three seeds, an undertrained baseline) is left out, and so is one
+    between arms that are the same runs, which is zero by construction. The same contrast of the same runs, as when two
+    teachers share an arm, counts once.
     """
     from atdiag.stats.contrasts import equivalent, holm
 
     reports = list(reports)
-    alone = {report.made_of(name): e for report in reports for name, e in report.estimates if e.decides}
+    every = {report.made_of(name): e for report in reports for name, e in report.estimates if e.decides}
+    alone = {made_of: e for made_of, e in every.items() if made_of[1]}
     adjusted = dict(zip(alone, holm([e.p for e in alone.values()]), strict=True))
 
     def read_among(report: Report) -> Report:

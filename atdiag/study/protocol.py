@@ -100,11 +100,25 @@ class Study:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.teacher.label)
+        notes = list(self.notes)
         if differences := self.teacher.network.differences:
-            said = f"{self.teacher.label} also has {', '.join(differences)}, which no student here is given."
-            object.__setattr__(self, "notes", (*self.notes, said))
+            notes.append(f"{self.teacher.label} also has {', '.join(differences)}, which no student here is given.")
+        notes += [
+            f"{', '.join(names[:-1])} and {names[-1]} are the same runs here: "
+            f"one condition under {len(names)} names, counted once."
+            for names in self._names_by_runs().values()
+            if len(names) > 1
+        ]
+        object.__setattr__(self, "notes", tuple(dict.fromkeys(notes)))
         for arm in self.arms[1:]:
             _comparable(self.arms[0], arm)
+
+    def _names_by_runs(self) -> dict[tuple[str, ...], list[str]]:
+        """Return the ids of runs -> the arms that consist of them."""
+        names: dict[tuple[str, ...], list[str]] = {}
+        for arm in self.arms:
+            names.setdefault(tuple(spec.id for spec in arm.specs), []).append(arm.name)
+        return names
 
     @property
     def specs(self) -> list[RunSpec]:
@@ -256,11 +270,17 @@ class Report:
         return [*arms, *self.contrasts.items()]
 
     def made_of(self, name: str) -> tuple[str | None, frozenset[tuple[tuple[str, ...], float]]]:
-        """Return what defines a contrast: its test set, and its runs with their weights."""
+        """Return what defines a contrast: its test set, and its runs with their weights.
+
+        There are no runs in a contrast of arms that are the same runs: it is zero by construction.
+        """
         runs = {row.arm: row.runs for row in self.rows}
         asked = {contrast.name: contrast.weights for contrast in self.study.contrasts}
         weights: Mapping[str, float] = asked.get(name) or {name: 1, self.rows[0].arm: -1}
-        return self.study.test_set, frozenset((runs[arm], weight) for arm, weight in weights.items() if weight)
+        total: dict[tuple[str, ...], float] = {}
+        for arm, weight in weights.items():
+            total[runs[arm]] = total.get(runs[arm], 0) + weight
+        return self.study.test_set, frozenset((run, weight) for run, weight in total.items() if abs(weight) > 1e-9)
 
     def row(self, arm: str) -> ArmResult:
         """Return the row of an arm."""

@@ -4,18 +4,18 @@ import pytest
 
 from ablations.rescue import OF_INTEREST, rescue
 from atdiag.core.errors import UserError
+from atdiag.core.spec import Network
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE
 from tests.studies import arms, differences, fabricated, lab
 
+CLIP = ("no_patch_bias", "pre_norm", "quick_gelu")
+BEIT = ("layer_scale", "no_abs_pos", "rel_pos_bias")
 
-@pytest.mark.parametrize("transfer", ["copy", "distill"])
+
 @pytest.mark.parametrize(
-    ("teacher", "own"),
-    [
-        ("clip_b", ("no_patch_bias", "pre_norm", "quick_gelu")),
-        ("beitv2_b", ("layer_scale", "no_abs_pos", "rel_pos_bias")),
-    ],
+    ("teacher", "own", "transfer"),
+    [("clip_b", CLIP, "copy"), ("clip_b", CLIP, "distill"), ("beitv2_b", BEIT, "distill")],
 )
 def test_rescue(teacher, own, transfer):
     study = rescue(lab(), teacher, transfer)
@@ -43,6 +43,107 @@ def test_rescue(teacher, own, transfer):
     assert study.contrasts[0].name == OF_INTEREST
     assert dict(study.contrasts[0].weights) == {full: 1, control: -1, plain: -1, BASELINE: 1}
     assert all(sum(c.weights.values()) == 0 for c in study.contrasts)
+
+
+@pytest.fixture
+def having(monkeypatch):
+    """Make the only teacher one with these components."""
+
+    def give(*names):
+        beit = lab().teacher("beitv2_b")
+        changed = beit.network.model_dump() | {"components": names, "layer_scale_init": 0.1}
+        teacher = beit.model_copy(update={"network": Network.model_validate(changed)})
+        monkeypatch.setattr(Lab, "teacher", lambda self, name: teacher)
+
+    return give
+
+
+def test_what_can_not_matter_under_copy_is_said_and_not_trained():
+    study = rescue(lab(), "beitv2_b", "copy")
+    specs = arms(study)
+    assert list(specs) == [
+        *(BASELINE, "standard + copy", "layer_scale + copy", "no_abs_pos + copy", "native + copy", "native, scratch")
+    ]
+    # the native student keeps all, since it is the same network from scratch
+    assert specs["native + copy"].network == specs["native, scratch"].network
+    assert specs["native + copy"].network.components == BEIT
+    _, said, control = study.notes
+    assert said == (
+        "Can't matter under this transfer: rel_pos_bias: it acts on the attention logits, which copy of all blocks "
+        "does not compute. Not trained: rel_pos_bias + copy would be the run of standard + copy; "
+        "all but layer_scale + copy would be the run of no_abs_pos + copy; "
+        "all but no_abs_pos + copy would be the run of layer_scale + copy; "
+        "all but rel_pos_bias + copy would be the run of native + copy."
+    )
+    assert control == "In native, scratch, rel_pos_bias can matter."
+    # the plan is all that changes: what is left is what was planned before
+    every = rescue(lab("transfer.layers=0-10"), "beitv2_b", "copy")
+    assert [arm.name for arm in every.arms if arm.name in specs] == list(specs)
+    assert [arms(every)[name].network for name in specs] == [spec.network for spec in specs.values()]
+
+
+@pytest.mark.parametrize(
+    "set_", ["transfer.layers=top:11", "transfer.heads=0,1", "transfer.tensor=q", "transfer.tensor=v"]
+)
+def test_under_a_copy_of_a_part_everything_can_matter(set_):
+    study = rescue(lab(set_), "beitv2_b", "copy")
+    assert len(study.arms) == 4 + 6
+    assert len(study.notes) == 1
+
+
+def test_all_heads_by_name_are_all_heads():
+    named, all_heads = (rescue(lab(*sets), "beitv2_b", "copy") for sets in (["transfer.heads=0-2"], []))
+    assert named.arms == all_heads.arms
+
+
+@pytest.mark.parametrize(
+    ("own", "transfer", "planned"),
+    [
+        (("layer_scale", "rel_pos_bias"), "copy", []),
+        (("layer_scale", "no_k_bias"), "distill", []),
+        (("layer_scale", "no_abs_pos", "no_k_bias"), "distill", ["layer_scale", "no_abs_pos"]),
+        (("no_k_bias", "rel_pos_bias"), "distill", []),
+        (("layer_scale", "rel_pos_bias"), "distill", ["layer_scale", "rel_pos_bias"]),
+        (("layer_scale",), "copy", []),
+        (
+            ("layer_scale", "no_abs_pos", "no_k_bias", "quick_gelu", "rel_pos_bias"),
+            "copy",
+            [
+                *("layer_scale", "no_abs_pos", "quick_gelu"),
+                *("all but layer_scale", "all but no_abs_pos", "all but quick_gelu"),
+            ],
+        ),
+    ],
+)
+def test_arms_that_would_be_the_same_run_are_planned_once(having, own, transfer, planned):
+    having(*own)
+    study = rescue(lab(), "mine", transfer)
+    inner = [arm.name.removesuffix(f" + {transfer}") for arm in study.arms[2:-2]]
+    assert inner == planned
+    for arm in study.arms[2:-2]:  # what is planned has its idle components, too: the same run as ever
+        name = arm.name.removesuffix(f" + {transfer}")
+        rest = name.removeprefix("all but ")
+        assert arm.specs[0].network.components == ((name,) if rest == name else tuple(n for n in own if n != rest))
+    idle = {"copy": {"no_k_bias", "rel_pos_bias"}, "distill": {"no_k_bias"}}[transfer] & {*own}
+    same = "; ".join(study.notes[1:]).replace("Not trained:", ";").split("; ")
+    for name in own:
+        said = f"{name} + {transfer} would be the run of standard + {transfer}"
+        assert (said in [part.strip(" .") for part in same]) == (name in idle), study.notes
+
+
+@pytest.mark.parametrize(
+    ("own", "transfer", "instead"),
+    [
+        (("rel_pos_bias",), "copy", "give `transfer` distill"),
+        (("no_k_bias", "rel_pos_bias"), "copy", "give `transfer` distill"),
+        (("no_k_bias",), "distill", "choose another teacher"),
+        (("no_k_bias",), "copy", "choose another teacher"),
+    ],
+)
+def test_a_teacher_none_of_whose_components_can_matter_is_refused(having, own, transfer, instead):
+    having(*own)
+    with pytest.raises(UserError, match=f"under {transfer} no native component of .* can change .*: {instead}"):
+        rescue(lab(), "mine", transfer)
 
 
 def test_seeds_are_the_same_in_every_arm():

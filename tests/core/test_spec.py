@@ -113,6 +113,8 @@ def test_a_teachers_alias_is_no_part_of_the_run():
     alias = TEACHER.model_copy(update={"name": "mine", "profile": "paper"})
     assert run(teacher=alias, transfer=COPY.transfer).id == COPY.id
     assert (TEACHER.label, alias.label) == ("deit_s (mini)", "mine")
+    own = TEACHER.model_copy(update={"name": "mine", "profile": spec.OWN})
+    assert (run(teacher=own, transfer=COPY.transfer).id, own.label) == (COPY.id, "mine")
 
 
 def test_an_added_field_at_its_old_value_changes_nothing():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 
 import pytest
 
@@ -9,8 +10,9 @@ from ablations.benchmark import benchmark
 from atdiag.cli.experiments import spread
 from atdiag.core.runs import Store
 from atdiag.stats.contrasts import holm
+from atdiag.study import registry
 from atdiag.study.aggregate import corrected, read
-from atdiag.study.protocol import BASELINE, Series
+from atdiag.study.protocol import BASELINE, Contrast, Series
 from atdiag.study.verdicts import verb_phrase
 from tests.studies import estimate, fabricated, fabricated_series, finished, lab
 
@@ -38,6 +40,34 @@ def test_a_contrast_that_studies_share_counts_once():
     report = fabricated(benchmark(lab(), "deit_s", "copy"), [3.0])
     (twice, again) = corrected([report, report])
     assert twice.rows[1].contrast.adjusted == again.rows[1].contrast.adjusted == 0.05
+
+
+def test_arms_that_are_the_same_runs_are_said_and_counted_once():
+    study = benchmark(lab(), "deit_s", "copy")
+    scratch, copy = study.arms
+    assert not [note for note in study.notes if "same runs" in note]
+    more = [replace(scratch, name=name) for name in ("nothing", "none")]
+    wide, zero = Contrast("a", {"copy": 2, "nothing": -2}), Contrast("b", {"nothing": 0.3, "none": 0.4, BASELINE: -0.7})
+    study = replace(study, arms=(scratch, copy, *more), contrasts=(wide, zero))
+    said = "scratch, nothing and none are the same runs here: one condition under 3 names, counted once."
+    assert [note for note in study.notes if "same runs" in note] == [said]
+    assert replace(study).notes == study.notes
+    report = fabricated(study, [3.0, 0.0, 0.0])
+    runs = {arm.name: tuple(spec.id for spec in arm.specs) for arm in study.arms}
+    report = replace(report, rows=tuple(replace(row, runs=runs[row.arm]) for row in report.rows))
+    (one,) = corrected([report])
+    adjusted = {row.arm: row.contrast.adjusted for row in one.rows[1:]}
+    # two contrasts are tested: copy minus scratch, and twice that
+    assert adjusted == {"copy": 0.1, "nothing": None, "none": None}
+    assert [e.adjusted for e in one.contrasts.values()] == [0.1, None]
+
+
+def test_no_experiment_plans_one_condition_under_two_names():
+    for one in registry.installed():
+        takes = signature(one.function).parameters
+        every = spread(partial(one.function, **({"teacher": "all"} if "teacher" in takes else {})), lab(seeds=1))
+        for study in every.studies:
+            assert len({arm.specs[0].id for arm in study.arms}) == len(study.arms), (one.name, study.label)
 
 
 def test_what_is_clear_alone_need_not_be_so_among_many():

@@ -122,13 +122,17 @@ class Network(Spec):
         return (*range(first + other.registers), *range(first + self.registers, self.tokens))
 
 
+OWN = "own"
+"""In place of a teacher's profile, if a user registered it: such a teacher is the same at every profile."""
+
+
 class Teacher(Spec):
     """A frozen pre-trained ViT: a network with its weights."""
 
     name: str
     """Name given by the user, such as ``clip_b``."""
     profile: str
-    """Profile of the weights: ``clip_b`` at mini is not CLIP."""
+    """Profile of the weights: ``clip_b`` at mini is not CLIP. ``own`` for a user's own teacher (:data:`OWN`)."""
     network: Network
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     """Of the weight file; None in a plan for weights that are not on this machine, which nothing trains with."""
@@ -142,8 +146,8 @@ class Teacher(Spec):
 
     @property
     def label(self) -> str:
-        """Display name: ``clip_b (mini)``, the plain name at paper scale, ``deit_s (own file)``."""
+        """Display name: ``clip_b (mini)``, ``deit_s (own file)``; the plain name at paper scale and of own teachers."""
         name, at, _ = self.name.partition("@")
         if at:
             return f"{name} (own file{', average' if self.branch == 'ema' else ''})"
-        return name if self.profile == "paper" or ":" in name else f"{name} ({self.profile})"
+        return name if self.profile in ("paper", OWN) or ":" in name else f"{name} ({self.profile})"

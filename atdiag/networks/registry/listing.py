@@ -81,7 +81,7 @@ def _mini(row: teachers.TeacherEntry) -> dict[str, Any]:
 
 
 def table(listed: list[dict[str, Any]], profile: str) -> Table:
-    """Lay out the rows for a terminal of 80 columns; at mini, only teachers with a miniature of their own."""
+    """Lay out the rows for a terminal of 80 columns; at mini, only miniatures and users' own teachers."""
     return _mini_table(listed) if profile == "mini" else _published_table(listed, profile)
 
 
@@ -93,7 +93,7 @@ def _empty(title: str) -> Table:
 
 
 def _mini_table(listed: list[dict[str, Any]]) -> Table:
-    shown = [row for row in listed if row["tokens"] is not None]
+    shown = [row for row in listed if row["tokens"] is not None or not teachers.is_published(row["name"])]
     out = _empty(f"{len(shown)} teachers, profile mini")
     out.add_column("name", no_wrap=True)
     out.add_column("family", max_width=12)
@@ -107,8 +107,8 @@ def _mini_table(listed: list[dict[str, Any]]) -> Table:
             row["name"],
             row["title"],
             f"{row['source']}, {row['licence']}",
-            "\n".join(row["components"]) or "none",
-            str(row["tokens"]),
+            "found when built" if row["components"] is None else "\n".join(row["components"]) or "none",
+            "any" if row["tokens"] is None else str(row["tokens"]),
             "yes" if row["available"] else "no",
             "" if row["top1"] is None else f"{row['top1']:.1f}",
             style=None if row["available"] else "dim",

@@ -21,11 +21,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from atdiag.core.errors import UserError, suggest
-from atdiag.core.spec import Network, Teacher
+from atdiag.core.spec import OWN, Network, Teacher
 from atdiag.networks.weights import files, sources
 from atdiag.networks.weights.sources import Source
 
@@ -133,6 +134,7 @@ def register_teacher(
     model: str,
     *,
     file: str | Path | None = None,
+    classes: int | None = None,
     arguments: Mapping[str, Any] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
@@ -146,9 +148,9 @@ def register_teacher(
         register_teacher("pathology_s", "vit_small_patch16_224", file="/data/pathology.safetensors", title="Pathology")
 
     model: timm's name of its architecture, including any that you registered with timm. file: its weights (safetensors
-    or a torch checkpoint, timm's names or an authors' layout); default: those on timm's hub. arguments: constructor
-    arguments beside timm's defaults, such as ``{"num_classes": 10}``. mean, std: of pixels in [0, 1]; default:
-    timm's for the model.
+    or a torch checkpoint, timm's names or an authors' layout); default: those on timm's hub. classes: rows of its head,
+    0 without one; default: timm's for the model. arguments: constructor arguments beside timm's defaults, such as
+    ``{"init_values": 1e-5}``. mean, std: of pixels in [0, 1]; default: timm's for the model.
 
     An entry point does the same for every process, including an experiment's workers. It names a dictionary of
     these arguments, or a function that returns one::
@@ -160,7 +162,8 @@ def register_teacher(
         [project.entry-points."atdiag.teachers"]
         pathology_s = "my_package.teachers:pathology_s"
 
-    Raises ValueError for a name that is taken or is not a valid reference.
+    Raises ValueError for a name that is taken or is not a valid reference, and for classes that are not a number or
+    contradict the arguments.
     """
     if name in registry():
         raise ValueError(f"there is already a teacher {name!r}")
@@ -168,6 +171,7 @@ def register_teacher(
         name,
         model=model,
         file=file,
+        classes=classes,
         arguments=arguments,
         mean=mean,
         std=std,
@@ -179,13 +183,37 @@ def register_teacher(
 
 
 def _own_row(
-    name: str, model: str, file: str | Path | None = None, title: str | None = None, **facts: Any
+    name: str,
+    model: str,
+    file: str | Path | None = None,
+    classes: int | None = None,
+    title: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    **facts: Any,
 ) -> TeacherEntry:
+    if unknown := sorted({*facts} - {*signature(register_teacher).parameters}):
+        raise ValueError(f"{', '.join(unknown)}: not an argument of register_teacher")
     if not name or any(character in name for character in ":@/ "):
         raise ValueError(f"{name!r} can't be a teacher's name: no ':', '@', '/' or space")
     known = {"licence": "unknown", "objective": "", "data": "", **{k: v for k, v in facts.items() if v is not None}}
     path = None if file is None else Path(file).expanduser()
-    return TeacherEntry(name=name, family=name, size="", title=title or name, model=model, file=path, **known)
+    given = dict(arguments or {})
+    if classes is not None:
+        if type(classes) is not int or classes < 0:
+            raise ValueError(f"`classes` {classes!r} is not a number of classes")
+        if given.setdefault("num_classes", classes) != classes:
+            raise ValueError(f"`classes` {classes} is not num_classes in `arguments` ({given['num_classes']})")
+    return TeacherEntry(
+        name=name,
+        family=name,
+        size="",
+        title=title or name,
+        model=model,
+        file=path,
+        classes=given.get("num_classes"),
+        arguments=given,
+        **known,
+    )
 
 
 @cache
@@ -343,7 +371,7 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         files.check(path)
     return Teacher(
         name=_absolute(reference),
-        profile=profile,
+        profile=profile if published or name.startswith(TIMM) else OWN,
         network=architectures.network(origin, image_size),
         sha256=None if path is None else sources.sha256(path),
         branch=origin.branch,

@@ -222,6 +222,30 @@ def test_names_that_cant_be_ones_own(name, nothing_registered):
         register_teacher(name, "vit_small_patch16_224")
 
 
+@pytest.mark.parametrize("profile", ["mini", "small", "paper"])
+def test_ones_own_teacher_has_the_name_that_it_was_given_at_every_profile(nothing_registered, profile):
+    register_teacher("mine", "vit_tiny_patch16_224", classes=7)
+    found = teachers.teacher("mine", profile, 64)
+    assert (found.label, found.network.classes) == ("mine", 7)
+    assert not teachers.is_miniature(found)
+
+
+def test_classes_of_ones_own_teacher(nothing_registered):
+    register_teacher("seven", "vit_tiny_patch16_224", classes=7)
+    register_teacher("six", "vit_tiny_patch16_224", arguments={"num_classes": 6})
+    register_teacher("none", "vit_tiny_patch16_224", classes=0)
+    register_teacher("timms", "vit_tiny_patch16_224")
+    networks = [teachers.teacher(name, "small", 64).network.classes for name in ("seven", "six", "none", "timms")]
+    assert networks == [7, 6, 1, 1000]
+    listed = {row["name"]: row["classes"] for row in listing.rows("mini")}
+    assert [listed[name] for name in ("seven", "six", "none", "timms")] == [7, 6, 0, None]
+    for wrong in (-1, True, 7.0, "7"):
+        with pytest.raises(ValueError, match=f"`classes` {wrong!r} is not a number of classes"):
+            register_teacher("other", "vit_tiny_patch16_224", classes=wrong)
+    with pytest.raises(ValueError, match=r"`classes` 7 is not num_classes in `arguments` \(6\)"):
+        register_teacher("other", "vit_tiny_patch16_224", classes=7, arguments={"num_classes": 6})
+
+
 ours = {"model": "vit_tiny_patch16_224", "licence": "ours"}
 
 
@@ -231,13 +255,16 @@ def test_teachers_of_other_packages_join_by_entry_points(monkeypatch):
 
     here = f"{Path(__file__).stem}_plugin"
     monkeypatch.setitem(
-        __import__("sys").modules, here, type("Module", (), {"a": ours, "b": staticmethod(lambda: ours)})
+        __import__("sys").modules,
+        here,
+        type("Module", (), {"a": ours, "b": staticmethod(lambda: ours), "c": {**ours, "depth": 3}}),
     )
     found = [
         entry("own_a", f"{here}:a"),
         entry("own_b", f"{here}:b"),
         entry("clip_b", f"{here}:a"),
         entry("bad", "no:x"),
+        entry("odd", f"{here}:c"),
     ]
     monkeypatch.setattr(teachers, "entry_points", lambda group: found)
     teachers._installed.cache_clear()
@@ -246,7 +273,8 @@ def test_teachers_of_other_packages_join_by_entry_points(monkeypatch):
             names = set(teachers.registry())
         assert names == {*NAMES, "own_a", "own_b"}
         assert teachers.row("own_b").licence == "ours"
-        assert [str(w.message).split("'")[1] for w in warned] == ["clip_b", "bad"]
+        assert [str(w.message).split("'")[1] for w in warned] == ["clip_b", "bad", "odd"]
+        assert str(warned[2].message).endswith("is left out (depth: not an argument of register_teacher)")
         assert teachers.teacher("own_a", "mini", 64).network.width == 192
     finally:
         teachers._installed.cache_clear()

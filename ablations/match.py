@@ -157,7 +157,7 @@ def _clear(gaps: Mapping[Key, Gap], among: int = 0) -> list[Key]:
 
 
 def _too_few(seeds: int) -> str:
-    return f"{'one seed says' if seeds == 1 else 'two seeds say'} too little of other seeds: give --seeds 3"
+    return f"{'one seed says' if seeds == 1 else 'two seeds say'} too little of other seeds: give three or more"
 
 
 def _bits(gaps: Sequence[Gap]) -> str:

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from atdiag.analysis import classifiers, streaming, tracing
 from atdiag.analysis.images import ImageSet
+from atdiag.analysis.outside import Outside
 from atdiag.analysis.sites import TracingError
-from atdiag.analysis.subjects import Outside, Subject
+from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
 from atdiag.data import sources

@@ -6,11 +6,12 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from atdiag.analysis.outside import Outside
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.resources import small_file
 from atdiag.core.runs import DamagedRunError, Run
@@ -19,7 +20,7 @@ from atdiag.data import sources as data_sets
 from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.registry import teachers
-from atdiag.networks.timm import inspection
+from atdiag.networks.registry.published import TIMM
 from atdiag.networks.weights import classes, files, loading, sources
 from atdiag.networks.weights.classes import HeadClasses
 from atdiag.training import checkpoint, evaluation
@@ -126,28 +127,6 @@ def teacher_of(subject: Subject) -> Subject:
     return loaded(spec.teacher, spec.data)
 
 
-class Outside(nn.Module):
-    """An unmodified timm ViT with our interface: takes images in [0, 1], normalises them itself, returns logits."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        if reason := inspection.why_not(model):
-            raise UserError(f"{type(model).__name__} can't be looked into: {reason}")
-        self.model = model
-        self.network = inspection.describe(model)
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(self.network, name)).view(1, -1, 1, 1)
-            self.register_buffer(name, values, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, channels, S, S] in [0, 1] to the network's own output."""
-        out: Tensor = self.model((images - self.mean) / self.std)
-        return out
-
-
 def of(model: nn.Module, label: str, network: Network | None = None) -> Subject:
     """Wrap a network as a subject: a :class:`ViT`, or a timm ViT.
 
@@ -186,7 +165,7 @@ def find_all(
 
 
 def _is_teacher(reference: str) -> bool:
-    return reference.partition("@")[0] in teachers.registry() or reference.startswith(teachers.TIMM)
+    return reference.partition("@")[0] in teachers.registry() or reference.startswith(TIMM)
 
 
 def find(reference: str, profile: str = "mini", data: Data | None = None, store: Store | None = None) -> Subject:
@@ -210,7 +189,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     word, colon, rest = reference.partition(":")
     there = Path(reference).expanduser().exists()
     if colon and word != "start" and not there:
-        near = suggest(f"{word.lower()}:{rest}", [f"start:{rest}", f"{teachers.TIMM}{rest}"])
+        near = suggest(f"{word.lower()}:{rest}", [f"start:{rest}", f"{TIMM}{rest}"])
         raise UserError(f"nothing is named {reference!r}{near}", _SUBJECTS)
     if there or "/" in reference or Path(reference).suffix:
         return _file(Path(reference).expanduser())
@@ -264,7 +243,7 @@ def _image_size(reference: str, profile: str, data: Data | None) -> int | None:
         return row.image_size
     from timm.models import get_pretrained_cfg
 
-    model = name.removeprefix(teachers.TIMM) if row is None else row.model
+    model = name.removeprefix(TIMM) if row is None else row.model
     config = get_pretrained_cfg(model, allow_unregistered=True)
     return None if config is None else int(config.input_size[-1])
 
@@ -280,7 +259,7 @@ def loaded(spec: Teacher, data: Data | None) -> Subject:
     body = evaluation.Predictor(found) if isinstance(found, ViT) else found
     # A published network is the same at any profile. A path is too long for a table, but two files differ in their
     # hash.
-    name, _, own = spec.name.removeprefix(teachers.TIMM).partition("@")
+    name, _, own = spec.name.removeprefix(TIMM).partition("@")
     average = " average" if spec.branch == "ema" else ""
     label = spec.label if teachers.is_miniature(spec) else f"{name} {spec.sha256[:6]}{average}" if own else name
     return Subject(label, body, found.network, data, spec.weights, teacher=spec)

@@ -64,7 +64,7 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
     train([series], plan, session)
     reading = session.reading(series)
     written = writers.write_reading(reading, folder)
-    console.show_reading(reading, written.files)
+    console.show_reading(reading, written.files, as_typed)
     if json_:
         typer.echo(json.dumps({**document.as_json(reading), **written.record()}))
 

@@ -100,8 +100,8 @@ def table(title: str, *columns: str) -> Table:
     return out
 
 
-def show_reading(reading: Reading, files: Sequence[Path]) -> None:
-    """Print a reading's table, claims, notes, verdict and files."""
+def show_reading(reading: Reading, files: Sequence[Path], spoken: Callable[[str], str] = str) -> None:
+    """Print a reading's table, claims, notes, verdict and files; ``spoken`` renders the arguments that texts name."""
     from rich.console import Console
 
     console = Console()
@@ -109,8 +109,8 @@ def show_reading(reading: Reading, files: Sequence[Path]) -> None:
     if tested := [one for one in reading.judged if one.verdict != "not testable here"]:
         console.print(tables.claims_table(tested))
     for note in tables.notes(reading):
-        console.print(f"- {note}", style="dim", highlight=False)
-    console.print(f"\n[bold]Verdict[/bold]  {reading.verdict}\n", highlight=False)
+        console.print(f"- {spoken(note)}", style="dim", highlight=False)
+    console.print(f"\n[bold]Verdict[/bold]  {spoken(reading.verdict)}\n", highlight=False)
     show_files(files)
 
 

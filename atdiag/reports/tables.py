@@ -355,7 +355,7 @@ def _power(reading: Reading) -> list[str]:
     from atdiag.stats.contrasts import FEWEST_SEEDS, seeds_needed
 
     least = min(e.seeds for report in reading.reports for _, e in report.estimates)
-    few = f"Verdicts begin at three seeds, and here {'is one' if least == 1 else 'are two'}: --seeds 3 trains the rest."
+    few = f"Verdicts begin at three seeds, and here {'is one' if least == 1 else 'are two'}: `seeds`=3 trains the rest."
     begin = [few] if least < FEWEST_SEEDS else []
     open_ = [
         (" ".join(filter(None, (report.study.label if len(reading.reports) > 1 else "", name))), estimate)

@@ -59,11 +59,11 @@ def verdict(report: Report) -> str:
 def remedy(report: Report) -> str:
     """Return the settings that train for longer."""
     spec = report.study.arms[0].specs[0]
-    asked = "--epochs " if "epochs" in report.study.options else "--set recipe.epochs="
-    longer = f"Train longer: {asked}{2 * spec.recipe.epochs} (here {spec.recipe.epochs})"
+    asked = "`epochs`" if "epochs" in report.study.options else "`recipe.epochs`"
+    longer = f"Train longer: {asked}={2 * spec.recipe.epochs} (here {spec.recipe.epochs})"
     if spec.data.image_size is not None:
         return f"{longer}, or on more images."
-    return f"{longer}, or on more images: --set data.train={2 * spec.data.train} (here {spec.data.train})."
+    return f"{longer}, or on more images: `data.train`={2 * spec.data.train} (here {spec.data.train})."
 
 
 def notes(report: Report) -> list[str]:

@@ -96,7 +96,7 @@ class Attention(nn.Module):
         if refused := [f"`{name}` {value}" for name, value in asked.items() if value]:
             raise ValueError(f"{', '.join(refused)}: atdiag's attention has no such part (a component can add one)")
         if not proj_bias:
-            raise ValueError("`proj_bias` False: the output projection of atdiag's attention has a bias")
+            raise ValueError("proj_bias=False: the output projection of atdiag's attention has a bias")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5

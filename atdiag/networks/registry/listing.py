@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from atdiag.core.errors import UserError, suggest
 from atdiag.networks.registry import teachers
+from atdiag.networks.registry.published import TIMM, TeacherEntry
 from atdiag.networks.weights import sources
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def rows(profile: str, family: str | None = None) -> list[dict[str, Any]]:
     return [_mini(row) if profile == "mini" else _published(row) for row in found]
 
 
-def _published(row: teachers.TeacherEntry) -> dict[str, Any]:
+def _published(row: TeacherEntry) -> dict[str, Any]:
     return {
         "name": row.name,
         "family": row.family,
@@ -55,14 +56,14 @@ _FACTS = (
 )
 
 
-def _is_here(row: teachers.TeacherEntry) -> bool:
+def _is_here(row: TeacherEntry) -> bool:
     try:
         return sources.find(teachers.source(row.name)) is not None
     except (sources.WeightsMissingError, UserError):  # a user's teacher whose file or architecture is missing
         return False
 
 
-def _mini(row: teachers.TeacherEntry) -> dict[str, Any]:
+def _mini(row: TeacherEntry) -> dict[str, Any]:
     if not teachers.is_published(row.name):  # a user's teacher has no miniature: it takes real images at every profile
         return _published(row)
     path = sources.shipped_path(row.name)
@@ -151,7 +152,7 @@ def _published_table(listed: list[dict[str, Any]], profile: str) -> Table:
 
 
 def _kind(source: str) -> str:
-    return "hub" if source.startswith(teachers.TIMM) else "authors" if "://" in source else "missing"
+    return "hub" if source.startswith(TIMM) else "authors" if "://" in source else "missing"
 
 
 def _about(row: dict[str, Any]) -> str:

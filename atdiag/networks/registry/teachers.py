@@ -15,10 +15,8 @@ to look up a published network.
 
 from __future__ import annotations
 
-import tomllib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from inspect import signature
@@ -27,103 +25,13 @@ from typing import Any
 
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import OWN, Network, Teacher
+from atdiag.networks.registry.published import TIMM, TeacherEntry, published, table
 from atdiag.networks.weights import files, sources
 from atdiag.networks.weights.sources import Source
 
 _SIZES: dict[str, dict[str, int]] = {"s": {"width": 32, "heads": 2}, "b": {"width": 48, "heads": 3}}
 
 ENTRY_POINTS = "atdiag.teachers"
-TIMM = "timm:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherEntry:
-    """A registered teacher. For a user's own, the facts about the network are None until it is built."""
-
-    name: str
-    family: str
-    size: str
-    title: str
-    licence: str
-    objective: str
-    data: str
-    paper2026: bool = False
-    """Whether the 2026 paper is known to include the family (otherwise our choice)."""
-    model: str
-    """timm's name of the architecture."""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Constructor arguments that differ from timm's defaults."""
-    hub: str | None = None
-    """The hub repository with its weights."""
-    url: str | None = None
-    """URL of the authors' checkpoint, if the hub has none."""
-    file: Path | None = None
-    """The file that a user's teacher was registered with."""
-    formats: tuple[str, ...] | None = None
-    """Accepted key layouts of its file; None: any."""
-    image_size: int | None = None
-    """Resolution of pre-training (or of the last fine-tuning), in pixels."""
-    patch: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    classes: int | None = None
-    """Rows of its head; 0 without a head."""
-    class_token: bool = True
-    registers: int = 0
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    interpolation: str = "bicubic"
-    components: tuple[str, ...] | None = None
-    """Native components."""
-    follows: tuple[str, ...] = ()
-    """Non-standard parts that the standard student shares, because tokens must line up."""
-    labels: bool = False
-    text: bool = False
-    momentum: bool = False
-    masking: str = ""
-    target: str = ""
-    augmentation: str = ""
-
-    @property
-    def tokens(self) -> int | None:
-        """Length of the token sequence at the native resolution."""
-        if self.image_size is None or self.patch is None:
-            return None
-        return (self.image_size // self.patch) ** 2 + int(self.class_token) + self.registers
-
-    @property
-    def weights(self) -> str:
-        """Source of its weights: ``timm:MODEL``, a URL or a file."""
-        return str(self.file or self.url or f"{TIMM}{self.model}")
-
-
-@cache
-def _table() -> dict[str, Any]:
-    return tomllib.loads((Path(__file__).parent / "teachers.toml").read_text())
-
-
-@cache
-def _published() -> dict[str, TeacherEntry]:
-    table, rows = _table(), {}
-    for family, facts in table["family"].items():
-        shared = {key: value for key, value in facts.items() if key not in ("teacher", "pixels", "timm_names")}
-        formats = (*facts.get("formats", ()), *(["timm"] if facts.get("timm_names", True) else []))
-        for size, own in facts["teacher"].items():
-            merged: dict[str, Any] = {
-                **shared,
-                **table["size"][size],
-                **table["pixels"][facts["pixels"]],
-                "classes": 0,
-                **({} if "url" in own else {"hub": f"timm/{own['model']}"}),
-                **own,
-                "formats": formats,
-            }
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
-            token = "no_class_token" not in values.get("follows", ())
-            name = f"{family}_{size}"
-            rows[name] = TeacherEntry(name=name, family=family, size=size, class_token=token, **values)
-    return rows
 
 
 _OWN: dict[str, TeacherEntry] = {}
@@ -222,7 +130,7 @@ def _installed() -> dict[str, TeacherEntry]:
     rows = {}
     for entry in entry_points(group=ENTRY_POINTS):
         try:
-            if entry.name in _published():
+            if entry.name in published():
                 raise ValueError("that name is taken")
             given: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = entry.load()
             rows[entry.name] = _own_row(entry.name, **(given() if callable(given) else given))
@@ -233,17 +141,17 @@ def _installed() -> dict[str, TeacherEntry]:
 
 def registry() -> dict[str, TeacherEntry]:
     """Return all teachers by name: published, from other packages, and registered in this process."""
-    return {**_published(), **_installed(), **_OWN}
+    return {**published(), **_installed(), **_OWN}
 
 
 def is_published(name: str) -> bool:
     """Return whether a name is in the registry's own table, rather than timm's or a user's."""
-    return name in _published()
+    return name in published()
 
 
 def miniatures() -> tuple[str, ...]:
     """Return the names of the teachers that have a miniature."""
-    return tuple(_table()["miniature"])
+    return tuple(table()["miniature"])
 
 
 def row(name: str) -> TeacherEntry:
@@ -271,7 +179,7 @@ def stand_in(name: str) -> str:
     parts = set(found.components or ())
 
     def distance(other: str) -> tuple[int, bool]:
-        return len(parts ^ set(_table()["miniature"][other]["components"])), registry()[other].size != found.size
+        return len(parts ^ set(table()["miniature"][other]["components"])), registry()[other].size != found.size
 
     return min(reversed(miniatures()), key=distance)
 
@@ -282,7 +190,7 @@ def miniature_network(name: str) -> Network:
     Raises UserError, naming a substitute, if the teacher has no miniature of its own.
     """
     found = row(name)
-    own = _table()["miniature"].get(name)
+    own = table()["miniature"].get(name)
     if own is None:
         use = stand_in(name)
         kind = "the plain architecture" if not found.components else "the architecture"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from atdiag.core.spec import Teacher
 from atdiag.networks.registry import teachers
+from atdiag.networks.registry.published import TeacherEntry
 from atdiag.networks.weights import sources
 from atdiag.networks.weights.sources import (
     Source,
@@ -170,7 +171,7 @@ def _check_format(found: Converted, source: Source, path: Path) -> None:
         )
 
 
-def _published_as(found: Converted, model: Any) -> list[teachers.TeacherEntry]:
+def _published_as(found: Converted, model: Any) -> list[TeacherEntry]:
     """Return the registry entries of this width and depth whose authors publish in this format."""
     if found.format == "timm":
         return []

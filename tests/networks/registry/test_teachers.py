@@ -15,7 +15,7 @@ from atdiag.networks.registry.teachers import register_teacher
 from atdiag.networks.timm import architectures
 from atdiag.networks.weights import formats
 
-NAMES = sorted(teachers._published())
+NAMES = sorted(teachers.published())
 
 SIZES = {
     "deit": "sb",

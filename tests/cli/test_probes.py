@@ -49,7 +49,8 @@ def report(tmp_path_factory):
         assert set(ended.values()) == {"finished"}
     rows = [{"arm": name, "runs": [spec.id for spec in runs]} for name, runs in specs.items()]
     file = folder / "report.json"
-    file.write_text(json.dumps({"ablation": "x", "teacher": teacher.label, "arms": rows, "reference": None}))
+    study = {"study": teacher.label, "teacher": teacher.label, "arms": rows, "reference": None}
+    file.write_text(json.dumps({"ablation": "x", "studies": [study]}))
     return file, store, specs
 
 

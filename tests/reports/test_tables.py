@@ -54,7 +54,7 @@ def test_every_run_stands_behind_the_tables(reading):
 
 
 def test_latex_has_booktabs_rules_and_no_bare_special_characters(reading):
-    text = tables.latex(reading)
+    text = tables.latex(reading, ["One seed is a run."], "tab:benchmark")
     assert text.count("\\toprule") == text.count("\\midrule") == text.count("\\bottomrule") == 1
     assert "deit\\_s (mini)" in text
     body = text.partition("\\midrule")[2].partition("\\bottomrule")[0]

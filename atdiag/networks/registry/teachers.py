@@ -110,7 +110,7 @@ def _own_row(
         if type(classes) is not int or classes < 0:
             raise ValueError(f"`classes` {classes!r} is not a number of classes")
         if given.setdefault("num_classes", classes) != classes:
-            raise ValueError(f"`classes` {classes} is not num_classes in `arguments` ({given['num_classes']})")
+            raise ValueError(f"`classes` {classes} is not the num_classes of its arguments ({given['num_classes']})")
     return TeacherEntry(
         name=name,
         family=name,

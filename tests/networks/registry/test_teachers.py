@@ -242,7 +242,7 @@ def test_classes_of_ones_own_teacher(nothing_registered):
     for wrong in (-1, True, 7.0, "7"):
         with pytest.raises(ValueError, match=f"`classes` {wrong!r} is not a number of classes"):
             register_teacher("other", "vit_tiny_patch16_224", classes=wrong)
-    with pytest.raises(ValueError, match=r"`classes` 7 is not num_classes in `arguments` \(6\)"):
+    with pytest.raises(ValueError, match=r"`classes` 7 is not the num_classes of its arguments \(6\)"):
         register_teacher("other", "vit_tiny_patch16_224", classes=7, arguments={"num_classes": 6})
 
 

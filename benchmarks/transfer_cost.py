@@ -12,6 +12,7 @@ allocator's peak on CUDA; on a CPU the peak resident size of a process of its ow
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -217,6 +218,17 @@ def status(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def fitting(case: Case, names: list[str]) -> list[str]:
+    """Those of the variants whose step fits on the device, each tried alone."""
+    out = []
+    for name in names:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            peak_of(case, name)
+            out.append(name)
+        torch.cuda.empty_cache()  # does nothing without CUDA
+    return out
+
+
 def peak_of(case: Case, name: str) -> float:
     """Measure :func:`peak`, on a CPU in a separate process, since the peak resident size never falls."""
     if case.device.type == "cuda":
@@ -243,6 +255,8 @@ def ratios(time_s: dict[str, float], memory: dict[str, float]) -> dict[str, floa
         if name.startswith(("copy", "distill")):
             out[f"time, {name} / (plain + teacher)"] = time_s[name] / bound
     for kind in ("copy", "distill ce"):
+        if f"straight {kind}" not in time_s:
+            continue  # it did not fit
         out[f"time, straight {kind} / {kind}"] = time_s[f"straight {kind}"] / time_s[kind]
         if memory:
             out[f"memory, straight {kind} / {kind}"] = memory[f"straight {kind}"] / memory[kind]
@@ -286,12 +300,13 @@ def main() -> None:
         one = case(tokens)
         if compiled.wanted(device):
             compiled.compile_blocks(one.teacher)
-        seconds = times(one, names, asked.repeats)
-        memory = {} if asked.no_memory else {name: peak_of(one, name) for name in names}
+        fit = fitting(one, names) if asked.device == "cuda" else names
+        seconds = times(one, fit, asked.repeats)
+        memory = {} if asked.no_memory else {name: peak_of(one, name) for name in fit}
         found = ratios(seconds, memory)
         measured.append(
             {"size": size, "tokens": tokens, "batch": one.batch, "depth": one.depth, "seconds": seconds}
-            | {"memory_mib": memory, "ratios": found}
+            | {"memory_mib": memory, "ratios": found, "out_of_memory": [name for name in names if name not in fit]}
         )
         show(measured[-1], asked.device)
     document = {

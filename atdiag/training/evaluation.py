@@ -92,10 +92,7 @@ def averages(spec: RunSpec, teacher: ViT | Foreign, images: Split | None = None)
 def fit(observation: Observation, teacher: ViT | Foreign, student: Network) -> Observation:
     """Restrict a teacher's observation to the student's tokens: extra registers are sliced off before softmax."""
     tokens = teacher.shared_tokens(student)
-    if tokens is None:
-        return observation
-    device = next(teacher.parameters()).device
-    return observation.select(tokens.to(device))
+    return observation if tokens is None else observation.select(tokens)
 
 
 def _on(device: torch.device, images: Tensor) -> Tensor:

@@ -140,10 +140,10 @@ class RunTrainer:
         """
         spec, device = self.spec, part.images.device
         keep = drop_path(spec.recipe.drop_path, spec.network.depth, spec.seed.model, self.step, part.samples)
+        if keep is not None:
+            keep = keep.to(device, non_blocking=True)  # else each step of a GPU waits until it is there
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.recipe.precision == "bfloat16"):
-            logits, transfer_loss = methods.forward(
-                self.student, spec.transfer, part.images, teacher, None if keep is None else keep.to(device)
-            )
+            logits, transfer_loss = methods.forward(self.student, spec.transfer, part.images, teacher, keep)
         task_loss = classification_loss(logits.float(), part, spec.recipe.label_smoothing)
         loss = task_loss if transfer_loss is None else task_loss + transfer_loss
         (loss if share == 1 else share * loss).backward()  # type: ignore[no-untyped-call]

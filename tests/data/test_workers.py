@@ -198,6 +198,7 @@ def test_scenes_that_are_not_augmented_need_no_worker(monkeypatch):
     assert loader.default_workers(scenes, EVERYTHING, CUDA) == 16
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_batches_on_cuda_are_those_of_the_cpu(data):
     stream = Stream(data, EVERYTHING, 0)

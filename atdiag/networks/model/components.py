@@ -36,6 +36,7 @@ class RelPosBias(nn.Module):
     """
 
     index: Tensor
+    places: Tensor
 
     def __init__(self, grid: int, class_token: bool, registers: int, heads: int) -> None:
         super().__init__()
@@ -44,7 +45,11 @@ class RelPosBias(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
         index = gen_relative_position_index((grid, grid), class_token=class_token)
         self.register_buffer("index", index, persistent=False)
-        self.registers, self.prefix = registers, int(class_token)
+        self.registers = registers
+        patches, prefix = grid**2, int(class_token)
+        # Where the tokens with a bias are: a buffer, as a copy to a GPU at each step would be waited for.
+        places = torch.tensor([*range(prefix), *range(prefix + registers, prefix + registers + patches)])
+        self.register_buffer("places", places, persistent=False)
 
     def forward(self) -> Tensor:
         """Return the bias [H, N, N]."""
@@ -52,12 +57,9 @@ class RelPosBias(nn.Module):
         bias = bias.view(*self.index.shape, -1).permute(2, 0, 1)
         if not self.registers:
             return bias.contiguous()
-        p, r = self.prefix, self.registers
-        full = bias.new_zeros(bias.shape[0], bias.shape[1] + r, bias.shape[2] + r)
-        keep = torch.tensor([*range(p), *range(p + r, full.shape[1])], device=bias.device)
-        return full.index_put(
-            (torch.arange(bias.shape[0], device=bias.device)[:, None, None], keep[:, None], keep), bias
-        )
+        full = bias.new_zeros(bias.shape[0], *(size + self.registers for size in bias.shape[1:]))
+        heads = torch.arange(bias.shape[0], device=bias.device)[:, None, None]
+        return full.index_put((heads, self.places[:, None], self.places), bias)
 
 
 @dataclass(frozen=True)

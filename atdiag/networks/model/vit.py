@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from atdiag.core import resources
 from atdiag.core.spec import Network
 from atdiag.networks.model import components
-from atdiag.transfer.attention import Attention, AttentionOverride
+from atdiag.transfer.attention import Attention, AttentionOverride, indices
 from atdiag.transfer.observation import AttentionRecord, CaptureRequest, Observation
 from atdiag.transfer.ops import QK
 
@@ -143,6 +143,6 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         return {layer: one.qk for layer, one in seen.items()}
 
     def shared_tokens(self, other: Network) -> Tensor | None:
-        """Return the indices of this network's tokens that a network with fewer registers also has; None if all."""
+        """Return the indices of the tokens that a network with fewer registers also has, on our device; None: all."""
         shared = self.network.tokens_shared_with(other)
-        return None if shared is None else torch.tensor(shared)
+        return None if shared is None else indices(shared, self.mean.device)

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Network
+from atdiag.transfer.attention import indices
 from atdiag.transfer.observation import AttentionRecord, CaptureRequest, Observation
 from atdiag.transfer.ops import QK
 
@@ -84,9 +85,9 @@ class Foreign(nn.Module):
         return {layer: one.qk for layer, one in seen.items()}
 
     def shared_tokens(self, other: Network) -> Tensor | None:
-        """Return the indices of this network's tokens that a network with fewer registers also has; None if all."""
+        """Return the indices of the tokens that a network with fewer registers also has, on our device; None: all."""
         shared = self.network.tokens_shared_with(other)
-        return None if shared is None else torch.tensor(shared)
+        return None if shared is None else indices(shared, self.mean.device)
 
     def _run(self, images: Tensor, wanted: CaptureRequest) -> Observation:
         """Run the network as far as needed: to a block's attention, to a block's end, or to its output."""

@@ -1,0 +1,147 @@
+"""Part 5: a mini study like the CPU's. Part 6 and on: real teachers on real images, from one visit to the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from atdiag.core.runs import Store
+from benchmarks.gpu import archive
+from benchmarks.gpu.record import PROJECT, Record, SkippedError, run
+
+ATDIAG = (sys.executable, "-m", "atdiag.cli.app")
+TEACHERS = {
+    "vit_tiny_patch16_224": "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors",
+    "deit_tiny_patch16_224": "deit_tiny_patch16_224.fb_in1k.safetensors",
+}
+"""One architecture, two pre-trainings: timm's name, and the file in ``ATDIAG_TEST_DATA``."""
+IMAGES = "imagenette-128"
+TOY = ("data.train=64", "recipe.epochs=1", "recipe.batch_size=16", "data.test_per_source=1")
+P_AT_LEAST = 0.01
+"""A difference between GPU and CPU with a smaller p than this is no noise."""
+
+
+def _sets(items: tuple[str, ...]) -> list[str]:
+    return [word for item in items for word in ("--set", item)]
+
+
+def _document(said: str) -> dict[str, Any]:
+    """Return the last line of a command with ``--json``."""
+    out: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+    return out
+
+
+def mini(record: Record) -> dict[str, Any]:
+    """Compare the same mini study on device and CPU: the difference of each run's accuracy, and whether it is noise.
+
+    Runs are paired by their ids; noise is what a t test of their differences does not tell from zero.
+    """
+    from scipy.stats import ttest_1samp
+
+    seeds, sets = ("2", TOY) if record.toy else ("3", ())
+    with tempfile.TemporaryDirectory() as name:
+        top1: dict[str, dict[str, float]] = {}
+        for side, device in (("device", record.device.type), ("cpu", "cpu")):
+            where = ["--runs", f"{name}/{side}", "--out", f"{name}/{side}-out", "--device", device]
+            line = [*ATDIAG, "benchmark", "--teacher", "deit_s", "--methods", "copy,distill", "--seeds", seeds]
+            run([*line, *where, *_sets(sets)], record.left + 60, OMP_NUM_THREADS="1")
+            found = Store(Path(name) / side).list()
+            top1[side] = {one.id: one.result()["top1"] for one in found}
+    assert top1["device"].keys() == top1["cpu"].keys(), "the two studies trained other runs"
+    differences = {name: top1["device"][name] - top1["cpu"][name] for name in top1["cpu"]}
+    values = list(differences.values())
+    out = {"runs": len(values), "mean_points": statistics.mean(values), "largest_points": max(map(abs, values))}
+    if len(set(values)) > 1:
+        out["p"] = float(ttest_1samp(values, 0.0).pvalue)
+        assert out["p"] >= P_AT_LEAST, {**out, "differences": differences}
+    return {**out, "differences": differences, "top1": top1}
+
+
+def test_data() -> Path:
+    """The folder with the images and the two teachers. Raises SkippedError where it is not named or lacks something."""
+    if not (named := os.environ.get("ATDIAG_TEST_DATA")):
+        raise SkippedError("ATDIAG_TEST_DATA names no folder")
+    folder = Path(named)
+    if missing := [name for name in TEACHERS.values() if not (folder / name).is_file()]:
+        raise SkippedError(f"{folder} lacks {', '.join(missing)}")
+    return folder
+
+
+def images(folder: Path, into: Path) -> Path:
+    """Return the folder of data sets in which Imagenette-128 is found by name: as it is, or unpacked once."""
+    if (folder / IMAGES).is_dir():
+        return folder
+    if not (into / IMAGES).is_dir():
+        packed = folder / f"{IMAGES}.zip"
+        if not packed.is_file():
+            raise SkippedError(f"{folder} lacks {packed.name}")
+        with zipfile.ZipFile(packed) as archive_file:
+            archive_file.extractall(into / ".part")
+        (into / ".part" / IMAGES).rename(into / IMAGES)
+    return into
+
+
+def small(record: Record, runs: Path, seeds: int) -> dict[str, Any]:
+    """Both real ViT-Ti on Imagenette-128: scratch, copy, distill, fine-tune, with so many seeds, as far as time goes.
+
+    The command is asked to stop when the time is over (SIGTERM: it writes checkpoints), and goes on the next time.
+    Raises SkippedError for missing data, RuntimeError where the command fails or is not done yet.
+    """
+    line = [*ATDIAG, "benchmark", "--methods", "copy,distill,finetune", "--seeds", str(seeds), "--json"]
+    line += ["--runs", str(runs), "--device", record.device.type, "--out", str(runs.parent / f"study-{seeds}")]
+    if record.toy:
+        line += ["--teacher", "deit_s", *_sets(TOY)]
+    else:
+        folder = test_data()
+        names = ",".join(f"timm:{model}@{folder / file}" for model, file in TEACHERS.items())
+        line += ["--profile", "small", "--teacher", names, "--data-dir", str(images(folder, runs.parent / "data"))]
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with subprocess.Popen(line, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            said, _ = process.communicate(timeout=max(record.left, 30))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            said, _ = process.communicate(timeout=120)
+    finished = [one for one in Store(runs).list() if one.finished] if runs.is_dir() else []
+    if process.returncode:
+        what = "stopped when the time was over" if process.returncode == 143 else f"exit code {process.returncode}"
+        raise RuntimeError(f"{what}; {len(finished)} runs are finished; the same line goes on")
+    results = {one.id: one.result() for one in finished}
+    return {
+        "finished": len(finished),
+        "images_per_second": {name: result["images_per_second"] for name, result in results.items()},
+        "study": _document(said),
+    }
+
+
+def pack(record: Record, runs: Path) -> dict[str, Any]:
+    """Pack the runs into files that travel; in the toy run also unpack them again and compare."""
+    folder = record.folder / "packed"
+    left_out = archive.pack(runs, folder)
+    names = sorted(path.name for path in folder.iterdir())
+    if record.toy:
+        with tempfile.TemporaryDirectory() as name:
+            archive.restore(folder, Path(name))
+            for one in Store(runs).list():
+                again = Store(Path(name)).run(one.spec)
+                assert again.result() == one.result() and again.finished
+    return {"files": names, "left_out": left_out}
+
+
+def part(record: Record, runs: Path) -> None:
+    """Part 5, or a later one: part 6 has one seed, 7 two and 8 three."""
+    if record.part == 5:
+        record.measure("mini study on device and CPU", partial(mini, record))
+        return
+    record.measure("small study", partial(small, record, runs, record.part - 5))
+    record.document["measurements"].pop("packed", None)  # what lies there changes with every visit
+    record.measure("packed", partial(pack, record, runs))

@@ -53,7 +53,7 @@ def pack(runs: Path, folder: Path, piece: int = PIECE, files: int = FILES, total
 
 
 def _groups(runs: list[Run], piece: int) -> Iterator[list[Run]]:
-    """Yield runs whose files have ``piece`` bytes together, before compression. Raises ValueError for a run that has more."""
+    """Yield runs of ``piece`` bytes together, before compression. Raises ValueError for a run that has more."""
     group: list[Run] = []
     size = 0
     for run in runs:

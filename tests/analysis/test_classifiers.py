@@ -74,7 +74,7 @@ def test_the_penalty_is_the_one_that_is_best_on_the_held_out_part():
 
 def test_a_fit_that_does_not_end_is_an_error():
     x, y, _, _ = draw()
-    with pytest.raises(RuntimeError, match="did not converge"):
+    with pytest.raises(RuntimeError, match="did not come to its minimum"):
         classifiers.fit_linear(torch.full_like(x, torch.nan).double(), y, 4, 0.1)
 
 

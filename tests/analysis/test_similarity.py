@@ -236,12 +236,12 @@ def test_what_does_not_fit_is_refused_in_one_line(subject, pictures):
     some = pictures(one)
     for other, options, message in (
         (subject(1, patch_size=5), {}, r"grid of 5 x 5 patches, net 1 one of 4 x 4"),
-        (subject(1, depth=4), {}, r"has 3 blocks, net 1 4.*--layer-map 0:0,2:3"),
+        (subject(1, depth=4), {}, r"has 3 blocks, net 1 4.*`layer_map` 0:0,2:3"),
         (subject(1), {"layers": (3,)}, "layer 3 is out of range"),
         (subject(1), {"layer_map": {0: 5}}, "layer 5 is out of range: net 1 has 3"),
         (subject(1, depth=4, patch_size=5), {}, "grid of 5 x 5"),  # a layer map would not mend that
-        (subject(1), {"layer_map": {0: 5}}, "^--layer-map 0:5: "),
-        (subject(1), {"layer_map": {4: 0}}, "^--layer-map 4:0: layer 4 is out of range: net 0"),
+        (subject(1), {"layer_map": {0: 5}}, "^`layer_map` 0:5: "),
+        (subject(1), {"layer_map": {4: 0}}, "^`layer_map` 4:0: layer 4 is out of range: net 0"),
         (subject(1, depth=4), {"layer_map": {0: 0}, "layers": (1,)}, "layer 1 of net 0 is not in `layer_map`"),
         (subject(1, image_size=40, patch_size=8), {}, "see different images"),
     ):

@@ -195,7 +195,7 @@ def test_a_subject_that_is_not_there(capsys, store, tmp_path):
         f"start:{copied.id[:2]}": "give at least 4 of its digits",
         "timm:vit_tiny_patch16_22@/x": "did you mean 'vit_tiny_patch16_224'",
         str(copied.path / "result.json"): "holds no network: a subject is a teacher's name",
-        copied.id[:4] + "zz": f"did you mean '{copied.id[:6]}'",
+        copied.id[:4] + "zz": "'atdiag runs list' list what there is",
         "ffffffff": "no run in",
         "nowhere/weights.safetensors": "there is no file",
         str(tmp_path): "is not a run's folder",

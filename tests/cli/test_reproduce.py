@@ -112,7 +112,7 @@ def test_figures_are_drawn_from_finished_runs(home, monkeypatch):
     ("line", "says"),
     [
         ("figures bench", "unknown analysis 'bench', did you mean 'benchmark'? known: all, benchmark"),
-        ("figures rescue", "rescue: 9 runs of 9 not finished or not measured: 'atdiag reproduce'"),
+        ("figures rescue", "rescue: 9 runs of 9 not finished or not measured: the same line with 'reproduce'"),
         ("figures sizes", "clip has one size at profile mini (clip_b)"),
         ("reproduce --quick --set recipe.warmup_epoch=1", "did you mean 'recipe.warmup_epochs'?"),
         ("reproduce --quick --set recipe.finetune.lr=0.5", "recipe.finetune.lr has no effect here"),

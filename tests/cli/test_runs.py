@@ -213,14 +213,14 @@ def test_nothing_to_verify(tmp_path):
 def test_a_mistyped_folder_of_runs_does_not_look_like_all_being_well(command, tmp_path, capsys):
     (tmp_path / "file").touch()
     for name in ("nowhere", "file"):
-        assert "is no folder" in wrong(capsys, "runs", command, "--runs", tmp_path / name)
+        assert "is not a folder" in wrong(capsys, "runs", command, "--runs", tmp_path / name)
 
 
 @pytest.mark.parametrize("command", [("verify",), ("diff", "ID"), ("show",)])
 def test_a_wrong_id(runs, capsys, command):
     words = [runs[1].id if word == "ID" else word for word in command]
     mistyped = ("f" if runs[0].id[5] != "f" else "e").join([runs[0].id[:5], runs[0].id[6:]])
-    assert f"did you mean '{runs[0].id}'?" in wrong(capsys, "runs", *words, mistyped)
+    assert f"named '{mistyped}': 'atdiag runs list'" in wrong(capsys, "runs", *words, mistyped)
 
 
 # --- diff and export --------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_no_room_is_told_before_anything_is_asked(data, publish, server, capfd, 
     assert "GiB in" in failed(capfd, data)
     assert server.asked == []
     (data / "imagenette").touch()
-    with pytest.raises(UserError, match="imagenette is not a folder"):
+    with pytest.raises(UserError, match="imagenette, and is no folder"):
         fetch("imagenette")
 
 

@@ -165,7 +165,10 @@ def ruin(root, how):
         ("empty class", r"1 of the 10 classes in .*train have no images: cat"),
         ("class missing", r"train has 9 classes, cifar10 10: expected ten folders"),
         ("strange class", r"train has folders that are not classes of cifar10: zebra"),
-        ("image missing", r"has 119 training images, cifar10 \(CIFAR-10\) 120: complete it, or use .*folder:"),
+        (
+            "image missing",
+            r"has 119 training images, cifar10 \(CIFAR-10\) 120: complete it, or call it what it is",
+        ),
         ("empty split", r"val holds neither folders nor images"),
     ],
 )
@@ -233,7 +236,7 @@ def test_the_spec_must_fit_the_folder(uniform, spec):
         ({"per_class": 13, "train": 39}, "the class ant in .* has 12 train images, and the spec takes 13"),
         ({"per_class": 2, "train": 36}, "`data.per_class`=2 of 3 classes are 6 images"),
         ({"test_per_class": 6}, "has 5 test images, and the spec takes 6"),
-        ({"fingerprint": "0" * 64}, "the files in .* are not those that the spec was made with"),
+        ({"fingerprint": "0" * 64}, "the files in .* are not those that the spec means"),
         ({"fingerprint": None}, "needs a fingerprint"),
     ):
         with pytest.raises(UserError, match=says):

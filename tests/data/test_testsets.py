@@ -164,7 +164,7 @@ def test_the_folder_of_the_runs_own_images_is_looked_at(uniform, spec):
     network = Network(image_size=32, patch_size=8, channels=3, width=16, depth=1, heads=2, classes=3)
     testsets.check(testsets.find("fog"), data, network)
     (uniform / "val" / "ant" / "ant_0.jpg").unlink()
-    with pytest.raises(UserError, match="not those that the spec was made with"):
+    with pytest.raises(UserError, match="not those that the spec means"):
         testsets.check(testsets.find("fog"), data, network)
 
 

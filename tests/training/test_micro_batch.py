@@ -122,7 +122,7 @@ def test_out_of_memory_names_the_micro_batch_that_fits_and_it_does(bench, room_f
     )
     with pytest.raises(cohort.OutOfMemoryError) as found:
         bench.train(*specs, micro_batch=given)
-    text = f"cpu is out of memory at {given or 16} images at once with 2 runs side by side: --micro-batch {fits} fits"
+    text = f"cpu is out of memory at {given or 16} images at once with 2 runs side by side: `micro_batch` {fits} fits"
     assert str(found.value).startswith(text)
     assert not any(bench.run(spec).finished for spec in specs)
     assert set(bench.train(*specs, micro_batch=fits).values()) == {"finished"}

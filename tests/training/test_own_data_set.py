@@ -12,7 +12,7 @@ from atdiag.data import sources
 from atdiag.data.embedded import EmbeddedSet
 from atdiag.data.splits import Images
 from atdiag.stats.contrasts import Outcomes, estimate
-from atdiag.study.aggregate import outcomes
+from atdiag.study.aggregate import answered
 from atdiag.study.protocol import Arm
 
 PATTERNS, SIDE = 12, 8
@@ -72,7 +72,7 @@ def test_a_student_is_trained_on_it_and_its_clusters_are_respected(bench):
     status = bench.train(*specs, *untrained)
     assert set(status.values()) == {"finished"}
     arms = {"trained": Arm("trained", tuple(specs)), "untrained": Arm("untrained", tuple(untrained))}
-    said = {name: outcomes(arm, bench.store) for name, arm in arms.items()}
+    said = {name: answered(arm, bench.store).outcomes for name, arm in arms.items()}
     assert np.array_equal(said["trained"].clusters, np.repeat(np.arange(PATTERNS), 5))
 
     # Two classes are learnt, far above chance.

@@ -310,7 +310,7 @@ def test_takes_the_arguments_that_timms_block_passes():
     [("qk_norm", True), ("scale_norm", True), ("proj_bias", False), ("attn_drop", 0.1), ("proj_drop", 0.1)],
 )
 def test_a_value_that_it_can_not_do_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=rf"^`{name}` {value}"):
+    with pytest.raises(ValueError, match=rf"^`?{name}`?[ =]{value}"):
         Attention(WIDTH, HEADS, **{name: value})
 
 

@@ -265,7 +265,7 @@ def test_head_rows_choose_the_teachers_classes(perturbed, small_images):
     start = students.start_from(student, teacher, Init(source="teacher", head=True, head_rows=(4, 0, 2)))
     torch.testing.assert_close(student(small_images), teacher(small_images)[:, [4, 0, 2]], rtol=1e-6, atol=1e-6)
     assert {"head.weight", "head.bias"} <= set(start.taken)
-    with pytest.raises(ValueError, match=r"head_rows \[5\]: the teacher's head has 5 classes"):
+    with pytest.raises(ValueError, match=r"head_rows \[5\] are out of range: the teacher's head has 5 classes"):
         students.start_from(student, teacher, Init(source="teacher", head=True, head_rows=(4, 5, 2)))
     with pytest.raises(ValueError, match=r"head.weight: teacher \(2, 12\), student \(3, 12\)"):
         students.start_from(student, teacher, Init(source="teacher", head=True, head_rows=(4, 1)))

@@ -127,7 +127,7 @@ def test_recorded_command_lines_are_harmless(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "neither a safetensors file nor"),
+        (b"", "is empty (0 bytes)"),
         (b"hello", "neither a safetensors file nor"),
         (b"\x89HDF\r\n\x1a\n" + b"\0" * 100, "neither a safetensors file nor"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "Git LFS pointer"),

@@ -121,7 +121,7 @@ def test_many_keys_are_counted(networks, tmp_path):
 @pytest.mark.parametrize("contents", [{}, {"model": {"fc.weight": torch.ones(2)}}, {"state_dict": 3, "epoch": 4}])
 def test_a_file_without_a_vit_is_refused(contents, tmp_path):
     torch.save(contents, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match=r"x\.pth: the file holds no ViT"):
+    with pytest.raises(WeightsError, match=r"x\.pth: no ViT is in the file"):
         loading.load_source(VIT, tmp_path / "x.pth", SIZE)
 
 

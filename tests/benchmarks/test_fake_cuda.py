@@ -301,7 +301,10 @@ def test_a_tensor_left_on_the_cpu_is_found(a_device):
 GRAPHS = {name: one for name, one in TRANSFERS.items() if one.average != "examples"}
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+MANY = [pytest.param(pair, marks=pytest.mark.slow) for pair in PAIRS if "both" not in pair]
+
+
+@pytest.mark.parametrize("pair", ["both to native", "both to standard", *MANY])
 def test_blocks_have_no_graph_break(pair):
     """What Dynamo traces of a block is one graph, for every transfer; ``compile_blocks`` makes a break an error."""
     source, target = PAIRS[pair]

@@ -23,3 +23,9 @@ def folder(tmp_path, monkeypatch):
     here.mkdir()
     monkeypatch.chdir(here)
     return here
+
+
+@pytest.fixture
+def at_tmp_path(tmp_path, monkeypatch):
+    """The test's own folder as the working directory."""
+    monkeypatch.chdir(tmp_path)

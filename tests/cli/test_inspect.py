@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +26,7 @@ DATA = Data(name="digits", train=32, test_per_source=1, clutter=6)
 NETWORK = Network(image_size=20, patch_size=4, channels=1, width=32, depth=12, heads=2, classes=10)
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    for name in ("ATDIAG_PROFILE", "ATDIAG_RUNS", "ATDIAG_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("at_tmp_path")
 
 
 @pytest.fixture(scope="module")

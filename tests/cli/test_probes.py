@@ -1,7 +1,6 @@
 """The commands probe, attention-stats and maps: what is typed, right and wrong, and what lies in the files."""
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,7 @@ from tests.commands import atdiag, wrong
 DATA = Data(name="digits", train=64, test_per_source=1, clutter=6)
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    for name in ("ATDIAG_PROFILE", "ATDIAG_RUNS", "ATDIAG_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("at_tmp_path")
 
 
 @pytest.fixture(scope="module")

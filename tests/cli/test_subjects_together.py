@@ -1,7 +1,6 @@
 """A run among the subjects brings its data and image size; subjects have the names that are typed."""
 
 import json
-import signal
 
 import numpy as np
 import pandas as pd
@@ -20,14 +19,7 @@ from tests.commands import atdiag, wrong
 CPU = ("--device", "cpu", "--images", "0,1,2")
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    for name in ("ATDIAG_PROFILE", "ATDIAG_RUNS", "ATDIAG_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("at_tmp_path")
 
 
 @pytest.fixture(scope="module")

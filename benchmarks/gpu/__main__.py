@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -68,9 +69,9 @@ def throughput(record: Record, data: Path) -> None:
     record.measure("loader", lambda: record.script("loader", *loader))
 
 
-def work(part: int, out: Path, runs: Path, toy: bool, seconds: float) -> Record:
-    """Measure one part."""
-    record = Record(out, part, toy, seconds)
+def work(part: int, out: Path, runs: Path, toy: bool, seconds: float, only: Sequence[str] = ()) -> Record:
+    """Measure one part, or those of its measurements whose names contain one of these texts."""
+    record = Record(out, part, toy, seconds, only)
     if part == 1:
         equality.part(record)
     elif part == 2:
@@ -94,6 +95,7 @@ def main() -> None:
         "--restore", type=Path, metavar="FOLDER", help="unpack what an earlier visit brought back first"
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which nothing more is begun")
+    parser.add_argument("--only", nargs="+", default=(), metavar="TEXT", help="measurements whose name contains one")
     parser.add_argument("--toy", action="store_true", help="all of it on a CPU, small")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
@@ -109,7 +111,7 @@ def main() -> None:
             return
         parser.error("--part says which (1 first), or --toy tries all of it on a CPU")
     records = [
-        work(part, asked.out, runs, asked.toy, TOY_SECONDS if asked.toy else asked.seconds)
+        work(part, asked.out, runs, asked.toy, TOY_SECONDS if asked.toy else asked.seconds, asked.only)
         for part in ([asked.part] if asked.part else TOY_PARTS)
     ]
     if bad := [f"part {record.part}, {name}" for record in records for name in record.failed]:

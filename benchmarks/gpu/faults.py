@@ -106,7 +106,8 @@ def out_of_memory(record: Record) -> dict[str, Any]:
 def marked_tests(record: Record) -> str:
     """Run the tests with the mark ``cuda`` and return the last line that pytest says."""
     record.needs_cuda("the tests with the mark cuda skip themselves")
-    line = [sys.executable, "-m", "pytest", "-m", "cuda", "-n", "0", "-q", "-p", "no:cacheprovider", "tests"]
+    files = [str(path) for path in sorted((PROJECT / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
+    line = [sys.executable, "-m", "pytest", "-m", "cuda", "-n", "0", "-q", "-p", "no:cacheprovider", *files]
     said = run(line, record.left).stdout.strip().splitlines()[-1]
     assert "passed" in said and "skipped" not in said, said
     return said

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ class Record:
     that is measured, or skipped for a reason, is not taken again; one that failed is.
     """
 
-    def __init__(self, folder: Path, part: int, toy: bool, seconds: float) -> None:
-        self.folder, self.part, self.toy = folder, part, toy
+    def __init__(self, folder: Path, part: int, toy: bool, seconds: float, only: Sequence[str] = ()) -> None:
+        self.folder, self.part, self.toy, self.only = folder, part, toy, only
         self.device = torch.device("cpu") if toy else best_device()
         self.path = folder / f"part{part}{'-toy' if toy else ''}.json"
         self.deadline = time.monotonic() + seconds
@@ -64,6 +64,8 @@ class Record:
 
     def measure(self, name: str, work: Callable[[], Any]) -> None:
         """Take a measurement, unless it was taken before or the time is over, and keep it."""
+        if self.only and not any(text in name for text in self.only):
+            return
         before = self.document["measurements"].get(name, {})
         if before.get("status") in DONE:
             self._say(name, f"{before['status']} before")

@@ -70,6 +70,7 @@ def train(
     status: dict[str, Status] = {}
     with ExitStack() as locks:
         locks.enter_context(determinism.algorithms(options.deterministic))
+        locks.enter_context(determinism.float32_as_float32())
         todo: list[tuple[Run, RunSpec]] = []
         for spec in specs:
             try:

@@ -48,9 +48,9 @@ def logsumexp(out: Tensor) -> Tensor | None:
     if node is None:
         return None
     for name in ("_saved_logsumexp", "_saved_log_sumexp"):
-        if isinstance(kept := getattr(node, name, None), Tensor) and kept.dim() == 3:
+        if isinstance(kept := getattr(node, name, None), Tensor) and kept.dim() in (3, 4):
             batch, heads, tokens = out.shape[:3]
-            kept = kept[..., :tokens]  # CUDA's memory-efficient kernel pads the rows
+            kept = kept.flatten(2)[..., :tokens]  # the memory-efficient kernel pads the rows, cuDNN's is [B, H, N, 1]
             return kept if kept.shape == (batch, heads, tokens) else None
     return None
 

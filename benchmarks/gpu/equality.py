@@ -20,6 +20,7 @@ from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.weights import loading
 from atdiag.training import checkup, compiled, evaluation
+from atdiag.training.determinism import float32_as_float32
 from atdiag.training.trainer import RunTrainer
 from atdiag.transfer import methods, sdpa
 from atdiag.transfer.observation import Observation, of_teacher
@@ -214,11 +215,11 @@ def doctor(record: Record) -> list[dict[str, Any]]:
 
 def part(record: Record) -> None:
     """All of part 1."""
-    torch.backends.cuda.matmul.allow_tf32 = False  # float32 is compared as float32
     record.measure("doctor", partial(doctor, record))
     for kind in FACTORS:
         for name, transfer in transfers(2).items():
-            record.measure(f"equality, {name}, {kind}", partial(equal, record, transfer, kind))
+            with float32_as_float32():
+                record.measure(f"equality, {name}, {kind}", partial(equal, record, transfer, kind))
     for tokens in (26, 65) if record.toy else (197, 577, 1370):
         record.measure(f"kernels, {tokens} tokens", partial(kernel, record, tokens))
     record.measure("no synchronisation", partial(no_synchronisation, record))

@@ -90,7 +90,7 @@ def out_of_memory(record: Record) -> dict[str, Any]:
                 said = str(fault)
             else:
                 raise AssertionError(f"a batch of {BATCH} fits in {LIMIT / 2**30:.0f} GiB: raise BATCH")
-            found = re.search(r"--micro-batch (\d+) fits", said)
+            found = re.search(r"`micro_batch` (\d+) fits", said)
             assert found, said
             size = int(found[1])
             torch.cuda.reset_peak_memory_stats()

@@ -80,9 +80,13 @@ class Record:
             out = {"status": "skipped", "reason": str(reason)}
         except Exception:  # whatever it is: it is kept, and the next measurement does not suffer from it
             out = {"status": "failed", "traceback": traceback.format_exc()}
-        self._keep(name, {**out, "seconds": round(time.monotonic() - begin, 2), "at": now()})
+        self._keep(name, {**out, "seconds": round(time.monotonic() - begin, 2), **self._where()})
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _where(self) -> dict[str, str]:
+        """Return when and on what a measurement was taken: the next one may be taken on another machine."""
+        return {"at": now(), "device": str(self.document["machine"]["device"])}
 
     def _keep(self, name: str, entry: dict[str, Any]) -> None:
         self.document["measurements"][name] = entry

@@ -54,7 +54,7 @@ def strictly():
 def test_every_transfer_runs_strictly_and_gives_the_same_bits(bench, assert_same, monkeypatch, tmp_path, native, fused):
     """The native student has LayerScale, registers and a trained relative position bias; ``fused``: as on a GPU."""
     monkeypatch.setattr(ops, "prefers_explicit", lambda *_, **__: not fused)
-    monkeypatch.setattr(divergences, "prefers_blocks", lambda *_: not fused)
+    monkeypatch.setattr(divergences, "preferred", lambda *_: "sdpa" if fused else "blocks")
     network = bench.company()["native" if native else "baseline"].network
     specs = [bench.spec(recipe=RECIPE, network=network, transfer=transfer) for transfer in TRANSFERS.values()]
     during = []

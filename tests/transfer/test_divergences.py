@@ -1,7 +1,5 @@
 """Every loss, its values and gradients, against the formula of its definition in float64."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -14,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atdiag.core.spec import losses
 from atdiag.transfer import divergences, ops
 from atdiag.transfer.ops import QK, Averaged
+from tests.transfer.formulas import KNOWN, changed, leaves, make, tensors, the_loss, the_map, value_and_gradients
 
-KNOWN = {"batch": 2, "heads": 3, "teacher_width": 5, "student_width": 8, "scale": 0.3, "seed": 0}
 BOTH = {"teacher_bias": True, "student_bias": True}
 NEITHER = {"teacher_bias": False, "student_bias": False}
 LONG = {**KNOWN, **BOTH, "heads": 2, "batch": 1, "tokens": 600}  # more than one block for each head
@@ -32,81 +30,15 @@ def pairs(draw):
     return sizes | {"scale": draw(st.sampled_from([0.05, 0.3, 0.5, 2.0])), "seed": draw(st.integers(0, 999))}
 
 
-def make(sizes: dict, dtype=torch.float32) -> tuple[QK, QK]:
-    generator = torch.Generator().manual_seed(sizes["seed"])
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def one(width, scale, bias):
-        shape = sizes["batch"], sizes["heads"], sizes["tokens"]
-        return QK(normal(*shape, width), normal(*shape, width), scale, normal(*shape[1:], shape[2]) if bias else None)
-
-    teacher = one(sizes["teacher_width"], 0.5, sizes["teacher_bias"])
-    return teacher, one(sizes["student_width"], sizes["scale"], sizes["student_bias"])
-
-
-def tensors(qk: QK) -> list[Tensor]:
-    return [x for x in (qk.q, qk.k, qk.bias) if x is not None]
-
-
-def changed(qk: QK, change) -> QK:
-    return QK(change(qk.q), change(qk.k), qk.scale, None if qk.bias is None else change(qk.bias))
-
-
-def leaves(qk: QK, dtype=None) -> QK:
-    return changed(qk, lambda x: x.detach().to(dtype or x.dtype, copy=True).requires_grad_())
-
-
-def the_logits(qk: QK) -> Tensor:
-    scores = qk.scale * torch.einsum("bhqd,bhkd->bhqk", qk.q.double(), qk.k.double())
-    return scores + (0 if qk.bias is None else qk.bias.double())
-
-
-def the_map(map) -> Tensor:
-    return map.p.double() if isinstance(map, Averaged) else the_logits(map).softmax(-1)
-
-
-def log_of(p: Tensor) -> Tensor:
-    return p.clamp_min(1e-300).log()
-
-
-def the_jsd(t: Tensor, s: Tensor) -> Tensor:
-    middle = (t + s) / 2
-    return (t * (log_of(t) - log_of(middle)) + s * (log_of(s) - log_of(middle))) / (2 * math.log(2))
-
-
-DEFINED = {
-    "ce": lambda t, s: -t * log_of(s),
-    "kl": lambda t, s: t * (log_of(t) - log_of(s)),
-    "mse": lambda t, s: (s - t).square(),
-    "jsd": the_jsd,
-    "l1": lambda t, s: (s - t).abs(),
-}
-
-
-def the_loss(name: str, teacher, student: QK) -> Tensor:
-    if name == "logits_mse":
-        difference = the_logits(student) - the_logits(teacher)
-        return (difference - difference.mean(-1, keepdim=True)).square().mean()
-    return DEFINED[name](the_map(teacher), the_map(student)).sum(-1).mean()
-
-
-def ours(name: str, fused: bool | None):
+def ours(name: str, way: str | None):
     loss = losses.function(name)
-    return loss if fused is None else lambda teacher, student: loss(teacher, student, fused)
+    return loss if way is None else lambda teacher, student: loss(teacher, student, way)
 
 
-WAYS = [("ce", False), ("ce", True), ("kl", False), ("kl", True), ("mse", False), ("mse", True)]
+WAYS = [(name, way) for name in ("ce", "kl", "mse") for way in ("blocks", "sdpa")]
 WAYS += [("jsd", None), ("l1", None), ("logits_mse", None)]
-EACH = pytest.mark.parametrize(
-    ("name", "fused"), WAYS, ids=lambda x: x if isinstance(x, str) else {None: "", False: "blocks", True: "fused"}[x]
-)
+EACH = pytest.mark.parametrize(("name", "way"), WAYS, ids=lambda x: x or "")
 OF_AVERAGES = pytest.mark.parametrize("name", ["ce", "kl", "mse", "jsd", "l1"])
-
-
-def value_and_gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
 
 def assert_all_close(found, expected, tolerance):
@@ -115,9 +47,9 @@ def assert_all_close(found, expected, tolerance):
         torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
 
 
-def assert_is_the_loss(name, fused, teacher, student, tolerance):
+def assert_is_the_loss(name, way, teacher, student, tolerance):
     student, exact = leaves(student), leaves(student, torch.float64)
-    found = value_and_gradients(ours(name, fused)(teacher, student), tensors(student))
+    found = value_and_gradients(ours(name, way)(teacher, student), tensors(student))
     expected = value_and_gradients(the_loss(name, teacher, exact), tensors(exact))
     assert_all_close(found, expected, tolerance)
 
@@ -134,16 +66,16 @@ def test_the_table_has_the_losses_of_the_spec():
 @given(sizes=pairs())
 @example(LONG)
 @example(LONG_PLAIN)
-def test_values_and_gradients_are_those_of_the_definition(name, fused, sizes):
-    assert_is_the_loss(name, fused, *make(sizes), 2e-5)
+def test_values_and_gradients_are_those_of_the_definition(name, way, sizes):
+    assert_is_the_loss(name, way, *make(sizes), 2e-5)
 
 
 @EACH
 @settings(max_examples=20)
 @given(sizes=pairs())
 @example(LONG_PLAIN)
-def test_they_are_exact_in_float64(name, fused, sizes):
-    assert_is_the_loss(name, fused, *make(sizes, torch.float64), 1e-11)
+def test_they_are_exact_in_float64(name, way, sizes):
+    assert_is_the_loss(name, way, *make(sizes, torch.float64), 1e-11)
 
 
 @OF_AVERAGES
@@ -161,20 +93,20 @@ def test_the_teacher_may_be_an_average(name, sizes, single):
 
 @EACH
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradcheck(name, fused, bias):
+def test_gradcheck(name, way, bias):
     teacher, student = make({**KNOWN, "tokens": 5, "teacher_bias": True, "student_bias": bias}, torch.float64)
 
     def loss(q, k, b=None):
-        return ours(name, fused)(teacher, QK(q, k, student.scale, b))
+        return ours(name, way)(teacher, QK(q, k, student.scale, b))
 
     assert gradcheck(loss, tensors(leaves(student)))
 
 
 @EACH
-def test_a_subset_of_heads(name, fused):
+def test_a_subset_of_heads(name, way):
     teacher, student = make({**KNOWN, **BOTH, "tokens": 6}, torch.float64)
     student, heads = leaves(student), torch.tensor([0, 2])
-    found = ours(name, fused)(teacher.select_heads(heads), student.select_heads(heads))
+    found = ours(name, way)(teacher.select_heads(heads), student.select_heads(heads))
     expected = the_loss(name, teacher.select_heads(heads), student.select_heads(heads))
     gradients = value_and_gradients(found, tensors(student))
     assert_all_close(gradients, value_and_gradients(expected, tensors(student)), 1e-11)
@@ -190,27 +122,27 @@ def test_logit_mse_by_forming_the_logits_and_without():
 
 
 @EACH
-def test_an_own_copy_is_pulled_nowhere_and_no_gradient_reaches_the_teacher(name, fused):
+def test_an_own_copy_is_pulled_nowhere_and_no_gradient_reaches_the_teacher(name, way):
     teacher, _ = make({**KNOWN, "tokens": 7, "teacher_bias": True, "student_bias": False}, torch.float64)
     teacher, copy = leaves(teacher), leaves(teacher)
-    loss, *gradients = value_and_gradients(ours(name, fused)(teacher, copy), tensors(copy))
+    loss, *gradients = value_and_gradients(ours(name, way)(teacher, copy), tensors(copy))
     least = divergences.entropy(teacher) if name == "ce" else torch.zeros(())
     torch.testing.assert_close(loss, least.double(), rtol=1e-12, atol=1e-14)
     assert all(gradient.abs().max() < 1e-14 for gradient in gradients)
     moved = leaves(copy._replace(q=copy.q + 0.1))
-    ours(name, fused)(teacher, moved).backward()
+    ours(name, way)(teacher, moved).backward()
     assert all(x.grad is None for x in tensors(teacher))
     assert moved.q.grad.abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("way", ["blocks", "sdpa"])
 @settings(max_examples=20)
 @given(sizes=pairs())
-def test_kl_is_cross_entropy_less_its_least_value_with_the_same_gradients(fused, sizes):
+def test_kl_is_cross_entropy_less_its_least_value_with_the_same_gradients(way, sizes):
     teacher, student = make(sizes, torch.float64)
     student = leaves(student)
-    ce, *ce_gradients = value_and_gradients(ours("ce", fused)(teacher, student), tensors(student))
-    kl, *kl_gradients = value_and_gradients(ours("kl", fused)(teacher, student), tensors(student))
+    ce, *ce_gradients = value_and_gradients(ours("ce", way)(teacher, student), tensors(student))
+    kl, *kl_gradients = value_and_gradients(ours("kl", way)(teacher, student), tensors(student))
     torch.testing.assert_close(kl, ce - divergences.entropy(teacher), rtol=1e-10, atol=1e-12)
     assert_all_close(kl_gradients, ce_gradients, 1e-12)
     assert kl > -1e-12
@@ -251,22 +183,22 @@ def in_bf16_with_offset_keys(offset: float, bias: bool) -> QK:
 @pytest.mark.parametrize("offset", [0.0, 24.0])
 @pytest.mark.parametrize("bias", [True, False])
 @EACH
-def test_bf16_gradients_survive_near_agreement_with_offset_keys(name, fused, offset, bias, autocast):
+def test_bf16_gradients_survive_near_agreement_with_offset_keys(name, way, offset, bias, autocast):
     """Maps that nearly agree, keys far from zero: the gradient is a small difference of large numbers."""
     teacher = in_bf16_with_offset_keys(offset, bias)
     nudge = 0.2 * torch.randn(teacher.q.shape, generator=torch.Generator().manual_seed(2))
     student = leaves(teacher._replace(q=(teacher.q.float() + nudge).bfloat16()))
     exact = leaves(student, torch.float64)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = ours(name, fused)(teacher, student)
+        loss = ours(name, way)(teacher, student)
     found = value_and_gradients(loss, tensors(student))
     expected = value_and_gradients(the_loss(name, teacher, exact), tensors(exact))
     assert [x.dtype for x in found] == [torch.float32] + len(tensors(student)) * [torch.bfloat16]
-    # The fused way takes the difference of attentions that bf16 has rounded already.
-    bound = 0.05 if fused and not bias else 0.004
+    # SDPA's way takes the difference of attentions that bf16 has rounded already.
+    bound = 0.05 if way == "sdpa" and not bias else 0.004
     for one, other in zip(found[1:], expected[1:], strict=True):
         assert (one.double() - other).norm() < bound * other.norm()
-    assert (found[0] - expected[0]).abs() < (0.01 if fused and not bias else 1e-4) * max(expected[0], 1)
+    assert (found[0] - expected[0]).abs() < (0.01 if way == "sdpa" and not bias else 1e-4) * max(expected[0], 1)
 
 
 @EACH
@@ -274,13 +206,13 @@ def test_bf16_gradients_survive_near_agreement_with_offset_keys(name, fused, off
 @given(sizes=pairs())
 @example(LONG)
 @example(LONG_PLAIN)
-def test_bf16_stays_within_bounds_of_float32(name, fused, sizes):
+def test_bf16_stays_within_bounds_of_float32(name, way, sizes):
     """Of maps that don't agree: relative to the gradient's norm, and what rounding q and k themselves does aside."""
     teacher, student = (changed(map, Tensor.bfloat16) for map in make(sizes))
     student, wide = leaves(student), leaves(student, torch.float32)
-    found = value_and_gradients(ours(name, fused)(teacher, student), tensors(student))
+    found = value_and_gradients(ours(name, way)(teacher, student), tensors(student))
     expected = value_and_gradients(
-        ours(name, False if fused else fused)(changed(teacher, Tensor.float), wide), tensors(wide)
+        ours(name, "blocks" if way == "sdpa" else way)(changed(teacher, Tensor.float), wide), tensors(wide)
     )
     torch.testing.assert_close(found[0], expected[0], rtol=0.01, atol=0.01)
     rows = student.q.shape[:-1].numel()
@@ -289,11 +221,11 @@ def test_bf16_stays_within_bounds_of_float32(name, fused, sizes):
 
 
 @EACH
-def test_float16_gradients_under_a_scaled_loss(name, fused):
+def test_float16_gradients_under_a_scaled_loss(name, way):
     """As a GradScaler does it: a mean's gradients are too small for float16, scaled they are not."""
     teacher, student = (changed(map, Tensor.half) for map in make({**LONG_PLAIN, "heads": 4}))
     student, exact = leaves(student), leaves(student, torch.float64)
-    found = torch.autograd.grad(ours(name, fused)(teacher, student), tensors(student), torch.tensor(65536.0))
+    found = torch.autograd.grad(ours(name, way)(teacher, student), tensors(student), torch.tensor(65536.0))
     expected = torch.autograd.grad(the_loss(name, teacher, exact) * 65536.0, tensors(exact))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float16
@@ -317,15 +249,15 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("biases", [BOTH, NEITHER, {**BOTH, "student_bias": False}], ids=["both", "neither", "teacher"])
 @EACH
-def test_no_map_is_stored(name, fused, biases):
+def test_no_map_is_stored(name, way, biases):
     sizes = {**KNOWN, **biases, "tokens": 1024, "heads": 2}
     teacher, student = make(sizes)
     with Watch() as seen:
-        ours(name, fused)(teacher, leaves(student)).backward()
+        ours(name, way)(teacher, leaves(student)).backward()
     whole = sizes["batch"] * sizes["heads"] * 1024 * 1024
     biased = sizes["heads"] * 1024 * 1024 if any(biases.values()) else 0
     assert seen.largest <= max(ops._BLOCK_CPU, biased) < whole
-    if fused and not biases["student_bias"]:
+    if way == "sdpa" and not biases["student_bias"]:
         assert "_scaled_dot_product_flash_attention_for_cpu" in seen.ran
         assert "_scaled_dot_product_flash_attention_for_cpu_backward" in seen.ran
         if name != "kl":  # whose constant, the teacher's entropy, is formed in blocks
@@ -336,23 +268,23 @@ def test_no_map_is_stored(name, fused, biases):
 
 
 @EACH
-def test_nothing_depends_on_a_value(name, fused):
+def test_nothing_depends_on_a_value(name, way):
     """What reads a number from the device, or branches on one, fails on tensors that have a shape and nothing else."""
     with FakeTensorMode():
         teacher, student = make({**KNOWN, **NEITHER, "tokens": 30})
         student = leaves(student)
-        ours(name, fused)(teacher, student).backward()
+        ours(name, way)(teacher, student).backward()
         assert student.q.grad.shape == student.q.shape
         with pytest.raises(DataDependentOutputException):
             student.q.sum().item()
 
 
 @EACH
-def test_values_alone_cost_no_gradients(name, fused):
+def test_values_alone_cost_no_gradients(name, way):
     teacher, student = make({**LONG_PLAIN})
-    expected = ours(name, fused)(teacher, leaves(student))
+    expected = ours(name, way)(teacher, leaves(student))
     with torch.no_grad(), Watch() as seen:
-        found = ours(name, fused)(teacher, leaves(student))
+        found = ours(name, way)(teacher, leaves(student))
     torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-6)
     assert not found.requires_grad and "_scaled_dot_product_flash_attention_for_cpu_backward" not in seen.ran
 
@@ -371,9 +303,17 @@ def test_maps_that_do_not_line_up_are_refused():
 
 
 def test_the_rule_forms_maps_in_blocks_on_a_cpu_alone():
-    assert divergences.prefers_blocks(torch.device("cpu"))
-    assert not divergences.prefers_blocks(torch.device("cuda"))
+    assert divergences.preferred(torch.device("cpu")) == "blocks"
+    assert divergences.preferred(torch.device("cuda")) in ("kernels", "sdpa")
+    assert divergences.preferred(torch.device("mps")) == "sdpa"
     teacher, student = make({**KNOWN, **NEITHER, "tokens": 6})
-    assert divergences._fuses(teacher, student, fused=True)
-    assert not divergences._fuses(teacher, student, fused=None)
-    assert not divergences._fuses(Averaged(the_map(teacher)), student, fused=True)
+    own = {"q": student.q.clone().requires_grad_(), "k": student.k}
+    sdpa = "_scaled_dot_product_flash_attention_for_cpu"
+    for map, way, meant in (
+        (teacher, "sdpa", True),
+        (teacher, None, False),
+        (Averaged(the_map(teacher)), "sdpa", False),
+    ):
+        with Watch() as seen:
+            divergences.cross_entropy(map, student._replace(**own), way)
+        assert (sdpa in seen.ran) == meant

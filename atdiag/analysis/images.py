@@ -53,7 +53,7 @@ class ImageSet:
     def head_rows(self, head: HeadClasses) -> HeadRows:
         """Return the rows of a head that belong to the data set's classes, in the order of its labels.
 
-        Labels of images that are no data set's are rows of the head themselves.
+        For images outside a data set, labels are themselves rows of the head.
         """
         if self.labels is None:
             return HeadRows(None, "the classes of these images are not known")
@@ -198,7 +198,7 @@ def named(wanted: int | str | Path | Sequence[str | Path]) -> int | list[int] | 
 
 
 _LISTED = endings.READ + endings.UNREAD
-"""Endings of the images in a folder. Those that can't be read are listed too, and named when their turn comes."""
+"""Endings of the images in a folder, including formats that can't be read, which are then named as errors."""
 
 _INDICES = re.compile(r"[\d\s,-]+")
 
@@ -225,7 +225,7 @@ def _of_split(data: Data | None, network: Network, count: int | None, rows: list
     if data is None:
         raise UserError("no data set is named", "name one with `data`, or give files to `images`")
     data_set = sources.find(data)
-    data = data_set.resized(data, network.image_size)  # where it can be: shown as the network sees it
+    data = data_set.resized(data, network.image_size)  # resized to the network's size if possible
     channels, size = data_set.shape(data)
     if (channels, size) != (network.channels, network.image_size):
         raise UserError(

@@ -14,8 +14,8 @@ Each image passes through all networks once, and only these features are kept. *
 k nearest neighbours, nearest class mean. *Early exit*: the trained head, preceded by the final norm, applied to every
 layer (the "logit lens"), without training.
 
-Probes show what can be read from a layer, not that the network uses it. On embedded data they train on scenes that no
-run was trained on (made of the training digits): on its own training scenes a run's features would be too good.
+Probes show what can be read from a layer, not that the network uses it. On embedded data they train on scenes made from
+the training digits on which no run was trained: a run's features of its own training scenes would be too good.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FITTED: tuple[Probe, ...] = ("linear", "knn", "centroid")
 """Probes fitted to features; ``head`` is the early exit."""
 
 SCENES_SEED = 2**31 - 1
-"""Data seed of the scenes that probes are fitted to; seeds of runs count from 0."""
+"""Data seed of the scenes on which probes are fitted; seeds of runs count from 0."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,20 @@ class Probed:
     id: str
     layers: tuple[int, ...]
     train: int
-    """Number of training images that the probes were fitted to."""
+    """Number of training images on which the probes were fitted."""
     correct: Mapping[tuple[Probe, Tokens | Literal[""]], NDArray[np.bool_]]
     """(probe, tokens) -> which predictions are correct, [L, n]; the early exit is ("head", "")."""
     penalties: Mapping[Tokens, NDArray[np.float64]]
     """The linear probe's regularisation by tokens, [L]."""
     held_out: int
-    """Training images on which it was chosen; 0: a class had a single one, and it is fixed."""
+    """Number of training images on which it was chosen; 0: a class had a single image, so it is fixed."""
     neighbours: int
     clusters: NDArray[np.int64]
     """Cluster of each test image, [n]: images in the same cluster are not independent."""
     itself: NDArray[np.bool_] | None = None
     """Which predictions of the network itself are correct, [n]; None if its classes are not the data set's."""
     head: HeadRows | None = None
-    """The rows of its head that are the data set's classes, and how they are known."""
+    """The rows of its head that are the data set's classes, and how they were determined."""
 
     @property
     def warning(self) -> str:
@@ -117,7 +117,7 @@ def training_pictures(data: Data, network: Network, count: int | None = None, sk
     if count < 1:
         raise UserError(f"`train` {count} is too few images", "give at least 1")
     data = data_set.resized(data, network.image_size)
-    # Of scenes as many are made as are wanted; of real images all are listed, and some taken.
+    # Scenes are generated in the wanted number; of real images all are listed and some selected.
     split = data_set.train_split(data_set.with_train(data, count), SCENES_SEED)
     if (split.channels, split.size) != (network.channels, network.image_size):
         raise UserError(

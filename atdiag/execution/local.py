@@ -136,6 +136,6 @@ class LocalExecutor:
         try:
             log.write_text("\n".join([*words, last]) + "\n")
             where = f" (its last words are in {log})"
-        except OSError:  # the fault may be that this folder can't be written
+        except OSError:  # the error may be that this folder can't be written
             where = ""
         raise FaultError(f"a training process failed: {last}{where}; the same command goes on from there")

@@ -1,4 +1,4 @@
-"""Commands that look inside networks: trace, similarity, intervene. Each wraps a function of ``analysis``.
+"""Commands that analyse networks: trace, similarity, intervene. Each wraps a function of ``analysis``.
 
 Part of the command line: imports nothing heavy before a command is called.
 """

@@ -2,12 +2,12 @@
 
     python benchmarks/fuzz.py [--cases 300] [--lanes 2] [--seed 0] [--json FILE]
 
-Hypothesis draws what is done to a file (flipped bits, a cut, bytes put in, emptied, deleted, another value in a JSON
-document) and what is typed. Every case gets a fresh copy of a folder with finished runs, an interrupted run, images,
-settings and weights. A case passes if every command ends within a minute with exit code 0 (and then with the numbers of
-the untouched folder), 1 or 2 (and then with one line that says why), without a traceback or a word of a bug, and if
-afterwards no run passes for finished whose files are not those that were written. ``atdiag runs verify`` has to name
-every finished run of which a hashed file was changed. Exit code 1 unless all pass.
+Hypothesis draws the corruption of a file (flipped, cut or inserted bytes, emptied, deleted, another value in a JSON
+document) and the values that are typed. Every case gets a fresh copy of a folder with finished runs, an interrupted
+run, images, settings and weights. A case passes if every command ends within a minute with exit code 0 (and then with
+the numbers of the untouched folder), 1 or 2 (and then with one line that says why), without a traceback or a report of
+a bug, and if no run then passes for finished whose files differ from those written. ``atdiag runs verify`` must name
+every finished run with a changed hashed file. Exit code 1 unless all pass.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Case:
         if code in (1, 2) and len(said) != 1 and not (told and out):
             self.faults.append(f"{line}: exit code {code} with {len(said)} lines: {errors[-200:]}")
         if code == 0 and meant is not None and numbers(out) != meant:
-            self.faults.append(f"{line}: other numbers, and not a word")
+            self.faults.append(f"{line}: other numbers without a message")
 
 
 def half_runs(store: Store) -> Iterator[str]:
@@ -213,7 +213,7 @@ def a_run_s_file(name: str, folder: Path, draw: Callable[[Any], Any], meant: Any
     if name == "weights.safetensors":
         case.run(folder, ["attention-stats", victim, "--images", "4", "--runs", "runs", "--out", "out"])
         if changed and case.codes[-1] == 0:
-            case.faults.append("other weights are looked into, and not a word")
+            case.faults.append("other weights are analysed without a message")
     case.run(folder, [*EXPERIMENT, "--runs", "runs", "--out", "out"], meant)
     case.faults += half_runs(store)
     return case

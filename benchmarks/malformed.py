@@ -1,4 +1,4 @@
-"""Draw malformed input with Hypothesis: what is done to a file's bytes, and what is typed instead of a proper value."""
+"""Draw malformed input with Hypothesis: corruptions of a file's bytes, and values to type."""
 
 from __future__ import annotations
 

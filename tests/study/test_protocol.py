@@ -75,9 +75,7 @@ def test_equivalence_is_rarely_claimed_for_arms_that_differ_by_the_margin():
     margin = MEASURED["simulated"]["distill - scratch"]["equivalence"]["margin"]
     claimed = sum(equivalent(e, margin) for e in drawn("distill - scratch", 1000, effect=margin))
     assert claimed <= stats.binom.ppf(0.999, 1000, 0.05)
-    assert (
-        np.mean([equivalent(e, margin) for e in drawn("distill - scratch", 300)]) > 0.5
-    )  # but sometimes
+    assert np.mean([equivalent(e, margin) for e in drawn("distill - scratch", 300)]) > 0.5  # but sometimes
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 8])

@@ -253,9 +253,7 @@ def test_the_norm_after_a_mean_becomes_the_last_norm(perturbed, small_images):
     student, _, start = started(teacher, (), head=True)
     assert set(start.folded) == {"fc_norm.weight", "fc_norm.bias"} and not (start.dropped or start.fresh)
     assert torch.equal(student.norm.weight, teacher.fc_norm.weight)
-    tokens = teacher.blocks(
-        teacher.embed(small_images)
-    )  # the same weights: only what is read from them differs
+    tokens = teacher.blocks(teacher.embed(small_images))  # the same weights: only what is read from them differs
     expected = teacher.head(teacher.fc_norm(tokens[:, 0]))
     torch.testing.assert_close(student(small_images), expected)
 

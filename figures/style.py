@@ -69,7 +69,7 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 _NOT_OURS = ("backend", "backend_fallback", "interactive")
-"""The user's settings that do not affect a figure with its own canvas."""
+"""Settings of the user's session that are left alone: they do not affect a figure with its own canvas."""
 
 
 @contextlib.contextmanager

@@ -154,7 +154,7 @@ def find_all(
     for one in runs[1:]:
         sizes = [f"{run.label} sees images of {run.network.image_size} px" for run in (runs[0], one)]
         if runs[0].network.image_size != one.network.image_size:
-            raise UserError(" and ".join(sizes), "look into runs of one image size at a time")
+            raise UserError(" and ".join(sizes), "analyse runs of one image size at a time")
     if runs and runs[0].data is not None and not asked:
         data = runs[0].data
     elif runs and "data.image_size" not in asked:

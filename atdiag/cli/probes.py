@@ -112,7 +112,7 @@ def probe(
         list[str],
         typer.Argument(
             metavar="SUBJECT...",
-            help=f"What to look into: {SUBJECT}, or an experiment's .json under results: all of its arms.",
+            help=f"What to examine: {SUBJECT}, or an experiment's .json under results: all of its arms.",
         ),
     ],
     layers: Layers = None,

@@ -58,7 +58,7 @@ _Out = Annotated[Path | None, typer.Option(help="Folder for tables and figures. 
 
 _Label = Annotated[
     list[str] | None,
-    typer.Option("--label", help="A subject's name in tables and figures. Repeatable: one for each, in their order."),
+    typer.Option("--label", help="A subject's name in tables and figures. Repeatable: one for each, in order."),
 ]
 
 _COMMON: dict[str, tuple[Any, Any]] = {

@@ -134,7 +134,7 @@ def _look(file: IO[bytes], size: int, name: str, cls: str) -> Iterator[str]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.size < 0 or member.offset_data + member.size > size:
-                raise tarfile.ReadError(f"{member.name} is said to have {member.size:,} bytes")
+                raise tarfile.ReadError(f"{member.name} claims to have {member.size:,} bytes")
             if (
                 member.isreg()
                 and member.name.lower().endswith(".tar")

@@ -371,4 +371,7 @@ def _power(reading: Reading) -> list[str]:
         said.append(f"{name}: {'more than 1,000' if needed is None else f'about {needed}'}")
     if not said:
         return begin
-    return [*begin, f"Seeds that would settle what is undecided, were it as estimated (80 % power): {'; '.join(said)}."]
+    return [
+        *begin,
+        f"Seeds that would settle undecided contrasts (80 % power, effects as estimated): {'; '.join(said)}.",
+    ]

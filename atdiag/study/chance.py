@@ -76,7 +76,7 @@ def notes(report: Report) -> list[str]:
     if report.undertrained:
         out.append(f"{report.study.label} is {UNDERTRAINED}, for {_stands(report)}.")
     elif stands.undertrained:
-        out.append(f"{report.study.label} is near chance, and is read all the same: {_stands(report)}.")
+        out.append(f"{report.study.label} is near chance, but is evaluated all the same: {_stands(report)}.")
     for row in (*report.rows, *([report.reference] if report.reference else [])):
         if said := _few_classes(row, stands.classes):
             whose = f"{report.study.teacher.label} itself" if row is report.reference else row.arm

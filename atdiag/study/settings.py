@@ -88,7 +88,7 @@ def resolve(
     )
     pairs = tuple(Seed(data=i, model=i) for i in range(first, first + count))
     if classes is not None and not (classes := classes.expanduser()).is_file():
-        raise UserError(f"`classes` {classes}: there is no such file", "give a text file, one class a line")
+        raise UserError(f"`classes` {classes}: there is no such file", "give a text file with one class per line")
     return Settings(resolved, pairs, root, place, overrides, classes)
 
 

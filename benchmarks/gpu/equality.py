@@ -185,7 +185,7 @@ def no_synchronisation(record: Record) -> dict[str, Any]:
 
 
 def no_recompilation(record: Record) -> dict[str, Any]:
-    """Return the graphs compiled by each epoch's end. Raises AssertionError for new ones after the first, and breaks."""
+    """Return the graphs compiled by each epoch's end. Raises AssertionError for breaks, or new ones after the first."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()

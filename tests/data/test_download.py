@@ -76,8 +76,8 @@ def test_a_manually_downloaded_archive_is_used(data, publish, server):
 def test_data_sets_that_can_not_be_downloaded_say_why(data, capsys, tmp_path, monkeypatch):
     text = wrong(capsys, "data", "check", "imagenet", "--download")
     assert text == (
-        "imagenet can't be downloaded, it takes an account, and agreeing to its terms: get it from image-net.org and "
-        "put it below --data-dir as 'imagenet' (see docs/data.md)"
+        "imagenet can't be downloaded because it requires an account, and agreement to its terms: get it from "
+        "image-net.org and put it below --data-dir as 'imagenet' (see docs/data.md)"
     )
     assert "up to 200 GB, under terms" in wrong(capsys, "data", "check", "inat2018", "--download")
     for name in ("digits", f"folder:{tmp_path}/own"):

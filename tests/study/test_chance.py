@@ -160,7 +160,7 @@ def test_short_arms_are_exempt_where_the_length_is_studied(tmp_path):
     assert "copying its attention helps" in found.reports[0].verdict
     assert found.reports[1].verdict.startswith("deit_s (mini), 2 epochs: undertrained")
     assert "`epochs`=4 (here 2)" in found.verdict
-    assert any("1 epochs is near chance, and is read all the same" in note for note in tables.notes(found))
+    assert any("1 epochs is near chance, but is evaluated all the same" in note for note in tables.notes(found))
 
 
 def test_arms_that_predict_only_one_or_two_classes_are_named(copied, tmp_path):

@@ -136,7 +136,7 @@ def of_list(path: Path, rows: int, whose: str) -> HeadClasses:
     if len(names) != rows:
         raise UserError(
             f"`classes` {path} names {len(names)} classes, and the head of {whose} has {rows} rows",
-            "name the class of each row, one a line, in their order",
+            "name the class of each row, one per line, in the order of the rows",
         )
     return HeadClasses(rows, names, f"{TYPED} {path}")
 
@@ -146,7 +146,10 @@ def read_list(path: Path) -> tuple[str, ...]:
     try:
         return _lines(path)
     except (OSError, ValueError) as fault:
-        raise UserError(f"`classes` {path} can't be read ({fault})", "give a text file, one class a line") from None
+        raise UserError(
+            f"`classes` {path} can't be read ({fault})",
+            "give a text file with one class per line",
+        ) from None
 
 
 def of_file(path: Path, rows: int) -> HeadClasses:
@@ -158,7 +161,7 @@ def of_file(path: Path, rows: int) -> HeadClasses:
     for place, names in _lists(path):
         if len(names) == rows:
             return HeadClasses(rows, names, f"the list in {place}")
-        other.append(f"{place} lists {len(names)} classes, not {rows}, and is passed over")
+        other.append(f"{place} lists {len(names)} classes, not {rows}, and is ignored")
     return HeadClasses(rows, passed_over="; ".join(other))
 
 
@@ -171,7 +174,7 @@ def _lists(path: Path) -> list[tuple[str, tuple[str, ...]]]:
             try:
                 found.append((str(file), _lines(file)))
             except (OSError, ValueError) as fault:
-                raise UserError(f"{file}, beside the weights, can't be read ({fault})", "mend or remove it") from None
+                raise UserError(f"{file}, beside the weights, can't be read ({fault})", "fix or remove it") from None
     if (config := folder / _CONFIG).is_file():
         try:
             content = json.loads(small_file(config))
@@ -287,7 +290,7 @@ def _by_name(head: HeadClasses, names: tuple[str, ...], how: str, data: Data) ->
     found = tuple(row for row in rows if row is not None)
     if twice or len(set(found)) < len(found):
         odd = twice or [name for name, row in zip(wanted, found, strict=True) if found.count(row) > 1]
-        return HeadRows(None, f"{how} does not tell apart {shortlist(odd)}", head.passed_over)
+        return HeadRows(None, f"{how} is ambiguous about {shortlist(odd)}", head.passed_over)
     return HeadRows(found, how, head.passed_over)
 
 

@@ -73,7 +73,7 @@ def test_a_class_list_beside_the_weights(tmp_path, name):
     (tmp_path / name).write_text("\ufeffwren\r\nauk\r\nKite\r\n\r\n", encoding="utf-8")
     assert classes.of_file(tmp_path / "a.pth", 3) == HeadClasses(3, BIRDS, f"the list in {tmp_path / name}")
     other = classes.of_file(tmp_path / "a.pth", 4)  # a list of other things
-    assert other.names == () and other.passed_over == f"{tmp_path / name} lists 3 classes, not 4, and is passed over"
+    assert other.names == () and other.passed_over == f"{tmp_path / name} lists 3 classes, not 4, and is ignored"
     torch.save({"model": WEIGHT, "classes": ["x", "y", "z"]}, tmp_path / "a.pth")
     assert classes.of_file(tmp_path / "a.pth", 3).names == ("x", "y", "z")  # the list inside takes precedence
 
@@ -107,8 +107,8 @@ def test_a_class_list_named_by_the_user(tmp_path, birds):
         (("kite", "Kite", "auk", "wren"), (1, 2, 3), "it"),  # exact matches take precedence
         (("wren", "auk", "owl"), None, "it lacks 1 of the 3 classes of .*: Kite"),
         (("a", "b", "c"), None, "it lacks 3 of the 3 classes of .*: Kite, auk, wren"),
-        (("wren", "auk", "Kite", "auk"), None, "it does not tell apart auk"),
-        (("wren", "auk", "KITE", "kite"), None, "it does not tell apart Kite"),
+        (("wren", "auk", "Kite", "auk"), None, "it is ambiguous about auk"),
+        (("wren", "auk", "KITE", "kite"), None, "it is ambiguous about Kite"),
     ],
 )
 def test_class_names_are_matched(birds, names, rows, how):

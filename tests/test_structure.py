@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS: list[str] = [
+LAYERS: list[str] = [
     "atdiag.core",
     "atdiag.stats",
     "atdiag.transfer",
@@ -28,9 +28,9 @@ FLOORS: list[str] = [
     "atdiag.cli",
     "atdiag.__main__",
 ]
-"""The packages, from the ground up: each may import those before it."""
+"""The packages, from the lowest: each may import those before it."""
 
-GROUND = [
+LOWEST = [
     *("atdiag.core.errors", "atdiag.core.text", "atdiag.core.selection", "atdiag.core.progress", "atdiag.core.options"),
     *("atdiag.core.resources", "atdiag.core.paths", "atdiag.core.spec", "atdiag.core.randomness", "atdiag.core.runs"),
 ]
@@ -104,9 +104,9 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
         yield from at_import(child)
 
 
-def floor(module: str) -> int | None:
+def layer(module: str) -> int | None:
     """Return the number of a module's layer; None for other packages."""
-    for number, package in enumerate(FLOORS):
+    for number, package in enumerate(LAYERS):
         if module == package or module.startswith(package + "."):
             return number
     return None
@@ -114,17 +114,17 @@ def floor(module: str) -> int | None:
 
 def rank(module: str) -> int:
     """Return a module's place in the order of the lowest layer."""
-    return next(i for i, room in enumerate(GROUND) if module == room or module.startswith(room + "."))
+    return next(i for i, room in enumerate(LOWEST) if module == room or module.startswith(room + "."))
 
 
 def faults(path: Path) -> list[str]:
     here = name(path)
-    own = floor(here)
-    assert own is not None, f"{here} belongs to no layer: add it to FLOORS"
+    own = layer(here)
+    assert own is not None, f"{here} belongs to no layer: add it to LAYERS"
     package = here if path.name == "__init__.py" else here.rpartition(".")[0]
     out = []
     for target in imported(ast.walk(ast.parse(path.read_text())), package):
-        there = floor(target)
+        there = layer(target)
         assert there is not None or target.partition(".")[0] not in ("atdiag", "ablations", "figures"), target
         if there is not None and there > own:
             out.append(f"{here} imports {target} from a higher layer")
@@ -193,8 +193,8 @@ def test_the_import_checks_detect_violations(tmp_path):
         "scipy.stats",
         "atdiag.study.protocol",
     }
-    assert floor("atdiag.study.protocol") > floor("atdiag.networks.model.vit") > floor("atdiag.core.spec.RunSpec")
-    assert floor("atdiag.specials") is None
+    assert layer("atdiag.study.protocol") > layer("atdiag.networks.model.vit") > layer("atdiag.core.spec.RunSpec")
+    assert layer("atdiag.specials") is None
 
 
 def test_imports_have_no_cycles():

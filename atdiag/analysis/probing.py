@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from atdiag.analysis import classifiers, streaming, tracing
+from atdiag.analysis import classifiers, images, streaming, tracing
 from atdiag.analysis.images import ImageSet
 from atdiag.analysis.outside import Outside
 from atdiag.analysis.sites import TracingError
@@ -37,7 +37,6 @@ from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
 from atdiag.data import sources
-from atdiag.data.splits import Split
 from atdiag.networks.weights.classes import HeadRows
 
 Tokens = Literal["class", "patch", "both"]
@@ -117,34 +116,14 @@ def training_pictures(data: Data, network: Network, count: int | None = None, sk
     if count < 1:
         raise UserError(f"`train` {count} is too few images", "give at least 1")
     data = data_set.resized(data, network.image_size)
+    images.check_seen(data, network, "choose another data set with `data`")
     # Scenes are generated in the wanted number; of real images all are listed and some selected.
     split = data_set.train_split(data_set.with_train(data, count), SCENES_SEED)
-    if (split.channels, split.size) != (network.channels, network.image_size):
-        raise UserError(
-            f"{data.name} has images of {split.size} x {split.size} x {split.channels}, and the network sees "
-            f"{network.image_size} x {network.image_size} x {network.channels}",
-            "choose another data set with `data`",
-        )
     if count > len(split):
         raise UserError(
             f"`train` {count}: {data.name} has only {len(split)} training images", f"give at most {len(split)}"
         )
-    rows = np.arange(count, dtype=np.int64) * len(split) // count
-    called = tuple(f"{data.name} training image {row}" for row in rows)
-    return ImageSet(called, _Rows(split, rows), split.labels[rows], split.clusters[rows], data, skip_bad)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A subset of a split's images."""
-
-    split: Split
-    rows: NDArray[np.int64]
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """Read an image, uint8 [C, S, S]. Raises BrokenImageError."""
-        (image,) = self.split.take(self.rows[index : index + 1])
-        return image  # type: ignore[no-any-return]
+    return images.of_split(data, split, images.spread(count, len(split)), " training image", skip_bad)
 
 
 # --- features ------------------------------------------------------------------------------------------------------

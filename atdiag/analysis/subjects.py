@@ -194,7 +194,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
         return _file(Path(reference).expanduser())
     begin, run_id = reference.startswith(_START), reference.removeprefix(_START)
     if store is not None and re.fullmatch("[0-9a-f]{1,16}", run_id):
-        found = _run(run_id, store)
+        found = store.find(run_id)
         return of_start(found) if begin else of_run(found)
     near = suggest(reference, teachers.miniatures()) or suggest(reference, teachers.registry())
     raise UserError(
@@ -215,14 +215,6 @@ def with_classes(found: Sequence[Subject], names: Path) -> list[Subject]:
     if all(one.network.classes != length for one in heads):
         classes.of_list(names, heads[0].network.classes, heads[0].label)  # raises the error that says why
     return [replace(one, classes=names) if one.spec is None and one.network.classes == length else one for one in found]
-
-
-def _run(run_id: str, store: Store) -> Run:
-    """Return the run whose id has this prefix. Raises UserError unless exactly one does."""
-    try:
-        return store.find(run_id)
-    except KeyError as fault:  # no suggestion: a hash that resembles another says nothing
-        raise UserError(str(fault.args[0]), "'atdiag runs list' lists them") from None
 
 
 def _teacher(reference: str, profile: str, data: Data | None) -> Subject:

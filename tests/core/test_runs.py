@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from atdiag.core.errors import UserError
 from atdiag.core.runs import Run, RunBusyError, Store, write_atomically
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
 
@@ -219,11 +220,11 @@ def test_find(store):
     for name in ("abcd000000000000", "abcd111111111111"):
         (store.root / name).mkdir()
         (store.root / name / "spec.json").write_text("{}")
-    with pytest.raises(KeyError, match=r"2 runs in .* begin with 'abcd': abcd000000000000, abcd111111111111"):
+    with pytest.raises(UserError, match=r"2 runs in .* begin with 'abcd': abcd000000000000, abcd111111111111"):
         store.find("abcd")
-    with pytest.raises(KeyError, match="no run"):
+    with pytest.raises(UserError, match="no run"):
         store.find("xxxx")
-    with pytest.raises(KeyError, match="at least 4"):  # "" would be any run, and 'remove' would delete it
+    with pytest.raises(UserError, match="at least 4"):  # "" would be any run, and 'remove' would delete it
         store.find("")
 
 

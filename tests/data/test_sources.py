@@ -100,7 +100,7 @@ def test_a_name_means_the_profiles_data_where_they_fit():
     assert sources.find("folder:x").usual(mini).image_size is None
 
 
-# --- one's own --------------------------------------------------------------------------------------------------------
+# --- the user's own ---------------------------------------------------------------------------------------------------
 
 
 def ones(n, size=8, dtype=np.uint8):

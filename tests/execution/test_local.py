@@ -34,7 +34,7 @@ def fault(tmp_path, specs=None) -> str:
 def test_the_last_output_of_a_crashed_worker_is_reported(worker, tmp_path):
     worker("for i in $(seq 2000); do echo line $i; done >&2\necho 'OSError: disk full' >&2\nexit 1")
     text = fault(tmp_path)
-    assert "a training process failed: OSError: disk full (its last words are in " in text
+    assert "a training process failed: OSError: disk full (its last output is in " in text
     log = (tmp_path / "runs" / "last-fault.log").read_text()
     assert "line 2000\nOSError: disk full" in log
     assert len(log.splitlines()) < 50

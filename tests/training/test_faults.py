@@ -94,7 +94,7 @@ def test_a_full_disk_in_a_worker_process(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(errors.FaultError) as found:
         patch.setenv("PYTHONPATH", f"{places}{os.pathsep}{ROOT}")
         run.execute([spec], store, ExecutionOptions(device="cpu", threads=1))
-    says = rf"a training process failed: OSError: \[Errno {errno.EFBIG}\] File too large \(its last words are in .*\)"
+    says = rf"a training process failed: OSError: \[Errno {errno.EFBIG}\] File too large \(its last output is in .*\)"
     assert re.match(says + "; the same command goes on from there$", str(found.value))
     mine = store.run(spec)
     assert not mine.finished

@@ -189,7 +189,7 @@ def test_planning_describes_each_network_once(monkeypatch):
     assert teachers.teacher("mae_h", "paper", 112) == first
 
 
-# --- one's own -----------------------------------------------------------------------------------------------------
+# --- the user's own ------------------------------------------------------------------------------------------------
 
 
 def test_a_users_own_teacher(nothing_registered, tmp_path):

@@ -1,8 +1,8 @@
 """Evaluate finished runs on other test sets: does an outcome persist out of distribution?
 
-Qin et al. 2026 evaluate on ImageNet-A, -R, -Sketch and -V2; there Li et al. 2024 find attention transfer behind
-fine-tuning. Nothing is trained: these are the runs of ``benchmark``. Corruptions (after Hendrycks & Dietterich 2019)
-apply to every data set.
+Qin et al. 2026 evaluate on ImageNet-A, -R, -Sketch and -V2; on such sets Li et al. 2024 find that attention transfer
+trails fine-tuning. Nothing is trained: these are the runs of ``benchmark``. Corruptions (after Hendrycks & Dietterich
+2019) apply to every data set.
 """
 
 from __future__ import annotations

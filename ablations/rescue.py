@@ -104,10 +104,10 @@ def rescue(
 def _distinct(
     known: Mapping[str, Network], wanted: Mapping[str, Network], transfer: Transfer
 ) -> tuple[dict[str, Network], dict[str, str]]:
-    """Split the wanted students into those that differ from all others and the rest, each with the arm that it equals.
+    """Split the requested students into distinct ones and the rest, each with the arm that it equals.
 
     Two students are equal under a transfer if they have the same components among those that can matter. A network
-    that has had a name, as with a single component or two ("all but one" is the other), is not named again.
+    that already has a name is not named again: with two components, "all but one" is "only the other".
     """
     planned, twins = dict(known), dict[str, str]()
     named = list(known.values())

@@ -1,6 +1,6 @@
 """Diagnose and ablate attention transfer in Vision Transformers.
 
-What is meant to be used from Python, each imported when it is first asked for: ``import atdiag`` loads nothing heavy.
+The public Python API. Each name is imported when first used, so ``import atdiag`` loads nothing heavy.
 """
 
 from __future__ import annotations

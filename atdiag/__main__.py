@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -21,4 +22,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # ``python -m`` puts the working folder first on the path, and it may have packages called ablations or figures.
+    if not sys.flags.safe_path and Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]:
+        del sys.path[0]
     main()

@@ -3,7 +3,7 @@
     python benchmarks/deterministic.py --json benchmarks/results/deterministic.json      # a miniature on CUDA
     python benchmarks/deterministic.py --teacher beitv2_b                                # with a relative position bias
     python benchmarks/deterministic.py --data imagenette --data-dir DIR --size s --image-size 224 --steps 200
-    python benchmarks/deterministic.py --device cpu --steps 8                            # tries the script
+    python benchmarks/deterministic.py --device cpu --steps 8                            # tests the script
 
 A cohort (scratch, copy, distillation) with Mixup, CutMix, drop path and an average of the weights is trained five
 times, each time by a process of its own, as the command line does: twice with the option and twice without, in turns,
@@ -173,11 +173,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
-        print("there is no CUDA device here (--device cpu tries the script)", file=sys.stderr)
+        print("there is no CUDA device here (--device cpu tests the script)", file=sys.stderr)
         sys.exit(2)
     if asked.data_dir:
         paths.look_in(asked.data_dir)
-    asked.steps = max(asked.steps, 8)  # what goes on half-way through the last epoch has a step to time
+    asked.steps = max(asked.steps, 8)  # a run resumed half-way through the last epoch has steps left to time
     asked.precision = asked.precision or ("bfloat16" if asked.device == "cuda" else "float32")
     device = torch.device(asked.device)
     specs = arms(asked)

@@ -4,21 +4,21 @@
     python benchmarks/false_alarms.py --json benchmarks/results/false_alarms_ties.json \\
         --like benchmarks/results/false_alarms.json
 
-1. How real runs vary: contrasts of finished mini runs, trained first where they are not in DIR. Two arms are the same
-   condition where they differ in nothing but the model seeds. An arm's runs are paired by their *data* seed, as in
-   every contrast: what the training images do to accuracy is in both arms and cancels.
+1. How real runs vary: contrasts of finished mini runs, trained first if they are not in DIR. Two arms are the same
+   condition if they differ only in the model seeds. An arm's runs are paired by their *data* seed, as in
+   every contrast: the effect of the training images on accuracy is in both arms and cancels.
 2. Studies simulated to vary in the same way (``atdiag.stats.simulation``), through the shipped ``estimate``: false
    alarms, families of contrasts under Holm's correction, equivalence claimed at the very margin, and effects of known
    size with the number of seeds that ``seeds_needed`` says.
 3. Real studies of two identical arms, trained with a shorter recipe so that there are many: disjoint runs, each pair
-   with three data seeds of its own, so the pairs are independent given the test images. Beside them, studies drawn
-   from the same runs (three of the data seeds, each with its two runs in either order): more precise and not
+   with three data seeds of its own, so the pairs are independent given the test images. In addition, studies drawn
+   from the same runs (three of the data seeds, each with its two runs in either order): more precise, but not
    independent of one another.
 
-With ``--like`` nothing is trained; from the moments in that file it is simulated how often 2, 3 and 5 seeds give a
-false alarm, in all studies and, as a diagnostic, in those whose seeds tie to the last image. A rate given a tie is no
-error rate of the protocol: it may be above 5 % where that of all studies is not. It says what a reader of tied seeds
-should think of their narrow interval.
+With ``--like`` nothing is trained: false alarms with 2, 3 and 5 seeds are simulated from the moments in that file, in
+all studies and, as a diagnostic, in those whose seeds have exactly equal accuracies. A rate given a tie is not an error
+rate of the protocol: it may exceed 5 % although that of all studies does not. It tells how far to trust the narrow
+interval of tied seeds.
 """
 
 from __future__ import annotations
@@ -364,7 +364,7 @@ def said(one: dict[str, Any]) -> str:
 
 
 def show(document: dict[str, Any]) -> None:
-    """Print the figures, in lines."""
+    """Print the results as lines."""
     for title, one in document["simulated"].items():
         components = ", ".join(f"{one['moments'][n]:.3g}" for n in ("var_seed", "var_cluster", "var_residual"))
         print(f"{title} (seed, cluster, residual: {components})")

@@ -2,12 +2,12 @@
 
     python benchmarks/fuzz.py [--cases 300] [--lanes 2] [--seed 0] [--json FILE]
 
-Hypothesis draws what is done to a file (flipped bits, a cut, bytes put in, emptied, deleted, another value in a JSON
-document) and what is typed. Every case gets a fresh copy of a folder with finished runs, an interrupted run, images,
-settings and weights. A case passes if every command ends within a minute with exit code 0 (and then with the numbers of
-the untouched folder), 1 or 2 (and then with one line that says why), without a traceback or a word of a bug, and if
-afterwards no run passes for finished whose files are not those that were written. ``atdiag runs verify`` has to name
-every finished run of which a hashed file was changed. Exit code 1 unless all pass.
+Hypothesis draws the corruption of a file (flipped, cut or inserted bytes, emptied, deleted, another value in a JSON
+document) and the values that are typed. Every case gets a fresh copy of a folder with finished runs, an interrupted
+run, images, settings and weights. A case passes if every command ends within a minute with exit code 0 (and then with
+the numbers of the untouched folder), 1 or 2 (and then with one line that says why), without a traceback or a report of
+a bug, and if no run then passes for finished whose files differ from those written. ``atdiag runs verify`` must name
+every finished run with a changed hashed file. Exit code 1 unless all pass.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+if __package__:
+    from benchmarks.malformed import NUMBERS, TYPED, spoil
+else:
+    from malformed import NUMBERS, TYPED, spoil
+
 from ablations.benchmark import benchmark
 from atdiag.cli import app
 from atdiag.core.options import ExecutionOptions
@@ -61,10 +66,10 @@ ROOM = 8 * 2**30
 """Memory limit of a command: sizes declared in a malformed file must not be trusted."""
 
 
-# --- What is done ----------------------------------------------------------------------------------------------------
+# --- Run a command, and judge it -------------------------------------------------------------------------------------
 
 
-def commands(typed: Sequence[str], where: Path, to: Path) -> int:
+def run_command(typed: Sequence[str], where: Path, to: Path) -> int:
     """Run one command in a separate process; return its exit code, or -1 if it did not end in time."""
     child = os.fork()
     if child == 0:
@@ -115,7 +120,7 @@ class Case:
 
     def run(self, folder: Path, typed: Sequence[str], meant: Any = None) -> None:
         """Run one command and check how it ended."""
-        code = commands(typed, folder, folder / "printed")
+        code = run_command(typed, folder, folder / "printed")
         self.codes.append(code)
         out, errors = ((folder / name).read_text(errors="replace") for name in ("printed", "printed.err"))
         line = " ".join(typed[:3])
@@ -128,7 +133,7 @@ class Case:
         if code in (1, 2) and len(said) != 1 and not (told and out):
             self.faults.append(f"{line}: exit code {code} with {len(said)} lines: {errors[-200:]}")
         if code == 0 and meant is not None and numbers(out) != meant:
-            self.faults.append(f"{line}: other numbers, and not a word")
+            self.faults.append(f"{line}: other numbers without a message")
 
 
 def half_runs(store: Store) -> Iterator[str]:
@@ -191,69 +196,7 @@ def prepare(home: Path) -> Any:
     return numbers((home / "printed").read_text())
 
 
-# --- What is drawn ---------------------------------------------------------------------------------------------------
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("9" * 400),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=4,
-)
-
-
-def in_json(content: bytes, draw: Callable[[Any], Any]) -> bytes:
-    """Replace, remove or add a value somewhere in a JSON document."""
-    try:
-        document = json.loads(content.splitlines()[0] if content.count(b"\n") > 2 and b"\n{" in content else content)
-    except ValueError:
-        return b"{}"
-    here = document
-    while True:
-        name = draw(st.sampled_from(sorted(here) if isinstance(here, dict) else range(len(here))))
-        if isinstance(here[name], dict | list) and here[name] and draw(st.integers(0, 3)):
-            here = here[name]
-            continue
-        how = draw(st.sampled_from(["value", "value", "delete", "add"]))
-        if how == "value":
-            here[name] = draw(VALUES)
-        elif how == "delete":
-            del here[name]
-        elif isinstance(here, dict):
-            here[draw(st.text(max_size=5))] = draw(VALUES)
-        else:
-            here.append(draw(VALUES))
-        return json.dumps(document).encode()
-
-
-def malformed(content: bytes, draw: Callable[[Any], Any], document: bool = False) -> tuple[bytes | None, str]:
-    """Corrupt a file's content (None: the file is deleted), and describe how."""
-    ways = ["flips", "flips", "cut", "inserted", "replaced", "empty", "gone", *(["value"] * 6 if document else [])]
-    how = draw(st.sampled_from(ways))
-    place = st.integers(0, max(len(content) - 1, 0))
-    if how == "flips":
-        out = bytearray(content)
-        # Half of the flips hit the beginning, where files declare their format.
-        near = st.integers(0, min(255, max(len(content) - 1, 0)))
-        for where in draw(st.lists(place | near, min_size=1, max_size=4)):
-            out[where] ^= 1 << draw(st.integers(0, 7))
-        return bytes(out), how
-    if how == "cut":
-        return content[: draw(place)], how
-    if how == "inserted":
-        at = draw(place)
-        return content[:at] + draw(st.binary(min_size=1, max_size=40)) + content[at:], how
-    if how == "replaced":
-        return draw(st.binary(max_size=200)), how
-    if how == "value":
-        return in_json(content, draw), how
-    return (b"", how) if how == "empty" else (None, how)
-
-
-def spoil(path: Path, draw: Callable[[Any], Any], document: bool = False) -> tuple[str, bool]:
-    """Corrupt a file; return a description, and whether anything changed."""
-    before = path.read_bytes()
-    after, how = malformed(before, draw, document)
-    path.unlink() if after is None else path.write_bytes(after)
-    return f"{how} in {path.name}", after != before
+# --- The kinds of cases ----------------------------------------------------------------------------------------------
 
 
 def a_run_s_file(name: str, folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
@@ -270,7 +213,7 @@ def a_run_s_file(name: str, folder: Path, draw: Callable[[Any], Any], meant: Any
     if name == "weights.safetensors":
         case.run(folder, ["attention-stats", victim, "--images", "4", "--runs", "runs", "--out", "out"])
         if changed and case.codes[-1] == 0:
-            case.faults.append("other weights are looked into, and not a word")
+            case.faults.append("other weights are analysed without a message")
     case.run(folder, [*EXPERIMENT, "--runs", "runs", "--out", "out"], meant)
     case.faults += half_runs(store)
     return case
@@ -298,13 +241,6 @@ def settings_file(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:
         case = Case("atdiag.toml", path.read_text().strip())
     case.run(path.parent, ["layers", "--dry-run", "--runs", "new"])
     return case
-
-
-TYPED = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
-"""Any text that a shell can pass."""
-NUMBERS = (
-    st.integers().map(str) | st.floats().map(str) | st.sampled_from(["0", "-1", "1e9", "6,", ",", "3,3", "٣", "0x6"])
-)
 
 
 def overrides(folder: Path, draw: Callable[[Any], Any], meant: Any) -> Case:

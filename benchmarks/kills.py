@@ -8,8 +8,8 @@ SIGKILL, and lets another finish. Every second moment is counted from the first 
 until a file is half-written. Each of ``--commands`` does the same to the whole command line, as a user types it, and
 kills, in turn, all of its processes, the command alone, or one process that trains.
 
-A kill counts as survived if afterwards every file that is there is whole, what has a checkpoint goes on from its step,
-and weights and predictions are, byte for byte, those of the uninterrupted runs. Exit code 1 unless all are.
+A kill counts as survived if afterwards every existing file is whole, runs with a checkpoint resume from its step, and
+weights and predictions are, byte for byte, those of the uninterrupted runs. Exit code 1 unless all are.
 """
 
 from __future__ import annotations
@@ -162,13 +162,13 @@ def _children(process: int) -> list[int]:
 
 
 def of_training(index: int, moment: float) -> Callable[[Path], bool]:
-    """Return kill number ``index``: of a training process."""
+    """Perform kill number ``index`` on a training process."""
     begun = index % 2 == 1  # preparation takes as long as training
     return partial(kill_training, moment=moment / 2 if begun else moment, begun=begun, half_written=index % 4 == 3)
 
 
 def of_command(index: int, moment: float) -> Callable[[Path], bool]:
-    """Return kill number ``index``: of the command line."""
+    """Perform kill number ``index`` on the command line."""
     return partial(kill_command, moment=moment, whom=WHOM[index % 3])
 
 
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    specs(), provenance.environment(torch.device("cpu"))  # import everything that is imported lazily
+    specs(), provenance.environment(torch.device("cpu"))  # trigger all lazy imports
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         begin = time.monotonic()

@@ -9,8 +9,8 @@ A miniature in three forms, copied by a standard student and distilled into one:
 - *shuffled*: each image gets the maps that the teacher has for another image. The other is found from the image's own
   pixels, so it is the same in every epoch, in training and at test, and whatever else is in the batch.
 
-Judged as every experiment is: contrast with the student from scratch, three seeds, 95 %. Beside that, each planted form
-minus the teacher's own maps.
+Judged like every experiment: contrast with the student from scratch, three seeds, 95 %. Also reported: each planted
+form minus the teacher's own maps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from atdiag.transfer.observation import CaptureRequest, Observation
 
 FORMS = ("own", "uniform", "shuffled")
 METHODS = ("copy", "distill")
-_POOL_SEED = 10**6  # for the other images: no run trains on these
+_POOL_SEED = 10**6  # source of the other images: no run trains on these
 
 
 def uniform(teacher: ViT) -> ViT:

@@ -1,12 +1,12 @@
-"""What a training step holds when its backward pass begins, predicted without a GPU and without allocating anything.
+"""Predict the memory that a training step holds when its backward pass begins, without a GPU or any allocation.
 
     python benchmarks/predicted_memory.py --json benchmarks/results/predicted_memory.json
 
 A step's forward pass runs on ``meta`` tensors, which have a shape and no memory. Counted are the distinct storages of
-what autograd has saved by its end and of what the step itself still holds (what the teacher showed; the maps, in the
-straightforward formulation of ``transfer_cost.py``); parameters, images and optimiser state are left out. Everything
-is in float32, and SDPA is a kernel that stores no map, as on CUDA. It is a prediction and no measurement: workspaces,
-gradients and what an operation needs for a moment come on top.
+all tensors saved by autograd by then, and of those the step itself still holds (the teacher's observation; the maps, in
+the straightforward formulation of ``transfer_cost.py``); parameters, images and optimiser state are left out.
+Everything is in float32, and SDPA is a kernel that stores no map, as on CUDA. This is a prediction, not a measurement:
+workspaces, gradients and temporary tensors come on top.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ VARIANTS = ("plain", "copy", "distill ce", *STRAIGHT)
 
 
 class _Saved:
-    """A tensor that autograd has saved, for as long as it keeps it."""
+    """A tensor saved by autograd, for as long as autograd keeps it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()  # of an operation's own output it would else keep the graph alive for ever
+        self.tensor = tensor.detach()  # an operation's own output would otherwise keep the graph alive forever
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """SDPA by the kernel that stores no map: on ``meta``, torch takes the formula, which stores several."""
+    """Compute SDPA by the kernel that stores no map: on ``meta``, torch uses the formula, which stores several."""
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     out: Tensor = efficient(q, k, v, attn_mask, keep, scale=scale)[0]
@@ -55,7 +55,7 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, sca
 
 
 def tensors(shown: Observation) -> Iterator[Tensor]:
-    """Yield what a teacher showed."""
+    """Yield the tensors of a teacher's observation."""
     for record in shown.seen.values():
         assert isinstance(record.map, QK)
         yield from (x for x in (*record.map, record.v) if isinstance(x, Tensor))
@@ -65,14 +65,14 @@ def tensors(shown: Observation) -> Iterator[Tensor]:
 
 
 def mib(held: Iterable[Tensor], apart_from: Iterable[Tensor]) -> float:
-    """MiB of the distinct storages of some tensors, without those of others."""
+    """Return the MiB of the distinct storages of some tensors, without those of others."""
     left_out = {x.untyped_storage()._cdata for x in apart_from}
     sizes = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held}
     return sum(size for key, size in sizes.items() if key not in left_out) / 2**20
 
 
 def held(network: Network, name: str, batch: int = 1) -> float:
-    """MiB that a step of a variant holds when its backward pass begins."""
+    """Return the MiB that a step of a variant holds when its backward pass begins."""
     with torch.device("meta"):
         student, teacher = ViT(network), ViT(network).eval().requires_grad_(False)
         images = torch.empty(batch, network.channels, network.image_size, network.image_size)
@@ -90,7 +90,7 @@ def held(network: Network, name: str, batch: int = 1) -> float:
 
     with (
         mock.patch.object(F, "scaled_dot_product_attention", kernel),
-        mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),  # which knows no meta
+        mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),  # does not support meta
         torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor),
     ):
         if name in STRAIGHT:
@@ -99,7 +99,7 @@ def held(network: Network, name: str, batch: int = 1) -> float:
             loss, own = _ours(student, teacher, images, labels, TRANSFERS[name], network.depth)
         kept = [*(one.tensor for one in alive), *own]
         found = mib(kept, [*student.parameters(), *teacher.parameters(), images, labels])
-        assert loss.requires_grad  # the graph is held up to here
+        assert loss.requires_grad  # keeps the graph alive up to here
     return found
 
 
@@ -137,7 +137,7 @@ def network(size: str, tokens: int, depth: int = 12) -> Network:
 
 
 def predict(size: str, tokens: int, depth: int = 12) -> dict[str, Any]:
-    """MiB for each image of every variant, and the ratios that the targets name."""
+    """Return the MiB per image of every variant, and the ratios for which there are targets."""
     each = {name: held(network(size, tokens, depth), name) for name in VARIANTS}
     ratios = {f"straight {kind} / {kind}": each[f"straight {kind}"] / each[kind] for kind in ("copy", "distill ce")}
     ratios["distill ce / plain"] = each["distill ce"] / each["plain"]
@@ -145,7 +145,7 @@ def predict(size: str, tokens: int, depth: int = 12) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Predict, print, and write JSON where asked."""
+    """Predict, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="b", choices=SIZES)
     parser.add_argument("--tokens", type=int, nargs="+", choices=GRIDS, default=[197, 577, 1370])

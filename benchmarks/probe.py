@@ -1,9 +1,9 @@
-"""The linear probe beside scikit-learn's ``LogisticRegressionCV``: what each chooses, and what it gets right.
+"""Compare the linear probe with scikit-learn's ``LogisticRegressionCV``: chosen penalties and accuracy.
 
     python benchmarks/probe.py [--data DIR] [--json benchmarks/results/probe.json]
 
-Both see the same standardised features, the same grid of penalties and the same stratified hold-out. Beside them: the
-best of the grid on the test images, which nobody can choose, and the fixed penalty that is taken where a class has one
+Both get the same standardised features, grid of penalties and stratified hold-out. Also reported: the best penalty of
+the grid on the test images, which no method can choose, and the fixed penalty that is used if a class has a single
 image. Penalties are those of the held-out fits.
 
 *Synthetic*: classes' means at random in 64 dimensions under noise, from 2 to 200 classes and 1 to 50 images a class.
@@ -40,16 +40,16 @@ CLASSES = (2, 10, 50, 200)
 PER_CLASS = (1, 2, 5, 20, 50)
 WIDTH = 64
 TEST = 2000
-"""Synthetic test images, at least five a class."""
+"""Number of synthetic test images, at least five per class."""
 WEIGHTS = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
 ARCHIVE = "imagenette-128.zip"
 REAL_TRAIN, REAL_TEST = 50, 40
-"""Images of each class."""
+"""Training images per class."""
 Case = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
 
 def synthetic(classes: int, per_class: int) -> Case:
-    """Training and test features with labels. The more classes, the further apart they lie."""
+    """Make training and test features with labels. The more classes, the further apart they are."""
     rng = np.random.default_rng([classes, per_class])
     means = rng.normal(size=(classes, WIDTH)) * (0.3 + 0.1 * np.log(classes))
 
@@ -62,7 +62,7 @@ def synthetic(classes: int, per_class: int) -> Case:
 
 
 def real(folder: Path) -> Case | None:
-    """Features of all ten classes, the images of a class one after another; None without the files."""
+    """Return features of all ten classes, one class after another; None without the files."""
     if not ((folder / WEIGHTS).exists() and (folder / ARCHIVE).exists()):
         return None
     with tempfile.TemporaryDirectory() as root, zipfile.ZipFile(folder / ARCHIVE) as archive:
@@ -87,14 +87,14 @@ def real(folder: Path) -> Case | None:
 
 
 def part(case: Case, classes: int, per_class: int) -> Case:
-    """Take the first classes, and of each the first training images."""
+    """Select the first classes, and the first training images of each."""
     x, y, z, t = case
     rows = np.concatenate([np.flatnonzero(y == one)[:per_class] for one in range(classes)])
     return x[rows], y[rows], z[t < classes], t[t < classes]
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """Accuracy in per cent on the test images, penalties and seconds, of the probe and of scikit-learn's."""
+    """Return accuracy on the test images in per cent, penalties and seconds, for our probe and scikit-learn's."""
     x, z = classifiers.standardise(*(torch.from_numpy(one) for one in (case[0], case[2])))
     y, truth, classes = torch.from_numpy(case[1]), torch.from_numpy(case[3]), int(case[1].max()) + 1
 
@@ -104,7 +104,7 @@ def compare(case: Case) -> dict[str, Any]:
     held_out = classifiers.hold_out(np.arange(len(y)), case[1])
     begun = time.perf_counter()
     ours = classifiers.choose_linear(x, y, classes, None if held_out is None else torch.from_numpy(held_out))
-    # The last fit is to more images with the same C.
+    # The last fit uses more images with the same C.
     grown = 1.0 if held_out is None else len(y) / int((~held_out).sum())
     out = {"classes": classes, "images": len(y), "held_out": 0 if held_out is None else int(held_out.sum())}
     out |= {"ours": right(ours(z)), "our_penalty": ours.penalty * grown, "our_seconds": time.perf_counter() - begun}
@@ -138,7 +138,7 @@ def best(x: Tensor, y: Tensor, classes: int, score: Any) -> float:
 
 
 def cases(folder: Path) -> Iterator[tuple[str, int, Case]]:
-    """Yield what is compared: the features' name, images a class, features and labels."""
+    """Yield the cases: the features' name, images per class, features and labels."""
     for classes in CLASSES:
         for per_class in PER_CLASS:
             yield "synthetic", per_class, synthetic(classes, per_class)
@@ -151,7 +151,7 @@ def cases(folder: Path) -> Iterator[tuple[str, int, Case]]:
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked."""
+    """Measure, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     there = os.environ.get("ATDIAG_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=Path(there), help="where the test data is")

@@ -4,7 +4,7 @@
 
 The network has random weights: what it computes does not matter here. A forward pass with explicit attention forms the
 same maps and throws them away; tracing runs the network as it is, fused, reads queries and keys by nnsight, and forms
-each layer's map from them. Medians; what is compared takes turns, so that a busy machine slows both.
+each layer's map from them. Medians; the variants take turns, so that a busy machine slows all of them.
 """
 
 from __future__ import annotations

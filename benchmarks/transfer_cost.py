@@ -4,8 +4,8 @@
     python benchmarks/transfer_cost.py --device cuda       # ViT-B/16, batch 128, bf16, compiled
 
 All variants run in one process, in turns, and the medians of their times are compared, so that a slow minute of the
-machine falls on all. ``straight`` is the straightforward formulation, written out below: maps of all layers are built
-as [B, H, N, N] tensors and kept until the loss. Memory is what a step needs above the resident networks: the
+machine affects all of them. ``straight`` is the straightforward formulation, written out below: maps of all layers are
+built as [B, H, N, N] tensors and kept until the loss. Memory is what a step needs above the resident networks: the
 allocator's peak on CUDA; on a CPU the peak resident size of a process of its own.
 """
 
@@ -219,7 +219,7 @@ def status(field: str) -> float:
 
 
 def fitting(case: Case, names: list[str]) -> list[str]:
-    """Those of the variants whose step fits on the device, each tried alone."""
+    """Return the variants whose step fits on the device, each tried alone."""
     out = []
     for name in names:
         with contextlib.suppress(torch.OutOfMemoryError):

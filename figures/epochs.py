@@ -1,4 +1,4 @@
-"""Gain over the length of training: each length is a training of its own, with its own baseline."""
+"""Gain over training length: each length is a separate training with its own baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @style.drawn
 def epochs(reading: Reading) -> Figure:
-    """Points above the baseline of the same length, with intervals: a line for each arm, a panel for each teacher."""
+    """Draw points above the baseline of the same length, with intervals: a line per arm, a panel per teacher."""
     groups = grids.by_teacher(reading)
     looks = marks.arms(reading.reports)
     figure, panels, width = grids.panels(list(groups), height=1.8)

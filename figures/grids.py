@@ -54,7 +54,7 @@ def ylabel(panels: Sequence[Axes], text: str) -> None:
 
 
 def beside(place: float, places: Sequence[float], which: int, count: int, log: bool) -> float:
-    """Where one of so many marks of equal place is drawn: a little beside the others, around the place itself."""
+    """Return the offset of one of several marks at the same position, so that they stand side by side around it."""
     low, high = min(places), max(places)
     step = (which - (count - 1) / 2) * 0.015
     return place * (high / low) ** step if log else place + (high - low) * step

@@ -91,7 +91,7 @@ _FILLING = "filled: clear of zero; open: not"
 
 
 def _clear(one: Outcome) -> bool:
-    """Whether the interval of a change, over images, excludes zero."""
+    """Return whether the interval of a change, over images, excludes zero."""
     assert one.change is not None
     _, low, high = one.change
     return low > 0 or high < 0

@@ -18,7 +18,7 @@ _ENDS = {"bottom": (style.BLUE, "o"), "top": (style.VERMILLION, "s")}
 
 @style.drawn
 def layer_curve(report: Report) -> Figure:
-    """Points above the baseline (k = 0) over k, a line for each end; bands: the intervals of these contrasts."""
+    """Draw points above the baseline (k = 0) over k, a line for each end; bands: the intervals of these contrasts."""
     figure, axes = style.canvas(height=1.95)
     axes.grid(visible=False, axis="x")
     _draw(axes, report)

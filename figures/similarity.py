@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 _WIDTH = 54
-"""Characters of a line over the whole width, of names that are wider than words."""
+"""Characters in a line of full width, for names, which are wider than words."""
 
 
 @style.drawn
 def by_layer(found: Sequence[Similarity]) -> Figure:
-    """Divergence by layer above, CKA below. Of one comparison every matching; of several the optimal one of each."""
+    """Draw divergence by layer above, CKA below: all matchings of one comparison, or the optimal one of several."""
     names = [style.wrapped(one.b, 50) for one in found]
     legend = 0.26 if len(found) == 1 else style.height_of(names)
     title = _pair(found[0]) if len(found) == 1 else f"{found[0].a} and {len(found)} others"

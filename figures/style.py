@@ -69,15 +69,15 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 _NOT_OURS = ("backend", "backend_fallback", "interactive")
-"""Settings of the session that imports this: they decide nothing about a figure with a canvas of its own."""
+"""Settings of the user's session that are left alone: they do not affect a figure with its own canvas."""
 
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    """Matplotlib's defaults and the house style while it lasts, whatever the user's matplotlibrc says; then as before.
+    """Apply matplotlib's defaults and the house style inside the context, whatever the user's matplotlibrc says.
 
-    A text's font or use of LaTeX is read when it is made, and ticks are made when a figure is drawn: figures are both
-    made and drawn in here.
+    A text's font and use of LaTeX are read when it is created, and ticks are created when a figure is drawn: so figures
+    are both created and drawn in here.
     """
     with matplotlib.rc_context():
         matplotlib.rcParams.update({k: v for k, v in matplotlib.rcParamsDefault.items() if k not in _NOT_OURS})
@@ -88,7 +88,7 @@ def settings() -> Iterator[None]:
 
 @functools.cache
 def _seaborn() -> Any:
-    """Import seaborn, whatever backend the environment names: it imports pyplot, which would look for that backend."""
+    """Import seaborn despite any backend named in the environment: it imports pyplot, which would load that backend."""
     before = dict.__getitem__(matplotlib.rcParams, "backend")  # plain access would resolve it
     dict.__setitem__(matplotlib.rcParams, "backend", "agg")
     try:
@@ -99,7 +99,7 @@ def _seaborn() -> Any:
 
 
 def drawn(function: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Make a figure with :func:`settings`, and nothing of them left behind: a decorator."""
+    """Decorate a function that makes a figure: run it inside :func:`settings`."""
 
     @functools.wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -110,20 +110,19 @@ def drawn(function: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 class HouseFigure(Figure):
-    """A figure that is drawn and saved with :func:`settings`, too. Has a canvas of Agg: needs neither display nor
-    pyplot."""
+    """A figure that is also drawn and saved with :func:`settings`. Its Agg canvas needs neither display nor pyplot."""
 
     def __init__(self, width: float, height: float) -> None:
         super().__init__(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(self)
 
     def draw(self, renderer: Any) -> None:
-        """Draw it, with everything in it."""
+        """Draw the figure."""
         with settings():
             super().draw(renderer)
 
     def savefig(self, *args: Any, **options: Any) -> None:
-        """Write it to a file, as matplotlib's does."""
+        """Write the figure to a file."""
         with settings():
             super().savefig(*args, **options)
 
@@ -148,7 +147,7 @@ def canvas(height: float, width: float = COLUMN) -> tuple[Figure, Axes]:
 
 
 def panels(rows: int, columns: int, height: float, width: float = COLUMN, **options: Any) -> tuple[Figure, list[Axes]]:
-    """As :func:`canvas`, with several axes, row by row. options: as of matplotlib's ``subplots``."""
+    """Make a :func:`canvas` with several axes, row by row. options: those of matplotlib's ``subplots``."""
     with settings():
         figure = HouseFigure(width, height)
         grid = figure.subplots(rows, columns, squeeze=False, **options)

@@ -1,4 +1,4 @@
-"""The command line as tests type it."""
+"""Run the command line in tests."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ LINES = {
 
 
 def ran(*arguments) -> tuple[int, str]:
-    """Exit code and standard output of a command."""
+    """Run a command; return its exit code and standard output."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
         app.main([str(argument) for argument in arguments])
@@ -25,14 +25,14 @@ def ran(*arguments) -> tuple[int, str]:
 
 
 def atdiag(*arguments) -> str:
-    """Standard output of a command that succeeds."""
+    """Run a command that must succeed; return its standard output."""
     code, out = ran(*arguments)
     assert code == 0
     return out
 
 
 def wrong(capsys, *arguments) -> str:
-    """The one line that is said of a wrong command."""
+    """Run a wrong command; return its one-line message."""
     with pytest.raises(SystemExit) as end:
         app.main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()

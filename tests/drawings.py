@@ -1,4 +1,4 @@
-"""What makes a figure legible, and estimates to draw: for the tests of figures."""
+"""Legibility checks and made-up estimates for the tests of figures."""
 
 import itertools
 import warnings
@@ -10,7 +10,7 @@ from figures import style
 
 
 def estimate(value, half, seeds=3, **more) -> Estimate:
-    """A contrast of so many points with an interval of that half width."""
+    """Make a contrast of so many points with an interval of that half width."""
     return Estimate(
         value=value, low=value - half, high=value + half, level=0.95, p=0.05, seeds=seeds, images=2396, clusters=599,
         df=2.0, se=half / 4.3, covers="images only" if seeds == 1 else "seeds and images",
@@ -19,7 +19,7 @@ def estimate(value, half, seeds=3, **more) -> Estimate:
 
 
 def texts(figure):
-    """All texts that are drawn, with their extents in pixels."""
+    """Return all drawn texts with their extents in pixels."""
     renderer = figure.canvas.get_renderer()
     found = [*figure.texts, *(t for t in (figure._suptitle, figure._supxlabel) if t is not None)]
     found += [text for legend in figure.legends for text in (*legend.get_texts(), legend.get_title())]
@@ -33,7 +33,7 @@ def texts(figure):
 
 
 def check(figure, width=style.COLUMN):
-    """Draw a figure as it is printed: its texts neither overlap nor leave it. Returns them."""
+    """Draw a figure as it is printed; check that its texts neither overlap nor leave it; return them."""
     figure.set_dpi(300)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Little sets of photographs."""
+"""Small sets of made-up photographs."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def draw(root: Path, train: int, val: int = 4) -> None:
-    """A folder of random JPEGs of several sizes, in two classes."""
+    """Make a folder of random JPEGs of several sizes, in two classes."""
     generator = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for cls in ("ant", "bee"):

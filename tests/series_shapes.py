@@ -1,4 +1,4 @@
-"""Readings of every shape that a figure of a series must be legible in, made without training anything."""
+"""Readings of every shape in which a series' figure must be legible, made without training."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ GAIN = dict(zip(EIGHT, (24.0, 22.5, 15.0, -3.0, -2.0, -5.1, 0.3, -1.2), strict=T
 
 
 def study(name: str, effects: Mapping[str, float], *, half=2.0, seeds=3, base=50.0, own=80.0, profile="mini", **more):
-    """A report on one study: arms that lie ``effects`` above the baseline."""
+    """Make a report on one study: arms that lie ``effects`` above the baseline."""
     network = teachers.miniature_network(name) if name in EIGHT else PLAIN
     asked, numbers = more.pop("asked", {}), more.pop("numbers", {})
     adjusted = more.pop("adjusted", None)
@@ -43,13 +43,13 @@ def study(name: str, effects: Mapping[str, float], *, half=2.0, seeds=3, base=50
 
 
 def reading(*reports: Report) -> Reading:
-    """Studies read together."""
+    """Make a reading of several studies."""
     series = Series(reports[0].study.ablation, tuple(report.study for report in reports))
     return Reading(series, reports, (), "")
 
 
 def arms(gain: float, scale: float = 1.0) -> dict[str, float]:
-    """Copy, distill and fine-tune, from the gain by copy."""
+    """Make the effects of copy, distill and fine-tune from the gain by copy."""
     return {"copy": gain * scale, "distill": gain * scale * 0.42, "finetune": 26.0 * scale}
 
 
@@ -221,7 +221,7 @@ RECIPES = {
 
 
 def curve(name: str, scale: float, ends=("top", "bottom"), ks=tuple(range(1, 12)), depth=12, **more) -> Report:
-    """A study of layers with a curve of one or both ends."""
+    """Make a study of layers with a curve from one end or both."""
     places = {f"{end} {k}": k for k in ks for end in ends} | {"all blocks": depth}
     effects = {arm: scale * k * (0.6 if arm.startswith("top") else 1.0) for arm, k in places.items()}
     options = {"from": "both" if len(ends) == 2 else ends[0], "transfer": "copy", "k": "all"}

@@ -1,4 +1,4 @@
-"""Studies whose numbers are made up: what tests of the protocol work with."""
+"""Studies with made-up numbers, for tests of the protocol."""
 
 import io
 from pathlib import Path
@@ -25,7 +25,7 @@ def lab(*sets, seeds=2) -> Lab:
 
 
 def differences(study: Study, one: str, other: str) -> set[str]:
-    """The dotted fields by which two arms differ."""
+    """Return the dotted fields in which two arms differ."""
     arms = {arm.name: arm for arm in study.arms}
 
     def flat(node, path=""):
@@ -55,7 +55,7 @@ def estimate(value, half=1.0, seeds=3) -> Estimate:
 
 
 def fabricated(study: Study, effects, contrasts=None, teacher=90.0, base=50.0, seeds=3, half=1.0) -> Report:
-    """A report in which the arms lie ``effects`` above the baseline."""
+    """Make a report in which the arms lie ``effects`` above the baseline."""
     rows = [ArmResult(BASELINE, base, seeds, ("0" * 16,))]
     for arm, effect in zip(study.arms[1:], effects, strict=True):
         rows.append(ArmResult(arm.name, base + effect, seeds, ("1" * 16,), estimate(effect, half, seeds)))
@@ -65,7 +65,7 @@ def fabricated(study: Study, effects, contrasts=None, teacher=90.0, base=50.0, s
 
 
 def finished(study: Study, store: Store, right: dict[str, list[int]], images: int = 40) -> Report:
-    """A report on runs that are made up: how many images each seed of each arm gets right."""
+    """Make a report on made-up runs: how many images each seed of each arm gets right."""
     label = np.arange(images, dtype=np.int32) % 10
     for arm in filter(None, [*study.arms, study.reference]):
         for spec, count in zip(arm.specs, right[arm.name], strict=True):

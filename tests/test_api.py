@@ -1,4 +1,4 @@
-"""The public API: found where it lives, and light until it is asked for."""
+"""The public API: every name is found, and nothing heavy is imported until it is used."""
 
 import ast
 import subprocess
@@ -11,12 +11,12 @@ import atdiag
 
 
 @pytest.mark.parametrize("name", atdiag.__all__)
-def test_every_name_is_there(name):
+def test_every_public_name_exists(name):
     assert getattr(atdiag, name) is not None
     assert name in dir(atdiag)
 
 
-def test_what_type_checkers_see_is_what_there_is():
+def test_type_checkers_see_the_same_names():
     tree = ast.parse(Path(atdiag.__file__).read_text())
     seen = {
         (node.module, alias.name)
@@ -27,12 +27,12 @@ def test_what_type_checkers_see_is_what_there_is():
     assert seen == {(module, name) for module, names in atdiag._HOMES.items() for name in names}
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_names_raise_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'diagnoze'"):
         _ = atdiag.diagnoze
 
 
-def test_importing_it_loads_nothing_heavy():
+def test_import_loads_nothing_heavy():
     code = "import sys, atdiag; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"numpy", "torch", "timm", "pandas", "typer", "pydantic", "rich"} & set(loaded)

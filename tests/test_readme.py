@@ -1,4 +1,4 @@
-"""The notebook example of the README, run as it stands there."""
+"""The README's notebook example, run verbatim."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-    """What is defined after the example ran, and the folder in which it did."""
+    """Run the example; return what it defines, and its folder."""
     (code,) = re.findall(r"### In a notebook.*?```python\n(.*?)```", README, re.DOTALL)
     folder, names = tmp_path_factory.mktemp("notebook"), {}
     with pytest.MonkeyPatch.context() as patch:
@@ -21,7 +21,7 @@ def notebook(tmp_path_factory):
     return names, folder
 
 
-def test_shapes_are_those_that_are_told(notebook):
+def test_shapes_are_as_stated(notebook):
     names, _ = notebook
     assert names["p"].shape == (64, 3, 26, 26) and names["heads"].shape == (12, 3, 3)
     np.testing.assert_allclose(names["p"].sum(-1), 1, atol=1e-5)
@@ -29,7 +29,7 @@ def test_shapes_are_those_that_are_told(notebook):
         assert re.search(rf"^{name} = .*# \[{shape}\]", README, re.MULTILINE)
 
 
-def test_frames_are_those_that_are_told(notebook):
+def test_frames_are_as_stated(notebook):
     names, _ = notebook
     jsd, changed, accuracy = names["jsd"], names["changed"], names["accuracy"]
     assert len(jsd) == 12 * 3 and jsd.jsd_optimal.between(0, 1).all() and jsd.cka.between(0, 1).all()
@@ -38,6 +38,6 @@ def test_frames_are_those_that_are_told(notebook):
     assert len(accuracy) == 3 * (3 * 3 + 1) + 1 and accuracy.top1.between(accuracy.ci_low, accuracy.ci_high).all()
 
 
-def test_the_picture_is_there(notebook):
+def test_the_picture_exists(notebook):
     with Image.open(notebook[1] / "similarity.png") as picture:
         assert picture.width > 900

@@ -1,4 +1,4 @@
-"""The house of the design: a module imports only from its own floor or a lower one, and what plans is light."""
+"""The package structure: a module imports only from its own layer or a lower one, and planning stays light."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS: list[str] = [
+LAYERS: list[str] = [
     "atdiag.core",
     "atdiag.stats",
     "atdiag.transfer",
@@ -28,13 +28,13 @@ FLOORS: list[str] = [
     "atdiag.cli",
     "atdiag.__main__",
 ]
-"""The packages, from the ground up: each may import those before it."""
+"""The packages, from the lowest: each may import those before it."""
 
-GROUND = [
+LOWEST = [
     *("atdiag.core.errors", "atdiag.core.text", "atdiag.core.selection", "atdiag.core.progress", "atdiag.core.options"),
     *("atdiag.core.resources", "atdiag.core.paths", "atdiag.core.spec", "atdiag.core.randomness", "atdiag.core.runs"),
 ]
-"""The ground floor has an order of its own: runs knows spec and nothing above, spec knows nothing of atdiag."""
+"""The lowest layer has an order of its own: runs knows spec and nothing above, spec knows nothing else of atdiag."""
 
 MOST_LINES, MOST_SHARE = 400, 0.18
 
@@ -82,7 +82,7 @@ def name(path: Path) -> str:
 
 
 def imported(nodes: Iterator[ast.AST], package: str) -> Iterator[str]:
-    """The full names that import statements among ``nodes`` bring in: module, or module.attribute."""
+    """Yield the full names imported by statements among ``nodes``: module, or module.attribute."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -93,7 +93,7 @@ def imported(nodes: Iterator[ast.AST], package: str) -> Iterator[str]:
 
 
 def at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """The statements that run when a module is imported: not in functions, not under ``if TYPE_CHECKING``."""
+    """Yield the statements that run when a module is imported: not in functions, not under ``if TYPE_CHECKING``."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -104,30 +104,30 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
         yield from at_import(child)
 
 
-def floor(module: str) -> int | None:
-    """The number of a module's floor; None for what is not ours."""
-    for number, package in enumerate(FLOORS):
+def layer(module: str) -> int | None:
+    """Return the number of a module's layer; None for other packages."""
+    for number, package in enumerate(LAYERS):
         if module == package or module.startswith(package + "."):
             return number
     return None
 
 
 def rank(module: str) -> int:
-    """A module's place on the ground floor."""
-    return next(i for i, room in enumerate(GROUND) if module == room or module.startswith(room + "."))
+    """Return a module's place in the order of the lowest layer."""
+    return next(i for i, room in enumerate(LOWEST) if module == room or module.startswith(room + "."))
 
 
 def faults(path: Path) -> list[str]:
     here = name(path)
-    own = floor(here)
-    assert own is not None, f"{here} is on no floor of the house: give it one"
+    own = layer(here)
+    assert own is not None, f"{here} belongs to no layer: add it to LAYERS"
     package = here if path.name == "__init__.py" else here.rpartition(".")[0]
     out = []
     for target in imported(ast.walk(ast.parse(path.read_text())), package):
-        there = floor(target)
+        there = layer(target)
         assert there is not None or target.partition(".")[0] not in ("atdiag", "ablations", "figures"), target
         if there is not None and there > own:
-            out.append(f"{here} imports {target} from a higher floor")
+            out.append(f"{here} imports {target} from a higher layer")
         if there == own == 0 and here != "atdiag.core" and target != "atdiag.core":
             target = target if target.count(".") > 1 else here
             if rank(target) > rank(here) or (here.startswith("atdiag.core.spec") and rank(target) != rank(here)):
@@ -140,12 +140,12 @@ def test_imports_go_down(path):
     assert not faults(path)
 
 
-def test_the_top_level_is_a_front_door():
+def test_the_top_level_holds_only_the_public_api():
     here = {path.name for path in (ROOT / "atdiag").iterdir() if path.is_file()}
     assert here == {"__init__.py", "__main__.py", "py.typed"}
 
 
-def test_no_room_is_too_large():
+def test_no_module_or_package_is_too_large():
     lines = {path: len(path.read_text().splitlines()) for path in MODULES}
     assert {name(path): count for path, count in lines.items() if count > MOST_LINES} == {}
     packages = Counter()
@@ -154,8 +154,8 @@ def test_no_room_is_too_large():
     assert {package: n for package, n in packages.items() if n > MOST_SHARE * sum(packages.values())} == {}
 
 
-def test_one_name_is_one_thing():
-    """No public class stands for two things, and no command's own words do."""
+def test_no_two_public_classes_share_a_name():
+    """A public class's name stands for one thing in the whole project."""
     named = Counter()
     for path in MODULES:
         for node in ast.parse(path.read_text()).body:
@@ -165,19 +165,19 @@ def test_one_name_is_one_thing():
 
 
 @pytest.mark.parametrize("path", sorted({p for pattern in LIGHT for p in ROOT.glob(pattern)}), ids=name)
-def test_what_plans_imports_nothing_heavy(path):
+def test_planning_modules_import_nothing_heavy(path):
     names = {target.partition(".")[0] for target in imported(at_import(ast.parse(path.read_text())), name(path))}
     assert not names & HEAVY
 
 
-def test_what_plans_loads_nothing_heavy_by_detours():
+def test_planning_modules_load_nothing_heavy_indirectly():
     light = [name(p) for pattern in LIGHT for p in ROOT.glob(pattern)]
     code = f"import sys, {', '.join(light)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert not {module.partition(".")[0] for module in loaded.split()} & HEAVY
 
 
-def test_these_tests_see_what_they_should(tmp_path):
+def test_the_import_checks_detect_violations(tmp_path):
     source = (
         "from typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    import torch\n"
@@ -193,12 +193,12 @@ def test_these_tests_see_what_they_should(tmp_path):
         "scipy.stats",
         "atdiag.study.protocol",
     }
-    assert floor("atdiag.study.protocol") > floor("atdiag.networks.model.vit") > floor("atdiag.core.spec.RunSpec")
-    assert floor("atdiag.specials") is None
+    assert layer("atdiag.study.protocol") > layer("atdiag.networks.model.vit") > layer("atdiag.core.spec.RunSpec")
+    assert layer("atdiag.specials") is None
 
 
-def test_no_circle_of_imports():
-    """Not for types either: what two modules need of each other is a third."""
+def test_imports_have_no_cycles():
+    """Not even for type annotations: what two modules need from each other belongs in a third."""
     known = {name(path) for path in MODULES}
     graph = {}
     for path in MODULES:
@@ -217,13 +217,13 @@ _FLAG = re.compile(r"(?<![\w-])--[a-z]|(?<!\S)-o(?!\w)")
 _COMMAND = re.compile(r"'atdiag [^']*'")
 _NAMED = re.compile(r"`([^\W\d]\w*(?:\.[^\W\d]\w*)*)`")
 _OTHER_PROGRAMS = ("--untracked-files=no", "--porcelain")
-"""Words of git's."""
+"""Options of git."""
 _NAMED_AT = {"choose": 2, "comma_separated": 1, "indices": 2, "writable": 1}
-"""Which argument of these functions is the name of an argument of their callers."""
+"""Function -> the position of its argument that names an argument of its caller."""
 
 
 def literals(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and text of every string but docstrings and what declares an option; what is filled in reads {}."""
+    """Yield line and text of every string except docstrings and option declarations; placeholders read {}."""
     left_out: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -239,13 +239,13 @@ def literals(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def flags(tree: ast.Module) -> list[int]:
-    """Lines with a string that has a command-line flag in it, other than in a command that is quoted as a whole."""
+    """Return the lines of strings that contain a command-line flag outside a quoted whole command."""
     found = ((line, _COMMAND.sub("", text)) for line, text in literals(tree))
     return sorted(line for line, text in found if _FLAG.search(text) and text not in _OTHER_PROGRAMS)
 
 
 def named_arguments(tree: ast.Module) -> set[str]:
-    """The arguments that messages name: in backticks, or by way of a function that puts them there."""
+    """Return the arguments named in messages: in backticks, or through a function that adds those."""
     found = {argument for _, text in literals(tree) for argument in _NAMED.findall(text)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
@@ -256,12 +256,12 @@ def named_arguments(tree: ast.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name)
-def test_libraries_know_nothing_of_command_line_flags(path):
+def test_library_messages_contain_no_command_line_flags(path):
     assert flags(ast.parse(path.read_text())) == []
 
 
-def test_what_messages_name_can_be_typed():
-    """Every argument that a message names is an option by the rule of the command line, or a setting."""
+def test_arguments_named_in_messages_exist_on_the_command_line():
+    """Every argument named in a message is a command-line option or a setting."""
     from typer.main import get_command
 
     from atdiag.cli import app, messages
@@ -279,7 +279,7 @@ def test_what_messages_name_can_be_typed():
     assert wrong == []
 
 
-def test_these_tests_see_messages():
+def test_the_message_checks_detect_violations():
     tree = ast.parse(
         '"""Docstring with --out."""\n'
         "import typer\n"

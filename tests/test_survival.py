@@ -1,4 +1,4 @@
-"""A small sample of the scripts that kill, fuzz and crowd: each counts, and fails unless all is as it should be."""
+"""Small samples of the benchmarks kills, fuzz and together: each exits with an error unless all cases pass."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ PROJECT = Path(__file__).parents[1]
 
 
 def script(name: str, *arguments: str) -> str:
-    """What a script prints. It ends with 0 unless it found something."""
+    """Run a script that must succeed; return what it prints."""
     done = subprocess.run(
         [sys.executable, PROJECT / "benchmarks" / f"{name}.py", *arguments],
         cwd=PROJECT,
@@ -23,7 +23,7 @@ def script(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_kills():
+def test_kills_of_training():
     out = script("kills", "--kills", "4", "--commands", "0", "--lanes", "1")
     assert "training: 4 of 4 kills survived" in out
 

@@ -1,8 +1,9 @@
 """Three classifiers on fixed features: linear, nearest neighbours, nearest class mean.
 
-Each is scikit-learn's of the same name on the same features (``LogisticRegression``, ``KNeighborsClassifier``,
-``NearestCentroid``), written in torch so that it runs where the features are and fits a path of penalties from one
-another. Scaling and splitting are scikit-learn's own. Shapes: n training images, m test images, D features, K classes.
+Each equals scikit-learn's classifier on the same features (``LogisticRegression``, ``KNeighborsClassifier``,
+``NearestCentroid``), but is written in torch, so that it runs on the features' device and can fit a path of penalties,
+each from the previous solution. Scaling and splitting are scikit-learn's own. Shapes: n training images, m test images,
+D features, K classes.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 """Penalties that the linear probe chooses from, strong to weak: see :func:`fit_linear`."""
 
 HELD_OUT = 0.2
-"""The share of the training images on which the regularisation is chosen; more where that is fewer than classes."""
+"""Share of the training images on which the regularisation is chosen; more if these are fewer than the classes."""
 
 FIXED_C = 1.0
-"""scikit-learn's default ``C``: the penalty is ``1 / (FIXED_C * n)`` where no images can be held out to choose it."""
+"""scikit-learn's default ``C``: the penalty is ``1 / (FIXED_C * n)`` if no images can be held out to choose it."""
 
 NEIGHBOURS = 20
 """Number of neighbours, as in DINO's evaluation (Caron et al. 2021; votes are weighted there)."""
@@ -38,7 +39,7 @@ _SMALL = 2**20
 """Number of feature values up to which one thread is faster than several."""
 
 _PATH_TOLERANCE = 1e-4
-"""On the path of penalties, as in scikit-learn: at 1e-3 a fit of many classes is not yet what it becomes."""
+"""Tolerance on the path of penalties, as in scikit-learn: at 1e-3 a fit of many classes has not yet converged."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Linear:
 def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
     """Standardise all tensors, feature by feature, by the mean and standard deviation over the training images.
 
-    By scikit-learn's ``StandardScaler``: a feature that is constant there is only centred. A spread of nothing but the
-    features' own rounding counts as constant, too.
+    By scikit-learn's ``StandardScaler``: constant features are only centred, including those whose spread is mere
+    rounding error.
     """
     scaler = StandardScaler().fit(_array(train))
     rounding = 10 * torch.finfo(train.dtype).eps * np.abs(scaler.mean_).clip(1e-30)
@@ -105,7 +106,7 @@ def fit_linear(
         search.step(closure)  # type: ignore[no-untyped-call]
         closure()
     assert parameter.grad is not None
-    if not (left := float(parameter.grad.abs().max())) <= 100 * tolerance:  # a NaN must fail, too
+    if not (left := float(parameter.grad.abs().max())) <= 100 * tolerance:  # NaN must fail, too
         raise RuntimeError(f"the linear probe with penalty {penalty:g} did not come to its minimum (gradient {left:g})")
     fitted = parameter.detach()
     return Linear(fitted[:, :width].clone(), fitted[:, width].clone(), penalty)
@@ -116,10 +117,10 @@ def choose_linear(
 ) -> Linear:
     """Return the linear probe with the best penalty on the held-out training images, refitted on all of them.
 
-    held_out: bool [n]; None: the penalty is that of scikit-learn's default ``C``, whatever ``penalties`` says. All
-    penalties are tried, from strong to weak, each from the last one's solution; of equally good ones the strongest is
-    taken. The last fit has the same ``C``, so a penalty per image that is smaller as its images are more: all this is
-    scikit-learn's ``LogisticRegressionCV`` on the same split. Nothing of a test set is seen.
+    held_out: bool [n]; None: use the penalty of scikit-learn's default ``C`` and ignore ``penalties``. Penalties are
+    tried from strong to weak, each starting from the last one's solution; of equally good ones the strongest is taken.
+    The final fit keeps ``C``, so its penalty per image is smaller in proportion to its larger number of images. All
+    this is scikit-learn's ``LogisticRegressionCV`` on the same split. No test image is used.
     """
     if held_out is None:
         return fit_linear(x, y, classes, 1 / (FIXED_C * len(x)))
@@ -137,10 +138,10 @@ def choose_linear(
 def hold_out(
     clusters: NDArray[np.int64], labels: NDArray[np.int64], share: float = HELD_OUT
 ) -> NDArray[np.bool_] | None:
-    """Which training images are held out: bool [n], whole clusters, each class in proportion; the same every time.
+    """Choose the held-out training images: bool [n], whole clusters, stratified by class, deterministic.
 
-    A cluster counts as of the class of its first image. At least as many clusters as there are classes are held out.
-    None where a class has one cluster only, so that nothing of it is left to fit to, or to choose by.
+    A cluster has the class of its first image. At least as many clusters as there are classes are held out. None if a
+    class has only one cluster, which can't be both fitted and held out.
     """
     _, first, index = np.unique(clusters, return_index=True, return_inverse=True)
     of_cluster = labels[first]

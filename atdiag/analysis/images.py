@@ -53,7 +53,7 @@ class ImageSet:
     def head_rows(self, head: HeadClasses) -> HeadRows:
         """Return the rows of a head that belong to the data set's classes, in the order of its labels.
 
-        Labels of images that are no data set's are rows of the head themselves.
+        For images outside a data set, labels are themselves rows of the head.
         """
         if self.labels is None:
             return HeadRows(None, "the classes of these images are not known")
@@ -168,9 +168,9 @@ def choose(
     """
     meant = named(wanted)
     if isinstance(meant, int):
-        return _of_split(data, network, meant, None)
+        return _of_test_split(data, network, meant, None)
     if isinstance(meant, list):
-        return _of_split(data, network, None, meant)
+        return _of_test_split(data, network, None, meant)
     source = _Files(meant, network.image_size, network.channels)
     return ImageSet(tuple(map(str, meant)), source, skip_bad=skip_bad)
 
@@ -198,9 +198,31 @@ def named(wanted: int | str | Path | Sequence[str | Path]) -> int | list[int] | 
 
 
 _LISTED = endings.READ + endings.UNREAD
-"""Endings of the images in a folder. Those that can't be read are listed too, and named when their turn comes."""
+"""Endings of the images in a folder, including formats that can't be read, which are then named as errors."""
 
 _INDICES = re.compile(r"[\d\s,-]+")
+
+
+def of_split(data: Data, split: Split, rows: NDArray[np.int64], kind: str = "", skip_bad: bool = False) -> ImageSet:
+    """Return the images of a data set's split with these indices; ``kind`` follows the data set in their names."""
+    names = tuple(f"{data.name}{kind} {row}" for row in rows)
+    return ImageSet(names, _Rows(split, rows), split.labels[rows], split.clusters[rows], data, skip_bad)
+
+
+def spread(count: int, total: int) -> NDArray[np.int64]:
+    """Return ``count`` of ``total`` indices, evenly spaced."""
+    return np.arange(count, dtype=np.int64) * total // count
+
+
+def check_seen(data: Data, network: Network, hint: str) -> None:
+    """Raise UserError unless a data set's images are those that a network sees."""
+    channels, size = sources.find(data).shape(data)
+    if (channels, size) != (network.channels, network.image_size):
+        raise UserError(
+            f"{data.name} has images of {size} x {size} x {channels}, and the network sees "
+            f"{network.image_size} x {network.image_size} x {network.channels}",
+            hint,
+        )
 
 
 def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> ImageSet:
@@ -221,18 +243,12 @@ def from_arrays(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None = No
     return ImageSet(tuple(f"image {i}" for i in range(len(pixels))), rows, None if labels is None else known)
 
 
-def _of_split(data: Data | None, network: Network, count: int | None, rows: list[int] | None) -> ImageSet:
+def _of_test_split(data: Data | None, network: Network, count: int | None, rows: list[int] | None) -> ImageSet:
     if data is None:
         raise UserError("no data set is named", "name one with `data`, or give files to `images`")
     data_set = sources.find(data)
-    data = data_set.resized(data, network.image_size)  # where it can be: shown as the network sees it
-    channels, size = data_set.shape(data)
-    if (channels, size) != (network.channels, network.image_size):
-        raise UserError(
-            f"{data.name} has images of {size} x {size} x {channels}, and the network sees "
-            f"{network.image_size} x {network.image_size} x {network.channels}",
-            "choose another data set with `data`, or give files to `images`",
-        )
+    data = data_set.resized(data, network.image_size)  # resized to the network's size if possible
+    check_seen(data, network, "choose another data set with `data`, or give files to `images`")
     split = data_set.test_split(data)
     if rows is None:
         count = count or len(split)
@@ -240,15 +256,14 @@ def _of_split(data: Data | None, network: Network, count: int | None, rows: list
             raise UserError(
                 f"`images` {count}: {data.name} has only {len(split)} test images", f"give at most {len(split)}"
             )
-        chosen = np.arange(count, dtype=np.int64) * len(split) // count
+        chosen = spread(count, len(split))
     else:
         chosen = np.array(rows, np.int64)
         if chosen.max() >= len(split):
             raise UserError(
                 f"`images` {chosen.max()} is out of range: {data.name} has test images 0 to {len(split) - 1}"
             )
-    called = tuple(f"{data.name} {row}" for row in chosen)
-    return ImageSet(called, _Rows(split, chosen), split.labels[chosen], split.clusters[chosen], data)
+    return of_split(data, split, chosen)
 
 
 def _indices(text: str) -> list[int]:

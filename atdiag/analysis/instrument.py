@@ -38,5 +38,5 @@ def translated(fault: Exception) -> str:
         return str(fault)
     return (
         f"layer {found[1]}: {found[2].split('.input')[0] or 'the block'} was not run where it was expected: the "
-        "network takes another path through its attention, or leaves the block out"
+        "network takes another path through its attention, or skips the block"
     )

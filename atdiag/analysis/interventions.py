@@ -41,7 +41,7 @@ class Outcome:
     heads: tuple[int, ...] | None
     images: int
     before: NDArray[np.int64]
-    """Predictions [n] of the unchanged network: as the data set's labels where its classes are known."""
+    """Predictions [n] of the unchanged network: as the data set's labels if its classes are known."""
     after: NDArray[np.int64]
     """Predictions [n] with the replacement."""
     labels: NDArray[np.int64] | None
@@ -55,7 +55,7 @@ class Outcome:
     logits: float
     """Largest absolute change of any logit."""
     head: HeadRows | None = None
-    """The rows of its head that are the data set's classes, and how they are known."""
+    """The rows of its head that are the data set's classes, and how they were determined."""
 
     @property
     def warning(self) -> str:

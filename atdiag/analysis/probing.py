@@ -14,8 +14,8 @@ Each image passes through all networks once, and only these features are kept. *
 k nearest neighbours, nearest class mean. *Early exit*: the trained head, preceded by the final norm, applied to every
 layer (the "logit lens"), without training.
 
-Probes show what can be read from a layer, not that the network uses it. On embedded data they train on scenes that no
-run was trained on (made of the training digits): on its own training scenes a run's features would be too good.
+Probes show what can be read from a layer, not that the network uses it. On embedded data they train on scenes made from
+the training digits on which no run was trained: a run's features of its own training scenes would be too good.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from atdiag.analysis import classifiers, streaming, tracing
+from atdiag.analysis import classifiers, images, streaming, tracing
 from atdiag.analysis.images import ImageSet
 from atdiag.analysis.outside import Outside
 from atdiag.analysis.sites import TracingError
@@ -37,7 +37,6 @@ from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
 from atdiag.data import sources
-from atdiag.data.splits import Split
 from atdiag.networks.weights.classes import HeadRows
 
 Tokens = Literal["class", "patch", "both"]
@@ -47,7 +46,7 @@ FITTED: tuple[Probe, ...] = ("linear", "knn", "centroid")
 """Probes fitted to features; ``head`` is the early exit."""
 
 SCENES_SEED = 2**31 - 1
-"""Data seed of the scenes that probes are fitted to; seeds of runs count from 0."""
+"""Data seed of the scenes on which probes are fitted; seeds of runs count from 0."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +80,20 @@ class Probed:
     id: str
     layers: tuple[int, ...]
     train: int
-    """Number of training images that the probes were fitted to."""
+    """Number of training images on which the probes were fitted."""
     correct: Mapping[tuple[Probe, Tokens | Literal[""]], NDArray[np.bool_]]
     """(probe, tokens) -> which predictions are correct, [L, n]; the early exit is ("head", "")."""
     penalties: Mapping[Tokens, NDArray[np.float64]]
     """The linear probe's regularisation by tokens, [L]."""
     held_out: int
-    """Training images on which it was chosen; 0: a class had a single one, and it is fixed."""
+    """Number of training images on which it was chosen; 0: a class had a single image, so it is fixed."""
     neighbours: int
     clusters: NDArray[np.int64]
     """Cluster of each test image, [n]: images in the same cluster are not independent."""
     itself: NDArray[np.bool_] | None = None
     """Which predictions of the network itself are correct, [n]; None if its classes are not the data set's."""
     head: HeadRows | None = None
-    """The rows of its head that are the data set's classes, and how they are known."""
+    """The rows of its head that are the data set's classes, and how they were determined."""
 
     @property
     def warning(self) -> str:
@@ -117,34 +116,14 @@ def training_pictures(data: Data, network: Network, count: int | None = None, sk
     if count < 1:
         raise UserError(f"`train` {count} is too few images", "give at least 1")
     data = data_set.resized(data, network.image_size)
-    # Of scenes as many are made as are wanted; of real images all are listed, and some taken.
+    images.check_seen(data, network, "choose another data set with `data`")
+    # Scenes are generated in the wanted number; of real images all are listed and some selected.
     split = data_set.train_split(data_set.with_train(data, count), SCENES_SEED)
-    if (split.channels, split.size) != (network.channels, network.image_size):
-        raise UserError(
-            f"{data.name} has images of {split.size} x {split.size} x {split.channels}, and the network sees "
-            f"{network.image_size} x {network.image_size} x {network.channels}",
-            "choose another data set with `data`",
-        )
     if count > len(split):
         raise UserError(
             f"`train` {count}: {data.name} has only {len(split)} training images", f"give at most {len(split)}"
         )
-    rows = np.arange(count, dtype=np.int64) * len(split) // count
-    called = tuple(f"{data.name} training image {row}" for row in rows)
-    return ImageSet(called, _Rows(split, rows), split.labels[rows], split.clusters[rows], data, skip_bad)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A subset of a split's images."""
-
-    split: Split
-    rows: NDArray[np.int64]
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """Read an image, uint8 [C, S, S]. Raises BrokenImageError."""
-        (image,) = self.split.take(self.rows[index : index + 1])
-        return image  # type: ignore[no-any-return]
+    return images.of_split(data, split, images.spread(count, len(split)), " training image", skip_bad)
 
 
 # --- features ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from atdiag.core.errors import UserError
 from atdiag.core.spec import Network
 from atdiag.transfer import ops
 from atdiag.transfer.attention import Attention, AttentionOverride, Heads
-from atdiag.transfer.observation import AttentionRecord
+from atdiag.transfer.observation import AttentionRecord, UnreadableAttentionError, record_of_sdpa
 from atdiag.transfer.ops import QK, Averaged, Map
 
 
@@ -60,15 +60,15 @@ def seen(site: Site, node: Any, network: Network, images: int, layer: int) -> At
             whole = images, network.heads, network.tokens, network.tokens
             seen = AttentionRecord(Averaged(seen.map.p.expand(whole)), seen.v)
         return seen
-    try:
-        if site.kind == "explicit":
-            seen = AttentionRecord(Averaged(output))
-            shape = output.shape
-        else:
-            seen = _of_sdpa(network.heads, *arguments[0], **arguments[1])
-            shape = (*seen.qk.q.shape[:3], seen.qk.k.shape[2])
-    except TracingError as fault:
-        raise TracingError(f"layer {layer}: {fault}") from None
+    if site.kind == "explicit":
+        seen = AttentionRecord(Averaged(output))
+        shape = output.shape
+    else:
+        try:
+            seen = record_of_sdpa(*arguments[0], **arguments[1])
+        except UnreadableAttentionError as fault:
+            raise TracingError(f"layer {layer}: {fault}") from None
+        shape = (*seen.qk.q.shape[:3], seen.qk.k.shape[2])
     expected = (images, network.heads, network.tokens, network.tokens)
     if tuple(shape) != expected:
         raise TracingError(f"layer {layer}: its map is {tuple(shape)}, and one over all tokens is {expected}")
@@ -101,32 +101,6 @@ def joined(part: Map, rest: Map, heads: Heads) -> Map:
     sizes = (len(heads.part), len(heads.rest))
     whole = [x.expand(shape[0], size, *shape[2:]) for x, size in zip((p, other), sizes, strict=True)]
     return Averaged(torch.cat(whole, 1)[:, heads.order])
-
-
-def _of_sdpa(
-    heads: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionRecord:
-    """Return the map and values of a call of scaled dot-product attention, given its arguments by name."""
-    if is_causal or dropout_p:
-        raise TracingError("it attends with a causal mask or dropout")
-    if key.shape[1] and (groups := heads // key.shape[1]) > 1:  # grouped queries: one key serves several heads
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    bias = None
-    if attn_mask is not None:
-        if not attn_mask.is_floating_point() or attn_mask.numel() != attn_mask.shape[-3:].numel():
-            raise TracingError(
-                f"a mask of {attn_mask.dtype}, {tuple(attn_mask.shape)}, is no bias of the heads' logits"
-            )
-        bias = attn_mask.reshape(attn_mask.shape[-3:]).expand(query.shape[1], -1, -1)
-    return AttentionRecord(QK(query, key, query.shape[-1] ** -0.5 if scale is None else scale, bias), value)
 
 
 def attended(given: AttentionOverride, seen: AttentionRecord) -> Tensor:

@@ -57,11 +57,11 @@ class Subject:
     teacher: Teacher | None = None
     """The teacher's spec, if the subject is a teacher."""
     classes: Path | None = None
-    """The user's list of the classes of its head, if the subject is a teacher."""
+    """The user's list of its head's classes, if the subject is a teacher."""
 
     @property
     def head(self) -> HeadClasses:
-        """What is known of the classes of its head. Raises UserError for a list that is not about it."""
+        """What is known about the classes of its head. Raises UserError for a list that does not fit it."""
         if self.spec is not None:
             return classes.of_run(self.spec)
         if self.teacher is not None:
@@ -77,7 +77,7 @@ class Subject:
 
     @property
     def note(self) -> str:
-        """Which weights were taken of a file that holds several; empty of any other."""
+        """Which weights were taken from a file that holds several; empty for other files."""
         origin = getattr(self.module, "origin", None)
         return f"{self.label}: {origin.note}" if origin is not None and origin.note else ""
 
@@ -143,19 +143,18 @@ def of(model: nn.Module, label: str, network: Network | None = None) -> Subject:
 def find_all(
     references: Sequence[str], profile: str, data: Data, store: Store | None = None, asked: Collection[str] = ()
 ) -> tuple[list[Subject], Data]:
-    """Return the subjects of some references, in order, and the data set on whose images they are examined.
+    """Return the subjects of some references, in order, and the data set whose images they are examined on.
 
-    The first run among them brings the data that it was trained on, and teachers are built for images of its size.
-    data: what they see without a run. asked: settings of ``data`` that the user named, such as ``data.image_size``: of
-    those a run brings nothing else. Raises UserError, as :func:`find` does, and for runs that see images of different
-    sizes.
+    The first run among them determines the data, and teachers are built for images of its size. data: the data set if
+    there is no run. asked: settings of ``data`` given by the user, such as ``data.image_size``, which a run does not
+    change. Raises UserError as :func:`find` does, and for runs that see images of different sizes.
     """
     found = {one: find(one, profile, data, store) for one in references if not _is_teacher(one)}
     runs = [one for one in found.values() if one.spec is not None]
     for one in runs[1:]:
         sizes = [f"{run.label} sees images of {run.network.image_size} px" for run in (runs[0], one)]
         if runs[0].network.image_size != one.network.image_size:
-            raise UserError(" and ".join(sizes), "look into runs of one image size at a time")
+            raise UserError(" and ".join(sizes), "analyse runs of one image size at a time")
     if runs and runs[0].data is not None and not asked:
         data = runs[0].data
     elif runs and "data.image_size" not in asked:
@@ -195,7 +194,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
         return _file(Path(reference).expanduser())
     begin, run_id = reference.startswith(_START), reference.removeprefix(_START)
     if store is not None and re.fullmatch("[0-9a-f]{1,16}", run_id):
-        found = _run(run_id, store)
+        found = store.find(run_id)
         return of_start(found) if begin else of_run(found)
     near = suggest(reference, teachers.miniatures()) or suggest(reference, teachers.registry())
     raise UserError(
@@ -205,25 +204,17 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
 
 
 def with_classes(found: Sequence[Subject], names: Path) -> list[Subject]:
-    """Return subjects with the user's list of the classes of a head, for those whose classes only it can tell.
+    """Return subjects with the user's list of a head's classes, attached to those whose classes are otherwise unknown.
 
-    A run's classes are known. Raises UserError for a list that is about none of them.
+    A run's classes are known. Raises UserError for a list that fits none of them.
     """
     heads = [one for one in found if one.spec is None]
     if not heads:
         raise UserError("the classes of a run's head are those of its data set", "leave `classes` out")
     length = len(classes.read_list(names))
     if all(one.network.classes != length for one in heads):
-        classes.of_list(names, heads[0].network.classes, heads[0].label)  # says why
+        classes.of_list(names, heads[0].network.classes, heads[0].label)  # raises the error that says why
     return [replace(one, classes=names) if one.spec is None and one.network.classes == length else one for one in found]
-
-
-def _run(run_id: str, store: Store) -> Run:
-    """Return the run whose id has this prefix. Raises UserError unless exactly one does."""
-    try:
-        return store.find(run_id)
-    except KeyError as fault:  # no suggestion: a hash that resembles another says nothing
-        raise UserError(str(fault.args[0]), "'atdiag runs list' lists them") from None
 
 
 def _teacher(reference: str, profile: str, data: Data | None) -> Subject:

@@ -56,7 +56,7 @@ class Layer:
     def used(self) -> Map:
         """The map that the block used: by q and k if available, else as a tensor."""
         if self.map is None:
-            raise TracingError("no map was asked for")
+            raise TracingError("no map was requested")
         return self.map
 
     def tensor(self, what: What, heads: Sequence[int] | None = None) -> Tensor:

@@ -123,8 +123,8 @@ def _explain(fault: Exception) -> int:
 
     if isinstance(fault, StoppedError):
         return EXIT_TERMINATED
-    if isinstance(fault, BrokenPipeError):  # whoever read our output has had enough, as head has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
+    if isinstance(fault, BrokenPipeError):  # the reader of our output has closed the pipe, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter complains again when it flushes
         return EXIT_PIPE
     if isinstance(fault, ImportError | MemoryError):
         what = "out of memory" if isinstance(fault, MemoryError) else f"this installation is incomplete ({fault})"

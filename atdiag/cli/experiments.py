@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from atdiag.study.settings import Settings
 
     Make = partial[Study | Series]
-    """An ablation with its own options; what is missing is the lab."""
+    """An ablation with its own options filled in; its remaining argument is the lab."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -121,7 +121,7 @@ def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
 
 
 def references(text: str) -> tuple[str, ...]:
-    """Split ``a,b`` into references to teachers, each once. The path of a file that exists is taken whole, commas too.
+    """Split ``a,b`` into references to teachers, each once. An existing path is taken literally, including commas.
 
     Raises UserError if there are none.
     """
@@ -168,7 +168,7 @@ def check_overrides(
 
 
 def check_classes(several: Sequence[Series], settings: Settings) -> None:
-    """Raise UserError for a list of classes where no teacher's own head is measured."""
+    """Raise UserError for a list of classes if no teacher's own head is measured."""
     from atdiag.core.errors import UserError
 
     if settings.classes is not None and not any(study.reference for one in several for study in one.studies):
@@ -176,7 +176,7 @@ def check_classes(several: Sequence[Series], settings: Settings) -> None:
 
 
 def _is_so(name: str, specs: list[RunSpec], settings: Settings) -> bool:
-    """Return whether a setting under ``transfer.`` states what already holds for some transfer."""
+    """Return whether a setting under ``transfer.`` has the value that some transfer already has."""
     section, _, field = name.partition(".")
     if section != "transfer":
         return False

@@ -1,4 +1,4 @@
-"""Commands that look inside networks: trace, similarity, intervene. Each wraps a function of ``analysis``.
+"""Commands that analyse networks: trace, similarity, intervene. Each wraps a function of ``analysis``.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -51,7 +51,7 @@ LayerMap = Annotated[
 
 def trace(
     given: InspectionOptions,
-    subject: Annotated[str, typer.Argument(help=f"What to look into: {SUBJECT}.")],
+    subject: Annotated[str, typer.Argument(help=f"What to examine: {SUBJECT}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, .safetensors.")],
     what: Annotated[
         str, typer.Option(help="Any of map, logits, q, k, v, attn, mlp and residual, separated by commas.")

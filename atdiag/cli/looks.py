@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 Subjects = Annotated[
     list[str],
-    typer.Argument(metavar="SUBJECT...", help=f"What to look into: {SUBJECT}; several are shown side by side."),
+    typer.Argument(metavar="SUBJECT...", help=f"What to examine: {SUBJECT}; several are shown side by side."),
 ]
 
 
@@ -149,7 +149,7 @@ def maps(
         typer.Option(help="Whose attention: centre, cls, or x,y in pixels. Repeatable. [default: centre]"),
     ] = None,
     head: Annotated[str, typer.Option(help="mean, all, or a head's number.")] = "mean",
-    no_rollout: Annotated[bool, typer.Option("--no-rollout", help="Leave the attention rollout out.")] = False,
+    no_rollout: Annotated[bool, typer.Option("--no-rollout", help="Omit the attention rollout.")] = False,
 ) -> None:
     """Draw attention maps: subjects in rows, layers in columns, a figure for each image and query.
 

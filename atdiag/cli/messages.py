@@ -12,7 +12,7 @@ import typer
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
 
 LOOKING = ("trace", "similarity", "intervene", "probe", "attention-stats", "maps")
-"""Commands that look inside networks: they train nothing, and write their files at the end."""
+"""Commands that analyse networks: they train nothing, and write their files at the end."""
 
 RESERVED = (
     "reproduce",
@@ -41,7 +41,7 @@ _ARGUMENT = re.compile(r"`([^\W\d]\w*(?:\.[^\W\d]\w*)*)`")
 
 
 def as_typed(text: str) -> str:
-    """Return a library's message with its arguments as they are typed.
+    """Return a library's message with its arguments spelled as command-line options.
 
     >>> as_typed("give `data_dir`, or `data.image_size`=224")
     'give --data-dir, or --set data.image_size=224'

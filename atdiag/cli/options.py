@@ -33,7 +33,7 @@ Classes = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="The classes of a teacher's head: their names, one a line, a line for each row. "
+        help="Text file with the class names of a teacher's head, one line for each row. "
         "[default: a list inside the weights or beside them, ImageNet-1k's for 1,000 rows]",
     ),
 ]
@@ -68,7 +68,7 @@ _Deterministic = Annotated[
     bool,
     typer.Option(
         "--deterministic",
-        help="Get the same bits from a GPU each time, at some cost of speed. A CPU gives them anyway.",
+        help="Make results on a GPU bitwise reproducible, at some cost in speed. On a CPU they always are.",
     ),
 ]
 

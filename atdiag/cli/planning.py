@@ -113,7 +113,7 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
     for note in dict.fromkeys([*series.notes, *(note for study in series.studies for note in study.notes)]):
         typer.echo(f"- {note}")
     if any(study.teacher.sha256 is None for study in series.studies):
-        typer.echo("The names of runs that need the teacher will be others: its weights' sha256 is part of them.")
+        typer.echo("Ids of runs that need the teacher will change, since they include its weights' sha256.")
     for name, document in _resolved(series, settings).items():
         typer.echo(f"{name}: " + ", ".join(f"{k}={_short(v)}" for k, v in document.items() if v not in (None, [], ())))
     networks = {spec.network: name for name, spec in reversed(planned) if spec.recipe.epochs}

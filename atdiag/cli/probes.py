@@ -112,7 +112,7 @@ def probe(
         list[str],
         typer.Argument(
             metavar="SUBJECT...",
-            help=f"What to look into: {SUBJECT}, or an experiment's .json under results: all of its arms.",
+            help=f"What to examine: {SUBJECT}, or an experiment's .json under results: all of its arms.",
         ),
     ],
     layers: Layers = None,
@@ -127,9 +127,8 @@ def probe(
 ) -> None:
     """Probe every layer's tokens for the classes, and apply the trained head to every layer.
 
-    A linear probe (its regularisation chosen on a held-out part of the training images, where each class has two or
-    more), nearest neighbours by cosine,
-    and nearest class means, on class token, mean patch token, and both.
+    A linear probe (its regularisation chosen on held-out training images if each class has two or more), nearest
+    neighbours by cosine, and nearest class means, on class token, mean patch token, and both.
     """
     from atdiag.analysis import probing
     from atdiag.core.errors import UserError
@@ -205,7 +204,7 @@ def probe(
 
 
 def _regularised(held_out: int) -> str:
-    """How the linear probe's regularisation was found."""
+    """Describe how the linear probe's regularisation was chosen."""
     from atdiag.analysis import classifiers
 
     if held_out:

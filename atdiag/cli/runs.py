@@ -105,21 +105,12 @@ def store_of(runs: Path | None) -> Store:
     return Store(profiles.resolve(None, None, (), runs).runs)
 
 
-def _find(store: Store, name: str) -> Run:
-    from atdiag.core.errors import UserError
-
-    try:
-        return store.find(name)
-    except KeyError as fault:  # no suggestion: a hash that resembles another says nothing
-        raise UserError(str(fault.args[0]), "'atdiag runs list' lists them") from None
-
-
 @app.command("show")
 def runs_show(run: Annotated[str, typer.Argument(help="A run's id, or its first digits.")], runs: Runs = None) -> None:
     """Show one run: its spec, state and results."""
     from atdiag.core.errors import UserError
 
-    found = _find(store_of(runs), run)
+    found = store_of(runs).find(run)
     document: dict[str, Any] = {"run": found.id, "state": found.state}
     try:
         document["spec"] = found.spec.model_dump(mode="json")
@@ -145,7 +136,7 @@ def runs_remove(
     from atdiag.core.runs import RunBusyError
 
     store = store_of(runs)
-    for one in [_find(store, name) for name in run]:  # find all before removing any
+    for one in [store.find(name) for name in run]:  # find all before removing any
         try:
             store.remove(one)
         except RunBusyError as fault:
@@ -166,7 +157,7 @@ def runs_verify(
     from atdiag.training import audit
 
     store = store_of(runs)
-    chosen = [_find(store, name) for name in run] if run else store.list()
+    chosen = [store.find(name) for name in run] if run else store.list()
     with console.counted("hashing", len(chosen)) as report:
         verdicts = audit.verify(chosen, report)
     damaged = [verdict for verdict in verdicts if verdict.state == "damaged"]
@@ -217,7 +208,7 @@ def runs_diff(
     from atdiag.reports import run_table
 
     store = store_of(runs)
-    one, other = _find(store, a), _find(store, b)
+    one, other = store.find(a), store.find(b)
     found = run_table.differences(one, other)
     if json_:
         typer.echo(json.dumps({"runs": [one.id, other.id], **found}))

@@ -1,4 +1,4 @@
-"""Sessions of commands: settings, store and device; for commands that look inside networks, subjects and images.
+"""Sessions of commands: settings, store and device; for commands that analyse networks, subjects and images.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
@@ -58,7 +58,7 @@ _Out = Annotated[Path | None, typer.Option(help="Folder for tables and figures. 
 
 _Label = Annotated[
     list[str] | None,
-    typer.Option("--label", help="A subject's name in tables and figures. Repeatable: one for each, in their order."),
+    typer.Option("--label", help="A subject's name in tables and figures. Repeatable: one for each, in order."),
 ]
 
 _COMMON: dict[str, tuple[Any, Any]] = {
@@ -77,7 +77,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 
 @dataclass(frozen=True)
 class InspectionOptions:
-    """Options common to all commands that look inside networks, as typed."""
+    """Options common to all commands that analyse networks, as typed."""
 
     label: Sequence[str] | None = None
     skip_bad: bool = False
@@ -179,7 +179,7 @@ def open_session(
     )
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))
-    if not paths.is_folder(settings.runs):  # one that is there may be read-only: finished runs are only read
+    if not paths.is_folder(settings.runs):  # an existing folder may be read-only: finished runs are only read
         paths.writable(settings.runs, "runs")
     return ExperimentSession(settings, Store(settings.runs), options, equivalence)
 
@@ -188,7 +188,7 @@ class InspectionSession:
     """Subjects by their references, and images for them."""
 
     def __init__(self, references: Sequence[str], given: InspectionOptions, classes: Path | None = None) -> None:
-        """classes: the user's list of the classes of the heads that have as many rows."""
+        """classes: the user's list of classes, for heads with as many rows."""
         from atdiag.analysis import subjects
         from atdiag.core.runs import Store
         from atdiag.execution import devices

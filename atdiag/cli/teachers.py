@@ -73,7 +73,7 @@ def pretrain(
     name: Annotated[str, typer.Argument(help="The miniature to rebuild, such as clip_b.")],
     runs: Runs = None,
     out: Annotated[Path | None, typer.Option(help="The file to write. [default: ./<name>.safetensors]")] = None,
-    install: Annotated[bool, typer.Option("--install", help="Put it in the shipped one's place.")] = False,
+    install: Annotated[bool, typer.Option("--install", help="Replace the shipped one.")] = False,
 ) -> None:
     """Pre-train a miniature teacher again, and compare its accuracy with the shipped one's."""
     from atdiag.core.errors import UserError

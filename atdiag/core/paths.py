@@ -56,7 +56,7 @@ _LONGEST = 120
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder that can be looked into; False also for a name that the system refuses."""
+    """Return whether a path is a readable folder; False also for a name that the system refuses."""
     try:
         return path.is_dir()
     except OSError:

@@ -32,6 +32,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from atdiag.core.errors import UserError
 from atdiag.core.resources import GIB, small_file
 from atdiag.core.spec import RunSpec
 
@@ -301,16 +302,19 @@ class Store:
         return [Run(path) for path in sorted(made, key=lambda path: (made[path], path.name))]
 
     def find(self, prefix: str) -> Run:
-        """Return the run whose id starts with ``prefix`` (at least 4 digits). Raises KeyError unless it is unique."""
-        if len(prefix) < 4:
-            raise KeyError(f"{prefix!r} is too short for a run's id: give at least 4 of its digits")
+        """Return the run whose id starts with ``prefix`` (at least 4 digits). Raises UserError unless it is unique."""
         matches = [run for run in self.list() if run.id.startswith(prefix)]
-        if not matches:
-            raise KeyError(f"no run in {self.root} named {prefix!r}")
-        if len(matches) > 1:
+        if len(prefix) < 4:
+            problem = f"{prefix!r} is too short for a run's id: give at least 4 of its digits"
+        elif not matches:
+            problem = f"no run in {self.root} named {prefix!r}"
+        elif len(matches) > 1:
             some = ", ".join(run.id for run in matches[:4]) + (" ..." if len(matches) > 4 else "")
-            raise KeyError(f"{len(matches)} runs in {self.root} have ids that begin with {prefix!r}: {some}")
-        return matches[0]
+            problem = f"{len(matches)} runs in {self.root} have ids that begin with {prefix!r}: {some}"
+        else:
+            return matches[0]
+        # No suggestion of a similar id: a hash that resembles another says nothing.
+        raise UserError(problem, "'atdiag runs list' lists them")
 
     def remove(self, run: Run) -> None:
         """Delete a run's directory. Raises RunBusyError while it is being trained."""

@@ -118,7 +118,7 @@ FACTS: dict[str, Facts] = {
         source="image-net.org",
         licence="non-commercial",
         imagenet=tuple(range(1000)),
-        closed="it takes an account, and agreeing to its terms",
+        closed="it requires an account, and agreement to its terms",
     ),
     "inat2017": _inat(2017, 5_089, 579_184, 95_986),
     "inat2018": _inat(2018, 8_142, 437_513, 24_426),

@@ -1,4 +1,4 @@
-"""What a data set is: what everything else asks of one. Imports nothing heavy: planning asks, too."""
+"""The interface of a data set. Imports nothing heavy, since planning uses it too."""
 
 from __future__ import annotations
 
@@ -15,89 +15,89 @@ if TYPE_CHECKING:
 
 
 class DataSet(Protocol):
-    """A data set. A spec (:class:`~atdiag.core.spec.Data`) names one and says which of its images are meant.
+    """A data set. A spec (:class:`~atdiag.core.spec.Data`) names one and selects its images.
 
-    :mod:`~atdiag.data.sources` finds one by name. It reads no image before a split is asked for.
+    :mod:`~atdiag.data.sources` finds one by name. No image is read before a split is requested.
     """
 
     @property
     def name(self) -> str:
-        """The name in specs."""
+        """Name in specs."""
 
     @property
     def classes(self) -> int:
-        """Number of classes. Raises UserError where only the folder says it, and that is not there."""
+        """Number of classes. Raises UserError if only the folder determines it, and that is missing."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the labels; empty where they are not known on this machine."""
+        """Names of the classes, in the order of the labels; empty if not known on this machine."""
 
     @property
     def image_size(self) -> int | None:
-        """Side of the images that networks see unless a spec says otherwise, in pixels; None: every spec says it."""
+        """Default side of the images that networks see, in pixels; None: every spec must give it."""
 
     @property
     def imagenet_rows(self) -> tuple[int, ...]:
-        """Where the classes are ImageNet-1k's: their indices there, in the order of the labels; else empty."""
+        """If the classes are ImageNet-1k's: their indices there, in the order of the labels; else empty."""
 
     @property
     def cluster(self) -> str:
-        """What test images of one cluster share, such as "source digit"; empty: every image is its own cluster."""
+        """What the test images of a cluster share, such as "source digit"; empty: every image is its own cluster."""
 
     def row(self) -> dict[str, Any]:
-        """Return its row in ``atdiag data``: see :func:`atdiag.data.listing.rows`."""
+        """Return the data set's row in ``atdiag data``: see :func:`atdiag.data.listing.rows`."""
 
     def usual(self, beside: Data) -> Data:
-        """Return the spec that the name alone stands for, at a profile whose own data are ``beside``."""
+        """Return the spec that the name alone stands for, in a profile whose default data are ``beside``."""
 
     def complete(self, data: Data, train: int | None = None) -> Data:
-        """Return the spec with what the data set itself decides, such as sizes and fingerprints.
+        """Return the spec with the fields that the data set determines, such as sizes and fingerprints.
 
-        train: how many training images were asked for, if that was said. Raises UserError for a spec that does not fit.
+        train: requested number of training images, if any. Raises UserError for a spec that does not fit.
         """
 
     def resized(self, data: Data, size: int) -> Data:
-        """Return the spec with images of ``size`` x ``size``, where they come in any size; else the spec itself."""
+        """Return the spec with images of ``size`` x ``size`` if the size is free; else the spec itself."""
 
     def with_train(self, data: Data, count: int) -> Data:
-        """Return the spec with ``count`` training images, where they are made in any number; else the spec itself."""
+        """Return the spec with ``count`` training images if any number can be made; else the spec itself."""
 
     def shape(self, data: Data) -> tuple[int, int]:
         """Return channels and side of the images that networks see. Raises ValueError for a spec without a size."""
 
     def test_images(self, data: Data) -> int:
-        """Return about how many test images a spec means, for an estimate of what a test costs."""
+        """Return the approximate number of test images of a spec, to estimate the cost of a test."""
 
     def validation_images(self, data: Data) -> int:
-        """Return how many images a spec holds back for validation, 0 for none; for an estimate, as above."""
+        """Return the number of images a spec holds out for validation (0: none); approximate, as above."""
 
     def head_rows(self, classes: int) -> tuple[int, ...] | None:
-        """Return the rows of a teacher's head of ``classes`` outputs that are this set's classes, in order of labels.
+        """Return the rows of a teacher's head of ``classes`` outputs for this set's classes, in the order of labels.
 
-        None where such a head is for another task.
+        None if such a head is for another task.
         """
 
     def check(self, data: Data, network: Network) -> None:
-        """Look at the images that a spec means, in seconds and decoding none, before anything is trained on them.
+        """Check the images of a spec before training: takes seconds, and decodes none.
 
-        Raises UserError for images that are not here, or not what name and spec say (layout, classes, numbers,
+        Raises UserError for images that are missing or contradict the name or the spec (layout, classes, numbers,
         fingerprint, memory); ValueError for a network that does not fit.
         """
 
     def folder(self) -> Path | None:
-        """Return the folder in which the images lie; None where it is not found, or where there is none."""
+        """Return the folder of the images; None if it is not found, or if there is none."""
 
     def files(self) -> dict[SplitName, Files] | None:
-        """Return the files of both splits, which can be hashed; None for a data set that has none.
+        """Return the files of both splits, for hashing; None for a data set without files.
 
-        Raises UserError where they are not what the name says.
+        Raises UserError if they contradict the name.
         """
 
     def train_split(self, data: Data, seed: int) -> Split:
         """Return the training images, a pure function of spec and data seed."""
 
     def validation_split(self, data: Data, seed: int) -> Split | None:
-        """Return the images held back for validation, a pure function of spec and data seed; None: none are."""
+        """Return the images held out for validation, a pure function of spec and data seed; None if there are none."""
 
     def test_split(self, data: Data) -> Split:
         """Return the test images, the same for every run."""
@@ -113,7 +113,7 @@ def check_classes(name: str, number: int) -> None:
 
 
 def check_fit(data_set: DataSet, data: Data, network: Network) -> None:
-    """Raise ValueError for a network that is for other classes or images than a data set's.
+    """Raise ValueError for a network whose classes or image shape differ from the data set's.
 
     Raises UserError for a data set with fewer than two classes.
     """

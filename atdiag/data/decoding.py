@@ -1,7 +1,7 @@
 """Real images: decoding, the test view, and a split as one object.
 
-How each mode of Pillow becomes 8-bit RGB. No rule looks at the values of an image: its own least and largest would
-change the contrast from image to image.
+Every mode of Pillow is converted to 8-bit RGB by a rule. No rule depends on an image's own minimum and maximum, which
+would change the contrast from image to image.
 
 ====================  ================================================================================================
 mode                  rule
@@ -10,8 +10,8 @@ RGB                   as it is. Of 16 bits a channel Pillow keeps the upper 8 (a
 L, 1                  the grey value in all three channels; 1, 2 and 4 bits are spread over 0 to 255 by Pillow
 P                     the colour in the palette
 LA, RGBA, PA, RGBX    the colour; alpha is dropped, as in timm and torchvision, whatever is transparent
-La, RGBa              the same, after division by alpha, which these modes have multiplied in
-CMYK                  (255 - C) (255 - K) / 255, and so for M and Y; colour profiles are ignored in every mode
+La, RGBa              the same, after division by alpha: these modes are premultiplied
+CMYK                  (255 - C) (255 - K) / 255, likewise for M and Y; colour profiles are ignored in every mode
 YCbCr                 JFIF's matrix (ITU-R BT.601, full range)
 I;16, I;16B, I;16L    round(255 v / largest), the same in all three channels. largest: 65,535, so v / 257; 4,095 in a
                       TIFF whose BitsPerSample is 12. White as zero in a TIFF: 255 minus that
@@ -20,11 +20,11 @@ I                     the same, in a PGM, whose values Pillow scales from the fi
 F, LAB, HSV, others   refused: no stated range, or no rule
 ====================  ================================================================================================
 
-12 bits in a 16-bit PNG or TIFF can't be told from a dark image, and are taken as 16 bits: neither PNG's sBIT (PNG's
-samples fill their range at any significant depth) nor TIFF's MaxSampleValue (a statistic of the image) is a range.
-``atdiag data check`` counts images of 16 bits that use less than an eighth of their range.
+12 bits in a 16-bit PNG or TIFF can't be distinguished from a dark image, and are read as 16 bits: neither PNG's sBIT
+(PNG's samples fill their range at any significant depth) nor TIFF's MaxSampleValue (a statistic of the image) is a
+range. ``atdiag data check`` counts images of 16 bits that use less than an eighth of their range.
 
-Of an animation, or of several pages, the first image is taken (of an APNG, its default image). EXIF orientation is
+Of an animation or several pages, the first image is used (of an APNG, its default image). EXIF orientation is
 ignored, as in timm; a TIFF's own Orientation is applied, by Pillow.
 """
 
@@ -76,10 +76,11 @@ class _NoRuleError(Exception):
 def decode(path: Path, content: bytes | None = None, remarks: set[str] | None = None) -> Image.Image:
     """Decode an image as RGB at its stored size, by the rule for its mode. Raises BrokenImageError.
 
-    content: the file's bytes, if already read. remarks: gets what may surprise in the image, such as ``DARK``.
+    content: the file's bytes, if already read. remarks: a set to which surprising properties are added, such as
+    ``DARK``.
     """
     try:
-        # Never by name: Pillow would map the file, and gets the rows of a grey TIFF with an Orientation wrong then.
+        # Never by name: Pillow would map the file, and then gets the rows of a grey TIFF with an Orientation wrong.
         with (
             path.open("rb") if content is None else io.BytesIO(content) as file,
             Image.open(file, formats=FORMATS) as picture,
@@ -102,7 +103,7 @@ _COLOUR = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _MULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 _WIDE = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
-"""Tags of TIFF; the last is EXIF's too."""
+"""Tags of TIFF; the last is also EXIF's."""
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -118,7 +119,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _range(picture: Image.Image) -> int:
-    """Return the largest value that a wide grey image can have. Raises _NoRuleError where the file states none."""
+    """Return the largest possible value of a wide grey image. Raises _NoRuleError if the file states none."""
     mode = picture.mode
     if isinstance(picture, TiffImageFile) and mode in _WIDE[:-1]:
         return int(2 ** picture.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
@@ -132,7 +133,7 @@ def _range(picture: Image.Image) -> int:
 
 
 def _white_is_zero(picture: Image.Image) -> bool:
-    """Return whether a wide grey TIFF has white as zero, which Pillow inverts at 8 bits and not at 16."""
+    """Return whether white is zero in a wide grey TIFF: Pillow inverts this at 8 bits, but not at 16."""
     if not isinstance(picture, TiffImageFile) or not picture.tile:
         return False
     how = picture.tile[0].args
@@ -140,7 +141,7 @@ def _white_is_zero(picture: Image.Image) -> bool:
 
 
 def _remarks(picture: Image.Image, rgb: Image.Image) -> set[str]:
-    """Return what may surprise in a picture that has become ``rgb``."""
+    """Return the surprising properties of a picture that was converted to ``rgb``."""
     found = set()
     if picture.mode in _WIDE:
         if int(np.asarray(rgb).max()) < 256 // 8:
@@ -149,7 +150,7 @@ def _remarks(picture: Image.Image, rgb: Image.Image) -> set[str]:
         alpha = picture.convert(_MULTIPLIED.get(picture.mode, picture.mode)).convert("RGBA").getchannel("A")
         if alpha.getextrema()[0] != 255:
             found.add(TRANSPARENT)
-    if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a photograph with a preview, or in depth
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":  # MPO: a preview, or a stereo pair
         found.add(SEVERAL)
     if not isinstance(picture, TiffImageFile):
         with suppress(Exception), warnings.catch_warnings(action="ignore"):  # EXIF is often malformed, never needed

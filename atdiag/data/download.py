@@ -51,7 +51,7 @@ def fetch(name: str, report: Report = lambda what, done, total: None) -> Path | 
         raise UserError(f"{name} can't be downloaded", "only published sets of real images can be")
     if facts.archive is None:
         raise UserError(
-            f"{name} can't be downloaded, {facts.closed}",
+            f"{name} can't be downloaded because {facts.closed}",
             f"get it from {facts.source} and put it below `data_dir` as '{facts.folders[0]}' (see docs/data.md)",
         )
     root = image_folders.data_folder(name, facts.folders)

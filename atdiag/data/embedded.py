@@ -1,6 +1,6 @@
-"""Data sets without files: images that are made when they are asked for. Imports nothing heavy.
+"""Data sets without files, whose images are generated on demand. Imports nothing heavy.
 
-One of one's own is one object, :class:`EmbeddedSet`, with two functions that make its images; see there.
+A user's own data set is one :class:`EmbeddedSet` with two functions that make its images; see there.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
     from atdiag.data.splits import Images
 
 USUAL = Data(name="digits", train=2500, clutter=6)
-"""The data of profile mini. An embedded set has these numbers at the profiles of real images, too."""
+"""The data of profile mini. Embedded sets have these sizes also in profiles with real images."""
 
 EMBEDDED = "embedded"
-"""What ``atdiag data`` says in place of a folder."""
+"""Shown by ``atdiag data`` in place of a folder."""
 
 Setting = Literal["test_per_source", "clutter", "test_draw"]
-"""A field of a spec that only embedded sets have."""
+"""Name of a spec's field that only embedded sets have."""
 
 _SETTINGS: frozenset[Setting] = frozenset(OF_SCENES)
 
 
 @dataclass(frozen=True)
 class EmbeddedSet:
-    """A data set whose images are made, of one size and in any number::
+    """A data set whose images are generated, in one size and any number::
 
         STRIPES = EmbeddedSet(
             name="stripes",
             title="stripes, upright or lying",
             classes=2,
             image_size=16,
-            make_train=make_train,  # (data, seed) -> Images: data.train of them
+            make_train=make_train,  # (data, seed) -> Images, as many as data.train
             make_test=make_test,  # (data) -> Images
             sources=50,
             cluster="pattern",
@@ -57,8 +57,8 @@ class EmbeddedSet:
         [project.entry-points."atdiag.data_sets"]
         stripes = "my_package.stripes:STRIPES"
 
-    The functions must be pure, and draw with ``randomness.generator(seed, "a name of their own", ...)``: a run is made
-    again from its spec.
+    The functions must be pure, and draw with ``randomness.generator(seed, "a name of their own", ...)``, so that a run
+    can be reproduced from its spec.
     """
 
     name: str
@@ -68,29 +68,29 @@ class EmbeddedSet:
     make_train: Callable[[Data, int], Images]
     make_test: Callable[[Data], Images]
     sources: int
-    """Test images where ``data.test_per_source`` is 1: about as many as there are clusters, where there are any."""
+    """Number of test images if ``data.test_per_source`` is 1: about the number of clusters, if any."""
     channels: int = 1
     cluster: str = ""
-    """What the test images of one cluster share, in one word or two; empty: every image is a cluster of its own."""
+    """What the test images of a cluster share, in one or two words; empty: every image is its own cluster."""
     settings: frozenset[Setting] = frozenset({"test_per_source"})
-    """What it heeds of a spec's fields for embedded images. The others are at their defaults in every spec of it."""
+    """Fields of ``Data`` for embedded images that have an effect; the others are reset to their defaults."""
     make_validation: Callable[[Data, int], Images] | None = None
-    """``(data, seed)`` -> images held back for validation; ``make_train`` then leaves out what these are made of where
-    ``data.validation`` is given. None: it can't be given."""
+    """``(data, seed)`` -> images held out for validation; if ``data.validation`` is given, ``make_train`` must not use
+    what these are made of. None: ``data.validation`` can't be given."""
     known_to_teachers: bool = False
-    """Whether the heads of teachers with as many classes are for these: the miniature teachers know ``digits``."""
+    """Whether heads of teachers with as many classes are for this task: the miniature teachers know ``digits``."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes in the order of the labels, by which a teacher's head is matched; empty: not known."""
+    """Names of the classes in the order of the labels, used to match a teacher's head; empty: not known."""
     source: str = ""
     licence: str = ""
 
     @property
     def imagenet_rows(self) -> tuple[int, ...]:
-        """None."""
+        """Empty: the classes are not ImageNet's."""
         return ()
 
     def row(self) -> dict[str, Any]:
-        """Return its row in ``atdiag data``."""
+        """Return the data set's row in ``atdiag data``."""
         return {
             "name": self.name,
             "title": self.title,
@@ -105,15 +105,15 @@ class EmbeddedSet:
         }
 
     def usual(self, beside: Data) -> Data:
-        """Return the profile's spec under this name; at a profile of real images, mini's."""
+        """Return the profile's spec under this name; in a profile with real images, that of mini."""
         spec = beside if beside.image_size is None else USUAL
         return spec.model_copy(update={"name": self.name})
 
     def complete(self, data: Data, train: int | None = None) -> Data:
-        """Return the spec, with settings that it does not heed at their defaults.
+        """Return the spec, with ignored settings reset to their defaults.
 
-        train: is ``data.train`` already. Raises UserError for an image size, and for a validation part where none is
-        made.
+        train: unused, ``data.train`` has it. Raises UserError for an image size, and for a validation part if the set
+        has none.
         """
         if data.image_size is not None:
             raise UserError(
@@ -140,19 +140,19 @@ class EmbeddedSet:
         return self.channels, self.image_size
 
     def test_images(self, data: Data) -> int:
-        """Return about how many test images a spec means."""
+        """Return the approximate number of test images of a spec."""
         return self.sources * data.test_per_source
 
     def validation_images(self, data: Data) -> int:
-        """Return how many images a spec holds back for validation."""
+        """Return the number of images a spec holds out for validation."""
         return validation.size(data.validation, data.train)
 
     def head_rows(self, classes: int) -> tuple[int, ...] | None:
-        """Return all rows of a head with as many classes, if teachers know this data set; else None."""
+        """Return all rows of a head with as many classes, if teachers are trained for this data set; else None."""
         return tuple(range(classes)) if self.known_to_teachers and classes == self.classes else None
 
     def check(self, data: Data, network: Network) -> None:
-        """Raise ValueError for a network that does not fit, UserError for more images than memory holds."""
+        """Raise ValueError for a network that does not fit, UserError for more images than fit in memory."""
         check_fit(self, data, network)
         count = data.train + self.validation_images(data) + self.test_images(data)
         resources.room(
@@ -170,16 +170,16 @@ class EmbeddedSet:
         return None
 
     def train_split(self, data: Data, seed: int) -> Images:
-        """Return ``data.train`` images, made for a data seed. Raises ValueError where the function makes others."""
+        """Return the ``data.train`` images of a data seed. Raises ValueError if ``make_train`` returns others."""
         images = self._sound(self.make_train(data, seed))
         if len(images) != data.train:
             raise ValueError(f"the data set {self.name} made {len(images)} training images, not {data.train}")
         return images
 
     def validation_split(self, data: Data, seed: int) -> Images | None:
-        """Return the images held back for validation; None where none are.
+        """Return the images held out for validation; None if there are none.
 
-        Raises ValueError where the function makes others than the data set says.
+        Raises ValueError if ``make_validation`` returns others than declared.
         """
         if data.validation is None or self.make_validation is None:
             return None
@@ -189,11 +189,11 @@ class EmbeddedSet:
         return images
 
     def test_split(self, data: Data) -> Images:
-        """Return the test images. Raises ValueError where the function makes others than the data set says."""
+        """Return the test images. Raises ValueError if ``make_test`` returns others than declared."""
         return self._sound(self.make_test(data))
 
     def _sound(self, images: Images) -> Images:
-        """Return the images. Raises ValueError for a type, shape or labels that everything else can't rely on."""
+        """Return the images. Raises ValueError for another type or shape than declared, or labels out of range."""
         n, side = len(images), self.image_size
         for what, kind, shape, wanted in (
             ("pixels", images.pixels.dtype, images.pixels.shape, ("uint8", (n, self.channels, side, side))),

@@ -1,6 +1,6 @@
-"""Which files are taken for images, by the ending of their names. Imports nothing heavy: planning lists folders.
+"""Which files count as images, by file ending. Imports nothing heavy, since planning lists folders.
 
-Every file in a class folder is an image that is read (``READ``), one that is refused by its path (``UNREAD``,
+Every file in a class folder is an image that is read (``READ``), an image that is refused (``UNREAD``,
 ``DOCUMENTS``), or another file, which is counted and named. Endings decide what is listed; the content of a listed
 file decides how it is decoded.
 """
@@ -18,7 +18,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 }
 """The formats that are read, by Pillow's names, and their endings. Not all that Pillow opens: for EPS it would run
-Ghostscript, an ICO holds several sizes, and not every build of it reads AVIF."""
+Ghostscript, an ICO holds several sizes, and not every build of Pillow reads AVIF."""
 
 READ = tuple(ending for endings in FORMATS.values() for ending in endings)
 
@@ -34,10 +34,10 @@ DOCUMENTS = (".eps", ".ps", ".pdf", ".ai", ".svg", ".svgz", ".wmf", ".emf")
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file of this name is read as an image; endings are compared in any case."""
+    """Return whether a file of this name is read as an image; the case of the ending does not matter."""
     return name.lower().endswith(READ)
 
 
 def is_refused(name: str) -> bool:
-    """Return whether a file of this name is an image, or a document, of a format that is not read."""
+    """Return whether a file of this name is an image or document in a format that is not read."""
     return name.lower().endswith(UNREAD + DOCUMENTS)

@@ -1,4 +1,4 @@
-"""Data sets of real images in folders: those of the catalogue, and one's own. Imports nothing heavy."""
+"""Data sets of real images in folders: those of the catalogue, and the user's own. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ _WNID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True)
 class FolderSet:
-    """A data set of images in a folder, of which networks see square crops of the size that a spec says.
+    """A data set of images in a folder; networks see square crops of a size given in the spec.
 
-    name: of the catalogue, or ``folder:PATH`` or ``timm:PATH``. Nothing is known to be dependent: every image is a
-    cluster of its own.
+    name: a name in the catalogue, ``folder:PATH`` or ``timm:PATH``. No dependence between images is known: each is its
+    own cluster.
     """
 
     name: str
 
     @property
     def facts(self) -> Facts | None:
-        """What the catalogue knows of it; None for one's own."""
+        """The catalogue's facts; None for a user's own folder."""
         return FACTS.get(self.name)
 
     @property
     def classes(self) -> int:
-        """Number of classes. Raises UserError for a folder of one's own that is not there."""
+        """Number of classes. Raises UserError if the user's own folder is missing."""
         return self.facts.classes if self.facts else len(image_folders.class_names(self.name))
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the class folders, in the order of the labels; empty where the folder is not found.
+        """Names of the class folders, in the order of the labels; empty if the folder is not found.
 
-        Raises UserError for a folder that is not laid out as it should be.
+        Raises UserError for a folder with an invalid layout.
         """
         if self.facts and self.facts.imagenet:
             return tuple(synsets()[row] for row in self.facts.imagenet)
@@ -57,12 +57,12 @@ class FolderSet:
 
     @property
     def image_size(self) -> int | None:
-        """Side of the crop unless a spec says otherwise, in pixels; None for one's own."""
+        """Default side of the crop, in pixels; None for a user's own folder."""
         return self.facts.image_size if self.facts else None
 
     @property
     def imagenet_rows(self) -> tuple[int, ...]:
-        """Where the classes are ImageNet-1k's: their indices there, in order; else empty."""
+        """If the classes are ImageNet-1k's: their indices there, in the order of the labels; else empty."""
         if self.facts is not None:
             return self.facts.imagenet
         names = self.class_names
@@ -73,11 +73,11 @@ class FolderSet:
 
     @property
     def cluster(self) -> str:
-        """Empty: every image is its own."""
+        """Empty: every image is its own cluster."""
         return ""
 
     def row(self) -> dict[str, Any]:
-        """Return its row in ``atdiag data``. One's own has none."""
+        """Return the data set's row in ``atdiag data``; only sets of the catalogue have one."""
         facts = FACTS[self.name]
         folder = self.folder()
         return {
@@ -94,19 +94,19 @@ class FolderSet:
         }
 
     def usual(self, beside: Data) -> Data:
-        """Return the spec of all its images, at the profile's size where that has one."""
+        """Return the spec of all images, at the profile's image size if it has one."""
         return Data(name=self.name, train=beside.train, image_size=beside.image_size or self.image_size)
 
     def complete(self, data: Data, train: int | None = None) -> Data:
-        """Return the spec with ``train``, ``image_size`` and fingerprint as they are.
+        """Return the spec with the actual ``train``, ``image_size`` and fingerprint.
 
-        ``train`` becomes the number of training images that the spec means: all, ``per_class`` of each class, without
-        those held back for validation, or of those as many as ``train`` asks for. Where the files decide
-        (``folder:PATH``, ``timm:PATH``, sets that are kept in several forms) their fingerprint is taken; it stays None
-        for a set that is not on this machine, which nothing trains with.
+        ``train`` becomes the number of training images: all, or ``per_class`` of each class, without those held out for
+        validation, or as many of these as ``train`` requests. If only the files determine the images (``folder:PATH``,
+        ``timm:PATH``, sets that exist in several forms), their fingerprint is added; it stays None for a set that is
+        not on this machine, which can be planned but not trained on.
 
-        Raises UserError for a folder of one's own that is not there or not laid out as it should be, for one without
-        ``image_size``, which only its owner can know, and for more training images than there are.
+        Raises UserError for a user's own folder that is missing or has an invalid layout, or without ``image_size``
+        (which only its owner can know), and for more training images than there are.
         """
         facts = self.facts
         if facts is None and data.image_size is None:
@@ -137,7 +137,7 @@ class FolderSet:
         return data.model_copy(update={"image_size": size})
 
     def with_train(self, data: Data, count: int) -> Data:
-        """Return the spec itself: there are as many images as there are."""
+        """Return the spec itself: the number of images is fixed."""
         return data
 
     def shape(self, data: Data) -> tuple[int, int]:
@@ -147,13 +147,13 @@ class FolderSet:
         return 3, data.image_size
 
     def test_images(self, data: Data) -> int:
-        """Return about how many test images a spec means; of one's own a guess, without a look at the folder."""
+        """Return the approximate number of test images of a spec; for a user's own folder a guess."""
         if data.test_per_class:
             return self.classes * data.test_per_class
         return self.facts.test if self.facts else data.train // 5
 
     def validation_images(self, data: Data) -> int:
-        """Return how many images a spec holds back; of one's own without ``per_class`` a guess, where it is a share."""
+        """Return the number of images a spec holds out; a guess for a share of all images in a user's folder."""
         if data.validation is None or data.validation >= 1:
             return validation.size(data.validation, 0)
         if data.per_class:
@@ -162,13 +162,13 @@ class FolderSet:
         return validation.size(data.validation, chosen)
 
     def head_rows(self, classes: int) -> tuple[int, ...] | None:
-        """Return the rows of a head of 1,000 classes, taken for ImageNet-1k's, where these are a part of them."""
+        """Return the rows of a head of 1,000 classes, assumed to be ImageNet-1k's, if this set's are among them."""
         return self.imagenet_rows or None if classes == _IMAGENET_CLASSES else None
 
     def check(self, data: Data, network: Network) -> None:
         """Compare the folder with the spec, decoding no image.
 
-        Raises UserError for a data set that is not here, or whose folder is not what its name or the spec says (layout,
+        Raises UserError for a data set that is missing, or whose folder contradicts its name or the spec (layout,
         classes, empty classes, numbers of images, fingerprint); ValueError for a network that does not fit it.
         """
         check_fit(self, data, network)
@@ -198,11 +198,11 @@ class FolderSet:
             )
 
     def folder(self) -> Path | None:
-        """Return the folder; None where it is not found."""
+        """Return the folder; None if it is not found."""
         return image_folders.found(self.name)
 
     def files(self) -> dict[SplitName, Files]:
-        """Return the images of both splits. Raises UserError where the folder is not what the name says."""
+        """Return the images of both splits. Raises UserError if the folder contradicts the name."""
         files = {split: image_folders.read(self.name, split) for split in SPLITS}
         train, test = files["train"], files["test"]
         if train.classes != test.classes:
@@ -218,12 +218,12 @@ class FolderSet:
         return files
 
     def train_split(self, data: Data, seed: int) -> ImageFolder:
-        """Return the training images that the spec means, the same ones for every data seed."""
+        """Return the training images of the spec, the same for every data seed."""
         left, _ = self._parts(data, image_folders.read(self.name, "train"))
         return self._images(data, left.subset(total=data.train))
 
     def validation_split(self, data: Data, seed: int) -> ImageFolder | None:
-        """Return the training images held back for validation, the same for every data seed; None: none are."""
+        """Return the images held out for validation, the same for every data seed; None if there are none."""
         if data.validation is None:
             return None
         _, held = self._parts(data, image_folders.read(self.name, "train"))
@@ -231,11 +231,11 @@ class FolderSet:
         return self._images(data, held)
 
     def test_split(self, data: Data) -> ImageFolder:
-        """Return the test images that the spec means."""
+        """Return the test images of the spec."""
         return self._images(data, image_folders.read(self.name, "test").subset(data.test_per_class))
 
     def _parts(self, data: Data, files: Files) -> tuple[Files, Files | None]:
-        """Return which images can be trained on, and which are held back."""
+        """Return the images available for training, and those held out."""
         chosen = files.subset(data.per_class)
         return (chosen, None) if data.validation is None else validation.divide(chosen, data.validation)
 
@@ -248,9 +248,9 @@ class FolderSet:
 
 
 def left_out(name: str) -> str:
-    """Describe in one line what is left out of one's own folder; empty if nothing is.
+    """Describe in one line the files left out of a user's own folder; empty if there are none.
 
-    The catalogue's sets are complete or refused: their numbers of images are known.
+    The catalogue's sets are complete or refused, since their numbers of images are known.
     """
     own = name.startswith((ANY_FOLDER, TIMM))
     return image_folders.left_out(image_folders.read(name, split) for split in SPLITS) if own else ""

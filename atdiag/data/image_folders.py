@@ -58,7 +58,7 @@ class Files:
 
     files: paths below ``root``; keys: name of each image by class and file ("cat/0001.jpg") wherever it is stored;
     labels: indices into ``classes``; spans: for images in tars, each one's tar (path below ``root``), offset and size;
-    others: files in class folders that are no images, which are left out (paths below ``root``).
+    others: files in class folders that are not images and are left out (paths below ``root``).
     """
 
     root: Path
@@ -207,7 +207,7 @@ def read(name: str, split: SplitName) -> Files:
 
 
 def _mostly_read(files: Files) -> Files:
-    """Return the files. Raises UserError for a split of which more files are left out than read."""
+    """Return the files. Raises UserError for a split with more files left out than read."""
     if len(files.others) > len(files):
         raise UserError(
             f"{files.root} has {len(files):,} {files.split} images and {len(files.others):,} other files beside them, "

@@ -63,7 +63,7 @@ def table(listed: list[dict[str, Any]]) -> Table:
 
 
 def where(listed: list[dict[str, Any]]) -> list[str]:
-    """Where the real ones were found, in lines."""
+    """Format where the real data sets were found, as lines."""
     return [f"{row['name']}: {row['folder']}" for row in listed if row["folder"] not in (None, EMBEDDED)]
 
 

@@ -163,7 +163,7 @@ def augments(recipe: Recipe) -> bool:
 
 
 def test_batches(images: Split, size: int, workers: int = 0, pin: bool = False) -> Generator[Tensor, None, None]:
-    """All images of a split as a test sees them, in order: uint8 [b, C, S, S], b = ``size`` but for the last.
+    """Yield all images of a split in the test view, in order: uint8 [b, C, S, S], b = ``size`` but for the last batch.
 
     Workers and ``pin`` as in :meth:`Stream.batches`.
     """
@@ -171,11 +171,11 @@ def test_batches(images: Split, size: int, workers: int = 0, pin: bool = False) 
 
 
 def default_workers(images: Split, recipe: Recipe | None, device: torch.device, processes: int = 1) -> int:
-    """How many workers make batches, where the user says nothing. It changes how long they take, never what they are.
+    """Return the default number of workers. It affects only speed, never the batches.
 
     0 for arrays in memory without augmentation (``recipe`` None: test view): indexing them is faster than sending
-    them. With CUDA, the processors that each of ``processes`` such trainings has to itself, at most 16. On a CPU, where
-    workers compete with the networks, one for every four processors.
+    them. With CUDA, the cores available to each of ``processes`` training processes, at most 16. On a CPU, where
+    workers compete with the networks, one for every four cores.
     """
     if isinstance(images, Images) and (recipe is None or not augments(recipe)):
         return 0
@@ -269,7 +269,7 @@ def _same(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process handles Ctrl-C, and ends its workers
 
 
 def _box(height: int, width: int, lam: float, draw: np.random.Generator, rand_bbox: Any) -> tuple[int, int, int, int]:

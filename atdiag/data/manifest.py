@@ -27,8 +27,8 @@ class Scan:
     """The result of scanning a data set.
 
     broken: path and reason. manifest, sha256: None if an image is broken. mean_size: width and height in pixels, over
-    the sound images. counts: images in each split. remarks: what may surprise, of how many images, and the first.
-    left_out: a line on the other files in class folders; empty if there are none.
+    the sound images. counts: images in each split. remarks: surprising properties, with the number of images and the
+    first. left_out: a line on the other files in class folders; empty if there are none.
     """
 
     folder: Path
@@ -95,11 +95,11 @@ def read(
 
 
 def recorded(name: str) -> str | None:
-    """sha256 of the manifest of a data set as it lies there now.
+    """Return the sha256 of a data set's manifest, if the files are unchanged since.
 
-    None where it has no files, or where they were not read since they last changed.
+    None if the set has no files, or if they were not scanned since they last changed.
     """
-    if not any(_folder().glob("*.sha256")):  # none was ever written here: spare a look at each of a million files
+    if not any(_folder().glob("*.sha256")):  # none was ever written here: don't look at each of a million files
         return None
     if (splits := sources.find(name).files()) is None:
         return None
@@ -121,7 +121,7 @@ def _folder() -> Path:
 
 
 def _one(image: Stored) -> tuple[str, tuple[int, int], str | None, set[str]]:
-    """Return an image's sha256 and size, why it is broken, if it is, and remarks on it."""
+    """Return an image's sha256 and size, why it is broken (if it is), and remarks."""
     try:
         content = image.read()
     except OSError as fault:

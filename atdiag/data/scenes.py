@@ -12,9 +12,9 @@ seen in training. Test scenes that share a source digit are not independent: eac
 digit, or its pair of source digits; the pairs are disjoint) by which intervals must be computed.
 
 A validation part is made from source digits of the training split, which no training scene then shows, not even as
-clutter. Of a share (``data.validation`` below 1) they are that share of the digits; of a number of scenes, as many, but
-at most a fifth. They are stratified by class, at least ten are held back and at least ten left, and they are the same
-for every data seed; the scenes made of them differ by data seed, as training scenes do.
+clutter. ``data.validation`` below 1 is the share of these digits; a number of scenes takes as many digits, but at most
+a fifth. They are stratified by class, at least ten are held out and at least ten left, and they are the same for every
+data seed; the scenes made from them differ by data seed, as training scenes do.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEP = 4
 """Digits are placed at multiples of this many pixels, fragments anywhere."""
 
 _TEST_SHARE = 1 / 3
-_MOST_VALIDATION = 1 / 5  # of the training digits, where a number of scenes says nothing of digits
+_MOST_VALIDATION = 1 / 5  # share of the training digits if a number of scenes is given
 _FEWEST = 10  # digits for training and for validation: one of each class
 _SPLIT_SEED = 0  # the split of the source digits is part of the data set's definition, not of a run
 _TEST_SEED = 0  # likewise the test scenes: every run is measured on the same images
@@ -144,7 +144,7 @@ def _pairs(pool: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int
 
 @cache
 def training_split(validation: float | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the indices of source digits for training and for validation, fixed for all runs."""
+    """Return the indices of source digits for training and validation, fixed for all runs."""
     pool, _ = source_split()
     if validation is None:
         return pool, pool[:0]
@@ -163,7 +163,7 @@ def train_scenes(task: str, count: int, seed: int, clutter: int, validation: flo
 
 
 def validation_scenes(task: str, count: int, seed: int, clutter: int, validation: float) -> Scenes:
-    """Generate ``count`` scenes like the training ones, from the source digits held back for validation."""
+    """Generate ``count`` scenes like the training ones, from the source digits held out for validation."""
     _, pool = training_split(validation)
     return _drawn(task, "validation", pool, count, seed, clutter)
 
@@ -185,7 +185,7 @@ def test_scenes(task: str, per_source: int, clutter: int, test_draw: int = 0) ->
 
     test_draw: 0, or the number of another draw from the same digits.
     """
-    which = (test_draw,) if test_draw else ()  # draw 0 was there before there were others
+    which = (test_draw,) if test_draw else ()  # draw 0 existed before other draws did
     draw = randomness.generator(_TEST_SEED, f"digits/{task}/test", per_source, clutter, *which)
     _, pool = source_split()
     sources = pool if task == "digits" else _pairs(pool, draw)

@@ -15,14 +15,14 @@ from atdiag.data.folder_sets import FolderSet
 from atdiag.data.tars import TIMM
 
 ENTRY_POINTS = "atdiag.data_sets"
-"""The group of entry points by which other packages add data sets: each names a :class:`DataSet`."""
+"""Entry-point group through which other packages add data sets: each names a :class:`DataSet`."""
 
 REGISTERED: dict[str, DataSet] = {}
-"""The data sets that are not image folders, by name."""
+"""Data sets that are not image folders, by name."""
 
 
 def register(data_set: DataSet) -> None:
-    """Add a data set, for this process. Raises ValueError for a name that is taken or can't be one."""
+    """Add a data set for this process. Raises ValueError for a name that is taken or invalid."""
     name = data_set.name
     if not name or any(character in name for character in ":/, "):
         raise ValueError(f"{name!r} can't be a data set's name: no ':', '/', ',' or space")
@@ -37,28 +37,28 @@ register(LARGER)
 
 @cache
 def _installed() -> None:
-    """Register, once, the data sets that other packages bring."""
+    """Register the data sets of other packages, once."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             register(entry.load())
-        except Exception as fault:  # another package's fault must not take these data sets away
+        except Exception as fault:  # an error in another package must not disable all data sets
             warnings.warn(f"the data set {entry.name!r} of {entry.value} is left out ({fault})", stacklevel=2)
 
 
 def listed() -> list[DataSet]:
-    """Return all data sets that have a name of their own: embedded ones, then those of the catalogue."""
+    """Return all data sets with a fixed name: embedded ones, then those of the catalogue."""
     _installed()
     return [*REGISTERED.values(), *map(FolderSet, FACTS)]
 
 
 def find(name: Data | str) -> DataSet:
-    """Look up a data set by its name, or a spec's. Raises UserError, with what may have been meant, for no data set."""
+    """Look up a data set by its name, or a spec's. Raises UserError, with a suggestion, for an unknown name."""
     name = name if isinstance(name, str) else name.name
     if name in REGISTERED:
         return REGISTERED[name]
     if name in FACTS or (name.startswith((ANY_FOLDER, TIMM)) and not name.endswith(":")):
         return FolderSet(name)
-    _installed()  # not before: looking through all installed packages takes a while
+    _installed()  # only now: searching all installed packages takes a while
     if name in REGISTERED:
         return REGISTERED[name]
     everything = [*REGISTERED, *FACTS]
@@ -69,5 +69,5 @@ def find(name: Data | str) -> DataSet:
 
 
 def complete(data: Data, train: int | None = None) -> Data:
-    """Return a spec with what its data set decides: see :meth:`DataSet.complete`. Raises UserError."""
+    """Return a spec with the fields that its data set determines: see :meth:`DataSet.complete`. Raises UserError."""
     return find(data).complete(data, train)

@@ -1,4 +1,4 @@
-"""The images of one split: what every data set gives, and arrays in memory as one form of it."""
+"""The images of one split: the interface, and its implementation by arrays in memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from atdiag.data.decoding import to_picture
 
 
 class Split(Protocol):
-    """The images of one split, whatever they are made of.
+    """The images of one split, from any source.
 
     ``labels`` and ``clusters``: int64 [n]. Images of one cluster are not independent of each other (scenes made of the
-    same source digit); where nothing is known to be dependent, every image is a cluster of its own.
+    same source digit); where no dependence is known, every image is its own cluster.
     """
 
     @property
@@ -38,13 +38,13 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def picture(self, index: int) -> Image.Image:
-        """One image as it is stored, for augmentation."""
+        """Return one image as stored, for augmentation."""
 
     def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return some images as a test sees them, uint8 [b, C, S, S]."""
+        """Return some images in the test view, uint8 [b, C, S, S]."""
 
     def batch(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return the images from ``start`` up to ``stop`` as a test sees them, uint8 [b, C, S, S]."""
+        """Return the images in ``[start, stop)`` in the test view, uint8 [b, C, S, S]."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Images:
         return int(self.pixels.shape[-1])
 
     def picture(self, index: int) -> Image.Image:
-        """One image."""
+        """Return one image."""
         return to_picture(self.pixels[index])
 
     def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -77,5 +77,5 @@ class Images:
         return self.pixels[samples]
 
     def batch(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return the images from ``start`` up to ``stop``, uint8 [b, C, S, S]."""
+        """Return the images in ``[start, stop)``, uint8 [b, C, S, S]."""
         return self.pixels[start:stop]

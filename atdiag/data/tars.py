@@ -59,7 +59,7 @@ class Contents(NamedTuple):
 
 
 def not_read(path: str) -> UserError:
-    """Return the error for an image, or a document, of a format that is not read."""
+    """Return the error for an image or document in a format that is not read."""
     return UserError(
         f"{printable(path)} is of a format that is not read", "save it as PNG, TIFF or JPEG, or move it away"
     )
@@ -126,22 +126,22 @@ def _read(kept: Path) -> Contents | None:
 
 
 def _look(file: IO[bytes], size: int, name: str, cls: str) -> Iterator[str]:
-    """Read the headers of a tar, and of the tars in it; yield the paths of files in classes that are no images.
+    """Read the headers of a tar, and of the tars in it; yield the paths of files in classes that are not images.
 
-    name: the tar, for the paths; cls: the class of what lies in no folder, or "" for none. Raises TarError if a header
+    name: the tar's name in paths; cls: the class of files outside folders, "" if none. Raises TarError if a header
     declares more data than there is, for which timm's reader would search endlessly.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.size < 0 or member.offset_data + member.size > size:
-                raise tarfile.ReadError(f"{member.name} is said to have {member.size:,} bytes")
+                raise tarfile.ReadError(f"{member.name} claims to have {member.size:,} bytes")
             if (
                 member.isreg()
                 and member.name.lower().endswith(".tar")
                 and (inner := tar.extractfile(member)) is not None
             ):
                 yield from _look(inner, member.size, f"{name}/{member.name}", PurePosixPath(member.name).stem)
-            elif not member.isdir() and not (member.isreg() and endings.is_image(member.name)):  # a link is none
+            elif not member.isdir() and not (member.isreg() and endings.is_image(member.name)):  # not a link
                 path = PurePosixPath(member.name)
                 own = path.parent.name or cls
                 if own and not own.startswith(".") and not path.name.startswith("."):
@@ -159,7 +159,7 @@ def _scan(path: Path, tars: Iterable[Path]) -> Contents:
                 name = path.name if alone else f"{path.name}/{tar.name}"
                 others += _look(file, tar.stat().st_size, name, "" if alone else tar.stem)
         # timm would store its index beside the tars as a pickle, and unpickle any file of that name. Its reader takes
-        # no endings, and would pass over all images but PNG and JPEG: hence the function below it.
+        # no list of endings, and would skip all images except PNG and JPEG: hence the function below it.
         samples, targets, index, _ = extract_tarinfos(str(path), cache_tarinfo=False, extensions=endings.READ)
     except (tarfile.TarError, ValueError, EOFError, AssertionError, RecursionError) as fault:
         reason = "no image in it" if "unpack" in str(fault) else str(fault) or type(fault).__name__

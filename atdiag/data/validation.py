@@ -1,7 +1,7 @@
-"""Which training images are held back for validation. Imports nothing heavy: planning asks, too.
+"""Choice of the training images held out for validation. Imports nothing heavy, since planning uses it too.
 
-The choice is stratified by class and nested: a larger part holds all images of a smaller one. Nothing is selected on
-test images, so whatever is chosen (a length of training, a checkpoint) is chosen on this part.
+The choice is stratified by class and nested: a larger part contains a smaller one. Nothing is selected on test images,
+so whatever is selected (a training length, a checkpoint) is selected on this part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from atdiag.data.image_folders import Files
 
 
 def size(validation: float | None, images: int) -> int:
-    """Return how many of some images ``data.validation`` means: itself, or that share of them, at least one.
+    """Return the number of images that ``data.validation`` means: itself, or that share of the images, at least one.
 
     >>> size(0.1, 2500), size(40, 2500), size(None, 2500)
     (250, 40, 0)
@@ -27,10 +27,10 @@ def size(validation: float | None, images: int) -> int:
 
 
 def stratified(labels: Sequence[int], order: Iterable[int], count: int) -> list[int]:
-    """Return ``count`` indices into ``labels``, of each class its share, within one image.
+    """Return ``count`` indices into ``labels``, stratified by class to within one image.
 
-    ``order``: all indices, in the order in which those of one class are taken. The i-th of a class of n stands at
-    (i + 1/2) / n, and the lowest ``count`` are returned.
+    ``order``: all indices, in the order in which those of a class are taken. The i-th of a class of n gets the rank
+    (i + 1/2) / n, and the ``count`` lowest ranks are returned.
     """
     sizes, seen = Counter(labels), Counter[int]()
     place: dict[int, float] = {}
@@ -41,9 +41,9 @@ def stratified(labels: Sequence[int], order: Iterable[int], count: int) -> list[
 
 
 def divide(chosen: Files, validation: float | None) -> tuple[Files, Files]:
-    """Divide training images into those that are left for training, and those held back by sha256 of their key.
+    """Divide training images into those left for training, and those held out by the sha256 of their key.
 
-    Raises UserError where a class, or all of them, would have nothing left.
+    Raises UserError if a class, or the whole set, would have nothing left.
     """
     count = size(validation, len(chosen))
     if count >= len(chosen):

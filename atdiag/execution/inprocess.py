@@ -38,8 +38,8 @@ class InProcessExecutor:
         cohorts = tuple(cohort for job in jobs for cohort in job.cohorts)
         order = Order(store.root.resolve(), options, processes=1, command=tuple(sys.argv), cohorts=cohorts)
         self._stop.clear()
-        self._news, self._latest = SimpleQueue(), Progress(0, 0)  # what was cancelled before has left some
-        context = contextvars.copy_context()  # where data sets are looked for
+        self._news, self._latest = SimpleQueue(), Progress(0, 0)  # messages left by earlier, cancelled jobs
+        context = contextvars.copy_context()  # includes the folder of data sets
         self._thread = threading.Thread(target=context.run, args=(self._work, order), daemon=True)
         self._thread.start()
 

@@ -135,7 +135,7 @@ class LocalExecutor:
         log = self._store.root / "last-fault.log"
         try:
             log.write_text("\n".join([*words, last]) + "\n")
-            where = f" (its last words are in {log})"
-        except OSError:  # the fault may be that this folder can't be written
+            where = f" (its last output is in {log})"
+        except OSError:  # the error may be that this folder can't be written
             where = ""
         raise FaultError(f"a training process failed: {last}{where}; the same command goes on from there")

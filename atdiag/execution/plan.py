@@ -63,7 +63,7 @@ def pending(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:
 def cohorts(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
     """Group runs that can share a data stream and a teacher. A run without a teacher joins any of its stream."""
     groups: dict[tuple[str, str], list[RunSpec]] = {}
-    for spec in sorted(specs, key=lambda s: s.teacher is None):  # those with a teacher found the groups
+    for spec in sorted(specs, key=lambda s: s.teacher is None):  # runs with a teacher start the groups
         if spec.teacher is not None:
             key = (spec.stream, spec.teacher.weights)
         else:

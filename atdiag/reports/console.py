@@ -101,7 +101,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 def show_reading(reading: Reading, files: Sequence[Path], spoken: Callable[[str], str] = str) -> None:
-    """Print a reading's table, claims, notes, verdict and files; ``spoken`` renders the arguments that texts name."""
+    """Print a reading's table, claims, notes, verdict and files; ``spoken`` spells out the arguments named in texts."""
     from rich.console import Console
 
     console = Console()

@@ -55,12 +55,12 @@ def as_json(reading: Reading) -> dict[str, Any]:
 
 
 def caption(reading: Reading) -> str:
-    """Return the figure's caption for a paper: what is shown, the numbers of images, seeds and runs, the profile."""
+    """Return the figure's caption for a paper: its content, the numbers of images, seeds and runs, the profile."""
     return "\n".join([*headline(reading), *tables.notes(reading), f"Runs: {', '.join(reading.runs)}.", ""])
 
 
 def headline(reading: Reading) -> list[str]:
-    """Return the sentences of a caption that say what is shown, on how many images and seeds."""
+    """Return a caption's sentences on what is shown, with the numbers of images and seeds."""
     report = reading.reports[0]
     estimates = [row.contrast for row in report.rows if row.contrast is not None]
     lines = [f"{tables.title(reading.series)}. Top-1 accuracy, and points against {report.rows[0].arm}."]
@@ -108,7 +108,7 @@ def _study(report: Report) -> dict[str, Any]:
 
 
 def _footing(report: Report) -> dict[str, float | bool] | None:
-    """Chance, the lower limit of the baseline's accuracy and what it has to reach, in per cent; None: not known."""
+    """Return chance, the lower limit of the baseline's accuracy and the required one, in per cent; None: not known."""
     if (stands := report.footing) is None:
         return None
     return {

@@ -209,8 +209,8 @@ _LATEX = {
     "[": "{[}",
     "]": "{]}",
 }
-"""What LaTeX reads otherwise, or OT1, its default encoding of fonts, has at another place (``<`` is printed as an
-inverted exclamation mark). A bracket after a line's end would be taken for an argument."""
+"""Characters that are special in LaTeX, or that its default font encoding OT1 lacks (``<`` would print as an inverted
+exclamation mark). A bracket after a line break would be read as an argument."""
 
 
 def escaped(text: str) -> str:
@@ -231,7 +231,7 @@ def booktabs(
 ) -> str:
     """Return a LaTeX table with its caption above, and the rules of the package booktabs; texts are escaped.
 
-    columns: how they are aligned; by default the first to the left, the others to the right.
+    columns: alignment; by default the first left, the others right.
     """
     lines = [" & ".join(map(escaped, cells)) + r" \\" for cells in (head, *body)]
     return "\n".join(
@@ -256,7 +256,7 @@ def booktabs(
 
 CLAIMS = ("claim", "paper", "ours [95 %]", "verdict")
 CLAIM_COLUMNS = "".join(rf"p{{{share}\linewidth}}" for share in (0.25, 0.15, 0.25, 0.2))
-"""Of the claims in LaTeX: they are sentences, and are broken."""
+"""Column alignment of the claims in LaTeX: sentences, which are wrapped."""
 
 
 def claim_cells(judged: Judged) -> tuple[str, str, str, str]:
@@ -338,7 +338,7 @@ def _own_head(report: Report) -> str:
     spec = study.arms[0].specs[0]
     head = classes.match(classes.of_teacher(study.teacher), spec.data)
     if head.rows is not None:
-        return ""  # the experiment does not ask for it
+        return ""  # the experiment does not measure it
     why = f"its head is for another task than {spec.data.name}"
     if study.teacher.network.classes == spec.network.classes:
         why = f"the rows of its head are not known ({head.note})"
@@ -351,7 +351,7 @@ def _corrected(reading: Reading) -> str:
 
 
 def _power(reading: Reading) -> list[str]:
-    """How many seeds would settle what is undecided, were the effects as estimated."""
+    """Return how many seeds would settle the undecided contrasts if the effects are as estimated."""
     from atdiag.stats.contrasts import FEWEST_SEEDS, seeds_needed
 
     least = min(e.seeds for report in reading.reports for _, e in report.estimates)
@@ -371,4 +371,7 @@ def _power(reading: Reading) -> list[str]:
         said.append(f"{name}: {'more than 1,000' if needed is None else f'about {needed}'}")
     if not said:
         return begin
-    return [*begin, f"Seeds that would settle what is undecided, were it as estimated (80 % power): {'; '.join(said)}."]
+    return [
+        *begin,
+        f"Seeds that would settle undecided contrasts (80 % power, effects as estimated): {'; '.join(said)}.",
+    ]

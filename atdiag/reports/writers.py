@@ -23,7 +23,7 @@ FIGURE_KINDS = ("png", "pdf")
 """File suffixes of every figure."""
 
 Drawing = Callable[[], "Figure"]
-"""A figure that is still to be made."""
+"""A function that makes a figure."""
 
 _ORDER = ("csv", "md", "tex", "json", "txt")
 """Order in which the other files of a result are listed."""
@@ -31,28 +31,28 @@ _ORDER = ("csv", "md", "tex", "json", "txt")
 
 @dataclass(frozen=True)
 class Written:
-    """What became of a result: its files, and the figures that could not be drawn."""
+    """The outcome of writing a result: its files, and the figures that could not be drawn."""
 
     files: Sequence[Path]
     missing: Mapping[str, str] = field(default_factory=dict)
-    """A figure's file -> why it is not there."""
+    """A figure's file -> why it is missing."""
 
     def record(self) -> dict[str, Any]:
-        """For a machine: ``files``, and ``missing`` with the reasons."""
+        """Return a JSON record: ``files``, and ``missing`` with the reasons."""
         return {"files": [str(path) for path in self.files], "missing": dict(self.missing)}
 
 
 def write(
     folder: Path, stem: str, texts: Mapping[str, str], report: Mapping[str, Any], figures: Mapping[str, Drawing]
 ) -> Written:
-    """Write a result in every form.
+    """Write a result in every format.
 
-    texts: ending -> content. report: what becomes ``<stem>.json``, with :meth:`Written.record` added. figures: what is
-    added to the stem -> what makes a figure, which is written as each of ``FIGURE_KINDS``. All figures are drawn before
-    anything is written, and nothing of another result is touched.
+    texts: file ending -> content. report: the content of ``<stem>.json``, with :meth:`Written.record` added. figures:
+    suffix of the stem -> function that makes a figure, written as each of ``FIGURE_KINDS``. All figures are drawn
+    before anything is written, and files of other results are not touched.
 
-    A figure that can't be drawn costs nothing else: it is told on standard error and in the JSON. An older file of its
-    name would be another picture than the table's, so it is removed.
+    A figure that can't be drawn does not affect the rest: it is reported on standard error and in the JSON. An older
+    file of its name would not match the table, so it is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[Path, bytes] = {}
@@ -74,7 +74,7 @@ def write(
         write_atomically(folder / f"{stem}.{kind}", text)
     for path, image in drawn.items():
         write_atomically(path, image)
-    # The JSON last: whoever reads it finds the others.
+    # The JSON last, so that a reader of it finds the other files.
     write_atomically(folder / f"{stem}.json", json.dumps({**report, **written.record()}, indent=1))
     return written
 

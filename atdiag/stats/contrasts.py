@@ -21,20 +21,21 @@ alone where MS_S < MS_E 3.2-7.5; MS_S >= MS_E enforced 1.7-7.5; Cochran & Cox 2.
 shipped 3.5-5.8** (2 seeds, without the rule below: 0.8-6.2, nu 12.7; 5 seeds: 4.9-5.8). On simulated right and wrong
 answers, 2,000 studies for each of 13 settings, 4.2-6.6 (tests/stats).
 
-Why further beyond 95 %: Holm's method needs p-values down to 0.05 / m for m contrasts, where one df for all levels
-is wrong by a growing factor. Largest rate over the grid as a multiple of the nominal 5, 1, 0.5 and 0.1 % with 2, 3, 5
-and 8 seeds: one df for all levels 1.2, 2.8, 4.2, 12; 1.2, 2.1, 2.9, 7.3; 1.2, 1.8, 2.3, 4.8; 1.1, 1.3, 1.4, 2.1; **as
-shipped at most 1.25, with any** (at a cost in power: 3 seeds reach small p-values for large effects only). Simulated as
-real runs vary, 3 seeds, 12 distilled arms against one baseline: some false alarm in 15 % of studies with one df,
-in 3 % as shipped (benchmarks/false_alarms.py).
+Why further beyond 95 %: Holm's method needs p-values down to 0.05 / m for m contrasts, where one df for all levels is
+wrong by a growing factor. Largest rate over the grid as a multiple of the nominal 5, 1, 0.5 and 0.1 % with 2, 3, 5 and
+8 seeds: one df for all levels 1.2, 2.8, 4.2, 12; 1.2, 2.1, 2.9, 7.3; 1.2, 1.8, 2.3, 4.8; 1.1, 1.3, 1.4, 2.1; **as
+shipped at most 1.25, with any** (at a cost in power: 3 seeds reach small p-values for large effects only). Simulated
+with the variance of real runs, 3 seeds, 12 distilled arms against one baseline: some false alarm in 15 % of studies
+with one df, in 3 % as shipped (benchmarks/false_alarms.py).
 
-Two seeds: one difference between them says next to nothing of MS_S, and where it is 0 by luck the interval above is
-that of no seeds and few images. There the variance is MS_C / (S C) at least (that of images whose seeds are averaged),
-and no contrast is clear: verdicts begin at three seeds. Simulated as real runs vary (four settings, 2,396 and 200
-images, benchmarks/results/false_alarms_ties.json), the interval of arms that do not differ excludes zero with 2 seeds
-in 0.0-0.1 % of studies, with 3 in 3.1-5.8, with 5 in 4.1-7.1. As a diagnostic, in those alone whose seeds tie to the
-last image: 0.0-1.0, 13-60 and 16-64 %. So an interval is still far too narrow where three seeds or more tie, which is
-rare enough not to show in the rate over all studies; the rule for them holds that rate, and is left as it is.
+Two seeds: one difference between them says next to nothing about MS_S, and where it is 0 by chance the interval above
+ignores seeds and rests on few images. There the variance is MS_C / (S C) at least (that of images whose seeds are
+averaged), and no contrast is clear: verdicts begin at three seeds. In simulations that vary like real runs (four
+settings, 2,396 and 200 images, benchmarks/results/false_alarms_ties.json), the interval of arms that do not differ
+excludes zero with 2 seeds in 0.0-0.1 % of studies, with 3 in 3.1-5.8, with 5 in 4.1-7.1. As a diagnostic, only among
+studies whose seeds have exactly equal accuracies: 0.0-1.0, 13-60 and 16-64 %. So an interval is still far too narrow
+where three seeds or more tie, which is rare enough not to show in the rate over all studies; the rule for them holds
+that rate, and is left as it is.
 
 Sources: Baayen, Davidson & Bates, J. Mem. Lang. 59 (2008). Best & Rayner, Technometrics 29 (1987). Cameron, Gelbach &
 Miller, J. Bus. Econ. Stat. 29 (2011). Holm, Scand. J. Stat. 6 (1979). Owen, Ann. Appl. Stat. 1 (2007). Satterthwaite,
@@ -55,7 +56,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 FEWEST_SEEDS = 3
-"""Verdicts begin at so many seeds: two say too little of how seeds vary (see above)."""
+"""Minimum number of seeds for a verdict: two say too little about how seeds vary (see above)."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ class Estimate:
     adjusted: float | None = None
     """``p`` corrected for the number of contrasts tested together (:func:`holm`); None if tested alone."""
     within: float | None = None
-    """The margin, in points, within which it was found to be equivalent to 0; None: it was not, or nobody asked."""
+    """The margin, in points, within which it was found to be equivalent to 0; None: not found, or not tested."""
     undertrained: bool = False
-    """Whether the baseline it was read with is too near chance for any contrast to say something."""
+    """Whether the study's baseline is so near chance that no contrast is informative."""
 
     @property
     def decides(self) -> bool:
@@ -177,8 +178,8 @@ def estimate(arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: 
         var_seed, var_residual = max(ms_seed - ms_residual, 0) / clusters, ms_residual
         var_cluster = max(ms_cluster - ms_residual, 0) / seeds
         if ms_seed + seeds * var_cluster < 1e-9 * ms_residual:
-            ms_seed = ms_residual  # seeds that tie to the last image are luck: MS_S is MS_E at least, in expectation
-        if seeds == 2:  # the sum with the images' part is then MS_C at least, whatever one difference of seeds says
+            ms_seed = ms_residual  # exact ties between seeds are chance: the expectation of MS_S is at least MS_E
+        if seeds == 2:  # the sum with the images' part is then at least MS_C, whatever the one difference of seeds
             ms_seed = max(ms_seed, min(ms_cluster, ms_residual))
         of_seeds, of_clusters = ms_seed / (seeds * clusters), var_cluster / clusters
         variance, df = of_seeds + of_clusters, _degrees(of_seeds, of_clusters, seeds, clusters)
@@ -315,8 +316,8 @@ def seeds_needed(estimate: Estimate, power: float = 0.8, most: int = 1000) -> in
 def equivalent(estimate: Estimate, margin: float) -> bool:
     """Return whether the contrast is within ``margin`` points of 0, by two one-sided 5 % tests (Schuirmann 1987).
 
-    That is: its 90 % interval lies inside. Never of a contrast that may have no verdict (:attr:`Estimate.decides`).
-    Raises ValueError unless the margin is positive.
+    That is: its 90 % interval lies inside. Never true for a contrast that may have no verdict
+    (:attr:`Estimate.decides`). Raises ValueError unless the margin is positive.
     """
     if not margin > 0:
         raise ValueError(f"the margin of equivalence is a positive number of points, not {margin}")

@@ -156,11 +156,11 @@ class Population:
 
 
 def tied(study: Mapping[str, Outcomes], seeds: int, rng: np.random.Generator) -> tuple[dict[str, Outcomes], int]:
-    """From a study of two arms with many seeds: one of its sets of ``seeds`` seeds that tie, each equally likely, and
-    how many such sets there are (none: the arms have no seeds).
+    """Draw one of the sets of ``seeds`` tied seeds in a study of two arms with many seeds, all sets equally likely.
 
-    Seeds tie where the first arm has as many right answers more than the second. Averaged with the numbers of sets as
-    weights, what such sets show is the expectation given a tie, which is too rare to wait for.
+    Also return the number of such sets (0: the arms then have no seeds). Seeds tie if the difference in right answers
+    between the arms is the same for all. Averaged over studies, weighted by the number of sets, results are
+    expectations given a tie, which is too rare to wait for.
     """
     one, other = study.values()
     common = list(one.correct)

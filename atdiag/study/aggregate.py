@@ -131,13 +131,13 @@ def _changed(report: Report, change: Callable[[str, Estimate], Estimate]) -> Rep
 
 @dataclass(frozen=True)
 class Answers:
-    """What an arm's runs said of n test images."""
+    """Predictions of an arm's runs on n test images."""
 
     outcomes: Outcomes
     labels: NDArray[np.int32]
     """[n]."""
     classes: tuple[int, ...]
-    """How many different classes each run predicts."""
+    """Number of different classes that each run predicts."""
 
 
 def answered(arm: Arm, store: Store, test_set: str | None = None) -> Answers:
@@ -185,7 +185,7 @@ def _dropped(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _which_weights(origin: Mapping[str, Any] | None) -> str:
-    """Which weights a run's teacher had, where its file holds several."""
+    """Return which weights a run's teacher had, if its file holds several."""
     if not origin or not origin.get("averages"):
         return ""
     from atdiag.networks.weights.loading import Origin

@@ -116,8 +116,8 @@ class Lab:
     def reference(self, teacher: Teacher) -> Arm | None:
         """Return the teacher itself, with its own head, on the test images; None if its head is for another task.
 
-        It takes the rows of the data set's classes from the head. Raises UserError for a list of classes that the user
-        named and that is not about this head, or lacks classes of the data set.
+        Only the head's rows for the data set's classes are used. Raises UserError if the user's list of classes does
+        not fit the head, or lacks classes of the data set.
         """
         data, network = self.settings.profile.data, teacher.network
         head = self._head(teacher)
@@ -135,10 +135,10 @@ class Lab:
         return Arm("teacher", (spec,), head)
 
     def _check_same_classes(self, teacher: Teacher) -> None:
-        """Raise UserError for a head of as many classes as the data set has that are others, or in another order."""
+        """Raise UserError for a head with as many classes as the data set, but other ones, or in another order."""
         network, data = teacher.network, self.settings.profile.data
         if network.classes != sources.find(data).classes:
-            return  # the spec refuses it, and says why
+            return  # the spec refuses it with the reason
         head = self._head(teacher)
         if head.rows == tuple(range(network.classes)):
             return

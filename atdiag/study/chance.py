@@ -1,15 +1,16 @@
-"""Whether a baseline was trained enough for contrasts with it to say something: its accuracy beside chance.
+"""Check that a baseline is far enough above chance for contrasts with it to be informative.
 
-Arms near chance differ by little, whatever their transfer is worth, and a small difference between them is no outcome.
-So the lower limit of the baseline's accuracy has to be above chance by ten points, or by a third of the way from chance
-to the teacher where that is less.
+Arms near chance differ by little, whatever their transfer is worth, so a small difference between them shows nothing.
+The lower limit of the baseline's accuracy must therefore exceed chance by ten points, or by a third of the way from
+chance to the teacher's accuracy if that is less.
 
-*Chance* is the share of the most frequent class among the test labels: the most that can be had without looking at an
-image. Of balanced classes that is one in so many; of unbalanced ones more, and an arm that has learnt nothing but the
-commonest class is then still at chance, although it is right more often than one in so many.
+*Chance* is the share of the most frequent class among the test labels: the highest accuracy possible without looking at
+an image. For K balanced classes that is 1 / K; for unbalanced ones more, and an arm that has only learnt the most
+frequent class is then still at chance, although its accuracy is above 1 / K.
 
-*The lower limit* is that of the interval over seeds and test images. Fewer than three seeds give no such interval that
-is of use (with two it is 13 standard errors wide): it is then the lowest of each seed's own, over images alone.
+*The lower limit* is that of the interval over seeds and test images. Fewer than three seeds give no useful interval
+(with two it extends 13 standard errors to each side): then it is the lowest of the single seeds' limits, over images
+only.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ if TYPE_CHECKING:
     from atdiag.stats.contrasts import Outcomes
 
 MARGIN = 10.0
-"""Points above chance that the baseline needs, or a third of the teacher's where that is less."""
+"""Points above chance that the baseline needs; a third of the teacher's if that is less."""
 UNDERTRAINED = "undertrained: nothing can be said"
 """The verdict on a study whose baseline is near chance."""
 FEW_CLASSES = 2
-"""An arm that predicts so many classes or fewer is named, where there are more."""
+"""Arms that predict at most this many classes are named, if there are more."""
 
 
 def footing(baseline: Outcomes, labels: NDArray[np.integer], teacher: float | None) -> Footing:
-    """How a baseline stands on the test images with these labels [n].
+    """Return how far a baseline is above chance on test images with these labels [n].
 
-    teacher: its accuracy in per cent, where it is known.
+    teacher: its accuracy in per cent, if known.
     """
     import numpy as np
 
@@ -52,7 +53,7 @@ def footing(baseline: Outcomes, labels: NDArray[np.integer], teacher: float | No
 
 
 def verdict(report: Report) -> str:
-    """Return the verdict on a study whose baseline is near chance: why, and what to type."""
+    """Return the verdict on a study whose baseline is near chance: the reason and the remedy."""
     return f"{report.study.label}: {UNDERTRAINED} ({_stands(report)}). {remedy(report)}"
 
 
@@ -67,7 +68,7 @@ def remedy(report: Report) -> str:
 
 
 def notes(report: Report) -> list[str]:
-    """Return notes on a study near chance, and on arms that predict one or two classes only."""
+    """Return notes on a study near chance, and on arms that predict only one or two classes."""
     stands = report.footing
     if stands is None:
         return []
@@ -75,7 +76,7 @@ def notes(report: Report) -> list[str]:
     if report.undertrained:
         out.append(f"{report.study.label} is {UNDERTRAINED}, for {_stands(report)}.")
     elif stands.undertrained:
-        out.append(f"{report.study.label} is near chance, and is read all the same: {_stands(report)}.")
+        out.append(f"{report.study.label} is near chance, but is evaluated all the same: {_stands(report)}.")
     for row in (*report.rows, *([report.reference] if report.reference else [])):
         if said := _few_classes(row, stands.classes):
             whose = f"{report.study.teacher.label} itself" if row is report.reference else row.arm
@@ -84,7 +85,7 @@ def notes(report: Report) -> list[str]:
 
 
 def _few_classes(row: ArmResult, classes: int) -> str:
-    """``one class only, with 2 of 3 seeds``; empty for an arm that predicts more."""
+    """Return ``one class only, with 2 of 3 seeds``; empty for an arm that predicts more."""
     few = [count for count in row.classes if count <= FEW_CLASSES and count < classes]
     if not few:
         return ""

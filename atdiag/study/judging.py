@@ -1,10 +1,10 @@
 """Judge a claim: *holds*, *does not hold*, *undecided*, *not testable here*.
 
-It follows from the intervals of the contrasts that the claim names, with the correction for the number of contrasts
-that they were read with, and from nothing else. A claim holds where every one of them is clear of zero in the claimed
-direction, and does not hold where at least one is clear of zero in the other direction or was shown to be equivalent to
-zero. Everything else is undecided: too few seeds are not evidence against a paper. Studies whose baseline is near
-chance are named and not counted (:mod:`atdiag.study.chance`); where there is no other, the claim is not testable here.
+The judgement depends only on the intervals of the contrasts that the claim names, corrected for the number of contrasts
+in the same reading. A claim holds if every contrast is clear of zero in the claimed direction; it does not hold if at
+least one is clear of zero in the other direction, or was shown to be equivalent to zero. Everything else is undecided:
+too few seeds are not evidence against a paper. Studies whose baseline is near chance are named but not counted
+(:mod:`atdiag.study.chance`); if there are no others, the claim is not testable here.
 """
 
 from __future__ import annotations

@@ -50,12 +50,12 @@ class Match:
 
     @property
     def name(self) -> str:
-        """What is taken; by weights and image size, since teachers from files may share a label."""
+        """Name of the measurement, with weights and image size, since teachers from files may share a label."""
         found = str(self.teacher.sha256)[:12] + self.teacher.weights[64:]
         return f"maps beside those of {self.teacher.label} ({found}, {self.teacher.network.image_size} px)"
 
     def check(self, specs: Sequence[RunSpec]) -> None:
-        """Raise UserError where the images are not here that maps are compared on."""
+        """Raise UserError if the images on which maps are compared are not here."""
         for data, network in {s.data: s.network for s in specs}.items():
             sources.find(data).check(data, network)
 

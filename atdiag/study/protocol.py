@@ -36,7 +36,7 @@ class Arm:
     name: str
     specs: tuple[RunSpec, ...]
     head: HeadRows | None = None
-    """Of the teacher itself: the rows of its head that are the data set's classes, and how they are known."""
+    """For the teacher itself: the rows of its head that are the data set's classes, and how they were determined."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Measurement(Protocol):
 
 @dataclass(frozen=True)
 class Study:
-    """A planned experiment. The first arm is the baseline, with which every other arm is contrasted in any case."""
+    """A planned experiment. The first arm is the baseline; every other arm is always contrasted with it."""
 
     ablation: str
     teacher: Teacher
@@ -94,9 +94,9 @@ class Study:
     notes: tuple[str, ...] = ()
     """Notes for readers on how the arms were made."""
     curve: Mapping[str, int] = field(default_factory=dict)
-    """Arm -> its place on the horizontal axis, for a figure that draws one."""
+    """Arm -> its position on the horizontal axis, for a figure that has one."""
     short_on_purpose: bool = False
-    """The length of training is what is studied: a baseline near chance is said, and takes no verdict away."""
+    """Whether the study varies training length: a baseline near chance is then reported, but keeps its verdicts."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.teacher.label)
@@ -206,11 +206,11 @@ class ArmResult:
     runs: tuple[str, ...]
     contrast: Estimate | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """Further measurements, averaged over its runs, by column."""
+    """Further measurements by column, averaged over the arm's runs."""
     by_run: tuple[Mapping[str, float], ...] = ()
-    """The same of each of ``runs``, in their order."""
+    """The same for each of ``runs``, in their order."""
     classes: tuple[int, ...] = ()
-    """How many different classes each of ``runs`` predicts."""
+    """Number of different classes that each of ``runs`` predicts."""
 
     def contrast_or_raise(self) -> Estimate:
         """Return the contrast with the baseline; raise ValueError for the baseline itself."""
@@ -227,9 +227,9 @@ class Footing:
     low: float
     """The lower limit of the baseline's accuracy."""
     needed: float
-    """What ``low`` has to reach."""
+    """The value that ``low`` must reach."""
     classes: int
-    """How many there are among the test labels."""
+    """Number of classes among the test labels."""
 
     @property
     def undertrained(self) -> bool:
@@ -249,18 +249,18 @@ class Report:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """The user's overrides of the profile, by dotted name."""
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Arm -> the teacher's weights that had no place in the student that started from it."""
+    """Arm -> the teacher's weights without a counterpart in the student that started from it."""
     weights: tuple[str, ...] = ()
-    """Which weights of the teacher's file were taken, where it holds several."""
+    """Which weights of the teacher's file were taken, if it holds several."""
     head_warning: str = ""
-    """A warning where the reference is no better than chance and the order of its head's classes is assumed."""
+    """A warning if the reference is no better than chance and the order of its head's classes is assumed."""
     verdict: str = ""
     footing: Footing | None = None
-    """How far the baseline is above chance; None: it was not looked at."""
+    """How far the baseline is above chance; None: not checked."""
 
     @property
     def undertrained(self) -> bool:
-        """Whether the baseline is so near chance that nothing can be said."""
+        """Whether the baseline is so near chance that no conclusion is possible."""
         return self.footing is not None and self.footing.undertrained and not self.study.short_on_purpose
 
     @property
@@ -272,7 +272,7 @@ class Report:
     def made_of(self, name: str) -> tuple[str | None, frozenset[tuple[tuple[str, ...], float]]]:
         """Return what defines a contrast: its test set, and its runs with their weights.
 
-        There are no runs in a contrast of arms that are the same runs: it is zero by construction.
+        A contrast between arms that are the same runs has no runs: it is zero by construction.
         """
         runs = {row.arm: row.runs for row in self.rows}
         asked = {contrast.name: contrast.weights for contrast in self.study.contrasts}

@@ -105,5 +105,5 @@ def _entries() -> Iterator[Any]:
 def _loaded(name: str, source: str, load: Callable[[], Any]) -> Installed:
     try:
         return Installed(name, source, load())
-    except Exception as fault:  # another package's fault must not disable the other commands
+    except Exception as fault:  # an error in another package must not disable the other commands
         return Installed(name, source, None, f"{type(fault).__name__}: {fault}")

@@ -42,9 +42,9 @@ class Settings:
     overrides: dict[str, Any] = field(default_factory=dict)
     """The user's overrides by dotted name, as applied."""
     classes: Path | None = None
-    """The user's list of the classes of the teacher's head, one for each of its rows."""
+    """The user's list of the classes of the teacher's head, one for each row."""
     varied: dict[str, Any] = field(default_factory=dict)
-    """Settings that an experiment varied on top of them, likewise."""
+    """Settings varied by the experiment on top of these, likewise."""
 
 
 def resolve(
@@ -61,7 +61,7 @@ def resolve(
 ) -> Settings:
     """Resolve a command's settings. Raises UserError for any invalid one.
 
-    training: whether the command may train on the data; otherwise ten images, or one class, are as good as any.
+    training: whether the command may train on the data; otherwise ten images, or one class, are enough.
     first_seed: the first of ``seeds`` seeds in a row; by default 0.
     """
     path = folder / "atdiag.toml"
@@ -88,7 +88,7 @@ def resolve(
     )
     pairs = tuple(Seed(data=i, model=i) for i in range(first, first + count))
     if classes is not None and not (classes := classes.expanduser()).is_file():
-        raise UserError(f"`classes` {classes}: there is no such file", "give a text file, one class a line")
+        raise UserError(f"`classes` {classes}: there is no such file", "give a text file with one class per line")
     return Settings(resolved, pairs, root, place, overrides, classes)
 
 
@@ -206,7 +206,7 @@ def _overrides(path: Path, file: Mapping[str, Any], sets: Sequence[str]) -> dict
 
 
 def _culprit(profile: Profile, path: Path, overrides: Mapping[str, Any], sets: Sequence[str]) -> str:
-    """Return the file's name with a colon where the settings are wrong by the file alone; empty where not."""
+    """Return the file's name with a colon if the settings are invalid because of the file alone; else empty."""
     line = {_parse(item)[0] for item in sets}
     typed = {name: value for name, value in overrides.items() if name in line}
     if typed == overrides:

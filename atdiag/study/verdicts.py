@@ -24,7 +24,7 @@ def outcome(estimate: Estimate) -> Outcome:
 def verb_phrase(
     estimate: Estimate, better: str, worse: str, same: str = "can't be told from noise", be: str = "is"
 ) -> str:
-    """Return a verb phrase for an estimate, with its numbers; "undecided" where it may have no verdict.
+    """Return a verb phrase for an estimate, with its numbers; "undecided" if it may have no verdict.
 
     An interval that includes zero does not show that there is no effect, so no phrase says that.
     """
@@ -37,7 +37,7 @@ def verb_phrase(
 
 
 def no_verdict(estimate: Estimate) -> str:
-    """Why an estimate may have no verdict, as it follows "undecided"; empty where it may."""
+    """Return why an estimate may have no verdict, as a phrase after "undecided"; empty if it may."""
     if estimate.decides:
         return ""
     if estimate.undertrained:

@@ -354,7 +354,7 @@ class _Cohort:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in member.outcome.state_dict().items()}
         run.write("weights.safetensors", to_safetensors(state, {"run": run.id}))
         run.write("predictions.npz", predictions.to_bytes())
-        run.write_metrics(member.metrics)  # in case the process ended right after the last checkpoint
+        run.write_metrics(member.metrics)  # needed if the process ended right after the last checkpoint
         trained = member.total * spec.recipe.batch_size
         run.finish(
             {

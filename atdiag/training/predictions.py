@@ -104,7 +104,7 @@ def _check(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
 
 
 def correct(run: Run) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
-    """Which of its own test images a finished run got right, and their clusters, [n] each: see :func:`own`."""
+    """Return which of its own test images a finished run got right, and their clusters, [n] each: see :func:`own`."""
     said, label, clusters = own(run)
     return said == label, clusters
 

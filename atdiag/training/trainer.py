@@ -141,7 +141,7 @@ class RunTrainer:
         spec, device = self.spec, part.images.device
         keep = drop_path(spec.recipe.drop_path, spec.network.depth, spec.seed.model, self.step, part.samples)
         if keep is not None:
-            keep = keep.to(device, non_blocking=True)  # else each step of a GPU waits until it is there
+            keep = keep.to(device, non_blocking=True)  # otherwise each step on a GPU waits for the transfer
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.recipe.precision == "bfloat16"):
             logits, transfer_loss = methods.forward(self.student, spec.transfer, part.images, teacher, keep)
         task_loss = classification_loss(logits.float(), part, spec.recipe.label_smoothing)
@@ -216,7 +216,7 @@ class RunTrainer:
 
     @property
     def ends_epoch(self) -> bool:
-        """Whether the last step was an epoch's last. Fetches what was not fetched yet: False after a fault."""
+        """Return whether the last step was an epoch's last. Fetches pending losses first: False after a fault."""
         if self.step % self.steps_per_epoch:
             return False
         self.settle()

@@ -1,4 +1,4 @@
-"""One forward pass of each kind that some runs need, before any of them is trained."""
+"""Trial steps: one forward pass for each kind of run, before any run is trained."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from atdiag.transfer import methods, observation
 def trial(specs: Sequence[RunSpec], load_teacher: Callable[[Teacher], ViT | Foreign]) -> None:
     """Pass one image of zeros through teacher and student of every kind of run, as a training step would.
 
-    Runs that differ in seed, data or recipe alone are of one kind. Averages over examples are left out: they need the
+    Runs that differ only in seed, data or recipe are of one kind. Averages over examples are left out, since they need
     images. Takes seconds for a ViT-B on a CPU.
 
-    Raises UserError that names teacher, method and fault, where a step would certainly fail.
+    Raises UserError, naming teacher, method and fault, if a step would certainly fail.
     """
     kinds = {(spec.network, spec.teacher, spec.init, spec.transfer): spec for spec in specs if spec.teacher is not None}
     loaded: dict[Teacher, ViT | Foreign] = {}

@@ -29,6 +29,41 @@ class AttentionRecord(NamedTuple):
         return self.map
 
 
+class UnreadableAttentionError(RuntimeError):
+    """A call of scaled dot-product attention is not defined by q, k and one bias for all images."""
+
+
+def record_of_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionRecord:
+    """Return the map and values of a call of scaled dot-product attention (SDPA), given that call's arguments.
+
+    Grouped keys and values are repeated, one for each query head. Raises UnreadableAttentionError if the call's map is
+    not that of q, k and one bias for all images.
+    """
+    if is_causal or dropout_p:
+        raise UnreadableAttentionError("it attends with a causal mask or dropout")
+    heads = query.shape[1]
+    if key.shape[1] and (groups := heads // key.shape[1]) > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    bias = None
+    if attn_mask is not None:
+        shape = attn_mask.shape[-3:]
+        if not attn_mask.is_floating_point() or attn_mask.numel() != shape.numel():
+            raise UnreadableAttentionError(
+                f"a mask of {attn_mask.dtype}, {tuple(attn_mask.shape)}, is no bias of the heads' logits"
+            )
+        bias = attn_mask.reshape(shape).expand(heads, query.shape[2], key.shape[2])
+    return AttentionRecord(QK(query, key, query.shape[-1] ** -0.5 if scale is None else scale, bias), value)
+
+
 @dataclass(frozen=True)
 class CaptureRequest:
     """What to capture in a forward pass, by block; the network runs no further than needed for it."""

@@ -1,18 +1,18 @@
-"""What can only be known on a GPU, in parts of at most eight minutes, the most worth first.
+"""Measure what only a GPU can show, in parts of at most eight minutes, the most important first.
 
-    python -m benchmarks.gpu --part 1 --out benchmarks/results/gpu       # restartable: the same line goes on
+    python -m benchmarks.gpu --part 1 --out benchmarks/results/gpu       # resumes if repeated
     python -m benchmarks.gpu --toy --out FOLDER                          # all of it on a CPU, at toy size
 
     1  doctor; copy and every loss equal to the CPU's float64; which SDPA kernel runs; no synchronisation, no graph
        break, no recompilation
     2  transfer_cost.py: ViT-B and ViT-S, bf16, compiled
     3  cohort.py and loader.py with ViT-S, on Imagenette-128 where it is found
-    4  killed and resumed, out of memory and the named micro-batch, the tests with the mark cuda, deterministic.py
+    4  killed and resumed, out of memory and the suggested micro-batch, the tests marked cuda, deterministic.py
     5  a mini study equal to the CPU's within noise
     6  both real ViT-Ti on Imagenette-128: scratch, copy, distill, fine-tune; one seed. 7: two seeds, 8: three
 
-After each measurement ``partN.json`` in ``--out`` is written: the machine, the number, or the traceback of what went
-wrong. What goes wrong stops nothing else; the exit code is 1 if anything did. ``benchmarks/README.md`` has the lines
+After each measurement ``partN.json`` in ``--out`` is written: the machine, and the result or the traceback of a
+failure. A failure does not stop the rest; the exit code is 1 if anything failed. ``benchmarks/README.md`` has the lines
 for a machine without a network.
 """
 
@@ -33,11 +33,11 @@ PARTS = range(1, 9)
 TOY_PARTS = range(1, 7)
 SECONDS, TOY_SECONDS = 450.0, 3600.0
 COSTS = (("b", 197, 128), ("b", 1370, 16), ("s", 197, 128), ("s", 1370, 16), ("b", 577, 44))
-"""Size, tokens and batch of what part 2 measures."""
+"""Sizes, tokens and batches that part 2 measures."""
 
 
 def costs(record: Record) -> None:
-    """Part 2."""
+    """Measure part 2."""
     if record.toy:
         toy = ("--size", "ti", "--tokens", "65", "--batch", "1", "--depth", "1", "--repeats", "1", "--no-memory")
         record.measure("cost, toy", lambda: record.script("transfer_cost", *toy))
@@ -49,7 +49,7 @@ def costs(record: Record) -> None:
 
 
 def throughput(record: Record, data: Path) -> None:
-    """Part 3."""
+    """Measure part 3."""
     device = record.device.type
     if record.toy:
         toy = ("--steps", "6", "--batch", "8", "--repeats", "1")
@@ -62,7 +62,7 @@ def throughput(record: Record, data: Path) -> None:
         os.environ[paths.DATA] = str(found)
         words = ["--data", "imagenette", "--size", "s", "--batch", "256"]
     except SkippedError:
-        words = []  # the embedded data, whose name is in the result
+        words = []  # the embedded data; the result names the data set
     settings = ("--device", device, "--threads", "8", "--repeats", "3")
     record.measure("cohort", lambda: record.script("cohort", *words, *settings))
     loader = ("--device", device, "--network", "vit_s", "--batch", "256", "--steps", "20", "--workers", "8", "16")
@@ -70,7 +70,7 @@ def throughput(record: Record, data: Path) -> None:
 
 
 def work(part: int, out: Path, runs: Path, toy: bool, seconds: float, only: Sequence[str] = ()) -> Record:
-    """Measure one part, or those of its measurements whose names contain one of these texts."""
+    """Measure one part, or only measurements whose names contain one of the given texts."""
     record = Record(out, part, toy, seconds, only)
     if part == 1:
         equality.part(record)
@@ -86,7 +86,7 @@ def work(part: int, out: Path, runs: Path, toy: bool, seconds: float, only: Sequ
 
 
 def main() -> None:
-    """Measure the parts that are asked for."""
+    """Measure the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", type=int, choices=PARTS, help="default with --toy: all, one after the other")
     parser.add_argument("--out", type=Path, default=PROJECT / "benchmarks" / "results" / "gpu", help="folder of JSON")

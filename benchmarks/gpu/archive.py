@@ -1,4 +1,4 @@
-"""Runs in files that are small enough to travel: finished ones without their weights, checkpoints in pieces."""
+"""Pack runs into files small enough to transfer: finished ones without weights, checkpoints in pieces."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 from atdiag.core.runs import Run, Store, write_atomically
 
 PIECE = 15 * 2**20
-"""Bytes of a file at most, with room for what an archive adds to 16 MiB."""
+"""Maximum bytes of a file: 16 MiB less the archive's overhead."""
 FILES = 7
 TOTAL = 63 * 2**20
-"""As many files as come back from the device machine, and as many bytes together, with room for the part's JSON."""
+"""Maximum number of files returned from the device machine, and their total bytes, with room for the part's JSON."""
 _KEPT = ("spec.json", "metrics.jsonl", "predictions.npz", "result.json")
 _PIECE = re.compile(r"([0-9a-f]{16})\.checkpoint\.(\d+)of(\d+)")
 
 
 def pack(runs: Path, folder: Path, piece: int = PIECE, files: int = FILES, total: int = TOTAL) -> list[str]:
-    """Write a folder's runs as files of at most about ``piece`` bytes. What does not fit, in words.
+    """Write a folder's runs as files of at most about ``piece`` bytes; describe what does not fit.
 
-    Finished runs come first, then whole checkpoints, of the run that has most behind it first: a part of one is of no
-    use. A run whose checkpoint is left out starts afresh.
+    Finished runs come first, then complete checkpoints, the most advanced run's first. A run whose checkpoint is left
+    out starts afresh.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("runs-*.tar.gz"), *folder.glob("*.checkpoint.*")):
@@ -53,7 +53,7 @@ def pack(runs: Path, folder: Path, piece: int = PIECE, files: int = FILES, total
 
 
 def _groups(runs: list[Run], piece: int) -> Iterator[list[Run]]:
-    """Yield runs of ``piece`` bytes together, before compression. Raises ValueError for a run that has more."""
+    """Yield groups of runs of at most ``piece`` bytes before compression. Raises ValueError for a larger run."""
     group: list[Run] = []
     size = 0
     for run in runs:
@@ -70,16 +70,16 @@ def _groups(runs: list[Run], piece: int) -> Iterator[list[Run]]:
 
 
 def restore(folder: Path, runs: Path) -> list[str]:
-    """Unpack what :func:`pack` wrote below ``folder`` into a folder of runs. What was restored, in words.
+    """Unpack what :func:`pack` wrote below ``folder`` into a folder of runs; describe what was restored.
 
-    A run that is there and finished stays as it is. Raises ValueError for a checkpoint of which a piece is missing.
+    Existing finished runs are kept. Raises ValueError for a checkpoint with a missing piece.
     """
     said = []
     finished = {run.id for run in Store(runs).list() if run.finished}
     for path in sorted(folder.rglob("runs-*.tar.gz")):
         with tarfile.open(path) as archive:
             members = [m for m in archive.getmembers() if m.name.split("/")[0] not in finished]
-            # A run counts as finished by its result alone, so that comes last.
+            # The result alone marks a run as finished, so it comes last.
             for member in sorted(members, key=lambda m: m.name.endswith("result.json")):
                 archive.extract(member, runs, filter="data")
         said.append(f"{len({member.name.split('/')[0] for member in members})} runs from {path.name}")

@@ -1,4 +1,4 @@
-"""Part 1: does the device compute what the CPU does, by the kernels that are meant, without waiting?"""
+"""Part 1: does the device compute what the CPU does, with the intended kernels and without synchronising?"""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from atdiag.transfer.observation import Observation, of_teacher
 from benchmarks.gpu.record import Record
 
 FACTORS = {"float32": 10.0, "bfloat16": 2.0}
-"""How many times the CPU's own difference from float64, in the same type, the device's may be: what a type loses is not
-the device's fault, and sums in another order lose a little more or less."""
+"""Maximum ratio of the device's error to the CPU's, both relative to float64 in the same type: rounding of the type is
+not the device's fault, and sums in another order err a little more or less."""
 LEAST = {"float32": 1e-5, "bfloat16": 1e-3}
-"""A relative difference that always passes: a single number, such as a loss, may be exact on the CPU by chance."""
+"""A relative error that always passes: a single number, such as a loss, may be exact on the CPU by chance."""
 KERNELS = ("flash", "cudnn")
-"""Those that are meant in bf16, without a bias."""
+"""The kernels intended for bf16 without a bias."""
 STEPS = 20
 
 
 def transfers(depth: int) -> dict[str, Transfer]:
-    """Copy, and distillation by every loss, of all blocks."""
+    """Return copy, and distillation by every loss, of all blocks."""
     blocks = tuple(range(depth))
     losses = {f"distill {loss}": Transfer(method="distill", layers=blocks, loss=loss) for loss in MAP_LOSSES}
     return {"copy": Transfer(method="copy", layers=blocks), **losses}
 
 
 def network(toy: bool) -> Network:
-    """Two blocks of a ViT-Ti on 197 tokens."""
+    """Return the description of two blocks of a ViT-Ti on 197 tokens."""
     shape = {"image_size": 32, "width": 48} if toy else {"image_size": 224, "width": 192}
     return Network(**shape, patch_size=16, depth=2, heads=3, classes=10)
 
 
 def peaked(one: Network, seed: int) -> ViT:
-    """Return a network whose maps are far from uniform: between uniform ones every loss is rounding."""
+    """Return a network whose maps are far from uniform: between uniform maps every loss is mere rounding."""
     vit = students.build(one, seed)
     with torch.no_grad():
         for block in vit.blocks:
@@ -60,7 +60,7 @@ def peaked(one: Network, seed: int) -> ViT:
 
 
 def step(one: Network, transfer: Transfer, device: torch.device, kind: str) -> dict[str, Tensor]:
-    """Logits, transfer loss and gradients of a training step, in float64 on the CPU."""
+    """Return logits, transfer loss and gradients of a training step, in float64 on the CPU."""
     dtype = torch.float64 if kind == "float64" else torch.float32
     student, teacher = (peaked(one, seed).to(device, dtype).eval() for seed in (0, 1))
     teacher.requires_grad_(False)
@@ -81,7 +81,7 @@ def step(one: Network, transfer: Transfer, device: torch.device, kind: str) -> d
 
 
 def equal(record: Record, transfer: Transfer, kind: str) -> dict[str, Any]:
-    """Relative differences (2-norm) of device and CPU from float64. Raises AssertionError where too large."""
+    """Return the relative errors (2-norm) of device and CPU from float64. Raises AssertionError if too large."""
     one, cpu = network(record.toy), torch.device("cpu")
     meant = step(one, transfer, cpu, "float64")
     found = {name: step(one, transfer, device, kind) for name, device in (("cpu", cpu), ("device", record.device))}
@@ -95,7 +95,7 @@ def equal(record: Record, transfer: Transfer, kind: str) -> dict[str, Any]:
 
 
 def kernel(record: Record, tokens: int) -> dict[str, Any]:
-    """Which SDPA kernel runs, by type and with a bias. Raises AssertionError where none spares memory."""
+    """Return which SDPA kernel runs, by type and with a bias. Raises AssertionError if none saves memory."""
     shape = (2, 3, tokens, 64)
     found: dict[str, str | None] = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -109,7 +109,7 @@ def kernel(record: Record, tokens: int) -> dict[str, Any]:
 
 
 def specs(toy: bool, precision: str) -> list[RunSpec]:
-    """Scratch, copy and distillation by the miniature of DINOv2 with registers, on the embedded data."""
+    """Return scratch, copy and distillation from the miniature of DINOv2 with registers, on the embedded data."""
     source = loading.shipped("dinov2_reg_s")
     batch = 8 if toy else 64
     data = Data(train=batch * (3 if toy else STEPS), test_per_source=1, clutter=6)
@@ -132,7 +132,7 @@ def specs(toy: bool, precision: str) -> list[RunSpec]:
 
 
 class Training:
-    """Runs side by side, step by step, without a cohort's tests and checkpoints."""
+    """Train runs side by side, step by step, without a cohort's evaluation and checkpoints."""
 
     def __init__(self, record: Record, folder: Path, compiler: str | None = None) -> None:
         self.device = record.device
@@ -153,7 +153,7 @@ class Training:
         self.batches: Iterator[Batch] = self.stream.batches(0, 3 * steps, 0, pin=cuda)
 
     def step(self) -> None:
-        """One step of every run, as a cohort does it."""
+        """Take one step of every run, like a cohort."""
         batch = next(self.batches).to(self.device)
         precision = self.specs[0].recipe.precision
         with (
@@ -167,10 +167,10 @@ class Training:
 
 
 def no_synchronisation(record: Record) -> dict[str, Any]:
-    """Train ``STEPS`` steps in which the host must not wait: CUDA raises where it would."""
+    """Train ``STEPS`` steps in which the host must not wait: CUDA raises an error if it would."""
     with tempfile.TemporaryDirectory() as folder:
         training = Training(record, Path(folder))
-        for _ in range(1 if record.toy else 3):  # what is made once is made
+        for _ in range(1 if record.toy else 3):  # one-time work is done
             training.step()
         if record.device.type == "cuda":
             torch.cuda.synchronize()
@@ -181,12 +181,12 @@ def no_synchronisation(record: Record) -> dict[str, Any]:
         finally:
             if record.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    record.needs_cuda("the steps ran, and torch.cuda.set_sync_debug_mode, which tells what waits, is CUDA's")
+    record.needs_cuda("the steps ran, but torch.cuda.set_sync_debug_mode, which detects waiting, needs CUDA")
     return {"steps": STEPS, "runs_side_by_side": len(training.members), "synchronisations": 0}
 
 
 def no_recompilation(record: Record) -> dict[str, Any]:
-    """Graphs compiled by the end of each epoch. Raises AssertionError for one after the first, and for a break."""
+    """Return the graphs compiled by each epoch's end. Raises AssertionError for breaks, or new ones after the first."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -207,14 +207,14 @@ def no_recompilation(record: Record) -> dict[str, Any]:
 
 
 def doctor(record: Record) -> list[dict[str, Any]]:
-    """Return what ``atdiag doctor`` finds. Raises AssertionError where something is not as it should be."""
+    """Return the findings of ``atdiag doctor``. Raises AssertionError if a check fails."""
     found = [asdict(one) for one in checkup.examine(record.folder)]
     assert all(one["ok"] for one in found), found
     return found
 
 
 def part(record: Record) -> None:
-    """All of part 1."""
+    """Measure all of part 1."""
     record.measure("doctor", partial(doctor, record))
     for kind in FACTORS:
         for name, transfer in transfers(2).items():

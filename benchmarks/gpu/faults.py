@@ -1,4 +1,4 @@
-"""Part 4: the same bits again, out of memory, killed and gone on with, and the tests that need CUDA."""
+"""Part 4: reproducibility, out of memory, kill and resume, and the tests that need CUDA."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from benchmarks import kills
 from benchmarks.gpu.record import PROJECT, Record, run
 
 LIMIT = 3 * 2**30
-"""Bytes of the device that a run may have where it is to run out of memory."""
+"""Bytes of device memory available to a run that is meant to run out of memory."""
 BATCH = 2048
 
 
@@ -44,7 +44,7 @@ def _start(folder: Path, device: str) -> list[str]:
 
 
 def killed_and_resumed(record: Record) -> dict[str, Any]:
-    """SIGKILL in the middle of training; what goes on from there must end with the same bytes."""
+    """Kill training with SIGKILL half-way; the resumed run must end with the same bytes."""
     device = record.device.type
     with tempfile.TemporaryDirectory() as name:
         meant, folder = Path(name) / "meant", Path(name) / "killed"
@@ -67,7 +67,7 @@ def killed_and_resumed(record: Record) -> dict[str, Any]:
 
 
 def large() -> RunSpec:
-    """Return a ViT-S on the embedded data, with a batch that ``LIMIT`` has no room for."""
+    """Return a ViT-S on the embedded data, with a batch that does not fit in ``LIMIT``."""
     data = Data(train=BATCH, test_per_source=1, clutter=6)
     network = Network(image_size=20, patch_size=4, channels=1, width=384, depth=12, heads=6, classes=10)
     recipe = Recipe(epochs=1, batch_size=BATCH, precision="bfloat16")
@@ -75,9 +75,9 @@ def large() -> RunSpec:
 
 
 def out_of_memory(record: Record) -> dict[str, Any]:
-    """Check that a real lack of memory names a micro-batch, and that the same run ends with it."""
+    """Check that running out of memory suggests a micro-batch, and that the same run completes with it."""
     spec = large()
-    record.needs_cuda("a CPU has no limit that can be set (tests/training/test_micro_batch.py feigns one)")
+    record.needs_cuda("a CPU's memory can't be limited (tests/training/test_micro_batch.py simulates it)")
     total = torch.cuda.get_device_properties(record.device).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(LIMIT / total)
@@ -104,7 +104,7 @@ def out_of_memory(record: Record) -> dict[str, Any]:
 
 
 def marked_tests(record: Record) -> str:
-    """Run the tests with the mark ``cuda`` and return the last line that pytest says."""
+    """Run the tests marked ``cuda`` and return pytest's last line."""
     record.needs_cuda("the tests with the mark cuda skip themselves")
     files = [str(path) for path in sorted((PROJECT / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
     line = [sys.executable, "-m", "pytest", "-m", "cuda", "-n", "0", "-q", "-p", "no:cacheprovider", *files]
@@ -114,7 +114,7 @@ def marked_tests(record: Record) -> str:
 
 
 def part(record: Record) -> None:
-    """All of part 4."""
+    """Measure all of part 4."""
     small = ("--steps", "8", "--batch", "8") if record.toy else ("--threads", "4")
     device = record.device.type
     arguments = ("--device", device, *small)
@@ -128,6 +128,6 @@ def part(record: Record) -> None:
 
 
 def child(folder: Path, device: str) -> None:
-    """Do what ``--train`` asks for."""
+    """Train as ``--train`` requests."""
     with suppress(KeyboardInterrupt):
         train(folder, device)

@@ -1,4 +1,4 @@
-"""The measurements of one part, kept in a JSON file after each, so that a part that was cut off goes on."""
+"""The measurements of one part, saved to a JSON file after each, so that an interrupted part can resume."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def driver() -> str | None:
 
 
 class Record:
-    """What a part has measured so far.
+    """The measurements of a part so far.
 
-    A measurement has a try of its own: what goes wrong is recorded with its traceback, and the next one goes on. One
-    that is measured, or skipped for a reason, is not taken again; one that failed is.
+    A failing measurement is recorded with its traceback, and the next one is taken. When a part is resumed, those that
+    were measured, or skipped for a reason, are not repeated; failed ones are.
     """
 
     def __init__(self, folder: Path, part: int, toy: bool, seconds: float, only: Sequence[str] = ()) -> None:
@@ -63,7 +63,7 @@ class Record:
         return self.deadline - time.monotonic()
 
     def measure(self, name: str, work: Callable[[], Any]) -> None:
-        """Take a measurement, unless it was taken before or the time is over, and keep it."""
+        """Take a measurement, unless it was taken before or time is up, and save it."""
         if self.only and not any(text in name for text in self.only):
             return
         before = self.document["measurements"].get(name, {})
@@ -78,7 +78,7 @@ class Record:
             out = {"status": "measured", "result": work()}
         except SkippedError as reason:
             out = {"status": "skipped", "reason": str(reason)}
-        except Exception:  # whatever it is: it is kept, and the next measurement does not suffer from it
+        except Exception:  # any error is recorded and must not affect the next measurement
             out = {"status": "failed", "traceback": traceback.format_exc()}
         self._keep(name, {**out, "seconds": round(time.monotonic() - begin, 2), **self._where()})
         if self.device.type == "cuda":
@@ -104,15 +104,15 @@ class Record:
         return [name for name, entry in self.document["measurements"].items() if entry["status"] == "failed"]
 
     def needs_cuda(self, why: str) -> None:
-        """Raise SkippedError where there is no CUDA device."""
+        """Raise SkippedError if there is no CUDA device."""
         if self.device.type != "cuda":
             raise SkippedError(f"no CUDA device here: {why}")
 
     def script(self, name: str, *arguments: str, json_option: bool = True) -> Any:
-        """Run a benchmark of this folder by its command line. Its JSON, or what it printed.
+        """Run a benchmark of this folder by its command line; return its JSON, or its output.
 
-        In a process of its own, with the time that is left; in the toy run in this one, where importing torch again
-        would be most of the time. Raises RuntimeError with its last words where it fails.
+        Runs in a separate process, limited to the remaining time; in the toy run in this process, where importing torch
+        again would take most of the time. Raises RuntimeError with its last output if it fails.
         """
         out = self.folder / f".{name}.json"
         words = [*arguments, *(["--json", str(out)] if json_option else [])]
@@ -145,7 +145,7 @@ def _process(name: str, words: list[str], seconds: float) -> str:
 def run(
     line: list[str], seconds: float, codes: tuple[int, ...] = (0,), **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command line in the project. Raises RuntimeError with its last words for another exit code."""
+    """Run a command line in the project. Raises RuntimeError with its last output for another exit code."""
     path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, **variables}
     done = subprocess.run(line, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=max(seconds, 60))

@@ -1,4 +1,4 @@
-"""Part 5: a mini study like the CPU's. Part 6 and on: real teachers on real images, from one visit to the next."""
+"""Part 5: a mini study, compared with the CPU's. Parts 6 to 8: real teachers and images, over several visits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEACHERS = {
 IMAGES = "imagenette-128"
 TOY = ("data.train=64", "recipe.epochs=1", "recipe.batch_size=16", "data.test_per_source=1")
 P_AT_LEAST = 0.01
-"""A difference between GPU and CPU with a smaller p than this is no noise."""
+"""A difference between GPU and CPU with a smaller p-value than this is not noise."""
 
 
 def _sets(items: tuple[str, ...]) -> list[str]:
@@ -43,7 +43,7 @@ def _document(said: str) -> dict[str, Any]:
 def mini(record: Record) -> dict[str, Any]:
     """Compare the same mini study on device and CPU: the difference of each run's accuracy, and whether it is noise.
 
-    Runs are paired by their ids; noise is what a t test of their differences does not tell from zero.
+    Runs are paired by their ids; noise means that a t test of their differences does not reject zero.
     """
     from scipy.stats import ttest_1samp
 
@@ -67,7 +67,7 @@ def mini(record: Record) -> dict[str, Any]:
 
 
 def test_data() -> Path:
-    """The folder with the images and the two teachers. Raises SkippedError where it is not named or lacks something."""
+    """Return the folder with the images and both teachers. Raises SkippedError if it is not given or incomplete."""
     if not (named := os.environ.get("ATDIAG_TEST_DATA")):
         raise SkippedError("ATDIAG_TEST_DATA names no folder")
     folder = Path(named)
@@ -77,7 +77,7 @@ def test_data() -> Path:
 
 
 def images(folder: Path, into: Path) -> Path:
-    """Return the folder of data sets in which Imagenette-128 is found by name: as it is, or unpacked once."""
+    """Return the folder of data sets that contains Imagenette-128, unpacking it once if needed."""
     if (folder / IMAGES).is_dir():
         return folder
     if not (into / IMAGES).is_dir():
@@ -91,10 +91,10 @@ def images(folder: Path, into: Path) -> Path:
 
 
 def small(record: Record, runs: Path, seeds: int) -> dict[str, Any]:
-    """Both real ViT-Ti on Imagenette-128: scratch, copy, distill, fine-tune, with so many seeds, as far as time goes.
+    """Train from both real ViT-Ti on Imagenette-128: scratch, copy, distill, fine-tune, as far as time permits.
 
-    The command is asked to stop when the time is over (SIGTERM: it writes checkpoints), and goes on the next time.
-    Raises SkippedError for missing data, RuntimeError where the command fails or is not done yet.
+    When time is up the command is stopped (SIGTERM: it writes checkpoints); it resumes the next time. Raises
+    SkippedError for missing data, RuntimeError if the command fails or is not done yet.
     """
     line = [*ATDIAG, "benchmark", "--methods", "copy,distill,finetune", "--seeds", str(seeds), "--json"]
     line += ["--runs", str(runs), "--device", record.device.type, "--out", str(runs.parent / f"study-{seeds}")]
@@ -124,7 +124,7 @@ def small(record: Record, runs: Path, seeds: int) -> dict[str, Any]:
 
 
 def pack(record: Record, runs: Path) -> dict[str, Any]:
-    """Pack the runs into files that travel; in the toy run also unpack them again and compare."""
+    """Pack the runs into files for transfer; in the toy run also unpack them again and compare."""
     folder = record.folder / "packed"
     left_out = archive.pack(runs, folder)
     names = sorted(path.name for path in folder.iterdir())
@@ -138,10 +138,10 @@ def pack(record: Record, runs: Path) -> dict[str, Any]:
 
 
 def part(record: Record, runs: Path) -> None:
-    """Part 5, or a later one: part 6 has one seed, 7 two and 8 three."""
+    """Measure part 5 or a later one: part 6 has one seed, 7 two and 8 three."""
     if record.part == 5:
         record.measure("mini study on device and CPU", partial(mini, record))
         return
     record.measure("small study", partial(small, record, runs, record.part - 5))
-    record.document["measurements"].pop("packed", None)  # what lies there changes with every visit
+    record.document["measurements"].pop("packed", None)  # the folder's contents change with every visit
     record.measure("packed", partial(pack, record, runs))

@@ -1,4 +1,4 @@
-"""All methods side by side, on miniatures and on published networks."""
+"""The benchmark ablation: all methods side by side, on miniatures and published networks."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def specs(*sets, teacher="clip_b", methods=METHODS, **options):
     return {arm.name: arm.specs[0] for arm in study.arms}
 
 
-def test_each_method_is_an_arm_that_differs_from_scratch_in_that_alone():
+def test_each_arm_differs_from_scratch_only_in_its_method():
     found = specs()
     assert list(found) == [BASELINE, *METHODS]
     scratch = found[BASELINE]
@@ -34,11 +34,11 @@ def test_each_method_is_an_arm_that_differs_from_scratch_in_that_alone():
     assert {found[name].transfer.layers for name in ("copy", "distill", "features")} == {tuple(range(12))}
     tuned = found["finetune"]
     assert tuned.transfer.method == "none" and tuned.init == Init(source="teacher")
-    assert tuned.network == tuned.teacher.network  # all of it, but a head of its own
+    assert tuned.network == tuned.teacher.network  # everything but the head, which is new
     assert tuned.recipe.lr < scratch.recipe.lr
 
 
-def test_its_baseline_and_transfers_are_the_runs_of_other_experiments():
+def test_baseline_and_transfers_are_shared_with_other_experiments():
     from ablations.layers import layers
 
     others = {spec.id for spec in layers(lab(), "top", 12, "clip_b", "copy", False).specs}
@@ -46,7 +46,7 @@ def test_its_baseline_and_transfers_are_the_runs_of_other_experiments():
     assert {found["copy"].id, found[BASELINE].id} <= others
 
 
-def test_a_form_of_transfer_reaches_the_arms_that_have_it():
+def test_transfer_options_apply_only_to_arms_with_that_transfer():
     found = specs("transfer.tensor=q", "transfer.layers=top:2", "transfer.heads=0", "transfer.weight=2")
     for name in ("copy", "distill"):
         assert (found[name].transfer.tensor, found[name].transfer.layers) == ("q", (10, 11))
@@ -59,7 +59,7 @@ def test_a_form_of_transfer_reaches_the_arms_that_have_it():
     }
 
 
-def test_published_teachers_are_planned_without_their_weights():
+def test_published_teachers_can_be_planned_without_their_weights():
     study = benchmark(lab(profile="paper"), "dinov2_s", "copy,finetune")
     scratch, copy, tuned = (arm.specs[0] for arm in study.arms)
     assert study.teacher.sha256 is None
@@ -71,7 +71,7 @@ def test_published_teachers_are_planned_without_their_weights():
     assert benchmark(lab(profile="paper"), "deit_s", "copy").reference.specs[0].init.head_rows == ()
 
 
-def test_a_teacher_that_no_student_can_be_teaches_but_gives_no_start():
+def test_foreign_teachers_teach_but_initialise_no_student():
     options = {"profile": "small", "teacher": "timm:vit_small_patch16_dinov3"}
     assert specs(methods=("copy", "distill"), **options)["copy"].teacher.network.differences
     with pytest.raises(UserError, match=r"no student can start from this teacher.*rope"):

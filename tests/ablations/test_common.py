@@ -1,4 +1,4 @@
-"""What holds of several ablations."""
+"""Properties common to several ablations."""
 
 from functools import partial
 
@@ -18,13 +18,13 @@ HERE = [name for name in teachers.miniatures() if loading.shipped_path(name).exi
 
 
 @pytest.mark.parametrize("teacher", HERE)
-def test_every_miniature_that_is_here_can_be_studied(teacher):
+def test_every_shipped_miniature_can_be_studied(teacher):
     own = teachers.miniature_network(teacher).components
     made = [reinit(lab(), "attn", teacher, "copy"), layers(lab(), "top", 6, teacher, "copy", False)]
     if own:
         made.append(rescue(lab(), teacher, "copy"))
-        # one component alone is the native student, and of two, all but one is the other alone; under copy of all maps
-        # a position bias changes nothing
+        # with one component, "only it" is the native student; with two, "all but one" is "only the other"; if all maps
+        # are copied, a position bias changes nothing
         acting = len({*own} - {"rel_pos_bias"})
         assert len(arms(made[-1])) == 4 + (acting if acting > 1 else 0) + (acting if acting > 2 else 0)
     for study in made:
@@ -34,7 +34,7 @@ def test_every_miniature_that_is_here_can_be_studied(teacher):
     assert len({study.arms[0].specs[0].id for study in made}) == 1
 
 
-def test_the_baseline_is_one_for_all_experiments_and_teachers():
+def test_all_experiments_and_teachers_share_the_baseline():
     every = [
         reinit(lab(), m, t, x) for m in ("attn", "mlp") for t in ("clip_b", "beitv2_b") for x in ("copy", "distill")
     ]
@@ -54,6 +54,6 @@ def test_one_seed_decides_nothing(make):
 
 
 @pytest.mark.parametrize("make", [partial(ood, on=""), partial(datasets, data=" , ")])
-def test_an_empty_list_is_no_default(make):
+def test_an_empty_list_is_refused(make):
     with pytest.raises(UserError, match="is empty"):
         make(lab())

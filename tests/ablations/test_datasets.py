@@ -1,4 +1,4 @@
-"""Data sets."""
+"""The data sets ablation: each data set has its own baseline."""
 
 import pytest
 

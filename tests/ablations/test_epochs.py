@@ -1,4 +1,4 @@
-"""Training lengths."""
+"""The epochs ablation: training lengths."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from atdiag.core.errors import UserError
 from tests.studies import lab
 
 
-def test_epochs_are_trainings_of_their_own_with_their_own_baselines():
+def test_each_training_length_has_its_own_runs_and_baseline():
     series = epochs(lab())
     assert [study.options["epochs"] for study in series.studies] == ["2", "4", "8"]
     for study in series.studies:
@@ -22,5 +22,5 @@ def test_epochs_are_trainings_of_their_own_with_their_own_baselines():
     for wrong in ("2,four", "0", "1.5", "-2"):
         with pytest.raises(UserError, match="is not a number of epochs: write it as '2,4,8'"):
             epochs(lab(), epochs=wrong)
-    # the user's own length is what is varied around
+    # lengths are multiples of the user's own
     assert [s.options["epochs"] for s in epochs(lab("recipe.epochs=6")).studies] == ["3", "6", "12"]

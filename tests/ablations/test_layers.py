@@ -1,4 +1,4 @@
-"""Transfer of some blocks: what is varied, and what is said of it."""
+"""The layers ablation: its arms, and its verdict."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_blocks_are_counted_from_the_input():
 
 
 @pytest.mark.parametrize("end", ["top", "bottom"])
-def test_layers_at_the_ends(end):
+def test_layers_from_none_to_all_blocks(end):
     none, whole = layers(lab(), end, 0, "clip_b", "copy", False), layers(lab(), end, 12, "clip_b", "copy", False)
     assert list(arms(none)) == list(arms(whole)) == [BASELINE, "all blocks"]
     assert not none.contrasts and not whole.contrasts
@@ -52,7 +52,7 @@ def test_the_sweep_has_every_k(end):
 
 
 @pytest.mark.parametrize("k", [-1, 13, 10**9])
-def test_layers_that_the_teacher_has_not(k):
+def test_blocks_that_the_teacher_lacks_are_refused(k):
     with pytest.raises(UserError, match=rf"`k` {k}: clip_b \(mini\) has 12 blocks: give a number from 0 to 12"):
         layers(lab(), "top", k, "clip_b", "copy", False)
 
@@ -72,7 +72,7 @@ def test_the_verdict_of_layers(k, effects, rest, says):
     assert says in study.verdict(fabricated(study, effects, rest))
 
 
-def test_the_verdict_of_a_sweep_owns_up_to_choosing_after_the_fact():
+def test_the_verdict_of_a_sweep_admits_that_k_was_chosen_after_the_fact():
     study = layers(lab(), "bottom", None, "clip_b", "copy", True)
     text = study.verdict(fabricated(study, [float(k) for k in range(6, -6, -1)]))
     assert "Copy of all 12 blocks of clip_b (mini) hurts (-5.0 points" in text

@@ -1,4 +1,4 @@
-"""Losses and weights of distillation."""
+"""The losses ablation: losses and weights of distillation."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from atdiag.study.protocol import BASELINE
 from tests.studies import arms, differences, lab
 
 
-def test_losses_and_weights_are_all_that_their_arms_differ_by():
+def test_arms_differ_only_in_loss_and_weight():
     (study,) = losses(lab(), "dinov2_s", "ce,jsd", "0.3,3").studies
     assert list(arms(study)) == [BASELINE, "ce x0.3", "ce x3", "jsd x0.3", "jsd x3"]
     assert differences(study, "ce x0.3", "ce x3") == {"transfer.weight"}
@@ -25,7 +25,7 @@ def test_losses_and_weights_are_all_that_their_arms_differ_by():
         losses(lab(), losses="jds")
 
 
-def test_the_slope_over_the_weight_is_that_of_least_squares():
+def test_the_slope_over_the_weight_is_the_least_squares_slope():
     factors, accuracy = [0.3, 1.0, 30.0], np.array([50.0, 53.0, 51.0])
     weights = slope("ce", factors)
     assert sum(weights.values()) == pytest.approx(0)

@@ -1,4 +1,4 @@
-"""How far students' maps are from their teacher's: against explicit formulas, once, and what is concluded."""
+"""The match ablation: divergences against explicit formulas, measured once, and the conclusions from them."""
 
 import io
 import json
@@ -39,7 +39,7 @@ TEACHER = teachers.teacher("deit_s", "mini")
 
 
 def ticks(*_):
-    """Nobody listens."""
+    """Ignore progress."""
 
 
 def spec(seed=0, **fields) -> RunSpec:
@@ -48,7 +48,7 @@ def spec(seed=0, **fields) -> RunSpec:
 
 
 def finished(store, one: RunSpec, state=None):
-    """A finished run with the weights that it is given, else as it started."""
+    """Make a finished run with the given weights, or those it was initialised with."""
     run = store.create(one)
     save_file(state or students.build(one.network, one.seed.model).state_dict(), run.weights)
     label = np.arange(40, dtype=np.int32) % 10
@@ -66,7 +66,7 @@ def store(tmp_path):
 
 
 def own_state(order=None):
-    """The teacher's own weights; with its heads in another order in every block, which changes no output."""
+    """Return the teacher's weights; optionally permute its heads in every block, which changes no output."""
     state = {name: tensor.clone() for name, tensor in loading.load(TEACHER).state_dict().items()}
     heads, width = TEACHER.network.heads, TEACHER.network.width
     for name in state if order else ():
@@ -85,7 +85,7 @@ def distilled(**fields):
 # --- the measurement -----------------------------------------------------------------------------------------------
 
 
-def test_a_student_with_the_teacher_s_own_queries_and_keys_matches_and_one_from_scratch_does_not(store):
+def test_a_student_with_the_teachers_q_and_k_matches_and_one_from_scratch_does_not(store):
     same, scratch = finished(store, distilled(), own_state()), finished(store, spec())
     turned = finished(store, distilled(seed=1), own_state(order=(1, 0)))
     measure = Match(TEACHER, 16)
@@ -93,11 +93,11 @@ def test_a_student_with_the_teacher_s_own_queries_and_keys_matches_and_one_from_
     own, drawn, other = map(measure.numbers, (same, scratch, turned))
     assert all(value < 1e-5 for value in own.values())
     assert drawn[HEAD_BY_HEAD] > 0.1
-    # The same maps in another order of heads: no match head by head, and all of it once heads may be paired.
+    # The same maps with permuted heads: no match head by head, a perfect match once heads are paired.
     assert other[HEADS_MATCHED] < 1e-5 and other[HEAD_BY_HEAD] > 0.05
 
 
-def test_against_the_formula(store):
+def test_divergences_equal_the_explicit_formula(store):
     run, measure = finished(store, spec()), Match(TEACHER, 5)
     measure.take([run], "cpu", ticks)
     every = images.choose(0, DATA, TEACHER.network)
@@ -114,7 +114,7 @@ def test_against_the_formula(store):
     assert (saved["images"], saved["teacher"], len(saved["head_by_head"])) == (5, "deit_s (mini)", 12)
 
 
-def test_it_is_taken_once_for_each_teacher(store):
+def test_divergences_are_measured_once_per_teacher(store):
     run = finished(store, spec())
     one, other = Match(TEACHER, 4), Match(teachers.teacher("dinov2_s", "mini"), 4)
     assert one.missing([run]) == [run]
@@ -141,7 +141,7 @@ def test_it_is_taken_once_for_each_teacher(store):
         lambda text: "\x00\xff",
     ],
 )
-def test_a_damaged_file_or_one_of_another_version_is_taken_again(store, spoil):
+def test_damaged_or_outdated_measurements_are_repeated(store, spoil):
     run, measure = store.create(spec()), Match(TEACHER, 4)
     (run.path / "match").mkdir()
     measure._save(run, 4, [0.25] * 12, [0.125] * 12)
@@ -151,7 +151,7 @@ def test_a_damaged_file_or_one_of_another_version_is_taken_again(store, spoil):
     assert measure.missing([run]) == [run] and measure.numbers(run) == {}
 
 
-def test_what_copies_all_maps_has_them_and_the_teacher_is_no_student(store):
+def test_copying_all_maps_needs_no_measurement_and_the_teacher_is_not_measured(store):
     measure = Match(TEACHER)
 
     def made(method="copy", teacher=TEACHER, **fields):
@@ -167,7 +167,7 @@ def test_what_copies_all_maps_has_them_and_the_teacher_is_no_student(store):
     assert measure.missing([reference]) == [] and measure.numbers(reference) == {}
 
 
-def test_what_can_not_be_measured_is_said(store):
+def test_students_that_can_not_be_measured_are_refused(store):
     with pytest.raises(ValueError, match="is not finished"):
         Match(TEACHER).take([store.create(spec())], "cpu", ticks)
     wide = finished(store, spec(network=teachers.teacher("deit_b", "mini").network.student()))
@@ -188,7 +188,7 @@ def lab(seeds=2, *sets) -> Lab:
     return Lab(resolve(sets=sets, seeds=seeds, environment={}, folder=Path("/nonexistent")))
 
 
-def test_its_runs_are_the_benchmark_s():
+def test_runs_are_shared_with_the_benchmark():
     from ablations.benchmark import benchmark
 
     ours, theirs = match(lab(), "clip_b", "copy,distill"), benchmark(lab(), "clip_b", "copy,distill")
@@ -196,7 +196,7 @@ def test_its_runs_are_the_benchmark_s():
     assert ours.figure == "match" and any("by construction" in note for note in ours.notes)
 
 
-def test_from_runs_to_the_table_and_nothing_twice(store, monkeypatch, capsys):
+def test_the_table_is_made_from_runs_and_nothing_is_measured_twice(store, monkeypatch, capsys):
     series = experiments.spread(partial(match, teacher="deit_s,dinov2_s", methods="copy,distill"), lab())
     few = tuple(replace(s, measures=tuple(replace(m, images=4) for m in s.measures)) for s in series.studies)
     series = replace(series, studies=few)
@@ -243,7 +243,7 @@ STUDY = match(lab(3), "deit_s").studies[0]
 
 
 def report(effect, jsd, scratch=0.4, spread=0.01, label="x", seeds=3, clear=True) -> Report:
-    """A teacher whose distilled students gain ``effect`` and end ``jsd`` bits from its maps."""
+    """Make a report on a teacher whose distilled students gain ``effect`` points and end ``jsd`` bits from its maps."""
     study = match(lab(seeds), "deit_s").studies[0] if seeds != 3 else STUDY
     half = 1.0 if clear else 100.0
     contrast = Estimate(
@@ -268,7 +268,7 @@ def report(effect, jsd, scratch=0.4, spread=0.01, label="x", seeds=3, clear=True
         ([(0.1, 0.01), (0.39, 0.1)], "undecided", "1 of 2 clearly closer"),
         ([(0.1, 0.01), (0.9, 0.01)], "does not hold", "1 of 2 clearly closer"),
         ([(0.4, 0.01)], "undecided", "+0.000 bits [-0.025, +0.025], 0 of 1"),
-        # Closer than the scratch student's heads as they stand (1.0), but not than with its heads paired (0.4).
+        # Closer than the scratch student's heads in order (1.0), but not closer than its paired heads (0.4).
         ([(0.5, 0.01)], "does not hold", "+0.100 bits"),
     ],
 )
@@ -277,13 +277,13 @@ def test_whether_the_students_match(of, verdict, ours):
     assert found.verdict == verdict and ours in found.ours and found.seeds == 3
 
 
-def test_many_teachers_make_a_match_harder_to_claim():
+def test_claiming_a_match_is_harder_with_many_teachers():
     alone = report(0.0, 0.35, spread=0.018)
     assert matched([alone]).verdict == "holds"
     assert matched([alone] * 4).verdict == "undecided"
 
 
-def test_without_maps_or_seeds_nothing_is_said():
+def test_without_maps_or_enough_seeds_there_is_no_finding():
     bare = replace(report(0.0, 0.1), rows=report(0.0, 0.1).rows[:1])
     assert matched([bare]).verdict == usable([bare]).verdict == "not testable here"
     one = [report(5.0, 0.1, seeds=1)] * 6
@@ -293,7 +293,7 @@ def test_without_maps_or_seeds_nothing_is_said():
 @pytest.mark.parametrize(
     ("of", "verdict", "note"),
     [
-        # Who fails is matched as well as who gains, each better than one of these.
+        # Failing teachers are matched as well as gaining ones, each better than one of these.
         ([(5, 0.30), (4, 0.10), (3, 0.20), (-4, 0.15), (-5, 0.20)], "holds", "2 of 2 failing"),
         # The worse the match, the smaller the gain.
         ([(5, 0.10), (4, 0.15), (3, 0.20), (-4, 0.25), (-5, 0.30)], "does not hold", "0 of 2 failing"),
@@ -309,12 +309,12 @@ def test_whether_matching_is_the_issue(of, verdict, note):
     assert (found.verdict, note in found.note) == (verdict, True), found
 
 
-def test_undecided_teachers_are_on_no_side():
+def test_undecided_teachers_count_for_neither_side():
     of = [report(5, 0.3), report(4, 0.1), report(3, 0.2), report(-4, 0.15), report(-5, 0.2, clear=False)]
     assert "1 of 1 failing" in usable(of).note
 
 
-def test_findings_come_in_the_claims_order():
+def test_findings_are_in_the_order_of_the_claims():
     found = ablation.findings([report(1.0, 0.1)])
     assert [(one.claim.name, one.verdict) for one in found] == [
         ("the students match", "holds"),
@@ -323,12 +323,12 @@ def test_findings_come_in_the_claims_order():
 
 
 @pytest.mark.parametrize("fields", [{"direction": "above"}, {"arms": ("copy",)}, {"contrasts": ("x",)}])
-def test_a_claim_about_contrasts_has_a_direction_and_no_other_has(fields):
+def test_only_claims_about_contrasts_have_a_direction(fields):
     with pytest.raises(ValueError, match="needs a direction"):
         Claim(name="x", text="x", paper="x", source="x", **fields)
 
 
-def test_each_claim_is_judged_in_one_way():
+def test_each_claim_has_exactly_one_kind_of_judgement():
     assert [claim.name for claim in claims.of("match")] == ["matched, and fails"]
     assert claims.of("recipes") == () and claims.stated("match", "the students match").direction is None
     with pytest.raises(StopIteration):

@@ -1,4 +1,4 @@
-"""What families that fail have in common: which facts there are, and what so few families can show."""
+"""The recipes ablation: what failing families have in common, and what so few families can show."""
 
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ def lab(profile="mini") -> Lab:
 
 
 def estimate(value, seeds=3) -> Estimate:
-    """Clear of zero unless it is 0 or of one seed."""
+    """Make an estimate that is clear of zero unless the effect is 0 or there is one seed."""
     return Estimate(
         value=value, low=value - 1, high=value + 1, level=0.95, p=0.001, seeds=seeds, images=2396, clusters=599,
         df=2.0, se=0.2, covers="seeds and images" if seeds > 1 else "images only",
@@ -41,7 +41,7 @@ SERIES = {
 
 
 def reports(profile, effects, seeds=3) -> list[Report]:
-    """Reports on all teachers of a profile; ``effects`` by teacher or family, +3 for the others."""
+    """Make reports on all teachers of a profile: ``effects`` by teacher or family, +3 for the others."""
     out = []
     for study in SERIES[profile].studies:
         name = study.teacher.name
@@ -59,7 +59,7 @@ def as_published() -> list[Report]:
 
 
 @pytest.mark.parametrize("transfer", ["copy", "distill"])
-def test_its_runs_are_the_benchmark_s(transfer):
+def test_runs_are_shared_with_the_benchmark(transfer):
     from ablations.benchmark import benchmark
 
     ours = recipes(lab(), "clip_b", transfer)
@@ -67,7 +67,7 @@ def test_its_runs_are_the_benchmark_s(transfer):
     assert [arm.name for arm in ours.studies[0].arms] == [BASELINE, transfer] and ours.figure == "recipes"
 
 
-def test_all_teachers_are_read_together():
+def test_all_teachers_are_analysed_together():
     series = SERIES["mini"]
     assert [study.teacher.name for study in series.studies] == list(teachers.miniatures())
     assert (series.figure, series.findings) == ("recipes", findings)
@@ -87,7 +87,7 @@ def test_bad_input(teacher, transfer, message):
     assert len(str(fault.value).splitlines()) == 1
 
 
-def test_facts_of_pre_training_are_the_registry_s():
+def test_pre_training_facts_come_from_the_registry():
     paper = lab("paper")
     beit, dino, clip, siglip = (recipe(paper.teacher(name)) for name in ("beitv2_b", "dinov2_s", "clip_b", "siglip2_l"))
     assert beit["masking"] and beit["targets of another network"] and not beit["labels"]
@@ -97,7 +97,7 @@ def test_facts_of_pre_training_are_the_registry_s():
     assert dino.keys() == beit.keys() == clip.keys() == siglip.keys()
 
 
-def test_every_data_set_of_the_registry_has_a_size_and_every_word_is_used():
+def test_every_pre_training_data_set_has_a_size_and_every_term_is_used():
     rows = [row for name, row in teachers.registry().items() if teachers.is_published(name)]
     assert {row.data for row in rows} == set(ablation.MILLIONS)
     for words, field in ((ablation.OBJECTIVES, "objective"), (ablation.AUGMENTATIONS, "augmentation")):
@@ -105,14 +105,14 @@ def test_every_data_set_of_the_registry_has_a_size_and_every_word_is_used():
     assert all(any(word in row.objective for word in ablation.OBJECTIVES) for row in rows)
 
 
-def test_a_miniature_has_no_recipe_of_its_own_but_an_architecture():
+def test_a_miniature_has_an_architecture_but_no_recipe_of_its_own():
     mini, paper = lab().teacher("clip_b"), lab("paper").teacher("clip_b")
     assert recipe(mini) == {}
     assert {"pre_norm", "quick_gelu"} <= architecture(mini).keys()
     assert "ln_eps" in architecture(paper) and "ln_eps" not in architecture(mini)
 
 
-def test_a_component_after_the_blocks_touches_no_map():
+def test_components_after_the_blocks_do_not_affect_maps():
     found = architecture(lab().teacher("siglip2_b"))
     assert found["any component"] and found["attention_pool"] and found["no_class_token"]
     assert not found["any component up to the last block"]
@@ -120,14 +120,14 @@ def test_a_component_after_the_blocks_touches_no_map():
     assert plain == dict.fromkeys(("no_class_token", "any component", "any component up to the last block"), False)
 
 
-def test_a_teacher_that_the_registry_does_not_know_has_an_architecture_only():
+def test_unregistered_teachers_have_only_architecture_facts():
     own = lab("paper").teacher("timm:vit_small_patch16_dinov3")
     assert recipe(own) == {} and architecture(own)["any component up to the last block"]
     found = {fact.name: fact for fact in facts([Unit("own", (own,), ("gains",)), *units(as_published())])}
     assert "own" not in found["masking"].has and found["layer_scale"].has["own"]
 
 
-def test_a_fact_in_which_sizes_differ_is_not_the_family_s():
+def test_facts_that_differ_between_sizes_do_not_describe_the_family():
     found = {fact.name: fact.has for fact in facts(units(as_published()))}
     assert "augreg" not in found["augmentation: Mixup"]  # B and L are trained with it, S is not
     assert found["augmentation: Mixup"]["deit"] and not found["augmentation: Mixup"]["dino"]
@@ -150,7 +150,7 @@ def test_a_family_is_one_unit():
     }
 
 
-def test_sizes_of_which_one_is_undecided_disagree():
+def test_a_family_with_an_undecided_size_has_no_common_outcome():
     (unit,) = (unit for unit in units(reports("mini", {"dinov2_s": 0, "dinov2_b": -3})) if unit.name == "dinov2")
     assert unit.outcome == "sizes disagree"
 
@@ -171,27 +171,27 @@ def test_the_split_as_published():
     assert "2 undecided (deit3, beit). By recipe, closest:" in said
 
 
-def test_families_with_the_components_that_gain_refute_the_architecture():
+def test_gaining_families_with_the_same_components_refute_the_architecture():
     found = findings(reports("paper", dict.fromkeys(FAILING, -3.0)))
     assert [one.verdict for one in found] == ["holds", "does not hold"]
 
 
-def test_a_planted_fact_of_the_recipe_is_found():
+def test_a_planted_recipe_fact_is_found():
     momentum = [name for name, row in teachers.registry().items() if row.momentum]
     of_recipe, of_architecture = findings(reports("paper", dict.fromkeys(map(teachers.family, momentum), -3.0)))
     assert (of_recipe.verdict, of_architecture.verdict) == ("does not hold", "does not hold")
     assert of_recipe.ours.startswith("momentum: 4 of 4 that have it fail, 0 of 9")
 
 
-def test_what_so_few_can_not_tell_apart_is_undecided():
-    # One family fails: whatever it alone has parts the families, and nothing can be clear.
+def test_too_few_families_leave_it_undecided():
+    # One family fails: whatever it alone has separates the families, and nothing can be significant.
     found = findings(reports("paper", {"clip": -3.0}))
-    assert [one.verdict for one in found] == ["holds", "undecided"]  # CLIP shares each recipe fact with one that gains
+    assert [one.verdict for one in found] == ["holds", "undecided"]  # CLIP shares each recipe fact with a gainer
     assert "too few to tell" in found[1].ours and "pre_norm" in found[1].ours
     assert "1 of 13 families against 12: at best p = 0.077" in found[1].note
 
 
-def test_facts_of_both_kinds_that_part_alike_decide_nothing(monkeypatch):
+def test_recipe_and_architecture_facts_with_the_same_split_decide_nothing(monkeypatch):
     monkeypatch.setattr(
         ablation,
         "recipe",

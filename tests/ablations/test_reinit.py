@@ -1,4 +1,4 @@
-"""Re-initialised modules: what is varied, and what is said of it."""
+"""The reinit ablation: its arms, and its verdict."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.studies import arms, differences, fabricated, lab
 @pytest.mark.parametrize(("module", "redrawn"), [("attn", ("attn",)), ("mlp", ("mlp",)), ("all", ("attn", "mlp"))])
 @pytest.mark.parametrize("transfer", ["copy", "distill"])
 @pytest.mark.parametrize("teacher", ["clip_b", "beitv2_b"])
-def test_reinit_tells_initialisation_and_transfer_apart(module, redrawn, transfer, teacher):
+def test_reinit_separates_initialisation_from_transfer(module, redrawn, transfer, teacher):
     study = reinit(lab(), module, teacher, transfer)
     without, passed = f"reinit {module}", f"reinit {module} + {transfer}"
     specs = arms(study)
@@ -33,7 +33,7 @@ def test_reinit_tells_initialisation_and_transfer_apart(module, redrawn, transfe
     }
 
 
-def test_reinit_says_what_becomes_of_layer_scale():
+def test_reinit_states_how_layer_scale_is_handled():
     clip, beit = (" ".join(reinit(lab(), "attn", name, "copy").notes) for name in ("clip_b", "beitv2_b"))
     assert "the head is new" in clip
     assert "LayerScale" not in clip
@@ -47,7 +47,7 @@ def test_the_teacher_s_head_is_a_reference_on_its_own_task_only():
     assert {spec.network.classes for spec in arms(study).values()} == {9}
 
 
-def test_a_recipe_for_one_method_reaches_its_arms_only():
+def test_a_recipe_for_one_method_applies_only_to_its_arms():
     study = reinit(lab("recipe.copy.lr=0.5"), "attn", "clip_b", "copy")
     assert {name: spec.recipe.lr for name, spec in arms(study).items()} == {
         BASELINE: 2e-3,

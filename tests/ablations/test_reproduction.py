@@ -1,4 +1,4 @@
-"""All analyses as `atdiag reproduce` plans them, and the claims that they are held against."""
+"""All analyses as `atdiag reproduce` plans them, and the claims they are compared with."""
 
 import tomllib
 from functools import partial
@@ -26,7 +26,7 @@ def options(profile: str, quick: bool) -> dict:
     return {name: place.options(profile, quick) for name, (_, place) in PLACED.items()}
 
 
-def test_the_claims_file_speaks_of_what_there_is():
+def test_the_claims_file_names_only_existing_things():
     """Every claim names known ablations and families, and matches contrasts that its ablation makes."""
     content = tomllib.loads((Path(paper.__file__).with_name("claims.toml")).read_text())
     families = {row.family for row in teachers.registry().values()}
@@ -63,14 +63,14 @@ def runs_of(profile_lab, quick: bool) -> dict[str, set[str]]:
     }
 
 
-def test_what_is_done_quickly_is_part_of_the_whole():
+def test_quick_runs_are_a_subset_of_all_runs():
     some, every = runs_of(lab(seeds=3), True), runs_of(lab(seeds=3), False)
     assert list(some) == list(every) == list(ABLATIONS)
     for name in some:
         assert some[name] <= every[name], name
     count, whole = len(set.union(*some.values())), len(set.union(*every.values()))
     assert count < whole / 2
-    # ood, match and recipes look at runs of others
+    # ood, match and recipes use the runs of other ablations
     assert every["ood"] | every["recipes"] | every["match"] <= every["benchmark"]
 
 

@@ -1,4 +1,4 @@
-"""Native components: what is varied, and what is said of it."""
+"""The rescue ablation: its arms, and its verdict."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_rescue(teacher, own, transfer):
 
 @pytest.fixture
 def having(monkeypatch):
-    """Make the only teacher one with these components."""
+    """Make a teacher with these components the only one."""
 
     def give(*names):
         beit = lab().teacher("beitv2_b")
@@ -58,7 +58,7 @@ def having(monkeypatch):
     return give
 
 
-def test_what_can_not_matter_under_copy_is_said_and_not_trained():
+def test_components_that_can_not_matter_under_copy_are_reported_and_not_trained():
     study = rescue(lab(), "beitv2_b", "copy")
     specs = arms(study)
     assert list(specs) == [
@@ -76,7 +76,7 @@ def test_what_can_not_matter_under_copy_is_said_and_not_trained():
         "all but rel_pos_bias + copy would be the run of native + copy."
     )
     assert control == "In native, scratch, rel_pos_bias can matter."
-    # the plan is all that changes: what is left is what was planned before
+    # only arms are left out: those that remain are the same runs as before
     every = rescue(lab("transfer.layers=0-10"), "beitv2_b", "copy")
     assert [arm.name for arm in every.arms if arm.name in specs] == list(specs)
     assert [arms(every)[name].network for name in specs] == [spec.network for spec in specs.values()]
@@ -85,13 +85,13 @@ def test_what_can_not_matter_under_copy_is_said_and_not_trained():
 @pytest.mark.parametrize(
     "set_", ["transfer.layers=top:11", "transfer.heads=0,1", "transfer.tensor=q", "transfer.tensor=v"]
 )
-def test_under_a_copy_of_a_part_everything_can_matter(set_):
+def test_under_a_partial_copy_every_component_can_matter(set_):
     study = rescue(lab(set_), "beitv2_b", "copy")
     assert len(study.arms) == 4 + 6
     assert len(study.notes) == 1
 
 
-def test_all_heads_by_name_are_all_heads():
+def test_naming_every_head_equals_copying_all_heads():
     named, all_heads = (rescue(lab(*sets), "beitv2_b", "copy") for sets in (["transfer.heads=0-2"], []))
     assert named.arms == all_heads.arms
 
@@ -120,7 +120,7 @@ def test_arms_that_would_be_the_same_run_are_planned_once(having, own, transfer,
     study = rescue(lab(), "mine", transfer)
     inner = [arm.name.removesuffix(f" + {transfer}") for arm in study.arms[2:-2]]
     assert inner == planned
-    for arm in study.arms[2:-2]:  # what is planned has its idle components, too: the same run as ever
+    for arm in study.arms[2:-2]:  # planned arms keep their idle components: the run's id does not change
         name = arm.name.removesuffix(f" + {transfer}")
         rest = name.removeprefix("all but ")
         assert arm.specs[0].network.components == ((name,) if rest == name else tuple(n for n in own if n != rest))
@@ -152,12 +152,12 @@ def test_seeds_are_the_same_in_every_arm():
     assert len({spec.id for arm in study.arms for spec in arm.specs}) == 4 * len(study.arms)
 
 
-def test_a_component_that_the_teacher_has_not():
+def test_a_component_that_the_teacher_lacks_is_refused():
     with pytest.raises(UserError, match=r"clip_b \(mini\) has no component 'prenorm', did you mean 'pre_norm'\?"):
         lab().student(lab().teacher("clip_b"), ["prenorm"])
 
 
-def test_a_teacher_without_components_can_not_be_rescued(monkeypatch):
+def test_a_teacher_without_components_is_refused(monkeypatch):
     plain = lab().teacher("clip_b")
     plain = plain.model_copy(update={"name": "deit_b", "network": lab().student(plain)})
     monkeypatch.setattr(Lab, "teacher", lambda self, name: plain)

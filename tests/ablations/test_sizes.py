@@ -1,4 +1,4 @@
-"""Sizes of a family."""
+"""The sizes ablation: all sizes of a family."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from atdiag.core.errors import UserError
 from tests.studies import lab
 
 
-def test_sizes_are_those_of_a_family():
+def test_sizes_are_the_sizes_of_one_family():
     series = sizes(lab(), "dinov2")
     assert [study.teacher.name for study in series.studies] == ["dinov2_s", "dinov2_b"]
     every = {study.teacher.name for study in sizes(lab()).studies}

@@ -1,4 +1,4 @@
-"""Small subjects to look into, and images for them."""
+"""Small subjects to analyse, and images for them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A run looked into while it trains, and at every checkpoint that was kept: similarity over training."""
+"""Analysis of a run while it trains, and of every checkpoint that was kept: similarity over training."""
 
 import shutil
 
@@ -34,14 +34,14 @@ def trained(request, tmp_path_factory):
             step = checkpoint.load(run).step
             shutil.copy(run.checkpoint, run.path / f"step-{step}")
             seen[step] = subjects.find(run.id[:6], store=store)
-        return len(asked) % 2 == 0  # stopped, and gone on with, after every other step
+        return len(asked) % 2 == 0  # stopped and resumed after every other step
 
     status = "interrupted"
     while status == "interrupted":
         status = cohort.train([spec], store, subjects.loading.load, ExecutionOptions(device="cpu"), should_stop=stop)[
             run.id
         ]
-    assert set(asked[:-1]) == {"training"}  # it was looked at while it was at work
+    assert set(asked[:-1]) == {"training"}  # analysed while it was training
     return store, run, seen
 
 
@@ -49,7 +49,7 @@ def same(a, b):
     return all(torch.equal(x, b.module.state_dict()[name]) for name, x in a.module.state_dict().items())
 
 
-def test_at_work_it_is_its_checkpoint_and_so_is_a_copy_of_it(trained):
+def test_an_unfinished_run_is_read_from_its_checkpoint_or_a_copy(trained):
     store, run, seen = trained
     assert len(seen) == 3 and not run.checkpoint.exists()
     label = f"{run.id[:6]} {run.spec.transfer.method}"
@@ -63,7 +63,7 @@ def test_at_work_it_is_its_checkpoint_and_so_is_a_copy_of_it(trained):
     assert [one.id for one in store.list()] == [run.id]
 
 
-def test_similarity_over_training_in_one_pass(trained):
+def test_similarity_over_training_takes_one_pass(trained):
     store, run, seen = trained
     teacher = subjects.find("deit_s")
     steps = sorted(seen)
@@ -79,7 +79,7 @@ def test_similarity_over_training_in_one_pass(trained):
         assert by.is_unique and by.iloc[-1] < by.iloc[0] - 0.01
 
 
-def test_a_run_without_anything_yet_is_refused_in_one_line(trained, tmp_path):
+def test_a_run_without_a_checkpoint_is_refused_in_one_line(trained, tmp_path):
     _, run, _ = trained
     store = Store(tmp_path / "runs")
     new = store.run(run.spec)
@@ -93,7 +93,7 @@ def test_a_run_without_anything_yet_is_refused_in_one_line(trained, tmp_path):
         subjects.find(run.id, store=store)
 
 
-def test_damaged_files_of_a_run_are_said_alike(trained, tmp_path):
+def test_damaged_run_files_give_the_same_message_everywhere(trained, tmp_path):
     _, run, _ = trained
     store = Store(tmp_path / "runs")
     new = store.run(run.spec)

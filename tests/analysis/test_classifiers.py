@@ -15,7 +15,7 @@ from atdiag.core.spec import Data
 
 
 def draw(seed=0, rows=120, width=9, classes=4, spread=2.0):
-    """Clouds of features around class means that overlap: training and test."""
+    """Draw training and test features around overlapping class means."""
     rng = np.random.default_rng(seed)
     means = spread * rng.normal(size=(classes, width))
     y = np.concatenate([np.arange(classes), rng.integers(0, classes, 2 * rows - classes)])
@@ -39,7 +39,7 @@ def test_the_linear_probe_is_scikit_learns(seed, penalty):
     assert np.array_equal(ours(b).numpy(), theirs.predict(b.numpy()))
 
 
-def test_the_minimum_is_that_of_the_formula_wherever_it_starts():
+def test_the_minimum_is_that_of_the_formula_from_any_starting_point():
     x, y, _, _ = draw(7)
     (x,) = classifiers.standardise(x)
 
@@ -56,7 +56,7 @@ def test_the_minimum_is_that_of_the_formula_wherever_it_starts():
         assert loss(cold.weight + step[:, 1:], cold.bias + step[:, 0]) > least
 
 
-def test_the_penalty_is_the_one_that_is_best_on_the_held_out_part():
+def test_the_penalty_is_the_best_on_the_held_out_part():
     x, y, _, _ = draw(3, rows=200, spread=0.8)
     (x,) = classifiers.standardise(x)
     held = torch.from_numpy(classifiers.hold_out(np.arange(len(x)), y.numpy()))
@@ -72,7 +72,7 @@ def test_the_penalty_is_the_one_that_is_best_on_the_held_out_part():
     )
 
 
-def test_a_fit_that_does_not_end_is_an_error():
+def test_a_fit_that_does_not_converge_is_an_error():
     x, y, _, _ = draw()
     with pytest.raises(RuntimeError, match="did not come to its minimum"):
         classifiers.fit_linear(torch.full_like(x, torch.nan).double(), y, 4, 0.1)
@@ -101,7 +101,7 @@ def test_neighbours_and_centroids_by_hand():
         votes = np.bincount(y.numpy()[np.argsort(-cosine)[:7]], minlength=5)
         assert int(said) == int(votes.argmax())
         distances = [np.linalg.norm(a[y.numpy() == c].mean(0) - row) for c in range(4)]
-        assert int(mean) == int(np.argmin(distances))  # and never class 4, which has no training image
+        assert int(mean) == int(np.argmin(distances))  # never class 4, which has no training image
 
 
 def test_too_many_neighbours_are_refused():
@@ -110,7 +110,7 @@ def test_too_many_neighbours_are_refused():
         classifiers.neighbours(x, y, z, 4, 200)
 
 
-def test_a_constant_feature_does_not_blow_up():
+def test_constant_features_stay_finite():
     x, _, z, _ = draw()
     x[:, 2] = 0.1
     a, b = classifiers.standardise(x, z)
@@ -128,7 +128,7 @@ def test_whole_clusters_are_held_out_of_every_class(clusters, classes):
         return
     for cluster in np.unique(clusters):
         assert len(set(out[clusters == cluster])) == 1
-    assert set(labels[~out]) == set(labels)  # something of every class is left to fit to
+    assert set(labels[~out]) == set(labels)  # every class keeps something to fit on
     held = len(set(clusters[out]))
     assert held == max(-(-sum(sources) // 5), len(sources))
     assert np.array_equal(out, classifiers.hold_out(clusters, labels))
@@ -170,7 +170,7 @@ def test_the_whole_search_is_scikit_learns(classes, per_class):
 
 
 def test_the_whole_search_is_scikit_learns_on_a_teachers_features():
-    """Ten images of each digit, after three blocks of a miniature: real features, and far from separable."""
+    """Ten images of each digit after three blocks of a miniature: real features, far from separable."""
     teacher, data = subjects.find("deit_s"), Data(name="digits", train=100, clutter=6)
     train = probing.training_pictures(data, teacher.network)
     test = images.choose(300, data, teacher.network)
@@ -196,7 +196,8 @@ def _compare(x, z, y, truth):
     ).fit(x.numpy(), y)
     right = [100 * (said == truth).mean() for said in (ours(z).numpy(), theirs.predict(z.numpy()))]
     assert right[0] == pytest.approx(right[1], abs=2.0)
-    # The chosen penalty is as good on the held-out images as scikit-learn's, to one image: fits stop a little apart.
+    # On the held-out images the chosen penalty is as good as scikit-learn's, to one image: the two solvers stop at
+    # slightly different points.
     scores = dict(zip(classifiers.PENALTIES, np.ravel(theirs.scores_.mean(0)), strict=True))
     chosen = min(scores, key=lambda one: abs(one - ours.penalty * len(y) / len(fit)))
     assert scores[chosen] >= max(scores.values()) - 1.01 / held.sum()

@@ -1,4 +1,4 @@
-"""Which images are meant: numbers, indices, files, folders; and what is no image."""
+"""The selection of images by number, index, file or folder; and files that are no images."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def network(subject):
     return subject().network
 
 
-def test_a_number_is_so_many_spread_evenly(network):
+def test_a_number_selects_that_many_evenly_spread_images(network):
     split = sources.find(DIGITS).test_split(DIGITS)
     some = images.choose("4", DIGITS, network)
     rows = [0, len(split) // 4, len(split) // 2, 3 * len(split) // 4]
@@ -32,14 +32,14 @@ def test_a_number_is_so_many_spread_evenly(network):
     assert len(images.choose(0, DIGITS, network)) == len(split)
 
 
-def test_indices_are_these_images(network):
+def test_indices_select_these_images(network):
     assert images.choose("3,17,40-42", DIGITS, network).names == tuple(f"digits {i}" for i in (3, 17, 40, 41, 42))
     assert images.choose("17,", DIGITS, network).names == ("digits 17",)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three images of different sizes, one of them grey, in two folders, a broken one, and a text."""
+    """Make two folders with three images of different sizes (one grey), a broken image and a text file."""
     draw = np.random.default_rng(0)
     for name, shape in (("a/1.png", (20, 20, 3)), ("a/3.png", (50, 30, 3)), ("b/2.jpg", (25, 40))):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -90,12 +90,12 @@ def test_an_unreadable_image_is_named_and_skipped_only_on_request(folder, subjec
         ([], "no images are named"),
     ],
 )
-def test_what_names_no_images_is_said_in_one_line(network, wanted, message):
+def test_arguments_that_select_no_images_are_refused_in_one_line(network, wanted, message):
     with pytest.raises(UserError, match=message):
         images.choose(wanted, DIGITS, network)
 
 
-def test_what_does_not_fit_the_network(subject, tmp_path):
+def test_images_that_do_not_fit_the_network_are_refused(subject, tmp_path):
     network = subject(channels=3).network
     with pytest.raises(UserError, match="20 x 20 x 1, and the network sees 20 x 20 x 3"):
         images.choose(3, DIGITS, network)
@@ -105,7 +105,7 @@ def test_what_does_not_fit_the_network(subject, tmp_path):
         images.choose(tmp_path, None, network)
 
 
-def test_the_rows_of_a_head_that_are_the_data_sets_classes(subject):
+def test_head_rows_of_the_data_sets_classes(subject):
     some = images.choose(6, DIGITS, subject().network)
     assert some.head_rows(subject().head) == HeadRows(tuple(range(10)), "assumed: alphabetical order")
     assert some.head_rows(subject(classes=7).head).rows is None

@@ -1,4 +1,4 @@
-"""Interventions: a network's own parts change nothing, others do what the explicit formula says, nnsight is witness."""
+"""Interventions: own tensors change nothing, others equal the explicit formula, with nnsight as the witness."""
 
 import nnsight
 import numpy as np
@@ -31,7 +31,7 @@ def test_its_own_maps_queries_keys_and_values_change_nothing(name, pictures):
     assert shuffled.logits > 0.1 and shuffled.residual.min() > 0.01
 
 
-def test_what_is_put_in_changes_the_blocks_above_and_none_below(subject, pictures):
+def test_a_replacement_changes_only_later_blocks(subject, pictures):
     one = subject()
     some = pictures(one, 6)
     changes = [Replacement(kind, layers=(1,)) for kind in ("uniform", "identity", "shuffled", "no-sinks")]
@@ -42,7 +42,7 @@ def test_what_is_put_in_changes_the_blocks_above_and_none_below(subject, picture
 
 
 def explicit(subject, images, change, layers, heads):
-    """The network by hand: p is replaced for some layers and heads, all else in the open."""
+    """Compute the network by explicit formulas, with the map replaced in some layers and heads."""
     vit = subject.module
     x = vit.embed(images)
     for i, block in enumerate(vit.blocks):
@@ -59,7 +59,7 @@ def explicit(subject, images, change, layers, heads):
 
 @pytest.mark.parametrize("heads", [(0, 1, 2), (2,), (0, 1)])
 @pytest.mark.parametrize("kind", ["uniform", "identity"])
-def test_uniform_and_identity_are_what_the_formula_says(subject, pictures, kind, heads):
+def test_uniform_and_identity_maps_equal_the_formula(subject, pictures, kind, heads):
     one = subject()
     some = pictures(one, 5)
     tokens = one.network.tokens
@@ -71,7 +71,7 @@ def test_uniform_and_identity_are_what_the_formula_says(subject, pictures, kind,
     assert outcome.logits == pytest.approx(float((expected - one.module(images)).abs().max()), rel=1e-4)
 
 
-def test_nnsight_that_writes_into_the_network_sees_the_same(subject, pictures):
+def test_writing_maps_with_nnsight_gives_the_same(subject, pictures):
     one, other = subject(0), subject(1)
     some = pictures(one, 4)
     images = next(some.batches(4)).pixels
@@ -94,7 +94,7 @@ def test_nnsight_that_writes_into_the_network_sees_the_same(subject, pictures):
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v"])
-def test_queries_keys_and_values_of_another_network(subject, pictures, part):
+def test_q_k_and_v_of_another_network_equal_the_formula(subject, pictures, part):
     one, other = subject(0), subject(1)
     some = pictures(one, 4)
     images = next(some.batches(4)).pixels
@@ -112,7 +112,7 @@ def test_queries_keys_and_values_of_another_network(subject, pictures, part):
     assert outcome.residual[0] == pytest.approx(float(expected.mean()), rel=1e-3)
 
 
-def test_shuffled_gives_every_image_the_map_of_another(subject, pictures):
+def test_shuffled_gives_each_image_another_images_map(subject, pictures):
     one = subject()
     some = pictures(one, 9)
     once, again, other = (run(one, some, Replacement("shuffled"), batch=4, seed=seed)[0] for seed in (0, 0, 1))
@@ -123,14 +123,14 @@ def test_shuffled_gives_every_image_the_map_of_another(subject, pictures):
         run(one, pictures(one, 1), Replacement("shuffled"))
 
 
-def test_without_sinks():
+def test_removing_sinks_equals_the_formula():
     p = torch.tensor([[[[0.7, 0.1, 0.2], [0.6, 0.4, 0.0], [1.0, 0.0, 0.0]]]])
     expected = torch.tensor([[[[0, 1 / 3, 2 / 3], [0, 1, 0], [0, 0.5, 0.5]]]])
     torch.testing.assert_close(without_sinks(p), expected)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "vit_small_patch16_dinov3"])
-def test_into_timms_own_networks_it_is_written_where_they_attend(name, pictures):
+def test_replacements_reach_timms_networks_where_they_attend(name, pictures):
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=32, depth=3, embed_dim=24, num_heads=2, num_classes=5).eval()
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_into_timms_own_networks_it_is_written_where_they_attend(name, pictures)
         assert outcome.logits <= 1e-5 and outcome.residual.max() <= 1e-5, outcome.replaced
     (found,) = run(one, some, Replacement("uniform", layers=(1,), heads=(0,)))
 
-    # With fused attention off, timm hands its map to the module attn_drop, and takes back what a hook makes of it.
+    # With fused attention off, timm passes its map through the module attn_drop, so a hook can replace it.
     def flat(module, inputs, output):
         output[:, 0] = 1 / output.shape[-1]
         return output
@@ -163,7 +163,7 @@ def test_into_timms_own_networks_it_is_written_where_they_attend(name, pictures)
 
 
 def copying(subject, **form):
-    """A student that copies layers 0 and 1 of its teacher."""
+    """Make a student that copies layers 0 and 1 of its teacher."""
     student, teacher = subject(0), subject(7)
     transfer = Transfer(method="copy", layers=(0, 1), **form)
     return subjects.Subject(
@@ -171,7 +171,7 @@ def copying(subject, **form):
     ), teacher
 
 
-def test_of_a_student_that_copies_its_teachers_maps_are_its_own(subject, pictures):
+def test_a_copy_students_own_maps_are_its_teachers(subject, pictures):
     one, teacher = copying(subject)
     some = pictures(one, 5)
     put_in = (
@@ -220,7 +220,7 @@ def test_streaming_equals_one_shot(subject, pictures):
         np.testing.assert_allclose(small.residual, whole.residual, rtol=1e-5)
 
 
-def test_what_does_not_fit_is_refused_in_one_line(subject, pictures):
+def test_mismatched_networks_are_refused_in_one_line(subject, pictures):
     one = subject()
     for replacement, message in (
         (Replacement("unifrom"), "did you mean 'uniform'"),

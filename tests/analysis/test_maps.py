@@ -1,4 +1,4 @@
-"""Where networks look: the rows that are shown, the rollout, and the queries that are meant."""
+"""Attention shown on images: the rows of maps, the rollout, and the choice of queries."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_the_rollout_is_the_product_of_half_attention_half_identity():
 
 
 @pytest.mark.parametrize("fields", [{}, {"components": ("registers",), "registers": 2}])
-def test_what_is_shown_is_what_is_traced(subject, pictures, fields):
+def test_shown_maps_equal_traced_maps(subject, pictures, fields):
     one = subject(2, **fields)
     some = pictures(one, 5)
     traced = streaming.trace(one, some)
@@ -50,7 +50,7 @@ def test_what_is_shown_is_what_is_traced(subject, pictures, fields):
     assert second.rollout is None and second.heads == ("1",)
 
 
-def test_a_query_has_its_place_in_the_image(subject, pictures):
+def test_queries_are_placed_in_the_image(subject, pictures):
     one = subject(2)
     shown = maps.maps(one, pictures(one, 1), (0,), ("cls", "centre", "0,19"))
     assert shown.point(0) is None and shown.point(1) == (9.5, 9.5) and shown.point(2) == (1.5, 17.5)
@@ -60,7 +60,7 @@ def test_a_query_has_its_place_in_the_image(subject, pictures):
     assert row.largest == pytest.approx(shown.attention[0, 0, 1, 0, row.row, row.column])
 
 
-def test_what_is_wrong_is_said(subject, pictures):
+def test_errors_name_the_problem(subject, pictures):
     one, pooled = subject(2), subject(2, class_token=False)
     some = pictures(one, 1)
     for fault, arguments in {

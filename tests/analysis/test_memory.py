@@ -1,4 +1,4 @@
-"""Memory does not grow with the number of images: every byte of every tensor is counted, and the process is weighed."""
+"""Memory does not grow with the number of images: counted for all tensors, and measured for the whole process."""
 
 import gc
 import subprocess
@@ -19,7 +19,7 @@ FEW, MANY, BATCH = 100, 2000, 50
 
 
 class Count(TorchDispatchMode):
-    """Counts the bytes of all storages that come to be while it is on; ``peak``: of those alive at once."""
+    """Count the bytes of all storages created while active; ``peak``: the most that were alive at once."""
 
     def __init__(self):
         super().__init__()
@@ -47,9 +47,9 @@ class Count(TorchDispatchMode):
 
 
 class Made:
-    """Images that are made when they are read: they take no memory of their own.
+    """Images that are made when they are read, and so take no memory.
 
-    Before each batch what nobody can reach is thrown away: nnsight leaves cycles, which Python finds when it likes.
+    Garbage is collected before each batch: nnsight leaves reference cycles, which Python frees only eventually.
     """
 
     def __init__(self, network):
@@ -69,9 +69,9 @@ def made(network, count):
 
 
 def peak(work):
-    """The most bytes of tensors that were alive at once in some work, and what it gave."""
+    """Return the peak of bytes of tensors during some work, and the work's result."""
     gc.collect()
-    gc.freeze()  # what is there already is not looked through again and again
+    gc.freeze()  # exclude existing objects from garbage collection
     try:
         with Count() as count:
             out = work()
@@ -80,7 +80,7 @@ def peak(work):
     return count.peak, out
 
 
-def test_the_count_is_of_what_lives_at_once():
+def test_the_count_is_of_tensors_alive_at_once():
     def work():
         kept = [torch.zeros(1000) for _ in range(3)]
         for _ in range(10):
@@ -101,28 +101,28 @@ WORK = {
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_memory_is_flat_in_the_number_of_images(subject, name):
+def test_memory_does_not_grow_with_the_number_of_images(subject, name):
     a, b = subject(0), subject(1)
     few, many = (peak(lambda n=n: WORK[name](a, b, made(a.network, n)))[0] for n in (FEW, MANY))
     maps_of_all = MANY * 4 * 3 * 3 * 26**2  # float32, 3 layers, 3 heads
-    # What is said of each image may stay: its prediction, eight bytes for each replacement and once as it is, twice.
+    # What grows with images: predictions, eight bytes for each replacement and for the original, held twice.
     predictions = 8 * 2 * 4 * MANY if name == "intervene" else 0
     assert 0 < many <= few + predictions
     assert many < maps_of_all / 4
 
 
-def test_of_an_image_a_probe_keeps_two_rows_for_each_layer(subject):
+def test_a_probe_keeps_two_rows_per_image_and_layer(subject):
     one = subject(0)
     few, many = (peak(lambda n=n: probing.features([one], made(one.network, n), batch=BATCH)) for n in (FEW, MANY))
     kept = 4 * 3 * 2 * one.network.width  # float32: of each layer, class token and mean patch
-    said = 8 * (3 + 1)  # the classes, early and in the end
+    said = 8 * (3 + 1)  # class logits of early exits and of the network
     # The batches' parts, and once more when they are joined: not the stream of 26 tokens, and no maps.
     assert many[0] - few[0] <= 2 * (kept + said) * (MANY - FEW)
     (found,), places = many[1]
     assert sum(x.numel() * x.element_size() for x in found.tokens.values()) == kept * MANY and len(places) == MANY
 
 
-def test_of_an_image_a_picture_keeps_what_it_shows(subject):
+def test_a_maps_figure_keeps_only_what_it_shows(subject):
     one = subject(0)
     few, many = (peak(lambda n=n: maps.maps(one, made(one.network, n), (2,), batch=BATCH))[0] for n in (10, 110))
     shown = 4 * (2 * 26 + 400)  # one query's row and its rollout; the pixels
@@ -150,8 +150,8 @@ for count in ({few}, {many}):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the process is weighed by /proc")
 @pytest.mark.parametrize("name", WORK)
-def test_the_process_is_as_large_for_2000_images_as_for_100(name):
-    """In a process of its own, by the system's count: what Python, numpy and nnsight hold is in it too."""
+def test_process_memory_is_the_same_for_2000_images_as_for_100(name):
+    """Measured by the system in a separate process, so with all that Python, numpy and nnsight hold."""
     code = CODE.format(folder=str(Path(__file__).parent), few=FEW, many=MANY, name=name)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     few, many = map(int, done.stdout.split())

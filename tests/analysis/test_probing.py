@@ -1,4 +1,4 @@
-"""Per-layer accuracy: what is taken from a layer, what is fitted to it, and what never is."""
+"""Per-layer accuracy: the features of a layer, what is fitted on them, and what never is."""
 
 from dataclasses import replace
 
@@ -62,7 +62,7 @@ def test_images_go_through_each_network_once(subject, pictures):
 def test_accuracies_are_scikit_learns_on_the_same_features(subject, pictures):
     one = subject(4)
     train, test = pictures(one, 160), pictures(one, 80, seed=1)
-    for some in (train, test):  # classes that can be told apart: by how bright an image is
+    for some in (train, test):  # separable classes: by an image's brightness
         pixels = some.source.split.pixels
         pixels[:] = 0.3 * pixels + 17 * some.labels[:, None, None, None]
     (found,) = probing.probe([one], train, test, neighbours=5, penalties=(1.0, 0.01))
@@ -73,7 +73,7 @@ def test_accuracies_are_scikit_learns_on_the_same_features(subject, pictures):
             x, z = (_tokens(of[layer], tokens) for of in streamed)
             scaler = StandardScaler().fit(x)
             x, z = scaler.transform(x), scaler.transform(z)
-            # The penalty: what is better on the held-out training images, of a fit to the others.
+            # The penalty: the better one on the held-out training images, fitted on the others.
             scores = {
                 penalty: LogisticRegression(C=1 / (penalty * (~held).sum()), tol=1e-8, max_iter=5000)
                 .fit(x[~held], train.labels[~held])
@@ -95,7 +95,7 @@ def test_accuracies_are_scikit_learns_on_the_same_features(subject, pictures):
                     tokens,
                     layer,
                 )
-                if name != "knn":  # of equally far ones rounding says which is nearer
+                if name != "knn":  # ties in distance are broken by rounding
                     expected = 100 * (said == test.labels).mean()
                     assert found.top1(name, tokens)[layer] == pytest.approx(expected, abs=1.26)  # one image of 80
     assert found.top1("linear", "both").max() > 40
@@ -107,7 +107,7 @@ def _tokens(stream, which):
     return np.concatenate(list(parts.values()), -1) if which == "both" else parts[which]
 
 
-def test_batches_make_no_difference(subject, pictures):
+def test_batch_size_changes_nothing(subject, pictures):
     one = subject(4)
     train, test = pictures(one, 50), pictures(one, 31, seed=1)
     whole, parts = (probing.probe([one], train, test, neighbours=5, batch=size)[0] for size in (64, 7))
@@ -117,7 +117,7 @@ def test_batches_make_no_difference(subject, pictures):
     assert np.array_equal(whole.correct["head", ""], parts.correct["head", ""])
 
 
-def test_the_last_early_exit_is_the_network_itself():
+def test_the_last_early_exit_equals_the_network():
     teacher = subjects.find("deit_s")
     test = images.choose(64, DATA, teacher.network)
     train = probing.training_pictures(DATA, teacher.network)
@@ -130,7 +130,7 @@ def test_the_last_early_exit_is_the_network_itself():
 
 
 class _Split:
-    """Pictures as evaluation takes them."""
+    """Images as evaluation expects them."""
 
     def __init__(self, pictures):
         self.pictures, self.labels, self.clusters = pictures, pictures.labels, pictures.clusters
@@ -151,7 +151,7 @@ def test_nothing_is_chosen_on_the_test_images(subject, pictures):
         assert np.array_equal(penalties, second.penalties[tokens])
 
 
-def test_a_copy_student_goes_with_its_teacher(subject, pictures):
+def test_a_copy_student_is_probed_with_its_teachers_maps(subject, pictures):
     teacher = subject(1)
     body = students.build(teacher.network, 5).eval().requires_grad_(False)
     transfer = Transfer(method="copy", layers=(0, 1, 2))
@@ -179,7 +179,7 @@ def test_a_head_for_other_classes_has_no_early_exit(subject):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beitv2_base_patch16_224", "vit_base_patch16_siglip_224"])
-def test_timms_networks_leave_early_by_their_own_heads(name):
+def test_early_exits_of_timms_networks_use_their_own_heads(name):
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=32, depth=2, embed_dim=24, num_heads=2, num_classes=5, patch_size=16)
     one = subjects.of(model.eval(), name)
@@ -189,7 +189,7 @@ def test_timms_networks_leave_early_by_their_own_heads(name):
     assert np.array_equal(found.early[-1], found.output)
 
 
-def test_training_scenes_are_no_runs_own_and_of_no_test_digit(subject):
+def test_probe_scenes_are_in_no_runs_training_data_and_use_no_test_digit(subject):
     network = subject(1).network
     scenes = probing.training_pictures(DATA, network, 30)
     assert len(scenes) == 30
@@ -199,7 +199,7 @@ def test_training_scenes_are_no_runs_own_and_of_no_test_digit(subject):
     assert np.array_equal(scenes.source.read(7), again.source.read(7))
 
 
-def test_what_is_wrong_is_said(subject, pictures):
+def test_errors_name_the_problem(subject, pictures):
     one = subject(1)
     train, test = pictures(one, 30), pictures(one, 5, seed=1)
     with pytest.raises(UserError, match=r"layer 3 is out of range"):

@@ -1,4 +1,4 @@
-"""A real pre-trained ViT on real images, where the test data is here."""
+"""A real pre-trained ViT on real images, where the test data is available."""
 
 import os
 import zipfile
@@ -48,7 +48,7 @@ def real(folder):
     return subject, images.choose(0, data, subject.network)
 
 
-def test_its_maps_are_what_hooks_on_timms_explicit_path_see(real):
+def test_maps_equal_hooks_on_timms_explicit_path(real):
     subject, some = real
     two = some.reordered(np.array([3, 17]))
     found = streaming.trace(subject, two)
@@ -70,7 +70,7 @@ def test_its_maps_are_what_hooks_on_timms_explicit_path_see(real):
     assert len(found) == 12
 
 
-def test_what_it_knows_hangs_on_its_maps(real):
+def test_accuracy_depends_on_the_maps(real):
     subject, some = real
     rows = np.array(sources.find("imagenette").imagenet_rows)
     classes = set(some.labels)
@@ -85,7 +85,7 @@ def test_what_it_knows_hangs_on_its_maps(real):
     assert uniform.top1[1] < 40 and uniform.residual[-1] > 0.1
 
 
-def test_a_folder_of_wnids_has_its_imagenet_teachers_reference_row(folder, tmp_path):
+def test_a_folder_of_wnids_gets_the_imagenet_teachers_reference_row(folder, tmp_path):
     lab = Lab(
         resolve(
             profile="small", seeds=1, sets=[f"data.name=folder:{folder}", "data.image_size=224", "recipe.batch_size=8"]
@@ -100,9 +100,9 @@ def test_a_folder_of_wnids_has_its_imagenet_teachers_reference_row(folder, tmp_p
     assert store.run(spec).result()["top1"] > 80
 
 
-def test_itself_is_itself(real):
+def test_a_network_is_identical_to_itself(real):
     subject, some = real
-    assert subject.label == f"vit_tiny_patch16_224 {subject.id[:6]}"  # another file of the model has another name
+    assert subject.label == f"vit_tiny_patch16_224 {subject.id[:6]}"  # the file is part of the name
     (found,) = similarity.similarity(subject, subject, some.reordered(np.arange(4)), layers=(0, 11))
     assert (found.matched("optimal") == 0).all()
     np.testing.assert_allclose(found.cka["all"], 1, atol=1e-9)

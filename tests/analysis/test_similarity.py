@@ -1,5 +1,5 @@
-"""The divergence against scipy's, matchings against all permutations, CKA against its definition; streams against all
-at once."""
+"""The divergence against scipy's, matchings against all permutations, CKA against its definition;
+streaming against one shot."""
 
 import itertools
 import math
@@ -56,7 +56,7 @@ def test_divergence_is_symmetric_bounded_and_zero_on_itself(seed, sharpness):
     assert similarity.divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])) == 1
 
 
-def test_blocks_change_nothing(monkeypatch):
+def test_blockwise_computation_changes_nothing(monkeypatch):
     p, q = maps(0, 5, 3, 7, 7), maps(1, 5, 2, 7, 7)
     whole = similarity.pairwise(p, q)
     for size in (1, 60, 300):
@@ -65,14 +65,14 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def found_of(heads):
-    """A comparison with given mean divergences of heads [L, H, G]."""
+    """Make a comparison with the given mean divergences of heads [L, H, G]."""
     layers = len(heads)
     none = {"all": np.zeros(layers)}
     return Similarity("a", "b", tuple((i, i) for i in range(layers)), 1, {"all": np.asarray(heads)}, none, none)
 
 
 @given(st.integers(0, 1000), st.integers(1, 5), st.randoms())
-def test_matchings_do_not_care_about_the_order_of_heads(seed, heads, random):
+def test_matchings_are_invariant_to_the_order_of_heads(seed, heads, random):
     matrix = np.random.default_rng(seed).random((2, heads, heads))
     order = random.sample(range(heads), heads)
     for permuted in (matrix[:, order], matrix[:, :, order]):
@@ -88,7 +88,7 @@ def test_matchings_do_not_care_about_the_order_of_heads(seed, heads, random):
 
 
 def permuted(subject, order):
-    """The same function with its heads in another order."""
+    """Return the same function with its heads permuted."""
     import copy
 
     vit = copy.deepcopy(subject.module)
@@ -116,7 +116,7 @@ def test_a_network_with_its_heads_in_another_order_is_the_same(subject, pictures
     assert (found.matched("same") > 1e-3).all() == (list(order) != [0, 1, 2])
 
 
-def test_everything_is_what_it_says_on_whole_arrays(subject, pictures):
+def test_every_quantity_equals_its_definition_on_whole_arrays(subject, pictures):
     one, other = subject(0), subject(1)
     some = pictures(one, 5)
     (found,) = similarity.similarity(one, [other], some)
@@ -152,7 +152,7 @@ def test_streaming_equals_one_shot(subject, pictures, batch):
         np.testing.assert_allclose(found.cka["all"], whole.cka["all"], atol=1e-6)
 
 
-def test_is_symmetric_and_zero_on_itself(subject, pictures):
+def test_similarity_is_symmetric_and_zero_on_itself(subject, pictures):
     one, other = subject(0), subject(1)
     some = pictures(one)
     there, itself = similarity.similarity(one, [other, one], some)
@@ -166,7 +166,7 @@ def test_is_symmetric_and_zero_on_itself(subject, pictures):
 
 
 @given(st.integers(0, 1000), st.integers(3, 30), st.integers(1, 6), st.integers(1, 6))
-def test_cka_is_that_of_kornblith_by_gram_matrices(seed, samples, width, other):
+def test_cka_equals_kornbliths_definition_by_gram_matrices(seed, samples, width, other):
     """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = X X^T, L = Y Y^T (section 3, biased HSIC)."""
     draw = np.random.default_rng(seed)
     x = draw.normal(size=(samples, width)) + 5
@@ -179,7 +179,7 @@ def test_cka_is_that_of_kornblith_by_gram_matrices(seed, samples, width, other):
     k, of = x @ x.T, y @ y.T
     expected = hsic(k, of) / np.sqrt(hsic(k, k) * hsic(of, of))
     sums = Covariance()
-    for part in np.array_split(np.arange(samples), 3):  # as it streams
+    for part in np.array_split(np.arange(samples), 3):  # streamed
         sums.add(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
     assert sums.cka() == pytest.approx(expected, rel=1e-6)
 
@@ -213,7 +213,7 @@ def test_registers_and_a_lacking_class_token_are_sliced_off_before_softmax(subje
     np.testing.assert_allclose(with_registers.heads["all"][1], expected, atol=3e-6)
 
 
-def test_a_student_that_copies_an_averaged_map_has_one_for_every_head(subject, pictures):
+def test_a_student_that_copies_an_averaged_map_has_it_in_every_head(subject, pictures):
     student, teacher = subject(0), subject(7, components=("registers",), registers=2)
     for average in ("heads", "queries", "layers"):
         transfer = Transfer(method="copy", layers=(0, 2), average=average)
@@ -231,7 +231,7 @@ def test_a_student_that_copies_an_averaged_map_has_one_for_every_head(subject, p
 # What can't be compared
 
 
-def test_what_does_not_fit_is_refused_in_one_line(subject, pictures):
+def test_mismatched_networks_are_refused_in_one_line(subject, pictures):
     one = subject()
     some = pictures(one)
     for other, options, message in (
@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_refused_in_one_line(subject, pictures):
         (subject(1, depth=4), {}, r"has 3 blocks, net 1 4.*`layer_map` 0:0,2:3"),
         (subject(1), {"layers": (3,)}, "layer 3 is out of range"),
         (subject(1), {"layer_map": {0: 5}}, "layer 5 is out of range: net 1 has 3"),
-        (subject(1, depth=4, patch_size=5), {}, "grid of 5 x 5"),  # a layer map would not mend that
+        (subject(1, depth=4, patch_size=5), {}, "grid of 5 x 5"),  # a layer map would not help here
         (subject(1), {"layer_map": {0: 5}}, "^`layer_map` 0:5: "),
         (subject(1), {"layer_map": {4: 0}}, "^`layer_map` 4:0: layer 4 is out of range: net 0"),
         (subject(1, depth=4), {"layer_map": {0: 0}, "layers": (1,)}, "layer 1 of net 0 is not in `layer_map`"),
@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_refused_in_one_line(subject, pictures):
             similarity.similarity(one, other, some, **options)
 
 
-def test_layers_of_different_depth_are_compared_as_mapped(subject, pictures):
+def test_networks_of_different_depth_are_compared_by_the_layer_map(subject, pictures):
     one, other = subject(0), subject(1, depth=5)
     some = pictures(one)
     (found,) = similarity.similarity(one, other, some, layer_map={0: 0, 2: 4})

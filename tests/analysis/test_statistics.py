@@ -1,4 +1,4 @@
-"""Attention in numbers against explicit formulas, and what the numbers of known maps must be."""
+"""Attention statistics against explicit formulas, and on maps whose statistics are known."""
 
 import math
 
@@ -19,7 +19,7 @@ def random_maps(seed=0, images=3, heads=3, tokens=10):
     return torch.from_numpy(draw)
 
 
-def test_of_random_maps_every_number_is_its_formula():
+def test_statistics_of_random_maps_equal_their_formulas():
     p = random_maps()
     a = p.numpy()
     logs = np.log2(np.where(a > 0, a, 1))
@@ -42,7 +42,7 @@ def test_of_random_maps_every_number_is_its_formula():
     np.testing.assert_allclose(stats.redundancy(p), between, atol=1e-6)
 
 
-def test_of_known_maps_the_numbers_are_known():
+def test_statistics_of_known_maps():
     uniform, identity = torch.full((1, 1, 10, 10), 0.1), torch.eye(10)[None, None]
     assert stats.entropy(uniform).item() == pytest.approx(math.log2(10))
     assert stats.entropy(identity).item() == 0
@@ -57,7 +57,7 @@ def test_of_known_maps_the_numbers_are_known():
 
 
 def explicit(subject, pictures):
-    """Maps and streams of all images at once, by our own module."""
+    """Compute maps and residual streams of all images at once with our own module."""
     from atdiag.transfer import ops
     from atdiag.transfer.observation import CaptureRequest
 
@@ -70,7 +70,7 @@ def explicit(subject, pictures):
 
 
 @pytest.mark.parametrize("fields", [{}, {"components": ("registers",), "registers": 2}, {"class_token": False}])
-def test_of_a_network_they_are_the_means_over_all_images(subject, pictures, fields):
+def test_statistics_of_a_network_are_means_over_all_images(subject, pictures, fields):
     one, some = subject(3, **fields), None
     some = pictures(one, 11)
     found, whole = (stats.attention_stats([one], some, rank_images=11, batch=size)[0] for size in (3, 11))
@@ -97,7 +97,7 @@ def test_of_a_network_they_are_the_means_over_all_images(subject, pictures, fiel
     assert np.isnan(found.heads["register_share"]).all() == (network.registers == 0)
 
 
-def test_a_threshold_is_a_norm(subject, pictures):
+def test_the_outlier_threshold_is_a_norm(subject, pictures):
     one = subject(3)
     some = pictures(one, 4)
     _, features = explicit(one, some)
@@ -107,7 +107,7 @@ def test_a_threshold_is_a_norm(subject, pictures):
     assert found.layers_only["high_norm"][1] == pytest.approx(share, abs=0.02)
 
 
-def test_the_rank_is_of_images_spread_over_all(subject, pictures):
+def test_the_rank_is_of_images_spread_over_the_whole_set(subject, pictures):
     one = subject(3)
     some = pictures(one, 10)
     (found,) = stats.attention_stats([one], some, rank_images=4, batch=4)
@@ -117,7 +117,7 @@ def test_the_rank_is_of_images_spread_over_all(subject, pictures):
     np.testing.assert_allclose(found.heads["rank"][2], expected, rtol=1e-4)
 
 
-def test_subjects_side_by_side_are_what_each_is_alone(subject, pictures):
+def test_several_subjects_give_what_each_gives_alone(subject, pictures):
     one, other = subject(3), subject(4)
     some = pictures(one, 6)
     together = stats.attention_stats([one, other], some, layers=(0, 2))
@@ -129,7 +129,7 @@ def test_subjects_side_by_side_are_what_each_is_alone(subject, pictures):
     assert len(frame) == 2 * 3 and set(stats.OF_HEADS) | set(stats.OF_LAYERS) < set(frame.columns)
 
 
-def test_a_layer_that_is_not_there(subject, pictures):
+def test_a_missing_layer_is_refused(subject, pictures):
     one = subject(3)
     with pytest.raises(UserError, match=r"layer 9 is out of range: net 3 has 3 blocks, 0 to 2"):
         stats.attention_stats([one], pictures(one), layers=(9,))

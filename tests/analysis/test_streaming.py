@@ -1,4 +1,4 @@
-"""Tracing batch by batch: the same as at once, in memory that does not grow."""
+"""Tracing batch by batch: the same values as in one pass, in constant memory."""
 
 import gc
 
@@ -10,7 +10,7 @@ from atdiag.core.spec import Data
 DATA = Data(name="digits", train=1, clutter=6)
 
 
-def test_streaming_equals_one_shot_and_means_equal_means():
+def test_streaming_equals_one_shot_in_values_and_means():
     subject = subjects.find("dinov2_reg_s")
     some = images.choose(23, DATA, subject.network)
     whole = streaming.trace(subject, some, tracing.WHAT, (3, 7), batch=23)
@@ -26,7 +26,7 @@ def live() -> int:
     return sum(x.numel() for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
 
 
-def test_memory_is_flat_in_the_number_of_images():
+def test_memory_does_not_grow_with_the_number_of_images():
     subject = subjects.find("deit_s")
     want = tracing.request(subject, tracing.WHAT, (0, 5))
     peaks = {}

@@ -1,4 +1,4 @@
-"""nnsight's reading against plain hooks and against our own attention module, for whatever can be read."""
+"""Traces by nnsight against plain hooks and our own attention module, for everything that can be traced."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ DATA = Data(name="digits", train=1, clutter=6)
 
 
 def hooked(subject, given, some):
-    """What plain hooks see: outputs of each block's modules and, of our attention, the block's own arguments."""
+    """Return what plain hooks see: outputs of each block's modules and, for our attention, its arguments."""
     found, handles = {}, []
     blocks = getattr(subject.module, "blocks", None)
     for i, block in enumerate(subject.module.model.blocks if blocks is None else blocks):
@@ -36,7 +36,7 @@ def hooked(subject, given, some):
     return found
 
 
-def test_of_every_miniature_is_what_hooks_and_our_own_module_see():
+def test_traces_of_miniatures_equal_hooks_and_our_attention_module():
     for name in teachers.miniatures():
         subject = subjects.find(name)
         some = images.choose(3, DATA, subject.network)
@@ -56,7 +56,7 @@ def test_of_every_miniature_is_what_hooks_and_our_own_module_see():
 
 @pytest.mark.parametrize("name", TIMM)
 @pytest.mark.parametrize("fused", [True, False])
-def test_of_timms_networks_is_what_hooks_see(name, fused):
+def test_traces_of_timms_networks_equal_hooks(name, fused):
     model = build(name)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -69,7 +69,7 @@ def test_of_timms_networks_is_what_hooks_see(name, fused):
     for key, value in hooked(subject, None, pixels(some)).items():
         assert torch.equal(found[key], value), key
 
-    # With fused attention off, timm hands its map to the module attn_drop: an independent witness.
+    # With fused attention off, timm passes its map through the module attn_drop: an independent witness.
     witness, handles = {}, []
     for i, block in enumerate(model.blocks):
         block.attn.fused_attn = False
@@ -88,13 +88,13 @@ OURS = {name for name in TIMM if not inspection.describe(build(name)).difference
 """Those that a ViT of ours can be."""
 
 
-def test_most_of_timms_networks_can_be_ours():
+def test_most_of_timms_networks_can_be_converted():
     assert len(OURS) >= 8
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
-def test_of_timms_networks_is_what_our_own_attention_sees(name):
-    """The same weights in our own attention module, whose map is taken where it forms it: no nnsight, no hook."""
+def test_traces_of_timms_networks_equal_our_attention_module(name):
+    """The same weights in our own attention module, which returns its map itself: no nnsight, no hook."""
     subject = subjects.of(build(name), name)
     some = pictures(subject)
     found = streaming.trace(subject, some, tracing.WHAT)
@@ -109,7 +109,7 @@ def test_of_timms_networks_is_what_our_own_attention_sees(name):
         torch.testing.assert_close(found["residual", i], seen.features[i], atol=1e-3, rtol=1e-4)
 
 
-def test_leaves_the_network_as_it_was():
+def test_tracing_leaves_the_network_unchanged():
     model = build("vit_tiny_patch16_224")
     subject = subjects.of(model, "mine")
     some = pictures(subject)
@@ -119,7 +119,7 @@ def test_leaves_the_network_as_it_was():
     assert {m: set(m.__dict__) for m in model.modules()} == state
 
 
-def test_leaves_the_process_as_it_was():
+def test_tracing_leaves_the_process_unchanged():
     code = """
 from atdiag.analysis import images, streaming, subjects
 from atdiag.core.spec import Data
@@ -142,7 +142,7 @@ assert not hasattr(object(), "save")
     ],
     ids=str,
 )
-def test_a_student_that_copies_uses_what_is_its_teachers(pair, form):
+def test_a_copy_student_uses_its_teachers_maps(pair, form):
     student, teacher = pair
     transfer = methods.Transfer(method="copy", layers=(0, 2), **form)
     subject = subjects.Subject("copy", evaluation.Predictor(student, transfer, teacher), student.network)
@@ -164,14 +164,14 @@ def test_a_student_that_copies_uses_what_is_its_teachers(pair, form):
         elif average == "heads":
             p = ops.probabilities(seen.qk).mean(1, keepdim=True).expand(-1, 3, -1, -1)
             torch.testing.assert_close(found["map", layer].expand_as(p), p, atol=1e-6, rtol=1e-4)
-    for layer in range(3):  # whatever was given: the map that was read, on the values, gives the module's output
+    for layer in range(3):  # whatever was given: the traced map applied to the values gives the module's output
         assert torch.equal(found["attn", layer], expected["attn", layer])
         mixed = found["map", layer] @ found["v", layer]
         out = student.blocks[layer].attn.proj(mixed.transpose(1, 2).flatten(2))
         torch.testing.assert_close(out, found["attn", layer], atol=1e-5, rtol=1e-4)
 
 
-def test_heads_and_layers_are_those_asked_for():
+def test_only_requested_heads_and_layers_are_traced():
     subject = subjects.find("clip_b")
     some = images.choose(2, DATA, subject.network)
     whole = streaming.trace(subject, some, ("map", "residual"))
@@ -181,7 +181,7 @@ def test_heads_and_layers_are_those_asked_for():
     assert torch.equal(part["residual", 11], whole["residual", 11])
 
 
-def test_a_scale_and_a_bias_of_its_own_are_in_the_map():
+def test_a_custom_scale_and_bias_are_part_of_the_map():
     model = build("vit_tiny_patch16_224", depth=1)
     subject = subjects.of(model, "calls")
     tokens = subject.network.tokens

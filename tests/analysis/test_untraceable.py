@@ -1,4 +1,4 @@
-"""What can't be read is named with its layer."""
+"""Errors for what can't be traced name the layer."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_attention_that_is_no_map_over_all_tokens_is_named_with_its_layer(option
 
 
 class Skips(nn.Module):
-    """A block that leaves its attention out."""
+    """A block that skips its attention."""
 
     def __init__(self, block):
         super().__init__()
@@ -71,7 +71,7 @@ class Skips(nn.Module):
         return x + self.mlp(x)
 
 
-def test_the_wrong_kind_of_block_is_named_with_its_layer():
+def test_a_block_without_softmax_attention_is_named_with_its_layer():
     model = build("vit_tiny_patch16_224", depth=3)
     subject = subjects.of(model, "mixes")
     model.blocks[1].attn = Mixes(model.blocks[1].attn)
@@ -89,7 +89,7 @@ def test_a_block_that_is_not_run_is_named_with_its_layer():
 
 
 @pytest.mark.parametrize("what", ["q", "k", "v", "logits"])
-def test_what_explicit_attention_does_not_show_is_named_with_its_layer(what):
+def test_quantities_hidden_by_explicit_attention_are_refused_with_the_layer(what):
     model = build("vit_tiny_patch16_224", depth=3)
     model.blocks[1].attn.fused_attn = False
     subject = subjects.of(model, "half")
@@ -102,7 +102,7 @@ def test_what_explicit_attention_does_not_show_is_named_with_its_layer(what):
     assert ("map", 1) in streaming.trace(subject, pictures(subject))
 
 
-def test_a_map_that_was_given_as_it_is_has_no_queries(pair):
+def test_a_map_given_as_a_tensor_has_no_queries(pair):
     student, teacher = pair
     transfer = methods.Transfer(method="copy", layers=(0, 2), average="heads")
     subject = subjects.Subject("copy", evaluation.Predictor(student, transfer, teacher), student.network)
@@ -111,8 +111,8 @@ def test_a_map_that_was_given_as_it_is_has_no_queries(pair):
     assert ("q", 1) in streaming.trace(subject, pictures(subject), ("q",), (1,))
 
 
-def test_attention_that_is_never_called_is_no_map_but_an_error():
-    """Zero captures: the module is there and its source has softmax attention, and the block goes around it."""
+def test_attention_that_is_never_called_is_an_error():
+    """Zero captures: the module's source has softmax attention, but the block never calls it."""
     model = build("vit_tiny_patch16_224", depth=3)
     subject = subjects.of(model, "around")
     model.blocks[2] = Skips(model.blocks[2])
@@ -139,7 +139,7 @@ def test_nan_is_named_with_its_layer():
         streaming.trace(subject, pictures(subject))
 
 
-def test_what_is_out_of_range_is_said_in_one_line():
+def test_out_of_range_layers_and_heads_are_refused_in_one_line():
     subject = subjects.find("deit_s")
     for arguments, message in (
         ({"layers": (12,)}, "layer 12 is out of range: deit_s .mini. has 12 blocks, 0 to 11"),

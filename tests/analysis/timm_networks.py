@@ -26,7 +26,7 @@ TIMM = {
 
 
 def build(name, **arguments):
-    """A timm architecture with random weights, small, and biases and scales that are not neutral."""
+    """Build a small timm architecture with random weights; biases and scales are not neutral."""
     size = 28 if "14" in name else 32
     small = {"img_size": size, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5, **arguments}
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def pixels(some):
 
 
 class Calls(nn.Module):
-    """Attention that calls the fused operation in its own way."""
+    """Attention that calls SDPA with arguments of our choice."""
 
     def __init__(self, attn, **options):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Training on fake CUDA tensors, which know shape, type and device and hold no numbers: without a GPU.
+"""Training on fake CUDA tensors, which have shape, dtype and device but no data, on a machine without a GPU.
 
-Found so: tensors that stay on the CPU, types that autocast does not give, and steps that would wait for the device.
-Networks are built on ``meta`` and get their parameters within the mode. The backward pass does not run there, so
-gradients are put in its place.
+This finds tensors left on the CPU, unexpected dtypes under autocast, and steps that would synchronise.
+Networks are built on ``meta`` and get their parameters within the mode. The backward pass does not run there:
+made-up gradients replace its results.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ TRANSFERS = {
 
 
 class Watch(TorchDispatchMode):
-    """Notes what would wait for a GPU, as ``torch.cuda.set_sync_debug_mode`` does, and the types of all products."""
+    """Record what would wait for a GPU, like ``torch.cuda.set_sync_debug_mode``, and the dtypes of all products."""
 
     aten = torch.ops.aten
     PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
@@ -94,7 +94,7 @@ class Watch(TorchDispatchMode):
 
 
 def kernel(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The kernel that SDPA takes on a GPU, where without one it takes its formula; and what it asks of its inputs."""
+    """Replace SDPA (which takes the formula without a GPU) by a GPU kernel, and check that kernel's requirements."""
     given = [x for x in (q, k, v, attn_mask) if x is not None]
     if torch.is_autocast_enabled("cuda"):
         given = [x.to(torch.get_autocast_dtype("cuda")) for x in given]
@@ -111,10 +111,10 @@ def kernel(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, 
 
 @pytest.fixture
 def a_device(monkeypatch):
-    """What asks for a GPU is told that there is one. What is kept by device is kept for real ones only."""
+    """Pretend that there is a GPU, and keep fake tensors out of caches that outlive the test."""
 
     def grad(out, value, upstream):
-        """In the place of autograd's engine, which a loss asks for gradients while it computes its value."""
+        """Replace autograd's engine for losses that ask for gradients while they compute their value."""
         assert upstream.device == out.device and upstream.dtype == out.dtype and upstream.shape == out.shape
         return (torch.empty_like(value),)
 
@@ -149,7 +149,7 @@ def teacher_of(network):
 
 
 def show(teacher, student, transfer, images, amp=True):
-    """What a teacher shows to a student, as a cohort asks for it."""
+    """Return a teacher's observation for a transfer, as a cohort requests it."""
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
         shown = evaluation.fit(teacher.observe(images, of_teacher([transfer])), teacher, student)
     if transfer.average != "examples":
@@ -171,7 +171,7 @@ def tensors(observation):
 @pytest.mark.parametrize(
     ("pair", "amp"), [*((pair, True) for pair in PAIRS), ("plain to plain", False), ("both to native", False)]
 )
-def test_every_tensor_is_on_the_device_and_of_its_type(pair, amp, a_device):
+def test_every_tensor_has_the_right_device_and_dtype(pair, amp, a_device):
     source, target = PAIRS[pair]
     wide = torch.bfloat16 if amp else torch.float32
     with fake() as watch:
@@ -216,12 +216,12 @@ def spec(source, target, transfer, **recipe):
 
 @pytest.fixture
 def without_backward(monkeypatch, a_device):
-    """Networks are built on the device, and the backward pass leaves gradients there, as on a GPU."""
+    """Build networks on the device, and let the backward pass leave gradients there, as on a GPU."""
     built = []
 
     def build(network, seed):
         vit = on_cuda(network)
-        vit.to = lambda device: vit  # it is there, and a fake's parameters can't be swapped
+        vit.to = lambda device: vit  # it is on the device already, and a fake's parameters can't be swapped
         built.append(vit)
         return vit
 
@@ -242,7 +242,7 @@ def without_backward(monkeypatch, a_device):
 
 
 def batch(mixed):
-    """As it comes from the loader, before it is on the device."""
+    """Make a batch as the loader returns it, before it is on the device."""
     labels = torch.zeros(BATCH, dtype=torch.int64)
     images = torch.zeros(BATCH, 3, 32, 32, dtype=torch.uint8)
     return Batch(
@@ -260,7 +260,7 @@ def batch(mixed):
     "name", ["none", "copy", "copy, some heads", "distill ce", "distill mse", "features", "logits"]
 )
 def test_no_step_waits_for_the_device(name, pair, tmp_path, without_backward):
-    """Batch, teacher, student, loss and update of steps between which the losses are not fetched."""
+    """Batch, teacher, student, loss and update of steps between two fetches of the losses."""
     source, target = PAIRS[pair]
     transfer = TRANSFERS[name]
     one = spec(source, target, transfer)
@@ -269,7 +269,7 @@ def test_no_step_waits_for_the_device(name, pair, tmp_path, without_backward):
         run = Store(tmp_path).create(one)
         member = RunTrainer(run, one, teacher, {}, 100, CUDA)
         for step in range(3):
-            if step == 1:  # what is kept from the first step on is paid for there
+            if step == 1:  # caches are filled in the first step
                 watch.waits.clear()
             shared = batch(mixed=step > 0).to(CUDA)
             member.advance(shared, show(teacher, target, transfer, shared.images))
@@ -277,7 +277,7 @@ def test_no_step_waits_for_the_device(name, pair, tmp_path, without_backward):
     assert not watch.waits, sorted(set(watch.waits))
 
 
-def test_the_watch_sees_what_waits(a_device):
+def test_the_watch_detects_synchronisation(a_device):
     with fake() as watch:
         there = torch.zeros(3, device="cuda")
         torch.zeros(3).to("cuda", non_blocking=True)
@@ -285,12 +285,12 @@ def test_the_watch_sees_what_waits(a_device):
         torch.tensor([1, 2, 3], device="cuda")
         torch.zeros(3).to("cuda")
         there.cpu()
-        with contextlib.suppress(Exception):  # a fake has no number to give
+        with contextlib.suppress(Exception):  # a fake has no data
             there.sum().item()
     assert len(watch.waits) >= 3
 
 
-def test_a_tensor_left_on_the_cpu_is_found(a_device):
+def test_a_tensor_left_on_the_cpu_is_detected(a_device):
     with fake():
         vit = on_cuda(PLAIN)
         vit.mean = torch.zeros(2, 3, 1, 1)
@@ -327,7 +327,7 @@ def test_blocks_have_no_graph_break(pair):
         torch._dynamo.reset()
 
 
-def test_a_graph_break_is_found():
+def test_a_graph_break_is_detected():
     """By the same tracing: a print in a block."""
     torch._dynamo.reset()
     vit = students.build(PLAIN, 0)

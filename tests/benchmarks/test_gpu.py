@@ -1,4 +1,4 @@
-"""What runs on a GPU machine runs to its end here first, small: each part, and how runs travel."""
+"""The GPU benchmark at toy size on a CPU: each part, and the packing of runs."""
 
 import json
 import os
@@ -17,7 +17,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 def toy(part, folder):
-    """Run one part at toy size in a process without nnsight, as on the GPU machine. Its measurements."""
+    """Run one part at toy size in a process without nnsight, as on the GPU machine; return its measurements."""
     blocked = folder / "blocked"
     blocked.mkdir()
     (blocked / "nnsight.py").write_text("raise ImportError('there is no nnsight on a GPU machine')\n")
@@ -40,7 +40,7 @@ def toy(part, folder):
         (6, set()),
     ],
 )
-def test_a_part_runs_to_its_end_at_toy_size(part, skipped, tmp_path):
+def test_each_part_completes_at_toy_size(part, skipped, tmp_path):
     found = toy(part, tmp_path)
     states = {name: entry["status"] for name, entry in found.items()}
     assert {name for name, state in states.items() if state == "skipped"} == skipped
@@ -56,7 +56,7 @@ def skip():
     raise record.SkippedError("no such thing here")
 
 
-def test_a_failure_is_kept_and_the_next_measurement_taken(tmp_path):
+def test_a_failure_is_recorded_and_the_next_measurement_taken(tmp_path):
     first = record.Record(tmp_path, 1, True, 60)
     first.measure("bad", fail)
     first.measure("away", skip)
@@ -69,7 +69,7 @@ def test_a_failure_is_kept_and_the_next_measurement_taken(tmp_path):
     assert first.failed == ["bad"]
 
 
-def test_what_is_measured_is_not_measured_again(tmp_path):
+def test_nothing_is_measured_twice(tmp_path):
     record.Record(tmp_path, 1, True, 60).measure("good", lambda: 1)
     again = record.Record(tmp_path, 1, True, 60)
     again.measure("good", fail)
@@ -79,7 +79,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
     assert {name: entry["result"] for name, entry in entries.items()} == {"good": 1, "bad": 2}
 
 
-def test_nothing_is_begun_after_the_time(tmp_path):
+def test_no_measurement_starts_after_the_deadline(tmp_path):
     late = record.Record(tmp_path, 1, True, 0)
     late.measure("one", fail)
     assert json.loads(late.path.read_text())["measurements"]["one"]["status"] == "not begun"
@@ -103,7 +103,7 @@ def run_of(store, seed, finished, size=5000):
     return run
 
 
-def test_runs_come_back_as_they_were_without_their_weights(tmp_path):
+def test_packed_runs_are_restored_without_their_weights(tmp_path):
     here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
     done = [run_of(here, seed, True) for seed in (1, 2, 3)]
     going = run_of(here, 4, False)
@@ -121,14 +121,14 @@ def test_runs_come_back_as_they_were_without_their_weights(tmp_path):
     assert other.progress() == going.progress()
 
 
-def test_a_checkpoint_that_has_no_room_is_left_out_and_named(tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_left_out_and_named(tmp_path):
     here = Store(tmp_path / "here")
     behind, ahead = run_of(here, 1, False, 20_000), run_of(here, 2, False, 20_000)
     left = archive.pack(here.root, tmp_path / "packed", piece=8000, files=5)
     assert len(left) == 1 and behind.id in left[0]
     assert sorted({path.name.split(".")[0] for path in (tmp_path / "packed").glob("*.checkpoint.*")}) == [ahead.id]
     assert archive.pack(here.root, tmp_path / "packed", total=10_000) != []
-    assert not list((tmp_path / "packed").glob("*.checkpoint.*"))  # of the last time
+    assert not list((tmp_path / "packed").glob("*.checkpoint.*"))  # of the previous visit
 
 
 def test_a_finished_run_is_not_replaced_and_a_started_one_is(tmp_path):
@@ -151,7 +151,7 @@ def test_a_missing_piece_is_named(tmp_path):
         archive.restore(tmp_path / "packed", tmp_path / "there")
 
 
-def test_real_data_that_is_not_there_is_a_reason_to_skip(tmp_path, monkeypatch):
+def test_missing_real_data_is_a_reason_to_skip(tmp_path, monkeypatch):
     monkeypatch.setenv("ATDIAG_TEST_DATA", str(tmp_path))
     with pytest.raises(record.SkippedError, match="lacks vit_tiny"):
         study.test_data()

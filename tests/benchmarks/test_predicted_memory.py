@@ -1,4 +1,4 @@
-"""What is predicted of a step's memory, against what follows from its definition."""
+"""Predicted memory of a step against what follows from its definition."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def predicted():
     }
 
 
-def test_each_block_of_the_straightforward_way_adds_its_maps(predicted):
+def test_each_block_of_the_straightforward_method_adds_its_maps(predicted):
     """[H, N, N] in float32: copying keeps the teacher's, distilling three (the teacher's, the student's, and this one
     clamped, for the logarithm), where ours keeps a few tensors [N, C]."""
     one_map, one = 3 * 577**2 * 4 / MIB, 577 * 192 * 4 / MIB
@@ -26,7 +26,7 @@ def test_each_block_of_the_straightforward_way_adds_its_maps(predicted):
     assert added["straight distill ce"] - added["distill ce"] == pytest.approx(3 * one_map - 4 * one, rel=0.02)
 
 
-def test_ours_grows_with_the_tokens_and_theirs_faster(predicted):
+def test_straightforward_memory_grows_faster_with_tokens_than_ours(predicted):
     ratio = 1370 / 577
     for name in ("plain", "copy", "distill ce"):
         assert predicted[2, 1370][name] / predicted[2, 577][name] == pytest.approx(ratio, rel=0.1)
@@ -34,7 +34,7 @@ def test_ours_grows_with_the_tokens_and_theirs_faster(predicted):
     assert 1.5 * ratio < growth < ratio**2
 
 
-def test_what_distilling_adds_are_the_teachers_tensors_and_two_gradients_for_each_block(predicted):
+def test_distilling_adds_the_teachers_tensors_and_two_gradients_per_block(predicted):
     """q, k of the teacher (its block's product of q, k and v is one storage; the last block's of q, k), and the
     gradients of the student's q, k: [N, C] each."""
     one = 577 * 192 * 4 / MIB

@@ -1,4 +1,4 @@
-"""What every test of the command line starts from."""
+"""Fixtures for tests of the command line."""
 
 import signal
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """Nothing of the machine's settings, and the signal handler as it was."""
+    """Ignore this machine's settings, and restore the signal handler."""
     for name in ("ATDIAG_PROFILE", "ATDIAG_RUNS", "ATDIAG_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ATDIAG_DATA", "")
@@ -18,7 +18,7 @@ def clean(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty working directory."""
+    """Change to an empty working directory."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -27,5 +27,5 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def at_tmp_path(tmp_path, monkeypatch):
-    """The test's own folder as the working directory."""
+    """Change to the test's own folder."""
     monkeypatch.chdir(tmp_path)

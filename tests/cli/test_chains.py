@@ -1,4 +1,4 @@
-"""What one command writes, another takes: through files that the commands really wrote."""
+"""The output of one command as input of another, with files that the commands really wrote."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ LOOK = ("--layers", "11", "--images", "40", "--train", "60", "--device", "cpu", 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a tiny reinit and a tiny benchmark of two teachers that share a baseline: what each answered."""
+    """Run a tiny reinit and a tiny benchmark of two teachers that share a baseline; keep what each printed."""
     here = tmp_path_factory.mktemp("chains")
     lines = {
         "reinit": ["reinit", "--teacher", "deit_s", "--seeds", "2"],
@@ -73,7 +73,7 @@ def test_probe_takes_the_file_of_several_studies(at_home):
     assert probed(file_of(at_home["benchmark"])) == expected
 
 
-def test_every_name_of_a_run_is_a_subject(at_home):
+def test_every_way_to_name_a_run_is_a_subject(at_home):
     run = at_home["benchmark"]["studies"][0]["arms"][1]["runs"][0]
     weights = f"runs/{run}/weights.safetensors"
     out = atdiag("attention-stats", run[:8], weights, "--images", "4", "--device", "cpu", "--json")
@@ -84,7 +84,7 @@ def test_every_name_of_a_run_is_a_subject(at_home):
     assert run[:6] in atdiag("maps", f"start:{run}", "--images", "1", "--device", "cpu")
 
 
-def test_what_no_command_takes_is_named(at_home, capsys):
+def test_files_that_no_command_accepts_are_named(at_home, capsys):
     run = at_home["benchmark"]["studies"][0]["arms"][1]["runs"][0]
     atdiag("trace", run, "-o", "seen.safetensors", "--images", "2", "--device", "cpu")
     atdiag("runs", "export", "-o", "runs.csv")
@@ -100,7 +100,7 @@ def test_what_no_command_takes_is_named(at_home, capsys):
 
 @pytest.fixture
 def package(tmp_path):
-    """A package on the path that provides a teacher with seven classes, by an entry point."""
+    """Make a package on the path that provides a teacher with seven classes by an entry point."""
     own = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=32)
     own = {name: value.contiguous() for name, value in own.state_dict().items()}
     save_file(own, tmp_path / "mine.safetensors")
@@ -136,7 +136,7 @@ def test_a_teacher_of_another_package_is_listed_and_keeps_its_name_and_classes(p
     assert {one["subject"] for one in json.loads(shown.stdout.splitlines()[-1])["rows"]} == {"mine_s"}
 
 
-def test_the_weights_must_have_the_classes(package, tmp_path):
+def test_weights_must_have_the_declared_number_of_classes(package, tmp_path):
     (tmp_path / "theirs.py").write_text((tmp_path / "theirs.py").read_text().replace("'classes': 7", "'classes': 6"))
     Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / "a.png")
     ended = package("attention-stats", "mine_s", "--images", "a.png", "--device", "cpu")

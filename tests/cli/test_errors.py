@@ -111,7 +111,7 @@ def test_a_bad_file(command, toml, says, folder, capsys):
     assert [path.name for path in folder.iterdir()] == ["atdiag.toml"]
 
 
-def test_bad_variables(folder, capsys, monkeypatch, tmp_path):
+def test_bad_environment_variables(folder, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("ATDIAG_PROFILE", "mnii")
     assert "ATDIAG_PROFILE: unknown profile 'mnii', did you mean 'mini'?" in wrong(capsys, "reinit")
     monkeypatch.setenv("ATDIAG_PROFILE", "")
@@ -121,14 +121,14 @@ def test_bad_variables(folder, capsys, monkeypatch, tmp_path):
     assert list(folder.iterdir()) == []
 
 
-def test_a_miniature_that_is_not_here(folder, capsys, monkeypatch, tmp_path):
+def test_a_missing_miniature(folder, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "SHIPPED", tmp_path / "none")
     text = wrong(capsys, "reinit", "--teacher", "clip_b")
     assert f"the miniature of clip_b is not in {tmp_path / 'none'}" in text
     assert "'atdiag pretrain clip_b --install'" in text
 
 
-def test_a_teacher_without_components_has_nothing_to_be_rescued(folder, capsys):
+def test_rescue_refuses_a_teacher_without_components(folder, capsys):
     if not loading.shipped_path("deit_s").exists():
         pytest.skip("the miniature of deit_s is not here")
     assert "deit_s (mini) has no native component, so there is nothing to add" in wrong(

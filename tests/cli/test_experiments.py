@@ -1,4 +1,4 @@
-"""The experiments from end to end, trained once for all tests of this file."""
+"""The experiments end to end, trained once for all tests of this file."""
 
 import contextlib
 import csv
@@ -34,7 +34,7 @@ def test_a_dry_run_creates_nothing(folder):
     assert list(folder.iterdir()) == []
 
 
-def test_what_lists_runs_creates_nothing(folder):
+def test_listing_runs_creates_nothing(folder):
     assert json.loads(ran("runs", "list", "--json")[1]) == []
     assert "0 runs in runs" in ran("runs", "list")[1]
     assert list(folder.iterdir()) == []
@@ -42,7 +42,7 @@ def test_what_lists_runs_creates_nothing(folder):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder in which the three experiments were run: its path, and what each printed."""
+    """Run the three experiments in a folder: its path, and what each printed."""
     here = tmp_path_factory.mktemp("home")
     with contextlib.chdir(here), pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "available_cores", lambda: 1)  # most of a worker's time goes into imports
@@ -60,7 +60,7 @@ def at_home(home, monkeypatch):
 
 
 def answer(printed: str) -> dict:
-    """What a machine reads of an experiment, with what is said of its only study beside it."""
+    """Return an experiment's JSON, merged with that of its only study."""
     return alone(json.loads(printed.splitlines()[-1]))
 
 
@@ -79,7 +79,7 @@ def right(run: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_what_an_experiment_prints(home, at_home, name):
+def test_the_output_of_an_experiment(home, at_home, name):
     printed = home[1][name]
     found = answer(printed)
     assert found.keys() >= {"ablation", "profile", "teacher", "arms", "verdict", "files"}
@@ -110,7 +110,7 @@ def test_what_an_experiment_prints(home, at_home, name):
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_every_number_comes_from_run_directories(home, at_home, name):
+def test_every_number_can_be_recomputed_from_run_directories(home, at_home, name):
     found = answer(home[1][name])
     measured = {}
     for arm in found["arms"]:
@@ -140,7 +140,7 @@ def test_every_number_comes_from_run_directories(home, at_home, name):
     assert {row["teacher"] for row in table} == {"clip_b (mini)"}
 
 
-def test_the_teacher_s_accuracy_is_that_of_its_file(home, at_home):
+def test_the_teachers_accuracy_agrees_with_its_file(home, at_home):
     """On other scenes of the same digits: 599 here, 2,396 in its file."""
     told = loading.metadata(loading.shipped_path("clip_b"))["top1"]
     assert answer(home[1]["reinit"])["reference"]["top1"] == pytest.approx(told, abs=5)
@@ -178,7 +178,7 @@ def test_a_dry_run_afterwards_says_finished(home, at_home):
     assert snapshot(at_home) == before
 
 
-def test_another_module_leaves_the_files_of_the_first(home, at_home, monkeypatch):
+def test_another_module_keeps_the_files_of_the_first(home, at_home, monkeypatch):
     monkeypatch.setattr(devices, "available_cores", lambda: 1)
     files = {path: path.read_bytes() for path in map(Path, answer(home[1]["reinit"])["files"])}
     code, printed = ran("reinit", "--module", "mlp", *SETS, "--seeds", "2", "--json")
@@ -188,7 +188,7 @@ def test_another_module_leaves_the_files_of_the_first(home, at_home, monkeypatch
     assert all(path.read_bytes() == content for path, content in files.items())
 
 
-def test_finished_runs_are_only_read(home, at_home, monkeypatch, capsys):
+def test_finished_runs_are_read_only(home, at_home, monkeypatch, capsys):
     writable = paths.writable
 
     def read_only(folder, argument):
@@ -211,7 +211,7 @@ def test_one_seed_is_undecided(home, at_home):
     assert not set(found["files"]) & set(answer(home[1]["reinit"])["files"])
 
 
-def test_out_and_runs_elsewhere(home, at_home, tmp_path, monkeypatch):
+def test_out_and_runs_can_be_elsewhere(home, at_home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "a" / "b"
     code, printed = ran(*LINES["reinit"], *SETS, "--seeds", "2", "--runs", home[0] / "runs", "--out", out, "--json")
@@ -261,7 +261,7 @@ def test_a_damaged_run_is_listed_and_can_be_removed(folder, capsys):
     assert not run.exists()
 
 
-def test_a_run_s_folder_holds_what_later_analyses_need(home, at_home):
+def test_a_run_directory_holds_what_later_analyses_need(home, at_home):
     for spec in Path("runs").glob("*/spec.json"):
         names = {path.name for path in spec.parent.iterdir()} - {"tensorboard", "lock"}
         assert names == {"spec.json", "metrics.jsonl", "weights.safetensors", "predictions.npz", "result.json"}

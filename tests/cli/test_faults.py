@@ -1,4 +1,4 @@
-"""Faults and signals while a command runs."""
+"""Errors and signals while a command runs."""
 
 import contextlib
 import io
@@ -49,7 +49,7 @@ def test_faults_end_in_one_line(fault, code, says, folder, capsys, monkeypatch):
     ],
 )
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (SystemExit, 143)])
-def test_what_is_said_of_a_stopped_command_is_true_of_it(command, says, stop, code, folder, capsys, monkeypatch):
+def test_the_message_of_a_stopped_command_is_true(command, says, stop, code, folder, capsys, monkeypatch):
     def stops(*_, **__):
         raise stop(143)
 
@@ -60,7 +60,7 @@ def test_what_is_said_of_a_stopped_command_is_true_of_it(command, says, stop, co
     assert says in capsys.readouterr().err
 
 
-def test_a_bug_can_be_looked_at(folder, monkeypatch):
+def test_debug_mode_shows_the_traceback_of_a_bug(folder, monkeypatch):
     def fail(*_):
         raise RuntimeError("surprise")
 
@@ -70,12 +70,12 @@ def test_a_bug_can_be_looked_at(folder, monkeypatch):
         app.main(["reinit", *SETS])
 
 
-def test_ctrl_c_while_it_starts(folder):
+def test_ctrl_c_during_start_up(folder):
     child = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "atdiag", "doctor"], stderr=subprocess.PIPE, text=True
     )
     with child:
-        assert any("typer" in line for line in child.stderr)  # in the middle of what cli imports
+        assert any("typer" in line for line in child.stderr)  # during the imports of cli
         child.send_signal(signal.SIGINT)
         assert "Traceback" not in child.stderr.read()
     assert child.returncode == 130

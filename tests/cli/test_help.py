@@ -1,4 +1,4 @@
-"""The help of every command, without anything heavy imported."""
+"""The help of every command, without heavy imports."""
 
 import re
 import subprocess
@@ -43,7 +43,7 @@ def test_every_command_has_help(folder):
 
 
 @pytest.mark.parametrize("group", [[], ["runs"]])
-def test_nothing_at_all_shows_the_help(group, capsys, folder):
+def test_no_arguments_show_the_help(group, capsys, folder):
     with pytest.raises(SystemExit) as end:
         app.main(group)
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The commands that look inside: what is typed, right and wrong, and what lies in the files."""
+"""The commands trace, similarity and intervene: right and wrong input, and the contents of their files."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("at_tmp_path")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Two tiny runs of deit_s: one that copied, one that distilled; and one that was stopped."""
+    """Make tiny runs of deit_s: one copied, one distilled, and one stopped early."""
     store = Store(tmp_path_factory.mktemp("inside") / "runs")
     teacher = subjects.teachers.teacher("deit_s", "mini")
     recipe = Recipe(epochs=1, batch_size=16)
@@ -57,7 +57,7 @@ def narrow(out) -> bool:
 # The commands
 
 
-def test_trace_writes_what_the_function_gives(tmp_path):
+def test_trace_writes_the_functions_result(tmp_path):
     what = ("--what", "map,residual", "--layers", "0,11", "--images", 3)
     out = atdiag("trace", "dinov2_reg_s", *what, "-o", "a/t.safetensors", "--json")
     tensors = load_file("a/t.safetensors")
@@ -92,7 +92,7 @@ def test_similarity_writes_table_document_and_figures(store):
     pd.testing.assert_frame_equal(mine, found.frame(), rtol=1e-6)
 
 
-def test_intervene_puts_in_a_teacher_and_others(store):
+def test_intervene_with_a_teachers_and_other_maps(store):
     root, copied, distilled, _ = store
     runs = ("--runs", root.root)
     put_in = ("--with", "teacher", "--with", "own", "--from", copied.id)
@@ -109,7 +109,7 @@ def test_intervene_puts_in_a_teacher_and_others(store):
     assert [row["layers"] for row in last_line(out)["rows"][::12]] == ["10", "11"] and narrow(out)
 
 
-def test_of_a_folder_of_images_no_accuracy_is_told(tmp_path):
+def test_no_accuracy_is_reported_for_a_plain_folder_of_images(tmp_path):
     folder = tmp_path / "of images"
     folder.mkdir()
     for i in range(3):
@@ -135,7 +135,7 @@ def test_the_same_command_writes_the_same_files():
     assert len(written[0]) == 5 and written[0] == written[1]
 
 
-def test_a_bar_is_told_how_many_images_were_gone_through():
+def test_progress_counts_the_images_processed():
     subject = subjects.find("deit_s")
     some = images.choose(5, DATA, subject.network)
     seen = []
@@ -146,10 +146,10 @@ def test_a_bar_is_told_how_many_images_were_gone_through():
     assert seen == [2, 4, 5]
 
 
-# What is found
+# Subjects
 
 
-def test_a_subject_is_found_by_whatever_names_it(store, tmp_path):
+def test_a_subject_is_found_by_any_of_its_names(store, tmp_path):
     root, copied, distilled, stopped = store
     some = images.choose(2, DATA, NETWORK)
     (pixels,) = (one.pixels for one in some.batches(2))
@@ -174,7 +174,7 @@ def test_a_subject_is_found_by_whatever_names_it(store, tmp_path):
     torch.testing.assert_close(logits(tmp_path / "mine.safetensors"), vit(pixels), atol=1e-2, rtol=1e-2)
 
 
-def test_a_subject_that_is_not_there(capsys, store, tmp_path):
+def test_unknown_subjects(capsys, store, tmp_path):
     root, copied, *_ = store
     runs = ("--runs", root.root)
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
@@ -232,7 +232,7 @@ def test_networks_of_different_depth_ask_for_a_layer_map(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["similarity", "probe", "attention-stats"])
-def test_what_no_images_could_mend_is_said_before_images_are_asked_for(capsys, tmp_path, command):
+def test_mismatches_that_no_images_could_fix_are_reported_first(capsys, tmp_path, command):
     large = NETWORK.model_copy(update={"image_size": 40, "patch_size": 8, "depth": 4})
     subjects.loading.save(students.build(large, 0), tmp_path / "large.safetensors", {})
     said = wrong(capsys, command, tmp_path / "large.safetensors", "deit_s", "--images", "nowhere")
@@ -248,7 +248,7 @@ def test_a_network_that_is_not_finite_is_a_fault_that_names_the_layer(capsys, tm
     assert "layer 4 of nan: its" in said and "is not finite" in said
 
 
-def test_small_words():
+def test_layer_pairs_are_parsed_and_unreadable_images_listed():
     assert session.layer_pairs("0:0, 5:11") == {0: 0, 5: 11}
     with pytest.raises(UserError):
         session.layer_pairs("0:0,0:1")

@@ -1,4 +1,4 @@
-"""What the command line makes of a library's message: arguments in backticks are spelled as they are typed."""
+"""Library messages on the command line: arguments in backticks are spelled as options."""
 
 from functools import partial
 
@@ -29,12 +29,12 @@ from tests.commands import wrong
         ("no argument, 'data_dir'", "no argument, 'data_dir'"),
     ],
 )
-def test_arguments_are_spelled_as_they_are_typed(said, typed):
+def test_arguments_are_spelled_as_options(said, typed):
     assert as_typed(said) == typed
     assert as_typed(typed) == typed
 
 
-def test_a_library_s_error_keeps_its_names():
+def test_a_librarys_error_keeps_its_argument_names():
     assert str(errors.UserError("`data_dir` is empty", "give `data.image_size`=32")) == (
         "`data_dir` is empty: give `data.image_size`=32"
     )
@@ -49,7 +49,7 @@ def test_a_library_s_error_keeps_its_names():
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_whatever_ends_a_command_says_what_to_type(fault, code, tmp_path, monkeypatch, capsys):
+def test_every_error_that_ends_a_command_names_options(fault, code, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise fault
 
@@ -61,8 +61,8 @@ def test_whatever_ends_a_command_says_what_to_type(fault, code, tmp_path, monkey
     assert capsys.readouterr().err.splitlines()[-1] == "atdiag: too many: give --micro-batch 2"
 
 
-def test_a_bug_is_told_as_it_is(tmp_path, monkeypatch, capsys):
-    """What Python or a library put in backticks is not ours to spell."""
+def test_the_message_of_a_bug_is_unchanged(tmp_path, monkeypatch, capsys):
+    """Backticks in messages of Python or another library are left alone."""
 
     def fail(*_):
         raise RuntimeError("pass `weights_only`")
@@ -75,7 +75,7 @@ def test_a_bug_is_told_as_it_is(tmp_path, monkeypatch, capsys):
     assert "pass `weights_only`" in capsys.readouterr().err
 
 
-def test_a_note_on_a_teacher_that_is_left_out_says_what_to_type(tmp_path):
+def test_notes_on_skipped_teachers_name_options(tmp_path):
     def ablation(lab, teacher):
         if teacher == "deit_s":
             raise errors.UserError("deit_s is too small", "use `profile` small")

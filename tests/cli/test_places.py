@@ -1,4 +1,4 @@
-"""Options that name places and devices: what they reach, and that it ends with the command."""
+"""Options that name folders and devices: what they affect, and that this ends with the command."""
 
 import json
 import os
@@ -14,26 +14,26 @@ def no_cuda(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-def test_a_plan_names_a_device_that_is_not_here(folder, no_cuda):
+def test_a_plan_can_name_an_absent_device(folder, no_cuda):
     code, out = ran("reinit", "--device", "cuda", "--dry-run", "--seeds", "1", *SETS)
     assert code == 0
     assert "1 process on cuda" in out
     assert list(folder.iterdir()) == []
 
 
-def test_a_device_that_is_not_here_is_said_before_anything_is_trained(folder, no_cuda, capsys):
+def test_an_absent_device_is_reported_before_anything_is_trained(folder, no_cuda, capsys):
     assert "cuda" in wrong(capsys, "reinit", "--device", "cuda", "--seeds", "1", *SETS)
     assert list(folder.iterdir()) == []
 
 
 def found(*options) -> str | None:
-    """Where a command says that imagenette lies."""
+    """Return where a command finds imagenette."""
     rows = json.loads(ran("data", *options, "--json")[1])
     return next(row for row in rows if row["name"] == "imagenette")["folder"]
 
 
 @pytest.mark.parametrize("given", ["", "elsewhere"])
-def test_a_data_dir_ends_with_its_command(folder, tmp_path, monkeypatch, given):
+def test_data_dir_affects_only_its_own_command(folder, tmp_path, monkeypatch, given):
     for name in ("mine", "elsewhere"):
         for split in ("train", "val"):
             (tmp_path / name / "imagenette" / split).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Someone else's experiment."""
+"""Experiments of other packages."""
 
 import re
 import signal
@@ -37,7 +37,7 @@ def warmup(
 
 
 def readme_example() -> dict:
-    """The module that the README shows."""
+    """Return the module shown in the README."""
     text = (Path(__file__).parents[2] / "README.md").read_text()
     module: dict = {}
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -48,7 +48,7 @@ def readme_example() -> dict:
 
 @pytest.fixture
 def installed(monkeypatch, capsys, tmp_path):
-    """A command line with one foreign experiment installed; gives exit code, output and errors of a command."""
+    """Install one foreign experiment; return a function from a command to its exit code, output and errors."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
 
@@ -56,7 +56,7 @@ def installed(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(EntryPoint, "load", lambda entry: function)
         monkeypatch.setattr(registry, "_entries", lambda: [EntryPoint(name, "theirs:it", registry.GROUP)])
         monkeypatch.setattr(app, "app", typer.Typer(cls=app._Commands))
-        app.app.command()(app.doctor.doctor)  # a second command, or typer makes an application of one
+        app.app.command()(app.doctor.doctor)  # a second command, since typer treats a single one differently
 
         def run(*arguments):
             with pytest.raises(SystemExit) as end:
@@ -85,7 +85,7 @@ def test_an_experiment_of_another_package_is_a_command(installed, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_experiment_that_cannot_be_loaded_takes_no_other_away(monkeypatch, capsys):
+def test_an_experiment_that_can_not_be_loaded_disables_no_other(monkeypatch, capsys):
     entries = [
         EntryPoint("broken", "nowhere_at_all:it", "atdiag.ablations"),
         EntryPoint("reinit", "theirs:it", "atdiag.ablations"),
@@ -102,7 +102,7 @@ def test_an_experiment_that_cannot_be_loaded_takes_no_other_away(monkeypatch, ca
     assert sum("that name is taken" in line for line in warnings) == 2
 
 
-def test_the_readme_s_experiment_is_a_command(installed, tmp_path):
+def test_the_readmes_experiment_is_a_command(installed, tmp_path):
     run = installed("finetune", readme_example()["finetune"])
     assert "--teacher" in run("--help")[1]
     code, out, err = run("--teacher", "beitv2_b", "--seeds", "2", "--dry-run")

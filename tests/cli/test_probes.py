@@ -1,4 +1,4 @@
-"""The commands probe, attention-stats and maps: what is typed, right and wrong, and what lies in the files."""
+"""The commands probe, attention-stats and maps: right and wrong input, and the contents of their files."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("at_tmp_path")
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Tiny runs of two arms with two seeds each, and the JSON file of the experiment that they would be."""
+    """Make tiny runs of two arms with two seeds each, and the JSON file of their experiment."""
     folder = tmp_path_factory.mktemp("probes")
     store = Store(folder / "runs")
     teacher = subjects.teachers.teacher("deit_s", "mini")
@@ -47,7 +47,7 @@ def report(tmp_path_factory):
 
 
 def check(out, command) -> dict:
-    """The last line; the files that it names are there, and no line is wider than a terminal."""
+    """Return the last line, after checking that the files it names exist and no line is wider than a terminal."""
     document = json.loads(out.splitlines()[-1])
     assert document["command"] == command
     for name in document["files"]:
@@ -76,7 +76,7 @@ def test_probe_of_two_teachers():
     assert f"regularisation chosen on {held_out} of them, each class in proportion" in " ".join(out.split())
 
 
-def test_probe_of_an_experiment_has_its_arms_over_their_seeds(report):
+def test_probe_of_an_experiment_aggregates_arms_over_seeds(report):
     file, store, specs = report
     out = atdiag(
         *("probe", file, "deit_s", "--runs", store.root, "--layers", "11", "--images", "50", "--train", "100"),
@@ -100,7 +100,7 @@ def test_attention_stats_of_a_teacher_and_its_student(report):
     frame = pd.DataFrame(document["rows"])
     teacher, student = (frame[frame.subject == name] for name in frame.subject.unique())
     assert len(teacher) == len(student) == 12 * 2
-    # The student uses its teacher's maps; its stream is its own.
+    # The student uses its teacher's maps, but its residual stream is its own.
     for name in ("entropy", "distance", "sink", "rank"):
         np.testing.assert_allclose(teacher[name], student[name], rtol=1e-4)
     assert not np.allclose(teacher["norm"], student["norm"], rtol=0.01)
@@ -117,7 +117,7 @@ def test_maps_of_subjects_of_many_kinds(report):
     assert sum(name.endswith("png") for name in document["files"]) == 4
 
 
-def test_a_run_is_also_shown_as_it_was_before_its_first_step(report):
+def test_a_run_can_be_shown_at_initialisation(report):
     _, store, specs = report
     spec = specs["copy"][1]
     start = subjects.find(f"start:{spec.id[:6]}", store=store)
@@ -127,7 +127,7 @@ def test_a_run_is_also_shown_as_it_was_before_its_first_step(report):
     atdiag("maps", f"start:{spec.id}", spec.id, "deit_s", "--runs", store.root, "--device", "cpu")
 
 
-def test_maps_of_files_by_head(tmp_path):
+def test_maps_of_image_files_by_head(tmp_path):
     draw = np.random.default_rng(0)
     for name in "ab":
         Image.fromarray(draw.integers(0, 255, (30, 40), dtype=np.uint8)).save(tmp_path / f"{name}.png")
@@ -141,7 +141,7 @@ def test_maps_of_files_by_head(tmp_path):
     assert document["heads"] == ["0", "1"] and len(document["images"]) == 2
 
 
-def test_what_is_wrong_is_one_line(capsys, tmp_path):
+def test_wrong_input_is_one_line(capsys, tmp_path):
     (tmp_path / "c.png").write_bytes(b"no picture")
     (tmp_path / "odd.json").write_text("[]")
     cpu = ("--device", "cpu")
@@ -178,7 +178,7 @@ def test_what_is_wrong_is_one_line(capsys, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_a_fixed_regularisation_is_said():
+def test_a_fixed_regularisation_is_reported():
     from atdiag.cli.probes import _regularised
 
     assert _regularised(0).startswith("regularisation fixed (C = 1, scikit-learn's default): a class with a single")

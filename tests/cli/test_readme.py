@@ -14,7 +14,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def typed() -> list[str]:
-    """Every command in the README's console blocks."""
+    """Return every command in the README's console blocks."""
     blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
     return [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("atdiag")]
@@ -29,7 +29,7 @@ def test_every_line_of_the_readme_runs(line, folder):
     words = line.split()[1:]
     if words[0] == "pretrain":
         words = ["pretrain", "--help"]
-    elif words[0] == "figures":  # of finished runs, which tests/test_reproduction.py has
+    elif words[0] == "figures":  # needs finished runs; tests/cli/test_reproduce.py runs it
         words = ["figures", "--help"]
     elif words[0] in (*LINES, "benchmark", "reproduce"):
         words += [] if "--dry-run" in words else ["--dry-run"]
@@ -47,6 +47,6 @@ def test_every_line_of_the_readme_runs(line, folder):
     assert list(folder.iterdir()) == []
 
 
-def test_the_profile_is_told():
+def test_the_profile_is_printed():
     for name in profiles.PROFILES:
         assert f"`{name}`" in README

@@ -1,4 +1,4 @@
-"""The reason that is given is the true one, and names the file or setting that is at fault."""
+"""Error messages give the true reason, and name the file or setting at fault."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def state():
 
 
 @pytest.mark.parametrize("prefix", ["net.backbone.", "_orig_mod.module.", "encoder.vit."])
-def test_a_prefix_that_nobody_knows_hides_no_network(state, prefix):
+def test_an_unknown_prefix_hides_no_network(state, prefix):
     found = formats.convert({"state_dict": {prefix + key: value for key, value in state.items()}})
     assert found.state.keys() == state.keys()
     assert found.branch == f"state_dict: {prefix}*"
@@ -35,7 +35,7 @@ def test_two_networks_under_unknown_prefixes_are_listed(state):
         formats.convert(both)
 
 
-def test_a_comma_in_a_path_is_part_of_it(tmp_path):
+def test_a_path_may_contain_a_comma(tmp_path):
     file = tmp_path / "a, b,c.safetensors"
     file.touch()
     whole = f"timm:{MODEL}@{file}"
@@ -45,7 +45,7 @@ def test_a_comma_in_a_path_is_part_of_it(tmp_path):
     assert experiments.references("x@/no/a,b") == ("x@/no/a", "b")
 
 
-def test_files_that_are_no_weights_are_called_what_they_are(tmp_path):
+def test_files_that_are_no_weights_are_identified(tmp_path):
     (tmp_path / "empty.pth").touch()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     for name, says in (("empty.pth", "is empty"), ("model.safetensors.index.json", "index of shards")):
@@ -61,7 +61,7 @@ def test_files_that_are_no_weights_are_called_what_they_are(tmp_path):
         ("reinit --set epocs=1", "'epocs' is not a setting"),
     ],
 )
-def test_a_setting_without_its_section_is_completed(tmp_path, monkeypatch, capsys, line, says):
+def test_a_setting_without_its_section_gets_a_suggestion(tmp_path, monkeypatch, capsys, line, says):
     monkeypatch.chdir(tmp_path)
     assert says in wrong(capsys, *line.split())
 
@@ -74,13 +74,13 @@ def test_a_setting_without_its_section_is_completed(tmp_path, monkeypatch, capsy
         ("[recipe]\nlr = 1e-3\n", "reinit --dry-run --set recipe.epochs=0", False),
     ],
 )
-def test_a_fault_of_the_settings_file_names_it(tmp_path, monkeypatch, capsys, content, line, named):
+def test_errors_in_the_settings_file_name_it(tmp_path, monkeypatch, capsys, content, line, named):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "atdiag.toml").write_text(content)
     assert wrong(capsys, *line.split()).startswith("atdiag.toml: ") == named
 
 
-def test_no_hash_is_guessed(tmp_path, monkeypatch, capsys):
+def test_no_hash_is_suggested(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "0123456789abcdef"
     run.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_no_hash_is_guessed(tmp_path, monkeypatch, capsys):
         assert "did you mean" not in said and "0123456789abcdee" in said
 
 
-def test_a_reader_that_has_had_enough_is_no_fault():
+def test_a_closed_pipe_is_no_error():
     code = f"exec {sys.executable} -m atdiag teachers --profile paper --json"
     done = subprocess.run(["bash", "-c", f"({code}) | head -c 1"], capture_output=True, text=True, check=False)
     assert done.stdout == "[" and done.stderr == ""

@@ -25,13 +25,13 @@ PLACED = registry.placed()
 
 
 def few() -> dict:
-    """The ablations above, with those options for --quick."""
+    """Install the ablations above, with these options for --quick."""
     return {name: (PLACED[name][0], replace(PLACED[name][1], quick=FEW[name])) for name in FEW}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder in which a few analyses were reproduced, and what was printed."""
+    """Reproduce a few analyses in a folder; keep what was printed."""
     here = tmp_path_factory.mktemp("home")
     with contextlib.chdir(here), pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "available_cores", lambda: 1)
@@ -91,7 +91,7 @@ def test_nothing_is_trained_or_measured_twice(home, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_figures_are_drawn_from_finished_runs(home, monkeypatch):
+def test_figures_are_drawn_from_finished_runs_only(home, monkeypatch):
     here, _, _ = home
     monkeypatch.chdir(here)
     monkeypatch.setattr(registry, "placed", few)

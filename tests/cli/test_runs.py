@@ -32,7 +32,7 @@ def load_teacher(teacher):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Three finished runs, one of them with a teacher, and one that was never begun."""
+    """Make three finished runs, one of them with a teacher, and one that was never started."""
     store = Store(tmp_path_factory.mktemp("trained") / "runs")
     teacher = Teacher(name="clip_b", profile="mini", network=NETWORK, sha256="0" * 64)
     copy = spec(teacher=teacher, transfer=Transfer(method="copy", layers=(1,)))
@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def runs(trained, tmp_path, monkeypatch):
-    """A copy of them, whose teacher's file is what it was."""
+    """Copy them, with an intact teacher's file."""
     store, specs = trained
     shutil.copytree(store.root, tmp_path / "runs")
     monkeypatch.setattr(sources, "fresh_sha256", lambda path: "0" * 64)
@@ -67,8 +67,8 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_was_changed_is_not_read(runs, name):
-    """Flipped weights are weights, another run's predictions are predictions: only the hash tells."""
+def test_changed_files_are_not_used(runs, name):
+    """Flipped weights still load, as do another run's predictions: only the hash detects it."""
     for read in READERS[name]:
         read(runs[0])
     shutil.copy(runs[1].path / name, runs[0].path / name)
@@ -76,7 +76,7 @@ def test_what_was_changed_is_not_read(runs, name):
         with pytest.raises(DamagedRunError, match=f"{name} is damaged .its sha256 is not the one in result"):
             read(runs[0])
     older(runs[0])
-    if name != "predictions.npz":  # of what recorded no hashes nothing can be said
+    if name != "predictions.npz":  # without recorded hashes nothing can be verified
         for read in READERS[name]:
             read(runs[0])
 
@@ -84,7 +84,7 @@ def test_what_was_changed_is_not_read(runs, name):
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
-def test_all_sound(runs):
+def test_verify_passes_sound_runs(runs):
     seen = []
     found = audit.verify(runs, lambda done, total: seen.append((done, total)))
     assert [one.state for one in found] == ["sound"] * 3
@@ -116,7 +116,7 @@ def test_a_damaged_file_is_named_with_the_remedy(runs, name, how):
 
 
 @pytest.mark.parametrize("how", ["gone", "another's"])
-def test_a_run_without_its_spec_is_damaged_everywhere_and_can_be_removed(runs, how):
+def test_a_run_without_spec_is_damaged_everywhere_and_can_be_removed(runs, how):
     path = runs[0].path / "spec.json"
     path.unlink() if how == "gone" else shutil.copy(runs[1].path / "spec.json", path)
     run = type(runs[0])(runs[0].path)
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_found(runs, how):
     assert verdict(run).faults[0][0] == run.checkpoint
 
 
-def test_only_the_runs_that_are_asked_for(runs):
+def test_verify_checks_only_the_named_runs(runs):
     runs[0].weights.write_bytes(b"")
     assert atdiag("runs", "verify", runs[1].id[:6]).startswith("1 run in runs: 1 sound")
     assert ran("runs", "verify", runs[0].id[:6], runs[1].id)[0] == 1
@@ -152,7 +152,7 @@ def test_a_result_or_spec_of_another_run_is_damaged(runs):
         assert verdict(type(runs[0])(runs[0].path)).state == "damaged"
 
 
-def test_an_accuracy_that_was_edited_is_found(runs):
+def test_an_edited_accuracy_is_found(runs):
     path = runs[0].path / "result.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "top1": 99.0}))
     assert verdict(runs[0]).faults == ((path, "it was changed"),)
@@ -162,7 +162,7 @@ def test_an_accuracy_that_was_edited_is_found(runs):
 
 
 def rewritten(run, change):
-    """A run whose result was changed, and written as by a version that recorded no hash of it."""
+    """Change a run's result, and write it like a version that recorded no hash."""
     path = run.path / "result.json"
     result = json.loads(path.read_text())
     change(result)
@@ -174,7 +174,7 @@ def older(run):
     rewritten(run, lambda result: result.pop("files"))
 
 
-def test_a_run_of_an_older_version_is_not_called_sound(runs):
+def test_a_run_without_recorded_hashes_is_not_called_sound(runs):
     older(runs[0])
     assert verdict(runs[0]).state == "not verifiable"
     out = atdiag("runs", "verify")
@@ -183,7 +183,7 @@ def test_a_run_of_an_older_version_is_not_called_sound(runs):
     assert verdict(runs[0]).state == "damaged", "what can be seen without hashes is seen"
 
 
-def test_the_teacher_s_file_where_it_is_here(runs, monkeypatch):
+def test_the_teachers_file_is_verified_where_available(runs, monkeypatch):
     monkeypatch.setattr(sources, "fresh_sha256", lambda path: "1" * 64)
     found = verdict(runs[2])
     assert found.state == "damaged"
@@ -198,7 +198,7 @@ def test_the_teacher_s_file_where_it_is_here(runs, monkeypatch):
     assert "the teacher's weights of 1 are not on this machine" in atdiag("runs", "verify")
 
 
-def test_predictions_on_another_set_are_made_again_and_not_the_run(runs):
+def test_damaged_predictions_on_another_test_set_are_repeated_without_retraining(runs):
     (runs[0].path / "ood").mkdir()
     runs[0].ood("fog").write_bytes(runs[0].predictions.read_bytes()[:-30])
     assert verdict(runs[0]).remedy == "delete it, and it is made again"
@@ -210,14 +210,14 @@ def test_nothing_to_verify(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["list", "verify", "export"])
-def test_a_mistyped_folder_of_runs_does_not_look_like_all_being_well(command, tmp_path, capsys):
+def test_a_mistyped_runs_folder_is_not_reported_as_sound(command, tmp_path, capsys):
     (tmp_path / "file").touch()
     for name in ("nowhere", "file"):
         assert "is not a folder" in wrong(capsys, "runs", command, "--runs", tmp_path / name)
 
 
 @pytest.mark.parametrize("command", [("verify",), ("diff", "ID"), ("show",)])
-def test_a_wrong_id(runs, capsys, command):
+def test_an_unknown_id(runs, capsys, command):
     words = [runs[1].id if word == "ID" else word for word in command]
     mistyped = ("f" if runs[0].id[5] != "f" else "e").join([runs[0].id[:5], runs[0].id[6:]])
     assert f"named '{mistyped}': 'atdiag runs list'" in wrong(capsys, "runs", *words, mistyped)
@@ -226,7 +226,7 @@ def test_a_wrong_id(runs, capsys, command):
 # --- diff and export --------------------------------------------------------------------------------------------------
 
 
-def test_diff_names_the_fields_by_which_specs_differ(runs):
+def test_diff_names_the_fields_that_differ(runs):
     found = json.loads(atdiag("runs", "diff", runs[0].id, runs[1].id, "--json"))
     assert found["runs"] == [runs[0].id, runs[1].id]
     assert found["spec"] == [["recipe.lr", 1e-3, 2e-3], ["seed.model", 0, 1]]
@@ -245,13 +245,13 @@ def test_diff_of_a_run_with_a_teacher_and_one_without(runs):
     assert not any(name.startswith(("network.", "data.", "recipe.")) for name in found)
 
 
-def test_diff_shows_what_they_were_computed_on(runs):
+def test_diff_shows_the_machines(runs):
     rewritten(runs[0], lambda result: result["environment"]["versions"].update(torch="1.0"))
     now = runs[1].result()["environment"]["versions"]["torch"]
     assert run_table.differences(runs[0], runs[1])["environment"] == [("environment.versions.torch", "1.0", now)]
 
 
-def test_export_is_one_table_of_everything(runs, tmp_path, capsys):
+def test_export_writes_one_table_of_everything(runs, tmp_path, capsys):
     (runs[1].path / "result.json").write_text("{")
     out = atdiag("runs", "export", "-o", tmp_path / "all.csv")
     assert out.splitlines() == ["4 runs", f"  {tmp_path / 'all.csv'}"]
@@ -276,5 +276,5 @@ def test_export_is_one_table_of_everything(runs, tmp_path, capsys):
     assert "no folder" in wrong(capsys, "runs", "export", "-o", tmp_path / "nowhere" / "all.csv")
 
 
-def test_flat():
+def test_nested_specs_are_flattened():
     assert run_table.flat({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}

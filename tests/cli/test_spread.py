@@ -1,4 +1,4 @@
-"""An ablation of one teacher over several."""
+"""Single-teacher ablations over several teachers."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from atdiag.networks.registry import teachers
 from tests.studies import lab
 
 
-def test_an_ablation_of_one_teacher_is_spread_over_several():
+def test_a_single_teacher_ablation_runs_for_each_of_several_teachers():
     series = spread(partial(benchmark, teacher="deit_s,clip_b", methods="copy"), lab())
     assert [study.teacher.name for study in series.studies] == ["deit_s", "clip_b"]
     assert series.figure == "gains"
@@ -21,7 +21,7 @@ def test_an_ablation_of_one_teacher_is_spread_over_several():
     assert spread(partial(benchmark, teacher="deit_s", methods="copy"), lab()).figure == ""
 
 
-def test_of_all_teachers_those_that_an_ablation_refuses_are_named():
+def test_teachers_that_an_ablation_refuses_are_named():
     series = spread(partial(rescue, teacher="all", transfer="copy"), lab())
     refused = [name for name in teachers.miniatures() if not teachers.miniature_network(name).components]
     assert refused

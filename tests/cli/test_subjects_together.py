@@ -1,4 +1,4 @@
-"""A run among the subjects brings its data and image size; subjects have the names that are typed."""
+"""A run among the subjects sets data and image size; subjects are labelled as typed."""
 
 import json
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("at_tmp_path")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A teacher of timm, made for 160 px, and students of 96 and 64 px that were trained on a folder of photographs."""
+    """Make a timm teacher for 160 px, and students of 96 and 64 px trained on a folder of photographs."""
     root = tmp_path_factory.mktemp("together")
     draw = np.random.default_rng(0)
     for part, count in (("train", 6), ("val", 4)):
@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["teacher first", "run first"])
-def test_maps_have_the_runs_grid(runs, order, monkeypatch):
+def test_maps_have_the_grid_of_the_run(runs, order, monkeypatch):
     from atdiag.analysis import maps
 
     teacher, run, _, where = runs
@@ -62,7 +62,7 @@ def test_maps_have_the_runs_grid(runs, order, monkeypatch):
     assert json.loads(out.splitlines()[-1])["images"][0].endswith("photos 0")
 
 
-def test_every_command_looks_with_the_runs_images(runs):
+def test_every_command_uses_the_runs_images(runs):
     teacher, run, _, where = runs
     for command in (
         ("similarity", teacher, run),
@@ -77,7 +77,7 @@ def test_every_command_looks_with_the_runs_images(runs):
         assert not json.loads(out.splitlines()[-1])["missing"]
 
 
-def test_a_size_that_is_typed_is_kept_and_then_they_differ(runs, capsys):
+def test_a_typed_size_is_kept_even_if_sizes_then_differ(runs, capsys):
     teacher, run, _, where = runs
     own = ("--data", f"folder:{where[1].parent / 'photos'}", "--set", "data.image_size=128")
     said = wrong(capsys, "similarity", teacher, run, *where, *CPU, *own)
@@ -85,14 +85,14 @@ def test_a_size_that_is_typed_is_kept_and_then_they_differ(runs, capsys):
 
 
 @pytest.mark.parametrize("command", ["maps", "similarity", "attention-stats", "probe"])
-def test_runs_of_two_sizes_are_both_named(runs, capsys, tmp_path, command):
+def test_runs_of_different_sizes_are_both_named(runs, capsys, tmp_path, command):
     teacher, run, other, where = runs
     said = wrong(capsys, command, teacher, run, other, *where)
     assert f"{run[:6]} scratch sees images of 96 px and {other[:6]} scratch sees images of 64 px" in said
     assert not list(tmp_path.iterdir())
 
 
-def test_names_that_are_typed(runs, capsys):
+def test_subjects_are_labelled_as_typed(runs, capsys):
     teacher, run, _, where = runs
     typed = ("--label", "the teacher", "--label", "a student of which much can be said")
     for command in ("attention-stats", "maps", "probe", "similarity"):

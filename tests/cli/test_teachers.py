@@ -10,7 +10,7 @@ from tests.commands import ran
 def test_teachers(folder, monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setenv("ATDIAG_CACHE", str(folder / "none"))  # whatever this machine has fetched
+    monkeypatch.setenv("ATDIAG_CACHE", str(folder / "none"))  # whatever this machine has downloaded
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "none"))
     code, out = ran("teachers", "--json")
     rows = json.loads(out.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Folders are looked at before anything is trained: can they be written, locked, and named?"""
+"""Checks of folders before anything is trained: can they be written to, locked, and named?"""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from atdiag.core import paths
 from atdiag.core.errors import UserError
 
 
-def test_a_folder_that_is_not_there_yet_can_hold_runs_and_is_not_made(tmp_path):
+def test_a_missing_folder_is_accepted_for_runs_but_not_created(tmp_path):
     paths.fit_for_runs(tmp_path / "a" / "b", "runs")
     assert list(tmp_path.iterdir()) == []
 
@@ -18,7 +18,7 @@ def test_a_folder_that_is_not_there_yet_can_hold_runs_and_is_not_made(tmp_path):
 @pytest.mark.parametrize(
     "fault", [OSError(errno.ENOLCK, "No locks"), OSError(errno.EOPNOTSUPP, "no"), NotImplementedError("no flock")]
 )
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, fault):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, fault):
     def refuse(*_, **__):
         raise fault
 
@@ -29,7 +29,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, fault):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_that_are_too_long(tmp_path):
+def test_too_long_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="`runs`"):
         paths.fit_for_runs(tmp_path / ("a" * 300), "runs")
     long = tmp_path.joinpath(*["a" * 100] * 50)
@@ -40,7 +40,7 @@ def test_names_that_are_too_long(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_data_sets_are_looked_for(monkeypatch, tmp_path):
+def test_the_search_path_of_data_sets(monkeypatch, tmp_path):
     monkeypatch.setenv("ATDIAG_DATA", str(tmp_path))
     assert paths.data_dir() == tmp_path
     with paths.looking_in(tmp_path / "other"):

@@ -14,7 +14,7 @@ names = st.text(max_size=8)
 
 
 @given(st.integers(0, 2**70), names, indices, st.lists(indices, min_size=1, max_size=8), st.data())
-def test_a_number_does_not_depend_on_its_company(seed, stream, step, samples, data):
+def test_a_number_does_not_depend_on_the_others_drawn(seed, stream, step, samples, data):
     layers = np.arange(3)[:, None]
     whole = randomness.uniform(seed, stream, step, layers, np.array(samples))
     assert whole.shape == (3, len(samples))
@@ -51,7 +51,7 @@ def test_low_bits_are_random_too():
     assert stats.binomtest(int(bits.sum()), len(bits)).pvalue > 1e-3
 
 
-def test_indices_keep_their_places():
+def test_the_order_of_indices_matters():
     grid = randomness.uniform(0, "s", np.arange(300)[:, None], np.arange(300))
     assert len(np.unique(grid)) == grid.size
     assert abs(np.corrcoef(grid[np.triu_indices(300, 1)], grid.T[np.triu_indices(300, 1)])[0, 1]) < 0.02
@@ -69,7 +69,7 @@ def test_indices_keep_their_places():
         ((0, "a"), (0, "a", 0)),
     ],
 )
-def test_each_name_has_its_own_generator(one, two):
+def test_different_names_have_different_generators(one, two):
     first, again, second = (randomness.generator(*name).random(1000) for name in (one, one, two))
     assert np.array_equal(first, again)
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.15
@@ -96,7 +96,7 @@ def test_isolated_is_a_pure_function_of_its_name():
         assert not set(draw()) & set(first)
 
 
-def test_isolated_gives_the_global_generators_back():
+def test_isolated_restores_the_global_generators():
     random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
     expected = draw()
     random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
@@ -108,7 +108,7 @@ def test_isolated_gives_the_global_generators_back():
     assert draw() == expected
 
 
-def test_named_numbers_ignore_and_spare_the_global_generators():
+def test_named_numbers_neither_use_nor_change_global_generators():
     random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
     expected = draw()
     one = randomness.generator(0, "a").random(3), randomness.uniform(0, "a", [1, 2])

@@ -1,4 +1,4 @@
-"""What is malformed or asks for too much is refused in one line, before room is made for it and with nothing run."""
+"""Malformed or oversized input is refused in one line, before memory is allocated and without running its code."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def run(tmp_path) -> Run:
 
 @pytest.fixture(autouse=True)
 def little_memory():
-    """Whatever asks for more than some gigabytes after all gets a MemoryError, and so fails its test."""
+    """Limit memory to some gigabytes, so that a larger allocation fails its test with a MemoryError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:  # noqa: PTH123
         now = int(file.read().split()[0]) * resource.getpagesize()
@@ -53,7 +53,7 @@ def little_memory():
 
 
 @pytest.mark.parametrize("field", ["width", "depth", "heads", "classes", "channels", "registers", "image_size"])
-def test_a_spec_of_a_network_that_nobody_has_is_damaged(run, field):
+def test_a_spec_of_an_absurd_network_is_damaged(run, field):
     document = json.loads((run.path / "spec.json").read_text())
     document["network"][field] = 10**9
     (run.path / "spec.json").write_text(json.dumps(document))
@@ -62,7 +62,7 @@ def test_a_spec_of_a_network_that_nobody_has_is_damaged(run, field):
 
 
 @given(st.integers(1, 64), st.integers(1, 1024), st.sampled_from([0.5, 4.0]), st.integers(1, 50))
-def test_the_number_of_parameters_is_told_beforehand(heads, depth, ratio, classes):
+def test_the_number_of_parameters_is_computed_in_advance(heads, depth, ratio, classes):
     network = Network(image_size=8, patch_size=4, width=64 * heads, depth=depth, heads=heads, classes=classes)
     network = network.model_copy(update={"mlp_ratio": ratio})
     small = network.model_copy(update={"depth": 2})
@@ -85,24 +85,24 @@ def test_scenes_that_do_not_fit_are_refused():
             sources.find(data).check(data, NETWORK)
 
 
-def test_a_huge_or_endless_file_of_settings(tmp_path):
+def test_a_huge_or_endless_settings_file_is_refused(tmp_path):
     path = tmp_path / "atdiag.toml"
     with path.open("wb") as file:
-        file.truncate(2**40)  # a terabyte of nothing
+        file.truncate(2**40)  # a sparse terabyte
     with pytest.raises(UserError, match="larger than 16 MiB"):
         resolve(folder=tmp_path, environment={})
 
 
 @pytest.mark.parametrize("name", ["result.json", "failure.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", ["{", "[" * 100_000, "nul\0", "[1, 2]x", "9" * 5000])
-def test_a_run_s_json_that_is_none(run, name, content):
+def test_run_files_with_invalid_json_are_damaged(run, name, content):
     (run.path / name).write_text(content)
     read = {"result.json": run.result, "failure.json": run.failure, "metrics.jsonl": run.progress}[name]
     with pytest.raises(DamagedRunError, match="is damaged"):
         read()
 
 
-def test_a_run_s_json_of_a_terabyte(run):
+def test_a_terabyte_of_json_is_refused(run):
     with (run.path / "result.json").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(DamagedRunError, match="larger than"):
@@ -129,7 +129,7 @@ def header(length: int, text: bytes) -> bytes:
     ],
     ids=["2^63", "90 MB", "shape", "empty header", "empty", "zip", "pickle"],
 )
-def test_weights_that_are_none(tmp_path, content):
+def test_files_that_are_no_weights_are_refused(tmp_path, content):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
     with pytest.raises(WeightsError):
@@ -180,12 +180,12 @@ def test_a_flipped_checkpoint_is_the_same_or_refused(tmp_path_factory, flips, cu
         found = checkpoint.read(path)
     except ValueError as fault:
         assert len(str(fault).splitlines()) == 1
-    else:  # flips that cancel, or lie where the archive says nothing that counts
+    else:  # flips that cancel, or lie in bytes of the archive that don't matter
         assert (found.step, found.metrics, found.seconds) == (3, [{"step": 1}], 1.5)
         assert torch.equal(found.student["w"], torch.ones(4))
 
 
-def test_a_checkpoint_that_unpacks_to_more_than_it_is(tmp_path):
+def test_a_decompression_bomb_as_checkpoint_is_refused(tmp_path):
     path = tmp_path / "bomb"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**7))
@@ -205,7 +205,7 @@ def npz(shape="(4,)", descr="<i4", body=bytes(16), declared=None) -> bytes:
     return buffer.getvalue()
 
 
-def test_predictions_as_they_should_be(tmp_path):
+def test_valid_predictions_are_read(tmp_path):
     path = tmp_path / "p.npz"
     path.write_bytes(npz())
     assert predictions.arrays(path)["label"].tolist() == [0, 0, 0, 0]
@@ -226,7 +226,7 @@ def test_predictions_as_they_should_be(tmp_path):
         b"",
     ],
 )
-def test_predictions_that_lie_about_themselves(run, content):
+def test_predictions_with_false_headers_are_refused(run, content):
     run.predictions.write_bytes(content)
     run.finish({"top1": 0.0})
     with pytest.raises(DamagedRunError, match="is damaged"):
@@ -277,11 +277,11 @@ def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
         decode(path)
 
 
-def test_nothing_is_unpickled_and_archives_name_no_path_in_the_source():
-    """Of every call that could run a file's code or write outside a folder, none is there unguarded.
+def test_the_source_never_unpickles_or_unpacks_unguarded():
+    """No unguarded call that could run a file's code or write outside a folder.
 
-    One module unpacks tar archives (of data sets that the user asks for), file by file and under names of its own;
-    another reads images where they lie in one.
+    One module unpacks tar archives (of data sets that the user requests), file by file and under names of its own;
+    another reads images inside them.
     """
     import ast
     from pathlib import Path
@@ -297,7 +297,7 @@ def test_nothing_is_unpickled_and_archives_name_no_path_in_the_source():
             assert not call.endswith((".extractall", ".extract", "unpack_archive")), path
             if call.startswith("tarfile.") or call.endswith(".extractfile"):
                 assert path.relative_to(root).as_posix() in ("atdiag/data/archives.py", "atdiag/data/tars.py"), path
-            if call == "ReaderImageInTar":  # it would unpickle what lies beside the tars
+            if call == "ReaderImageInTar":  # it would unpickle a file beside the tars
                 assert given["cache_tarinfo"] == "False", path
             if call == "torch.load":
                 assert given["weights_only"] == "True", path

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from atdiag.core.errors import UserError
 from atdiag.core.runs import Run, RunBusyError, Store, write_atomically
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
 
@@ -28,7 +29,7 @@ def store(tmp_path):
 
 @contextlib.contextmanager
 def holder(run: Run):
-    """Another process that holds a run's lock until it is killed."""
+    """Start another process that holds a run's lock until it is killed."""
     code = (
         "import sys, time; from pathlib import Path; from atdiag.core.runs import Run\n"
         "with Run(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
@@ -78,7 +79,7 @@ def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert calls == ["fsync", "replace"]
 
 
-def test_half_written_files_of_a_killed_process_go_with_the_next_lock(store):
+def test_the_next_lock_removes_half_written_files_of_a_killed_process(store):
     run = store.create(spec())
     for litter in (".checkpoint-a1b2c3d4", ".result.json-a1b2c3d4"):
         (run.path / litter).write_text("half")
@@ -163,7 +164,7 @@ def test_a_run_held_by_this_process_is_busy_too(store):
 
 
 def test_asking_for_the_state_does_not_make_a_run_busy(store):
-    # The state is found out by trying the lock, which holds it for a moment.
+    # The state is determined by trying the lock, which holds it for a moment.
     run = store.create(spec())
     lock = FileLock(run.path / "lock", thread_local=False)
     lock.acquire()
@@ -195,7 +196,7 @@ def edited(text: str) -> str:
     ("spoil", "message"),
     [(edited, "describes run"), (lambda text: text[:-20], "Invalid JSON"), (lambda _: "{}", "Field required")],
 )
-def test_a_spec_that_is_not_the_runs_is_detected(store, spoil, message):
+def test_a_spec_of_another_run_is_detected(store, spoil, message):
     path = store.create(spec()).path
     (path / "spec.json").write_text(spoil((path / "spec.json").read_text()))
     for use in (lambda: Run(path).spec, lambda: store.create(spec())):
@@ -203,7 +204,7 @@ def test_a_spec_that_is_not_the_runs_is_detected(store, spoil, message):
             use()
 
 
-def test_list_is_oldest_first_and_skips_what_is_no_run(store):
+def test_list_is_oldest_first_and_skips_other_folders(store):
     assert store.list() == []
     runs = [store.create(spec(seed)) for seed in range(4)]
     for age, run in enumerate(runs):
@@ -219,11 +220,11 @@ def test_find(store):
     for name in ("abcd000000000000", "abcd111111111111"):
         (store.root / name).mkdir()
         (store.root / name / "spec.json").write_text("{}")
-    with pytest.raises(KeyError, match=r"2 runs in .* begin with 'abcd': abcd000000000000, abcd111111111111"):
+    with pytest.raises(UserError, match=r"2 runs in .* begin with 'abcd': abcd000000000000, abcd111111111111"):
         store.find("abcd")
-    with pytest.raises(KeyError, match="no run"):
+    with pytest.raises(UserError, match="no run"):
         store.find("xxxx")
-    with pytest.raises(KeyError, match="at least 4"):  # "" would be any run, and 'remove' would delete it
+    with pytest.raises(UserError, match="at least 4"):  # "" would be any run, and 'remove' would delete it
         store.find("")
 
 
@@ -237,7 +238,7 @@ def test_remove(store):
     assert store.list() == [other]
 
 
-def test_a_removal_cut_short_leaves_nothing_that_passes_for_finished(store, monkeypatch):
+def test_an_interrupted_removal_leaves_no_run_that_passes_for_finished(store, monkeypatch):
     run = store.create(spec())
     run.finish({"top1": 1.0})
     monkeypatch.setattr("shutil.rmtree", lambda path: Path(path, "spec.json").unlink())

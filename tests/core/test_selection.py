@@ -1,4 +1,4 @@
-"""Blocks and heads as they are typed."""
+"""Blocks and heads as typed on the command line."""
 
 import pytest
 from hypothesis import given
@@ -23,7 +23,7 @@ def test_ends_and_ranges(count, data):
     assert indices(k - 1, count, "x") == (k - 1,)
 
 
-def test_neighbours_are_shown_as_a_range():
+def test_consecutive_numbers_are_shown_as_a_range():
     assert ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
     assert ranges((4,)) == "4" and ranges(()) == "" and ranges((2, 1)) == "2,1"
 
@@ -41,19 +41,19 @@ def test_neighbours_are_shown_as_a_range():
         ("-1", "neither a number nor a range"),
     ],
 )
-def test_what_is_wrong_is_said(text, message):
+def test_errors_name_the_problem(text, message):
     with pytest.raises(UserError) as fault:
         indices(text, 12, "transfer.layers")
     assert message in str(fault.value) and str(fault.value).startswith(f"`transfer.layers`={text}: ")
 
 
-def test_a_name_is_chosen_or_the_nearest_is_named():
+def test_an_unknown_name_gets_the_nearest_as_suggestion():
     assert choose("copy", ("copy", "distill"), "transfer") == "copy"
     with pytest.raises(UserError, match=r"'cpoy'.*did you mean 'copy'.*copy, distill"):
         choose("cpoy", ("copy", "distill"), "transfer")
 
 
-def test_a_list_names_each_of_its_parts_once():
+def test_a_list_is_split_without_repetition_and_an_empty_one_refused():
     assert comma_separated(" a, b ,a,", "on", "a,b") == ("a", "b")
     for nothing in ("", " , "):
         with pytest.raises(UserError, match="a,b"):

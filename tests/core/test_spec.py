@@ -53,7 +53,7 @@ COPY = run(teacher=TEACHER, transfer=Transfer(method="copy", layers=(0, 11)))
     ids=["baseline", "copy", "distill", "init", "scaled"],
 )
 def test_ids_are_golden(made, id, stream):
-    # A change here orphans every run directory and teacher file in the world: mend the code, not the numbers.
+    # A change here orphans every run directory and teacher file in the world: fix the code, not the numbers.
     assert (made.id, made.stream) == (id, stream)
 
 
@@ -70,7 +70,7 @@ def leaves(node: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 def other(value: Any) -> Any:
-    """Some JSON value of the same kind that is not ``value``."""
+    """Return a JSON value of the same kind other than ``value``."""
     match value:
         case bool():
             return not value
@@ -161,7 +161,7 @@ def test_the_stream_is_what_a_cohort_shares(shared, change):
         Transfer(method="none", layers=(1,), loss="ce", weight=2),
     ],
 )
-def test_no_transfer_has_one_form_and_the_baseline_is_one_run_for_every_teacher(transfer):
+def test_no_transfer_has_one_canonical_form_so_all_teachers_share_the_baseline(transfer):
     assert transfer == Transfer()
     for teacher in (None, TEACHER, SCALED_TEACHER):
         baseline = run(teacher=teacher, transfer=transfer, init=Init(source="scratch", reinit=("mlp",), head=True))
@@ -178,7 +178,7 @@ def test_order_and_repetition_do_not_matter():
     assert Network.model_validate(one) == Network.model_validate(two)
 
 
-def test_defaults_said_or_unsaid_are_the_same():
+def test_explicit_defaults_change_nothing():
     assert Transfer(method="distill", layers=(1,)) == Transfer(method="distill", layers=(1,), loss="ce", weight=3.0)
     assert Recipe(epochs=1, lr=1e-3) == Recipe(epochs=1)
     assert Recipe(epochs=1, mixup=-0.0).model_dump_json() == Recipe(epochs=1).model_dump_json()
@@ -186,11 +186,11 @@ def test_defaults_said_or_unsaid_are_the_same():
     assert Network(**{**rgb, "mean": (0.5,) * 3}) == Network(**{**rgb, "mean": (0.5,)})
 
 
-def test_taking_a_component_out_takes_its_number_along():
+def test_removing_a_component_removes_its_number():
     assert Network.model_validate({**SCALED.model_dump(), "components": ()}) == PLAIN
 
 
-def test_what_becomes_of_layer_scale_is_asked_only_where_the_student_lacks_it():
+def test_the_handling_of_layer_scale_counts_only_if_the_student_lacks_it():
     def started(network, teacher):
         specs = (
             run(network=network, teacher=teacher, init=Init(source="teacher", layer_scale=how))
@@ -306,7 +306,7 @@ def test_json_round_trip(made):
         (lambda: run(**grown(classes=9), transfer=Transfer(method="logits")), "a teacher with the student's classes"),
     ],
 )
-def test_nonsense_is_refused_with_its_reason(make, message):
+def test_invalid_specs_are_refused_with_the_reason(make, message):
     with pytest.raises(ValidationError) as fault:
         make()
     assert message in str(fault.value)
@@ -330,14 +330,14 @@ def test_equal_transfers_have_equal_specs():
     assert distill(layers=(1,)).sources == (1,)
 
 
-def test_an_average_that_forgets_everything_is_none():
+def test_an_ema_with_decay_0_is_no_average():
     assert Recipe(epochs=1, ema=0.0) == Recipe(epochs=1)
     assert run(recipe=Recipe(epochs=2, ema=0.9)).id != run().id
     assert run(recipe=Recipe(epochs=2, ema=0.9)).stream == run().stream, "it may train beside one without"
 
 
 def test_fields_added_later_leave_old_hashes_alone():
-    """A spec as version 1 wrote it, hashed as it was then (without the fields that came after)."""
+    """A spec as version 1 wrote it, hashed as then (without later fields)."""
     spec = run(teacher=TEACHER, transfer=distill(layers=(1,)))
     document = spec.model_dump(mode="json")
     old = json.loads(json.dumps(document))
@@ -355,7 +355,7 @@ def grown(**changes: Any) -> dict[str, Any]:
     return {"teacher": TEACHER, "network": Network.model_validate({**PLAIN.model_dump(), **changes})}
 
 
-def test_a_student_may_differ_where_its_maps_do_not():
+def test_a_student_may_differ_where_maps_are_unaffected():
     run(**grown(width=64, components=("pre_norm",), classes=9), transfer=COPY.transfer)
 
 
@@ -370,7 +370,7 @@ def test_tokens():
     assert (registers.prefix_tokens, registers.tokens) == (5, 30)
 
 
-def test_the_vocabulary_imports_nothing_heavy_nor_of_atdiag():
+def test_the_spec_imports_nothing_heavy_and_nothing_else_of_atdiag():
     code = "import sys, atdiag.core.spec; print('\\n'.join(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     ours = {name for name in loaded if name.partition(".")[0] == "atdiag"}

@@ -1,4 +1,4 @@
-"""Numbers and names as a reader likes them."""
+"""Human-readable numbers and names."""
 
 import pytest
 
@@ -13,11 +13,11 @@ def test_sizes_in_bytes():
     ("number", "what", "says"),
     [(0, "run", "0 runs"), (1, "run", "1 run"), (1, "process", "1 process"), (12_000, "process", "12,000 processes")],
 )
-def test_a_number_of_things(number, what, says):
+def test_counted_nouns(number, what, says):
     assert text.count(number, what) == says
 
 
-def test_the_rest_of_a_list_is_counted():
+def test_long_lists_are_shortened_with_a_count():
     names = [f"n{i}" for i in range(7)]
     assert text.shortlist(names) == "n0, n1, n2, n3, n4 and 2 more"
     assert text.shortlist(names, most=7) == ", ".join(names)
@@ -33,6 +33,6 @@ def test_durations(seconds, says):
     assert text.duration(seconds) == says
 
 
-def test_long_durations_are_days():
+def test_long_durations_are_in_days():
     assert text.duration(172_800) == "2 days"
     assert text.duration(86_400 * 1_234) == "1,234 days"

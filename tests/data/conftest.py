@@ -1,4 +1,4 @@
-"""Small folders of images: made up ones with everything that real folders have, and a few real ones."""
+"""Small folders of images: made-up ones with the quirks of real ones, and a few real images."""
 
 import hashlib
 import http.server
@@ -29,14 +29,14 @@ def _own_places(tmp_path, monkeypatch):
 
 
 def _draw(path, size, seed):
-    """A smooth random JPEG of a size (width, height)."""
+    """Write a smooth random JPEG of the given size (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
 
 
 def _fill(root, sizes=((32, 32),), classes=("ant", "bee", "cow"), train=12, test=5):
-    """A folder of images whose sizes take turns."""
+    """Write a folder of images whose sizes alternate."""
     seed = 0
     for split, count in (("train", train), ("val", test)):
         for cls in classes:
@@ -81,7 +81,7 @@ def spec():
 
 
 def _unpacked(archive, root, members):
-    """Write the wanted members [(name in the archive, path below root)] of a zip or tar."""
+    """Extract the wanted members [(name in the archive, path below root)] of a zip or tar."""
     path = REAL / archive
     if not path.exists():
         pytest.skip(f"no {archive} in {REAL} (ATDIAG_TEST_DATA)")
@@ -99,7 +99,7 @@ def _unpacked(archive, root, members):
 
 
 class _FirstOfEach:
-    """The first images of each class and split of an archive, by name: (name, path below the data set's folder)."""
+    """Choose the first images of each class and split of an archive: (name, path below the data set's folder)."""
 
     def __init__(self, depth):
         self.depth, self.taken = depth, {}
@@ -130,7 +130,7 @@ def cifar10_files(tmp_path_factory):
 
 
 def _fewer(monkeypatch, name):
-    """A data set's facts, as if it had as many images as the tests unpack."""
+    """Make a data set's facts match the number of images that the tests unpack."""
     row = catalogue.FACTS[name]
     few = replace(row, train=PER_CLASS["train"] * row.classes, test=PER_CLASS["test"] * row.classes)
     monkeypatch.setitem(catalogue.FACTS, name, few)
@@ -163,7 +163,7 @@ def data(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server():
-    """A server on this machine: ``server.bodies[path]`` is what it sends, or a function of the request."""
+    """Run a server on this machine: it sends ``server.bodies[path]``, or that function's result for the request."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -194,7 +194,7 @@ def server():
 
 @pytest.fixture
 def publish(server, monkeypatch):
-    """Let a data set be published on this machine: (name, entries of its archive, images of each split)."""
+    """Publish a data set on that server: (name, entries of its archive, images of each split)."""
     monkeypatch.setattr(download, "SCHEMES", ("http",))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

@@ -1,4 +1,4 @@
-"""Archives as their publishers make them, with few images."""
+"""Archives in their publishers' layouts, with few images."""
 
 import io
 import tarfile
@@ -19,7 +19,7 @@ FINE = [f"{word}_fish" for word in ("aa", "bb", "cc", "dd")]
 
 
 def tar(entries) -> bytes:
-    """A gzipped tar of (name, content), or of TarInfos with their content."""
+    """Make a gzipped tar of (name, content), or of TarInfos with content."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, content in entries:
@@ -76,12 +76,12 @@ def cifar100(names=FINE) -> list:
 
 
 def left(data) -> list[str]:
-    """What lies in the folder of all data sets, but for locks."""
+    """Return what is in the folder of all data sets, except locks."""
     return sorted(path.name for path in data.iterdir() if path.suffix != ".lock")
 
 
 def failed(capfd, data, name="imagenette") -> str:
-    """The one line of a download that fails with exit code 1 and leaves nothing."""
+    """Run a download that must fail with exit code 1 and leave nothing; return its one-line message."""
     before = left(data)
     code, out = ran("data", "check", name, "--download")
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("atdiag: ")]

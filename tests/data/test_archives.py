@@ -1,4 +1,4 @@
-"""Archives that are not what they should be."""
+"""Malformed and malicious archives."""
 
 import tarfile
 from dataclasses import replace
@@ -34,10 +34,10 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("how", HOSTILE)
-def test_a_hostile_name_writes_nothing(data, publish, tmp_path, how):
+def test_a_malicious_member_name_writes_nothing(data, publish, tmp_path, how):
     entries = imagenette()
     publish("imagenette", [entries[0], HOSTILE[how], *entries[1:]], 20, 10)
-    fetch("imagenette")  # passed over
+    fetch("imagenette")  # skipped
     files = [path for path in tmp_path.rglob("*") if not path.is_dir() and path.suffix != ".lock"]
     assert sorted(files) == sorted(data / "imagenette" / name.partition("/")[2] for name, _ in entries[1:])
     assert not any(path.is_symlink() for path in files)
@@ -56,7 +56,7 @@ def test_a_hostile_name_writes_nothing(data, publish, tmp_path, how):
         (lambda e: [], "images are missing: 20 in train, 10 in val"),
     ],
 )
-def test_an_archive_of_something_else(data, publish, capfd, change, says):
+def test_archives_with_other_content_are_refused(data, publish, capfd, change, says):
     publish("imagenette", change(imagenette()), 20, 10)
     text = failed(capfd, data)
     assert "imagenette2-320.tgz is not the archive of imagenette that was published (" in text
@@ -76,17 +76,17 @@ def test_an_archive_of_something_else(data, publish, capfd, change, says):
         (lambda e: cifar100(["é", *FINE[1:]]), "codec"),
     ],
 )
-def test_records_of_something_else(data, publish, capfd, change, says):
+def test_records_with_other_content_are_refused(data, publish, capfd, change, says):
     publish("cifar100", change(cifar100()), 12, 4, classes=4)
     assert says in failed(capfd, data, "cifar100")
 
 
-def test_a_label_without_a_class(data, publish, capfd):
+def test_a_label_without_a_class_is_refused(data, publish, capfd):
     publish("cifar10", cifar10(wrong_label=10)[0], 50, 10)
     assert "an image of train has the label 10" in failed(capfd, data, "cifar10")
 
 
-def test_flipped_archives_are_refused_or_right(tmp_path):
+def test_archives_with_flipped_bits_are_refused_or_read_correctly(tmp_path):
     entries = [entry for entry in imagenette() if f"/{SYNSETS[0]}/" in entry[0]]
     row = replace(catalogue.FACTS["imagenette"], train=2, test=1)
     content, path = bytearray(tar(entries)), tmp_path / "archive"

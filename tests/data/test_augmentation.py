@@ -39,7 +39,7 @@ def picture(height, width, seed=0):
 @given(
     height=st.integers(8, 90), width=st.integers(8, 90), size=st.integers(4, 40), share=st.sampled_from([1.0, 0.875])
 )
-def test_the_view_is_torchvisions(height, width, size, share):
+def test_the_test_view_is_torchvisions(height, width, size, share):
     image = picture(height, width)
     whole = v2.Compose([v2.Resize(int(size / share), BICUBIC), v2.CenterCrop(size)])
     seen = View(size, share)(image)
@@ -57,7 +57,7 @@ def test_an_image_of_the_right_size_is_taken_as_it_is():
 
 
 @given(height=SIDES, width=SIDES, least=st.floats(0.01, 1), seed=SEEDS)
-def test_crops_lie_in_the_image_and_have_the_share_and_shape(height, width, least, seed):
+def test_crops_lie_in_the_image_and_have_the_requested_area_and_ratio(height, width, least, seed):
     top, left, h, w = crop_box(height, width, least, draws(seed)[0])
     assert 0 <= top <= top + h <= height
     assert 0 <= left <= left + w <= width
@@ -108,7 +108,7 @@ def test_a_crop_is_cut_and_resized_as_torchvision_does():
 
 
 @given(seed=SEEDS, epoch=st.integers(0, 1000))
-def test_an_image_is_mirrored_or_left_alone(seed, epoch):
+def test_an_image_is_flipped_or_unchanged(seed, epoch):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 6, 6), dtype=np.uint8)
     images = Images(pixels, np.zeros(12, np.int64), np.arange(12))
     out = Augment(Recipe(epochs=1, flip=True), seed, 6, real=True)(images, epoch, np.arange(12))
@@ -116,7 +116,7 @@ def test_an_image_is_mirrored_or_left_alone(seed, epoch):
         assert np.array_equal(after, before) or np.array_equal(after, before[..., ::-1])
 
 
-def test_half_of_the_images_are_mirrored_by_themselves():
+def test_half_of_the_images_are_flipped_independently():
     pixels = np.zeros((4000, 1, 2, 2), np.uint8)
     pixels[..., 0] = 255
     images = Images(pixels, np.zeros(4000, np.int64), np.arange(4000))
@@ -188,7 +188,7 @@ def test_erasing_fills_a_rectangle_of_some_images_with_noise():
     st.permutations(range(6)),
     st.integers(1, 6),
 )
-def test_a_sample_looks_the_same_in_any_company(recipe, channels, order, count):
+def test_augmentation_does_not_depend_on_the_rest_of_the_batch(recipe, channels, order, count):
     pixels = np.random.default_rng(0).integers(0, 256, (6, channels, 12, 12), dtype=np.uint8)
     images = Images(pixels, np.zeros(6, np.int64), np.arange(6))
     make = Augment(recipe, 1, 12, real=channels == 3)

@@ -23,7 +23,7 @@ def plain(files):
     return np.stack([np.asarray(Image.open(files.root / file).convert("RGB")) for file in files.files])
 
 
-def test_a_cache_holds_what_decoding_gives(uniform):
+def test_the_cache_holds_the_decoded_pixels(uniform):
     files = train(uniform)
     path = cache.decoded(files)
     assert path.is_relative_to(paths.cache())
@@ -32,7 +32,7 @@ def test_a_cache_holds_what_decoding_gives(uniform):
 
 
 @pytest.mark.parametrize("size", [32, 48])
-def test_images_are_the_same_with_and_without_it(uniform, spec, size):
+def test_images_are_the_same_with_and_without_a_cache(uniform, spec, size):
     data = spec(uniform, image_size=size)
     images = sources.find(data).train_split(data, 0)
     without = decoding.ImageFolder(images.files, images.view)
@@ -48,7 +48,7 @@ def test_images_are_the_same_with_and_without_it(uniform, spec, size):
     assert np.array_equal(cached.batch(1).images, direct.batch(1).images)
 
 
-def test_a_second_time_nothing_is_decoded(uniform, spec, monkeypatch):
+def test_nothing_is_decoded_twice(uniform, spec, monkeypatch):
     data = spec(uniform)
     before = sources.find(data).train_split(data, 0).batch(0, 36)
 
@@ -60,7 +60,7 @@ def test_a_second_time_nothing_is_decoded(uniform, spec, monkeypatch):
     assert np.array_equal(sources.find(data).train_split(data, 0).batch(0, 36), before)
 
 
-def test_a_changed_image_is_decoded_anew(uniform, draw):
+def test_a_changed_image_is_decoded_again(uniform, draw):
     files = train(uniform)
     old = cache.decoded(files)
     image = uniform / "train" / "ant" / "ant_0.jpg"
@@ -72,13 +72,13 @@ def test_a_changed_image_is_decoded_anew(uniform, draw):
     assert not np.array_equal(np.load(new)[0], np.load(old)[0])
 
 
-def test_pixels_of_an_older_rule_are_never_served(uniform, monkeypatch):
+def test_pixels_decoded_by_older_rules_are_never_used(uniform, monkeypatch):
     wide = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     for image in uniform.glob("*/*/*"):
         Image.fromarray(wide).save(image.with_suffix(".png"))
         image.unlink()
     files = train(uniform)
-    old = paths.cache() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}.npy"  # as it was named at first
+    old = paths.cache() / "decoded" / f"{files.fingerprint(with_times=True)[:32]}.npy"  # the first version's name
     old.parent.mkdir(parents=True)
     np.save(old, np.full((36, 32, 32, 3), 255, np.uint8))
     expected = np.rint(wide / 257)
@@ -92,7 +92,7 @@ def test_images_of_several_sizes_are_not_cached(mixed, uniform, draw, spec):
     assert cache.decoded(train(mixed)) is None
     data = spec(mixed)
     assert sources.find(data).train_split(data, 0).batch(0, 4).shape == (4, 3, 32, 32)
-    # One odd image among many is found while the cache is made, and remembered.
+    # One image of another size is found while the cache is made, and remembered.
     for i in range(200):
         draw(uniform / "train" / "ant" / f"x{i:03}.jpg", (8, 8) if i != 101 else (8, 9), i)
     for path in uniform.glob("train/*/*_*.jpg"):
@@ -108,7 +108,7 @@ def test_images_of_several_sizes_are_not_cached(mixed, uniform, draw, spec):
         assert cache.decoded(files) is None
 
 
-def test_what_does_not_fit_is_not_cached(uniform, monkeypatch):
+def test_data_above_the_size_limit_is_not_cached(uniform, monkeypatch):
     monkeypatch.setattr(cache, "MOST", 36 * 32 * 32 * 3 - 1)
     assert cache.decoded(train(uniform)) is None
     monkeypatch.setattr(cache, "MOST", 36 * 32 * 32 * 3)
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_not_cached(uniform, monkeypatch):
 
 
 @pytest.mark.parametrize("ruin", ["cut", "empty", "foreign", "other shape", "pickle"])
-def test_a_damaged_cache_is_made_again(uniform, ruin):
+def test_a_damaged_cache_is_rebuilt(uniform, ruin):
     files = train(uniform)
     path = cache.decoded(files)
     good = path.read_bytes()
@@ -147,7 +147,7 @@ def test_a_half_written_cache_is_never_used(uniform):
     whole = cache._all_pixels
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "_all_pixels", dies)
-        patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)  # a killed process tidies nothing
+        patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)  # a killed process cleans up nothing
         with pytest.raises(KilledError):
             cache.decoded(files)
     (half,) = paths.cache().rglob("*.part")
@@ -156,7 +156,7 @@ def test_a_half_written_cache_is_never_used(uniform):
     assert not half.exists()
 
 
-def test_several_at_once_make_one(uniform, monkeypatch):
+def test_concurrent_processes_make_one_cache(uniform, monkeypatch):
     files = train(uniform)
     written, write, together = [], cache._write, threading.Barrier(4)
 
@@ -175,7 +175,7 @@ def test_several_at_once_make_one(uniform, monkeypatch):
     assert np.array_equal(np.load(path), plain(files))
 
 
-def test_a_cache_folder_that_cant_be_written_is_said_and_nothing_is_lost(uniform, spec, monkeypatch, tmp_path):
+def test_an_unwritable_cache_folder_is_reported_and_training_goes_on(uniform, spec, monkeypatch, tmp_path):
     data = spec(uniform)
     expected = sources.find(data).train_split(data, 0).batch(0, 5)
     (tmp_path / "file").touch()
@@ -186,7 +186,7 @@ def test_a_cache_folder_that_cant_be_written_is_said_and_nothing_is_lost(uniform
     assert np.array_equal(images.batch(0, 5), expected)
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(uniform, monkeypatch):
+def test_a_full_disk_is_detected_before_anything_is_written(uniform, monkeypatch):
     usage = cache.shutil.disk_usage("/")
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     with pytest.warns(UserWarning, match="GiB needed"):

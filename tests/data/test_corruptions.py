@@ -1,4 +1,4 @@
-"""Corruptions against explicit formulas, and what holds for all of them: stronger is worse, company does not matter."""
+"""Corruptions against explicit formulas; all grow with severity and do not depend on the rest of the batch."""
 
 import colorsys
 import io
@@ -23,7 +23,7 @@ def some_scenes(count=120):
 
 
 def photographs(size, channels, count=6, seed=0):
-    """Made-up images with structure at every scale, uint8 [count, channels, size, size]."""
+    """Make images with structure at every scale, uint8 [count, channels, size, size]."""
     draw = np.random.default_rng(seed)
     out = np.zeros((count, channels, size, size))
     for side in (3, 9, size):
@@ -35,7 +35,7 @@ def photographs(size, channels, count=6, seed=0):
 
 
 def distances(pixels, name):
-    """Mean squared difference to the clean images at each severity."""
+    """Return the mean squared difference to the clean images at each severity."""
     numbers = np.arange(len(pixels))
     worse = [corrupt(pixels, name, severity, numbers) for severity in SEVERITIES]
     return np.array([((w.astype(float) - pixels) ** 2).mean() for w in worse])
@@ -49,24 +49,24 @@ def grows(values):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_a_stronger_severity_does_more_to_scenes(name):
+def test_higher_severity_changes_scenes_more(name):
     assert grows(distances(some_scenes(), name))
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_a_stronger_severity_does_more_to_real_images(name, imagenette):
+def test_higher_severity_changes_real_images_more(name, imagenette):
     for size in (64, 128):
         images = sources.find("imagenette").test_split(complete(Data(name="imagenette", train=1, image_size=size)))
         assert grows(distances(images.batch(0, 12), name)), size
 
 
 @given(st.integers(20, 90), st.sampled_from((1, 3)), st.sampled_from(CORRUPTIONS), st.integers(0, 99))
-def test_a_stronger_severity_does_more_at_any_size(size, channels, name, seed):
+def test_higher_severity_changes_more_at_any_size(size, channels, name, seed):
     assert grows(distances(photographs(size, channels, seed=seed), name))
 
 
 @given(st.integers(20, 50), st.sampled_from((1, 3)), st.sampled_from(CORRUPTIONS), st.sampled_from(SEVERITIES))
-def test_an_image_is_corrupted_in_the_same_way_in_any_company(size, channels, name, severity):
+def test_corruption_does_not_depend_on_the_rest_of_the_batch(size, channels, name, severity):
     pixels, numbers = photographs(size, channels, 5), np.array([7, 0, 2399, 7, 50_000])
     together = corrupt(pixels, name, severity, numbers)
     assert together.dtype == np.uint8
@@ -79,7 +79,7 @@ def test_an_image_is_corrupted_in_the_same_way_in_any_company(size, channels, na
         assert np.array_equal(alone[0], together[row])
 
 
-def test_many_images_are_worked_on_in_parts(monkeypatch):
+def test_many_images_are_processed_in_parts(monkeypatch):
     whole = {name: corrupt(some_scenes(50), name, 4, np.arange(50)) for name in CORRUPTIONS}
     monkeypatch.setattr(corruptions, "_VALUES", 7 * 400)
     for name in CORRUPTIONS:
@@ -87,7 +87,7 @@ def test_many_images_are_worked_on_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [n for n in CORRUPTIONS if n.endswith("noise") or n in ("fog", "motion_blur")])
-def test_images_are_told_apart_by_their_number_alone(name):
+def test_noise_depends_only_on_the_images_number(name):
     pixels = np.repeat(photographs(24, 3, 1), 3, axis=0)
     one, two, three = corrupt(pixels, name, 3, np.array([4, 5, 4]))
     assert np.array_equal(one, three)
@@ -100,7 +100,7 @@ def test_images_that_are_not_square_keep_their_shape():
         assert corrupt(pixels, name, 2, np.arange(2)).shape == (2, 3, 31, 60), name
 
 
-def test_what_can_not_be_corrupted_is_refused():
+def test_images_that_can_not_be_corrupted_are_refused():
     pixels = np.zeros((1, 3, 32, 32), np.uint8)
     for wrong in (pixels.astype(float), pixels[0], np.zeros((1, 2, 32, 32), np.uint8)):
         with pytest.raises(ValueError, match="uint8 images with 1 or 3 channels"):
@@ -112,7 +112,7 @@ def test_what_can_not_be_corrupted_is_refused():
             corrupt(pixels, name, severity, np.arange(1))
 
 
-def test_a_corrupted_split_is_the_split_in_all_but_its_pixels():
+def test_a_corrupted_split_differs_only_in_its_pixels():
     own = sources.find("digits").test_split(Data(train=1, test_per_source=1))
     worse = Corrupted(own, "motion_blur", 3)
     assert (len(worse), worse.channels, worse.size) == (len(own), 1, 20)
@@ -135,7 +135,7 @@ def result(name, severity, pixels=GREY):
     return corrupt(pixels, name, severity, np.arange(len(pixels))).astype(float) / 255
 
 
-def test_lengths_are_in_proportion_and_intensities_between_the_published_ones():
+def test_lengths_scale_with_size_and_intensities_are_interpolated():
     one, five = (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)
     for severity in SEVERITIES:
         at = {width: corruptions._intensity(width, one, five, severity) for width in (20, 32, 85, 224, 518)}
@@ -146,7 +146,7 @@ def test_lengths_are_in_proportion_and_intensities_between_the_published_ones():
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_gaussian_noise_has_its_width(severity):
+def test_gaussian_noise_has_its_standard_deviation(severity):
     noise = result("gaussian_noise", severity) - 128 / 255
     scale = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     assert abs(noise.mean()) < 4 * scale / noise.size**0.5
@@ -154,7 +154,7 @@ def test_gaussian_noise_has_its_width(severity):
     assert stats.kstest(noise.ravel()[:2000] / scale, "norm").pvalue > 0.001
 
 
-def test_shot_noise_is_the_inverse_of_poissons_distribution():
+def test_shot_noise_is_drawn_by_the_inverse_poisson_cdf():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(2, 2).repeat(2, 3).repeat(5, 0)
     drawn = uniform(0, "corruption/shot_noise", np.arange(5)[:, None], np.arange(32 * 32)).reshape(5, 1, 32, 32)
     for severity, rate in zip(SEVERITIES, (500, 250, 100, 75, 50), strict=True):
@@ -174,7 +174,7 @@ def test_impulse_noise_is_salt_and_pepper(severity):
 
 
 @pytest.mark.parametrize("radius", [0.27, 1.4, 5.0])
-def test_a_disc_blurs_as_far_as_its_radius(radius):
+def test_a_disc_blurs_up_to_its_radius(radius):
     kernel = corruptions._disc(radius)
     reach = len(kernel) // 2
     grid = np.arange(-reach, reach + 1)
@@ -248,7 +248,7 @@ def test_contrast_shrinks_the_distance_to_each_channels_mean():
         assert np.abs(result("contrast", severity, pixels) - expected).max() <= 0.51 / 255
 
 
-def test_occlusion_hides_one_square_and_more_of_it():
+def test_occlusion_hides_one_square_that_grows_with_severity():
     pixels = np.zeros((30, 1, 64, 64), np.uint8)
     before = np.zeros((64, 64), bool)
     for severity, share in zip(SEVERITIES, (0.05, 0.10, 0.20, 0.30, 0.40), strict=True):

@@ -1,4 +1,4 @@
-"""Each mode of Pillow, through files of the formats that have it: numpy's arithmetic, or a refusal by path."""
+"""Every mode of Pillow, in files of the formats that have it: equals numpy's arithmetic, or is refused by path."""
 
 import io
 import struct
@@ -78,7 +78,7 @@ def png16(path, array, colour_type, extra=b""):
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "bmp", "gif", "tif", "ppm", "jp2"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P"])
-def test_ordinary_images_have_the_pixels_of_before(tmp_path, ending, mode):
+def test_ordinary_images_decode_as_before(tmp_path, ending, mode):
     picture = Image.fromarray(COLOUR).convert(mode)
     if (ending, mode) in (("jpg", "P"), ("webp", "P"), ("ppm", "P"), ("jp2", "P"), ("jp2", "1")):
         pytest.skip(f"no {ending} has mode {mode}")
@@ -131,7 +131,7 @@ def test_cmyk_and_ycbcr_are_their_formulas_to_a_rounding(tmp_path):
     near(saved(Image.frombytes("YCbCr", (12, 9), COLOUR.tobytes()), tmp_path / "ycc.tif"), matrix)
 
 
-def test_alpha_that_is_multiplied_in_is_divided_out():
+def test_premultiplied_alpha_is_divided_out():
     alpha = np.maximum(FOUR[..., 3:], 1)
     small = FOUR[..., :3].astype(int) * alpha // 255
     rgba = Image.frombytes("RGBa", (12, 9), np.concatenate([small, alpha], -1).astype(np.uint8).tobytes())
@@ -163,19 +163,19 @@ def test_grey_of_16_bits_is_divided_by_257(tmp_path):
     (tmp_path / "a.pgm").write_bytes(b"P5 " + header + WIDE.astype(">u2").tobytes())
     (tmp_path / "b.pgm").write_bytes(b"P2 " + header + " ".join(map(str, WIDE.ravel())).encode())
     assert all(np.array_equal(pixels(tmp_path / f"{name}.pgm"), by_257(WIDE)) for name in "ab")
-    # An image's own least and largest play no part.
+    # An image's own minimum and maximum do not matter.
     half = saved(Image.fromarray(WIDE // 2), tmp_path / "half.png")
     assert np.array_equal(pixels(half), by_257(WIDE // 2))
     assert pixels(half).max() == 127
 
 
-def test_white_as_zero_is_turned_round_at_every_depth(tmp_path):
+def test_white_is_zero_tiffs_are_inverted_at_every_depth(tmp_path):
     for bits, values, grey in ((16, WIDE.astype("<u2"), by_257(WIDE)), (8, GREY, three(GREY))):
         path = tiff(tmp_path / f"{bits}.tif", values.tobytes(), (9, 12, 1), bits, photometric=0)
         assert np.array_equal(pixels(path), 255 - grey)
 
 
-def test_12_bits_count_as_12_where_the_file_says_so(tmp_path):
+def test_declared_12_bit_images_are_scaled_from_12_bits(tmp_path):
     values = np.linspace(0, 4095, 108).astype(np.uint16).reshape(9, 12)
     a, b = values[:, ::2].astype(int), values[:, 1::2].astype(int)
     packed = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8)
@@ -194,7 +194,7 @@ def test_12_bits_count_as_12_where_the_file_says_so(tmp_path):
     assert content[at] == 15
     (tmp_path / "x.j2k").write_bytes(content[:at] + b"\x0b" + content[at + 1 :])
     assert np.array_equal(pixels(tmp_path / "x.j2k"), by_257(values.astype(int) << 4))
-    # In 16 bits they are dark, and a check says so.
+    # Read as 16 bits they are dark, and a check reports that.
     for path in (
         saved(Image.fromarray(values), tmp_path / "dark.png"),
         saved(Image.fromarray(values), tmp_path / "dark.tif"),
@@ -235,14 +235,14 @@ def test_colour_of_16_bits_keeps_its_upper_8(tmp_path):
         (lambda p: p.write_bytes(b"Pf\n12 9\n-1.0\n" + GREY.astype("<f4").tobytes()), "floating-point numbers"),
     ],
 )
-def test_what_has_no_rule_is_refused_by_path(tmp_path, write, says):
+def test_modes_without_a_rule_are_refused_by_path(tmp_path, write, says):
     path = tmp_path / "x.tif"
     write(path)
     with pytest.raises(BrokenImageError, match=f"x.tif can't be read: .*{says}.*; save it as 8-bit RGB or as grey"):
         decode(path)
 
 
-def test_no_format_gives_hsv_and_none_would_be_read():
+def test_no_format_gives_hsv_and_hsv_would_be_refused():
     with pytest.raises(decoding._NoRuleError, match="mode HSV"):
         as_rgb(Image.fromarray(COLOUR).convert("HSV"))
 
@@ -251,7 +251,7 @@ def test_no_format_gives_hsv_and_none_would_be_read():
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "tif"])
-def test_of_several_frames_the_first_is_taken(tmp_path, ending):
+def test_the_first_of_several_frames_is_used(tmp_path, ending):
     frames = [Image.new("RGB", (12, 9), colour) for colour in ("red", "blue", "lime")]
     options = {"lossless": True} if ending == "webp" else {}
     path = saved(frames[0], tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:], **options)
@@ -276,7 +276,7 @@ def test_exif_orientation_is_ignored_and_a_tiffs_own_applied(tmp_path):
     assert pixels(path, remarks).shape == (9, 12, 3) and not remarks  # a fault in EXIF spoils no image
 
 
-def test_transparency_is_remarked_on_where_a_pixel_has_it(tmp_path):
+def test_transparency_is_reported_only_if_a_pixel_has_it(tmp_path):
     opaque = FOUR.copy()
     opaque[..., 3] = 255
     indexed = Image.fromarray(GREY // 2)
@@ -293,7 +293,7 @@ def test_transparency_is_remarked_on_where_a_pixel_has_it(tmp_path):
         assert remarks == ({TRANSPARENT} if seen else set()), name
 
 
-def test_a_photograph_in_depth_is_one_image(tmp_path):
+def test_a_stereo_photograph_is_one_image(tmp_path):
     both = [Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)]
     path = saved(both[0], tmp_path / "x.mpo", save_all=True, append_images=both[1:])
     first = io.BytesIO()

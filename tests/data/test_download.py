@@ -1,4 +1,4 @@
-"""``atdiag data check NAME --download``: from a server on this machine, with archives that are made here."""
+"""``atdiag data check NAME --download`` from a server on this machine, with made-up archives."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ def test_cifar100_is_labelled_by_its_fine_names(data, publish):
     assert files["test"].keys == tuple(f"{cls}/{3 - i:05d}.png" for i, cls in enumerate(FINE))
 
 
-def test_an_archive_that_was_fetched_by_hand_is_taken(data, publish, server):
+def test_a_manually_downloaded_archive_is_used(data, publish, server):
     content = publish("imagenette", imagenette(), 20, 10)
     own = data / "imagenette2-320.tgz"
     own.write_bytes(content[:-1] + b"?")
@@ -73,11 +73,11 @@ def test_an_archive_that_was_fetched_by_hand_is_taken(data, publish, server):
     assert (left(data), server.asked) == (["imagenette", "imagenette2-320.tgz"], [])
 
 
-def test_what_can_t_be_downloaded_says_why(data, capsys, tmp_path, monkeypatch):
+def test_data_sets_that_can_not_be_downloaded_say_why(data, capsys, tmp_path, monkeypatch):
     text = wrong(capsys, "data", "check", "imagenet", "--download")
     assert text == (
-        "imagenet can't be downloaded, it takes an account, and agreeing to its terms: get it from image-net.org and "
-        "put it below --data-dir as 'imagenet' (see docs/data.md)"
+        "imagenet can't be downloaded because it requires an account, and agreement to its terms: get it from "
+        "image-net.org and put it below --data-dir as 'imagenet' (see docs/data.md)"
     )
     assert "up to 200 GB, under terms" in wrong(capsys, "data", "check", "inat2018", "--download")
     for name in ("digits", f"folder:{tmp_path}/own"):
@@ -90,13 +90,13 @@ def test_what_can_t_be_downloaded_says_why(data, capsys, tmp_path, monkeypatch):
     assert left(data) == []
 
 
-def test_every_set_may_be_downloaded_or_says_why_not():
+def test_every_data_set_can_be_downloaded_or_says_why_not():
     for row in catalogue.FACTS.values():
         assert (row.archive is None) == bool(row.closed)
         assert row.archive is None or row.archive.url.startswith("https://")
 
 
-def test_where_it_can_be_downloaded_the_error_says_so(data, capsys):
+def test_the_error_for_a_missing_data_set_offers_the_download(data, capsys):
     assert "'atdiag data check cifar10 --download' fetches it" in wrong(capsys, "data", "check", "cifar10")
     assert "--download" not in wrong(capsys, "data", "check", "imagenet")
 
@@ -115,7 +115,7 @@ def cut(handler, content):
     handler.close_connection = True
 
 
-def test_what_the_network_does(data, publish, server, capfd, monkeypatch):
+def test_network_errors(data, publish, server, capfd, monkeypatch):
     content = publish("imagenette", imagenette(), 20, 10)
     path = "/imagenette2-320.tgz"
     url = f"http://127.0.0.1:{server.server_port}{path}"
@@ -141,7 +141,7 @@ def test_what_the_network_does(data, publish, server, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["ftp://127.0.0.1/x", "file:///etc/hostname", "//127.0.0.1:1/x"])
-def test_a_redirection_leads_nowhere_else(data, publish, server, capfd, target):
+def test_unsafe_redirections_are_refused(data, publish, server, capfd, target):
     def redirect(handler):
         handler.send_response(302)
         handler.send_header("Location", target)
@@ -154,7 +154,7 @@ def test_a_redirection_leads_nowhere_else(data, publish, server, capfd, target):
     assert len(server.asked) == 1
 
 
-def test_no_room_is_told_before_anything_is_asked(data, publish, server, capfd, monkeypatch):
+def test_lack_of_disk_space_is_reported_before_any_request(data, publish, server, capfd, monkeypatch):
     publish("imagenette", imagenette(), 20, 10)
     monkeypatch.setattr(download, "_BLOCK", 2**60)
     assert "GiB in" in failed(capfd, data)
@@ -206,7 +206,7 @@ download.fetch("imagenette", report)
 
 
 @pytest.mark.parametrize("during", ["downloading", "unpacking"])
-def test_what_a_killed_one_left_is_no_data_set_and_goes(data, publish, during):
+def test_the_remains_of_a_killed_download_are_no_data_set_and_are_removed(data, publish, during):
     publish("imagenette", imagenette(), 20, 10)
     archive = catalogue.FACTS["imagenette"].archive
     command = [sys.executable, "-c", KILLED, archive.url, str(archive.size), archive.md5, during]
@@ -219,7 +219,7 @@ def test_what_a_killed_one_left_is_no_data_set_and_goes(data, publish, during):
     sources.find("imagenette").files()
 
 
-def test_two_at_once_download_once(data, publish, server):
+def test_concurrent_downloads_fetch_once(data, publish, server):
     content = publish("imagenette", imagenette(), 20, 10)
     waits = threading.Event()
 

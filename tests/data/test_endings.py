@@ -1,4 +1,4 @@
-"""Everything in a class folder is an image that is read, refused by path, or counted and named."""
+"""Every file in a class folder is read, refused by path, or counted and named."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ def train(root, kind="folder"):
     return image_folders.read(f"{kind}:{root}", "train")
 
 
-def test_each_ending_belongs_to_one_format_that_pillow_has():
+def test_each_file_ending_belongs_to_one_format_of_pillow():
     assert len(set(endings.READ)) == len(endings.READ)
     known = Image.registered_extensions()
     for name, own in endings.FORMATS.items():
@@ -37,7 +37,7 @@ def test_each_ending_belongs_to_one_format_that_pillow_has():
 
 
 @pytest.mark.parametrize("ending", endings.READ)
-def test_a_file_of_each_ending_is_read(uniform, ending):
+def test_a_file_with_each_ending_is_read(uniform, ending):
     before = train(uniform)
     name = next(name for name, own in endings.FORMATS.items() if ending in own)
     mode = {".pgm": "L", ".pbm": "1"}.get(ending, "RGB")
@@ -51,7 +51,7 @@ def test_a_file_of_each_ending_is_read(uniform, ending):
     assert ImageFolder(after, View(32, 1.0)).take(np.array([place])).min() == 255
 
 
-def test_a_folder_of_the_first_five_endings_keeps_its_fingerprint(uniform):
+def test_a_folder_with_the_first_five_endings_keeps_its_fingerprint(uniform):
     """The digest of names and sizes, as the first version of it listed them."""
     for i, ending in enumerate((".jpeg", ".png", ".webp", ".bmp")):
         Image.new("RGB", (32, 32), (i, i, i)).save(uniform / "train" / "ant" / f"more{ending}")
@@ -67,7 +67,7 @@ def test_a_folder_of_the_first_five_endings_keeps_its_fingerprint(uniform):
 
 
 @pytest.mark.parametrize("name", ["x.eps", "x.PDF", "x.avif", "x.heic", "x.dcm", "x.nii.gz", "x.svg"])
-def test_a_format_that_is_not_read_is_refused_by_path(uniform, tmp_path, name):
+def test_unsupported_formats_are_refused_by_path(uniform, tmp_path, name):
     (uniform / "train" / "bee" / name).write_bytes(b"x")
     with pytest.raises(UserError, match=rf"train/bee/{name} is of a format that is not read: save it as PNG"):
         train(uniform)
@@ -84,10 +84,10 @@ def test_a_format_that_is_not_read_is_refused_by_path(uniform, tmp_path, name):
         train(uniform)
 
 
-def test_a_set_whose_files_are_mostly_left_out_is_refused(uniform):
+def test_a_data_set_with_most_files_left_out_is_refused(uniform):
     for i in range(36):
         (uniform / "train" / "cow" / f"{i}.npy").touch()
-    assert len(train(uniform).others) == 36  # a file beside each image is no majority
+    assert len(train(uniform).others) == 36  # one other file per image is no majority
     assert folder_sets.left_out(f"folder:{uniform}").startswith("36 files in class folders left out")
     (uniform / "train" / "ant" / "one.npy").touch()
     with pytest.raises(UserError, match=r"has 36 train images and 37 other files .*: train/ant/one.npy, train/cow/0"):
@@ -127,7 +127,7 @@ def test_a_tar_of_mostly_other_files_is_refused_and_a_link_is_counted(uniform, t
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_names_what_is_left_out(uniform):
+def test_a_plan_names_the_files_left_out(uniform):
     (uniform / "train" / "bee" / "notes.txt").touch()
     name = f"folder:{uniform}"
     sets = ("--set", f"data.name={name}", "--set", "data.image_size=32", "--set", "recipe.batch_size=4")
@@ -136,7 +136,7 @@ def test_a_plan_names_what_is_left_out(uniform):
     assert f"{name}: 1 file in class folders left out, no images by the ending: train/bee/notes.txt\n" in out
 
 
-def test_one_class_is_refused_before_anything_is_trained(tmp_path, fill, spec, capsys):
+def test_a_single_class_is_refused_before_anything_is_trained(tmp_path, fill, spec, capsys):
     root = fill(tmp_path / "one", classes=("ant",), train=40)
     sets = ("--set", f"data.name=folder:{root}", "--set", "data.image_size=32", "--set", "recipe.batch_size=4")
     text = wrong(capsys, "reinit", "--teacher", "timm:vit_tiny_patch16_224", *sets, "--dry-run")
@@ -148,7 +148,7 @@ def test_one_class_is_refused_before_anything_is_trained(tmp_path, fill, spec, c
     assert code == 0 and "1 class," in out
 
 
-def test_rules_of_training_do_not_bind_a_look_at_ten_images(tmp_path, fill, capsys):
+def test_rules_for_training_do_not_apply_to_analysing_ten_images(tmp_path, fill, capsys):
     root = fill(tmp_path / "few", classes=("ant",), train=5, test=5)
     text = wrong(
         capsys, "maps", "timm:vit_tiny_patch16_224", "--data", f"folder:{root}", "--set", "data.image_size=224"
@@ -156,7 +156,7 @@ def test_rules_of_training_do_not_bind_a_look_at_ten_images(tmp_path, fill, caps
     assert "the weights of timm:vit_tiny_patch16_224 are not on this machine" in text
 
 
-def test_a_look_at_a_folder_takes_the_same_endings_and_names_what_it_cannot_read(uniform):
+def test_analysing_a_folder_accepts_the_same_endings_and_names_unreadable_files(uniform):
     bee = uniform / "train" / "bee"
     for ending in (".tif", ".gif", ".pgm"):
         Image.new("L", (32, 32)).save(

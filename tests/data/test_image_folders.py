@@ -1,4 +1,4 @@
-"""Which data sets there are, where they lie, and which of their images a spec means."""
+"""The known data sets, their locations, and the images that a spec selects."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ NETWORK = Network(image_size=32, patch_size=8, channels=3, width=16, depth=1, he
 
 @pytest.fixture
 def cifar(tmp_path, fill, monkeypatch):
-    """A made-up CIFAR-10 of 12 + 5 images of each class, found by name."""
+    """Make a CIFAR-10 of 12 + 5 images per class, found by name."""
     row = catalogue.FACTS["cifar10"]
     classes = row.class_folders.split("|")
     monkeypatch.setitem(catalogue.FACTS, "cifar10", row.__class__(**{**vars(row), "train": 120, "test": 50}))
@@ -70,7 +70,7 @@ def test_a_spec_is_completed(uniform, cifar):
     assert sources.complete(scenes) is scenes
 
 
-def test_what_is_not_here_is_completed_as_far_as_it_is_known():
+def test_missing_data_sets_are_completed_as_far_as_known():
     there = sources.complete(Data(name="imagenet", train=1))
     assert (there.train, there.image_size, there.fingerprint) == (1_281_167, 224, None)
     few = sources.complete(Data(name="imagenette", train=1, image_size=128, per_class=20))
@@ -95,7 +95,7 @@ def test_a_data_set_is_found_under_any_of_its_names(cifar, monkeypatch):
     assert image_folders.find("cifar10") == other
 
 
-def test_what_is_not_found_says_what_was_looked_for_and_where(tmp_path, monkeypatch):
+def test_a_missing_data_set_names_what_was_looked_for_and_where(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"data set imagenet: give `data_dir` or set ATDIAG_DATA.*'imagenet'"):
         image_folders.find("imagenet")
     (tmp_path / "root" / "pets").mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_a_folder_is_read_by_class_and_name(uniform, draw):
 
 
 def ruin(root, how):
-    """Make one thing of a layout wrong."""
+    """Break one thing in a layout."""
     if how == "no train":
         (root / "train").rename(root / "training")
     elif how == "no test":
@@ -172,7 +172,7 @@ def ruin(root, how):
         ("empty split", r"val holds neither folders nor images"),
     ],
 )
-def test_a_wrong_layout_is_told(cifar, how, says):
+def test_wrong_layouts_are_reported(cifar, how, says):
     data = sources.complete(Data(name="cifar10", train=1))
     network = NETWORK.model_copy(update={"classes": 10})
     sources.find(data).check(data, network)
@@ -198,14 +198,14 @@ def nested(cls):
         (nested, "has images in a folder within it, more"),
     ],
 )
-def test_an_image_that_would_be_lost_or_waited_for_is_refused(uniform, spoil, says):
+def test_images_that_are_no_plain_files_are_refused(uniform, spoil, says):
     cls = uniform / "train" / "bee"
     spoil(cls)
     with pytest.raises(UserError, match=says):
         image_folders.read(f"folder:{uniform}", "train")
 
 
-def test_other_files_and_folders_are_left_alone(uniform):
+def test_other_files_and_folders_are_ignored(uniform):
     cls = uniform / "train" / "bee"
     before = image_folders.read(f"folder:{uniform}", "train")
     (cls / "notes").mkdir()
@@ -227,7 +227,7 @@ def test_both_splits_have_the_same_classes(uniform, spec):
         sources.find(data).check(data, NETWORK)
 
 
-def test_the_spec_must_fit_the_folder(uniform, spec):
+def test_the_spec_must_agree_with_the_folder(uniform, spec):
     data = spec(uniform)
     sources.find(data).check(data, NETWORK)
     sources.find(data).check(data.model_copy(update={"train": 1}), NETWORK)  # a reference that is only evaluated
@@ -282,7 +282,7 @@ def test_inaturalist_is_read_from_its_annotations(tmp_path, draw, monkeypatch):
 # --- subsets and fingerprints -----------------------------------------------------------------------------------------
 
 
-def test_a_subset_is_the_smallest_hashes_of_each_class(uniform):
+def test_a_subset_has_the_smallest_hashes_of_each_class(uniform):
     files = image_folders.read(f"folder:{uniform}", "train")
     some = files.subset(per_class=4)
     assert some.counts == [4, 4, 4]
@@ -298,7 +298,7 @@ def test_a_subset_is_the_smallest_hashes_of_each_class(uniform):
     assert files.subset(total=36) is files
 
 
-def test_a_subset_does_not_change_when_other_images_come(uniform, draw):
+def test_a_subset_does_not_change_when_images_are_added(uniform, draw):
     before = image_folders.read(f"folder:{uniform}", "train").subset(per_class=4)
     for i in range(9):
         draw(uniform / "train" / "ape" / f"{i}.jpg", (32, 32), i)
@@ -307,7 +307,7 @@ def test_a_subset_does_not_change_when_other_images_come(uniform, draw):
     assert after.labels != before.labels[: len(after.labels)]  # labels are those of all classes, in order
 
 
-def test_a_fingerprint_names_the_files_and_not_their_place(uniform, tmp_path):
+def test_a_fingerprint_depends_on_files_and_not_on_their_location(uniform, tmp_path):
     before = image_folders.fingerprint(f"folder:{uniform}")
     copy = shutil.copytree(uniform, tmp_path / "copy")
     (copy / "val").rename(copy / "test")
@@ -321,7 +321,7 @@ def test_a_fingerprint_names_the_files_and_not_their_place(uniform, tmp_path):
     assert len({before, one, image_folders.fingerprint(f"folder:{copy}")}) == 3
 
 
-def test_a_run_on_a_folder_is_named_by_its_files_and_not_by_their_place(uniform, tmp_path, spec):
+def test_a_runs_id_depends_on_files_and_not_on_their_location(uniform, tmp_path, spec):
     copy = shutil.copytree(uniform, tmp_path / "copy")
 
     def run(root):

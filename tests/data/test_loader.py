@@ -44,12 +44,12 @@ def test_a_batch_is_a_pure_function_of_its_step(straight, steps, noise):
         assert same(stream.batch(step), straight[step])
 
 
-def test_seeds_and_steps_give_other_batches(straight):
+def test_seeds_and_steps_change_the_batch(straight):
     assert not same(straight[0], Stream(DATA, MIXED, seed=6).batch(0))
     assert not any(same(straight[i], straight[j]) for i in range(8) for j in range(i))
 
 
-def test_an_epoch_visits_each_image_once_and_in_another_order_than_the_next():
+def test_an_epoch_visits_each_image_once_in_its_own_order():
     stream = Stream(Data(train=64), RECIPE, seed=0)
     assert stream.steps_per_epoch == 4
     epochs = [np.concatenate([stream.batch(4 * epoch + i).samples for i in range(4)]) for epoch in range(3)]
@@ -59,13 +59,13 @@ def test_an_epoch_visits_each_image_once_and_in_another_order_than_the_next():
     assert not np.array_equal(epochs[1], epochs[2])
 
 
-def test_a_last_partial_batch_is_left_out():
+def test_a_partial_last_batch_is_dropped():
     stream = Stream(DATA, RECIPE, seed=0)
     assert stream.steps_per_epoch == 4
     assert len(np.unique(np.concatenate([stream.batch(i).samples for i in range(4)]))) == 64
 
 
-def test_a_plain_batch_is_the_images_themselves():
+def test_an_unaugmented_batch_holds_the_images_unchanged():
     stream = Stream(DATA, RECIPE, seed=0)
     batch = stream.batch(2)
     assert batch.partner_labels is None
@@ -85,13 +85,13 @@ def test_a_batch_larger_than_the_training_set_is_refused():
 
 
 def mixed(step, **recipe):
-    """A plain batch, and the same one mixed."""
+    """Make a plain batch, and the same one mixed."""
     plain = Stream(DATA, RECIPE, seed=0).batch(step).to(CPU)
     return plain, Stream(DATA, RECIPE.model_copy(update=recipe), seed=0).batch(step).to(CPU)
 
 
 def by_timm(plain, batch, box=None, **alphas):
-    """timm's Mixup on the same images and labels, its draws replaced by ours."""
+    """Apply timm's Mixup to the same images and labels, its draws replaced by ours."""
     mix = Mixup(**alphas, label_smoothing=0.1, num_classes=10)
     lam = batch.lam
     mix._params_per_batch = lambda: (lam, box is not None)
@@ -113,7 +113,7 @@ def test_mixup_is_timms(step):
 def test_cutmix_is_timms(step):
     plain, batch = mixed(step, cutmix=1.0)
     changed = (batch.images != plain.images).any(dim=1)
-    # The box is not handed out: find it as the one that fits, among those of the right area.
+    # The box is not returned: find the one that fits among those of the right area.
     area = round((1 - batch.lam) * 400)
     fits = [
         box
@@ -140,7 +140,7 @@ def paste(images, box):
 
 
 def soft(batch):
-    """The target distribution that a mixed batch stands for, with label smoothing 0.1."""
+    """Return the target distribution of a mixed batch, with label smoothing 0.1."""
     one, two = (0.9 * F.one_hot(labels, 10) + 0.01 for labels in (batch.labels, batch.partner_labels))
     return batch.lam * one + (1 - batch.lam) * two
 
@@ -188,7 +188,7 @@ def augmented(stream, epoch, sample):
     return stream._augment(stream.images, epoch, np.array([sample]))[0]
 
 
-def test_rand_augment_depends_on_seed_epoch_and_sample_alone():
+def test_rand_augment_depends_only_on_seed_epoch_and_sample():
     stream = Stream(DATA, AUGMENTED, seed=0)
     first = augmented(stream, 1, 3)
     random.seed(1), np.random.seed(1)  # noqa: NPY002
@@ -200,7 +200,7 @@ def test_rand_augment_depends_on_seed_epoch_and_sample_alone():
     assert len({out.tobytes() for out in several}) >= 6
 
 
-def test_rand_augment_changes_images_and_keeps_their_form():
+def test_rand_augment_changes_pixels_but_not_shape_or_dtype():
     plain, augmented = Stream(DATA, RECIPE, seed=0).batch(0), Stream(DATA, AUGMENTED, seed=0).batch(0)
     assert np.array_equal(plain.samples, augmented.samples)
     assert augmented.images.shape == plain.images.shape
@@ -208,7 +208,7 @@ def test_rand_augment_changes_images_and_keeps_their_form():
     assert (plain.images != augmented.images).flatten(1).any(dim=1).float().mean() > 0.5
 
 
-def test_an_image_is_augmented_the_same_in_any_batch():
+def test_an_image_is_augmented_alike_in_any_batch():
     small = Stream(DATA, AUGMENTED.model_copy(update={"batch_size": 8}), seed=0)
     large = Stream(DATA, AUGMENTED, seed=0)
     pair = torch.cat([small.batch(0).images, small.batch(1).images])
@@ -216,6 +216,6 @@ def test_an_image_is_augmented_the_same_in_any_batch():
 
 
 def test_the_highest_magnitude_is_no_error():
-    # timm then keeps 0 bits of each channel, which newer versions of Pillow refuse.
+    # timm then keeps 0 bits per channel, which newer versions of Pillow refuse.
     stream = Stream(DATA, RECIPE.model_copy(update={"rand_augment": "rand-m10-n4-inc1"}), seed=0)
     assert all(stream.batch(step).images.dtype == torch.uint8 for step in range(4))

@@ -1,4 +1,4 @@
-"""``atdiag data check``: every image read, broken ones named, a manifest written."""
+"""``atdiag data check`` reads every image, names broken ones and writes a manifest."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def test_sha256sum_reads_the_manifest(uniform):
         pytest.skip("no sha256sum here")
 
 
-def test_a_manifest_is_that_of_the_files_as_they_are(uniform, draw):
+def test_a_manifest_is_valid_only_while_the_files_are_unchanged(uniform, draw):
     name = f"folder:{uniform}"
     assert manifest.recorded(name) is None
     first = read(uniform, processes=1)
@@ -88,7 +88,7 @@ def test_broken_images_are_listed_by_path_and_exit_with_1(uniform, capfd):
     assert manifest.recorded(f"folder:{uniform}") is None
 
 
-def test_what_may_surprise_and_what_is_left_out_is_counted_and_named(uniform):
+def test_surprising_and_skipped_files_are_counted_and_named(uniform):
     bee, cow = uniform / "train" / "bee", uniform / "val" / "cow"
     for i in (3, 4):
         Image.new("RGBA", (32, 32), (200, 0, 0, 0)).save(bee / f"clear{i}.png")
@@ -108,7 +108,7 @@ def test_what_may_surprise_and_what_is_left_out_is_counted_and_named(uniform):
     assert document["left_out"].startswith("3 files")
 
 
-def test_the_list_shows_all_sets_and_where_they_are(tmp_path, fill):
+def test_the_list_shows_all_data_sets_and_their_locations(tmp_path, fill):
     code, out = ran("data", "--json")
     assert code == 0
     rows = {row["name"]: row for row in json.loads(out)}

@@ -74,7 +74,7 @@ def test_a_check_of_real_images(cifar10, imagenette_files):
 
 
 @pytest.mark.parametrize("size", [32, 48])
-def test_training_on_real_images_goes_on_bit_for_bit(cifar10, tmp_path, size):
+def test_training_on_real_images_resumes_bit_for_bit(cifar10, tmp_path, size):
     own = {
         "crop": 0.3,
         "flip": True,

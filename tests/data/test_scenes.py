@@ -18,7 +18,7 @@ def make(task, split, clutter=3, seed=0):
 
 
 def found(image, source):
-    """Whether a source digit lies somewhere in a scene: every pixel at least as bright as the digit's."""
+    """Return whether a source digit is somewhere in a scene: every pixel at least as bright as the digit's."""
     windows = np.lib.stride_tricks.sliding_window_view(image, (8, 8))
     return bool((windows >= SOURCES[source]).all(axis=(-1, -2)).any())
 
@@ -34,7 +34,7 @@ def test_scenes_are_deterministic(task, split):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_seeds_give_other_training_scenes(task):
+def test_seeds_change_the_training_scenes(task):
     one, two = make(task, "train", seed=0), make(task, "train", seed=1)
     assert (one.sources != two.sources).mean() > 0.9
     assert (one.images != two.images).any(axis=(1, 2, 3)).mean() > 0.99
@@ -48,12 +48,12 @@ def test_the_split_of_sources_is_disjoint_complete_and_stratified():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_no_digit_of_one_split_is_ever_seen_in_the_other(task, monkeypatch):
+def test_no_source_digit_appears_in_both_splits(task, monkeypatch):
     train, test = scenes.source_split()
     assert np.isin(make(task, "train").sources, train).all()
     assert np.isin(make(task, "test").sources, test).all()
 
-    # Clutter too: blacken all digits of one split, and the other's scenes must not change.
+    # Nor as clutter: if all digits of one split are blackened, the other's scenes must not change.
     plain = {split: make(task, split).images for split in ("train", "test")}
     for split, unseen in (("train", test), ("test", train)):
         images = SOURCES.copy()
@@ -65,7 +65,7 @@ def test_no_digit_of_one_split_is_ever_seen_in_the_other(task, monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_digits_scenes_hold_their_digit_and_its_label(split):
+def test_digits_scenes_contain_their_digit_and_have_its_label(split):
     scenes = make("digits", split)
     assert scenes.images.shape[1:] == (1, 20, 20)
     assert scenes.images.dtype == np.uint8
@@ -76,7 +76,7 @@ def test_digits_scenes_hold_their_digit_and_its_label(split):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_larger_scenes_hold_two_digits_and_the_larger_ones_label(split):
+def test_larger_scenes_contain_two_digits_and_have_the_larger_ones_label(split):
     scenes = make("larger", split)
     shown = LABELS[scenes.sources]
     assert (shown[:, 0] != shown[:, 1]).all()
@@ -95,14 +95,14 @@ def test_the_two_digits_do_not_overlap(split):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_digits_lie_everywhere_and_clutter_adds_to_them(task):
+def test_digits_are_placed_everywhere_and_clutter_is_added(task):
     bare, cluttered = make(task, "train", clutter=0), make(task, "train", clutter=6)
     lit = (bare.images[:, 0] > 0).mean(axis=0)
     assert (lit > 0).mean() > 0.95
     assert (cluttered.images > 0).mean() > 1.5 * (bare.images > 0).mean()
 
 
-def test_train_and_test_have_the_same_distribution_of_labels():
+def test_training_and_test_labels_have_the_same_distribution():
     for task, classes in TASKS.items():
         train, test = (np.bincount(make(task, split).labels, minlength=classes) for split in ("train", "test"))
         assert np.abs(train / train.sum() - test / test.sum()).max() < 0.03
@@ -120,7 +120,7 @@ def test_clusters_are_disjoint_and_of_equal_size(task):
     assert len(owners) >= 0.85 * len(scenes.source_split()[1])
 
 
-def test_a_test_scene_does_not_depend_on_training():
+def test_test_scenes_do_not_depend_on_training_settings():
     data = Data(name="digits", train=10, test_per_source=2)
     one = sources.find(data).test_split(data)
     two = sources.find(data).test_split(data.model_copy(update={"train": 500}))

@@ -1,4 +1,4 @@
-"""What every data set answers, whatever it is made of."""
+"""The interface that every data set implements."""
 
 import subprocess
 import sys
@@ -22,14 +22,14 @@ def network(data_set, data, **change):
 
 @pytest.fixture(params=["digits", "larger", "folder"])
 def spec(request):
-    """A completed spec of each kind."""
+    """Make a completed spec of each kind of data set."""
     if request.param == "folder":
         root = request.getfixturevalue("uniform")
         return sources.complete(Data(name=f"folder:{root}", train=1, image_size=32))
     return sources.complete(Data(name=request.param, train=36, test_per_source=2))
 
 
-def test_a_split_is_what_the_data_set_says(spec):
+def test_splits_agree_with_the_data_sets_description(spec):
     data_set = sources.find(spec)
     assert data_set.name == spec.name
     data_set.check(spec, network(data_set, spec))
@@ -40,19 +40,19 @@ def test_a_split_is_what_the_data_set_says(spec):
         assert len(split.labels) == len(split.clusters) == len(split)
     assert len(data_set.train_split(spec, 0)) == spec.train
     test = data_set.test_split(spec)
-    if spec.image_size is None:  # of a folder of one's own it is a guess
+    if spec.image_size is None:  # for the user's own folder it is a guess
         assert 0.4 * data_set.test_images(spec) < len(test) <= data_set.test_images(spec)
     assert (len(np.unique(test.clusters)) < len(test)) == bool(data_set.cluster)
 
 
-def test_a_network_for_something_else_is_refused(spec):
+def test_a_network_for_other_data_is_refused(spec):
     data_set = sources.find(spec)
     for change in ({"classes": 77}, {"channels": 2}, {"image_size": 24}):
         with pytest.raises(ValueError, match=f"the network has {next(iter(change))}"):
             data_set.check(spec, network(data_set, spec, **change))
 
 
-def test_files_are_read_and_hashed_where_there_are_some(spec):
+def test_files_are_read_and_hashed_if_there_are_any(spec):
     data_set = sources.find(spec)
     files, stored = data_set.files(), spec.name.startswith("folder:")
     assert (files is not None) == (data_set.folder() is not None) == stored
@@ -63,11 +63,11 @@ def test_files_are_read_and_hashed_where_there_are_some(spec):
         assert manifest.recorded(spec.name) == found.sha256
 
 
-def test_completing_is_done_once(spec):
+def test_completing_twice_changes_nothing(spec):
     assert sources.complete(spec) == spec
 
 
-def test_made_images_come_in_any_number_and_stored_ones_in_any_size(spec):
+def test_generated_images_have_any_number_and_stored_ones_any_size(spec):
     data_set, stored = sources.find(spec), spec.name.startswith("folder:")
     more, larger = data_set.with_train(spec, 1000), data_set.resized(spec, 64)
     assert (more.train, larger.image_size) == ((36, 64) if stored else (1000, None))
@@ -87,11 +87,11 @@ def test_made_images_come_in_any_number_and_stored_ones_in_any_size(spec):
         ("cifar10", 1000, None),
     ],
 )
-def test_which_heads_know_the_classes(name, classes, rows):
+def test_heads_that_have_the_classes(name, classes, rows):
     assert sources.find(name).head_rows(classes) == rows
 
 
-def test_a_name_stands_for_the_profile_s_data_where_they_fit():
+def test_a_name_means_the_profiles_data_where_they_fit():
     mini, small = Data(name="digits", train=9, clutter=2), Data(name="imagenette", train=1, image_size=128)
     assert sources.find("larger").usual(mini) == mini.model_copy(update={"name": "larger"})
     assert sources.find("larger").usual(small) == Data(name="larger", train=2500, clutter=6)
@@ -100,7 +100,7 @@ def test_a_name_stands_for_the_profile_s_data_where_they_fit():
     assert sources.find("folder:x").usual(mini).image_size is None
 
 
-# --- one's own --------------------------------------------------------------------------------------------------------
+# --- the user's own ---------------------------------------------------------------------------------------------------
 
 
 def ones(n, size=8, dtype=np.uint8):
@@ -120,7 +120,7 @@ def registered(monkeypatch):
     return sources.find("plain")
 
 
-def test_a_registered_set_is_found_suggested_and_listed(registered):
+def test_a_registered_data_set_is_found_suggested_and_listed(registered):
     with pytest.raises(UserError, match=r"did you mean 'plain'\? known: digits, larger, plain, imagenet"):
         sources.find("plan")
     names = [row["name"] for row in listing.rows()]
@@ -130,12 +130,12 @@ def test_a_registered_set_is_found_suggested_and_listed(registered):
 
 
 @pytest.mark.parametrize("name", ["digits", "imagenet", "plain", "folder:x", "", "a b", "a,b"])
-def test_a_name_that_is_taken_or_can_t_be_typed_is_refused(registered, name):
+def test_taken_or_untypable_names_are_refused(registered, name):
     with pytest.raises(ValueError, match=r"can't be a data set's name|there is already a data set"):
         sources.register(plain(name))
 
 
-def test_a_setting_that_it_does_not_heed_makes_no_other_run(registered):
+def test_ignored_settings_do_not_change_the_runs_id(registered):
     data = [sources.complete(Data(name="plain", train=5, clutter=clutter)) for clutter in (3, 9)]
     assert data[0] == data[1]
     assert sources.complete(Data(name="plain", train=5, test_per_source=2)) != data[0]
@@ -152,7 +152,7 @@ def test_a_setting_that_it_does_not_heed_makes_no_other_run(registered):
         (lambda data, seed: Images(ones(5).pixels, np.zeros(5, np.int64), np.arange(4)), "made clusters of int64 .4"),
     ],
 )
-def test_images_other_than_announced_are_refused(make, says):
+def test_images_that_differ_from_the_declaration_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         plain(make_train=make).train_split(Data(name="plain", train=5), 0)
 
@@ -177,7 +177,7 @@ def test_other_packages_add_data_sets_by_entry_points(monkeypatch):
         sources._installed.cache_clear()
 
 
-def test_looking_one_up_imports_no_numpy():
+def test_look_up_imports_no_numpy():
     code = (
         "import sys; from atdiag.data import sources; sources.find('digits'); sources.find('imagenet').head_rows(1000);"
         "print('numpy' in sys.modules)"

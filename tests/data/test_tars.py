@@ -1,4 +1,4 @@
-"""``timm:PATH``: images in tars are the same data set as in a folder, whatever is done with them."""
+"""``timm:PATH``: images in tars are the same data set as in a folder, in every use."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def pack(tar, entries):
 
 
 def listed(folder, top="") -> list:
-    """The images of a folder of classes, in an order that is not theirs."""
+    """Return the images of a folder of classes in another order."""
     return [(f"{top}{p.parent.name}/{p.name}", p.read_bytes()) for p in sorted(folder.glob("*/*"), reverse=True)]
 
 
@@ -64,7 +64,7 @@ LAYOUTS = {f.__name__: f for f in (as_tar, as_folder_of_tars, as_tar_of_tars)}
 
 @pytest.fixture(params=LAYOUTS)
 def both(request, mixed, tmp_path):
-    """A folder, and the same in tars."""
+    """Make a folder, and the same in tars."""
     LAYOUTS[request.param](mixed, tmp_path / "tars")
     return mixed, tmp_path / "tars"
 
@@ -103,7 +103,7 @@ def spec(data: Data) -> RunSpec:
     return RunSpec(network=network, data=data, recipe=Recipe(epochs=1), seed=Seed(data=0, model=0))
 
 
-def test_a_run_is_the_same_run_on_either(both):
+def test_a_run_on_tars_or_a_folder_is_the_same_run(both):
     specs = [
         spec(complete(Data(name=name, train=1, image_size=32, per_class=4)))
         for name in (f"folder:{both[0]}", f"timm:{both[1]}")
@@ -117,7 +117,7 @@ def test_a_run_is_the_same_run_on_either(both):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_worker_processes_and_augmentation_see_the_same_pixels(both, workers):
+def test_workers_and_augmentation_get_the_same_pixels(both, workers):
     recipe = Recipe(epochs=2, batch_size=8, flip=True, crop=0.3, mixup=0.8)
     plain, tar = (
         list(Stream(complete(Data(name=name, train=1, image_size=32)), recipe, 3).batches(0, 8, workers))
@@ -139,7 +139,7 @@ def test_images_of_one_size_are_decoded_once(uniform, tmp_path):
     assert cache.decoded(image_folders.read(f"timm:{tmp_path}/tars", "train")) != path
 
 
-def test_check_hashes_all_and_names_broken_ones(both):
+def test_check_hashes_all_images_and_names_broken_ones(both):
     name = f"timm:{both[1]}"
     code, out = ran("data", "check", name, "--json")
     document = json.loads(out.splitlines()[-1])
@@ -166,7 +166,7 @@ def test_a_broken_image_in_a_tar_is_named(uniform, tmp_path):
 # --- what is kept, and what is not ------------------------------------------------------------------------------------
 
 
-def test_tars_are_looked_through_once(both, monkeypatch):
+def test_tars_are_indexed_once(both, monkeypatch):
     name = f"timm:{both[1]}"
     first = image_folders.read(name, "train")
     with monkeypatch.context() as patch:
@@ -183,14 +183,14 @@ def test_tars_are_looked_through_once(both, monkeypatch):
         image_folders.read(name, "train")
 
 
-def test_a_tar_that_changes_is_looked_at_again(uniform, tmp_path):
+def test_a_changed_tar_is_indexed_again(uniform, tmp_path):
     as_tar(uniform, tmp_path / "tars")
     before = image_folders.read(f"timm:{tmp_path}/tars", "train")
     pack(tmp_path / "tars" / "train.tar", listed(uniform / "train")[:-1])
     assert len(image_folders.read(f"timm:{tmp_path}/tars", "train")) == len(before) - 1
 
 
-def test_a_cache_that_can_t_be_written_is_said(uniform, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_reported(uniform, tmp_path, monkeypatch):
     as_tar(uniform, tmp_path / "tars")
     (tmp_path / "file").touch()
     monkeypatch.setenv("ATDIAG_CACHE", str(tmp_path / "file"))
@@ -206,7 +206,7 @@ class _Bomb:
         return (Path.touch, (self.path,))
 
 
-def test_no_pickle_beside_the_tars_is_read_or_written(both, tmp_path):
+def test_no_pickle_file_is_read_or_written_beside_tars(both, tmp_path):
     _, packed = both
     bombs = [packed / "_train_tarinfos.pickle", packed / "train" / "_train_tarinfos.pickle"]
     for bomb in bombs:
@@ -231,7 +231,7 @@ def test_no_pickle_beside_the_tars_is_read_or_written(both, tmp_path):
         ("hfds/timm/imagenette", "downloads unasked"),
     ],
 )
-def test_readers_that_can_t_be_or_must_not_be(capsys, name, says):
+def test_unsupported_and_unsafe_readers_are_refused(capsys, name, says):
     text = wrong(capsys, "data", "check", f"timm:{name}")
     assert says in text
     assert text.endswith("give a folder of images as folder:PATH, or of tars as timm:PATH")
@@ -284,14 +284,14 @@ def wrongly(packed, how):
         ("no text", "not stored as it should be"),
     ],
 )
-def test_tars_that_are_not_what_they_should_be(uniform, tmp_path, how, says):
+def test_malformed_tars_are_refused(uniform, tmp_path, how, says):
     as_tar(uniform, tmp_path / "tars")
     wrongly(tmp_path / "tars", how)
     with pytest.raises(UserError, match=says):
         image_folders.read(f"timm:{tmp_path}/tars", "train")
 
 
-def test_links_and_hostile_names_lead_nowhere(uniform, tmp_path):
+def test_links_and_malicious_names_are_not_followed(uniform, tmp_path):
     as_tar(uniform, tmp_path / "tars")
     with tarfile.open(tmp_path / "tars" / "train.tar", "a") as archive:
         entry = tarfile.TarInfo("ant/link.jpg")
@@ -310,7 +310,7 @@ def test_links_and_hostile_names_lead_nowhere(uniform, tmp_path):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_header_that_promises_more_than_there_is_is_refused_at_once(tmp_path, inside):
+def test_a_header_with_a_size_beyond_the_file_is_refused_at_once(tmp_path, inside):
     """timm's reader would read on past the end, for 2^50 bytes."""
     huge = tarfile.TarInfo("cat/huge.jpg")
     huge.size = 2**50
@@ -324,5 +324,5 @@ def test_a_header_that_promises_more_than_there_is_is_refused_at_once(tmp_path, 
         content = outer.getvalue()
     for name in ("train.tar", "val.tar"):
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"is said to have 1,125,899,906,842,624 bytes|unexpected end of data"):
+    with pytest.raises(UserError, match=r"claims to have 1,125,899,906,842,624 bytes|unexpected end of data"):
         image_folders.read(f"timm:{tmp_path}", "train")

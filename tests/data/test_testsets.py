@@ -1,4 +1,4 @@
-"""Test sets by name, and made-up folders of ImageNet-A, -R, -Sketch and -V2 in their published layouts."""
+"""Test sets by name, with made-up folders of ImageNet-A, -R, -Sketch and -V2 in their published layouts."""
 
 import random
 import shutil
@@ -22,7 +22,7 @@ V2 = "imagenetv2-matched-frequency-format-val"
 
 @pytest.fixture
 def lay(tmp_path, monkeypatch, draw):
-    """Lay out a test set of a few images: (name, folder, classes, images of each class); its facts say as many."""
+    """Write a small test set: (name, folder, classes, images per class), and make its facts match."""
     monkeypatch.setenv("ATDIAG_DATA", str(tmp_path / "sets"))
     for i in range(7):
         draw(tmp_path / f"{i}.jpg", (30 + i, 28), i)
@@ -43,7 +43,7 @@ def lay(tmp_path, monkeypatch, draw):
 
 @pytest.fixture
 def renditions(lay):
-    """A made-up ImageNet-R: every fifth class, two images of each."""
+    """Make an ImageNet-R of every fifth class, with two images of each."""
     root = lay("imagenet-r", "imagenet-r", SYNSETS[::5], 2)
     (root / "README.txt").write_text("not an image")
     return root
@@ -118,7 +118,7 @@ def test_two_hundred_classes_keep_their_labels_and_are_chosen_among(renditions):
     assert testsets.open_images(testsets.find("imagenet-r"), DATA).fingerprint != before
 
 
-def test_a_set_of_all_classes_is_not_masked(lay):
+def test_a_test_set_of_all_classes_is_not_masked(lay):
     lay("imagenet-sketch", "imagenet-sketch/sketch", SYNSETS)
     opened = testsets.open_images(testsets.find("imagenet-sketch"), DATA)
     assert opened.among is None
@@ -134,7 +134,7 @@ def test_version_2_is_sorted_by_number(lay, outer):
     assert [opened.images.path(i).parent.name for i in range(12)] == [str(i) for i in range(12)]
 
 
-def test_the_variants_of_version_2_are_told_apart(lay):
+def test_the_variants_of_version_2_are_distinguished(lay):
     for name, variant in (("imagenet-v2-threshold", "threshold0.7"), ("imagenet-v2-top", "top-images")):
         root = lay(name, f"imagenet-v2/imagenetv2-{variant}-format-val", [str(i) for i in range(1000)])
         assert testsets.read(name).root == root
@@ -145,7 +145,7 @@ def test_the_variants_of_version_2_are_told_apart(lay):
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_with_other_classes_can_not_be_tested_there(renditions):
+def test_a_run_with_other_classes_can_not_be_tested(renditions):
     testsets.check(testsets.find("imagenet-r"), DATA, NETWORK)
     ten = NETWORK.model_copy(update={"classes": 10})
     for data, network in ((Data(train=1), ten), (Data(name="imagenette", train=1, image_size=24), ten), (DATA, ten)):
@@ -159,7 +159,7 @@ def test_small_images_are_not_corrupted():
         testsets.check(testsets.find("fog"), Data(train=1), small)
 
 
-def test_the_folder_of_the_runs_own_images_is_looked_at(uniform, spec):
+def test_the_folder_of_the_runs_own_images_is_checked(uniform, spec):
     data = spec(uniform)
     network = Network(image_size=32, patch_size=8, channels=3, width=16, depth=1, heads=2, classes=3)
     testsets.check(testsets.find("fog"), data, network)
@@ -168,7 +168,7 @@ def test_the_folder_of_the_runs_own_images_is_looked_at(uniform, spec):
         testsets.check(testsets.find("fog"), data, network)
 
 
-def test_a_set_that_is_not_here_says_where_it_was_looked_for(tmp_path, monkeypatch):
+def test_a_missing_test_set_says_where_it_was_looked_for(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no folder is given for the data set imagenet-a.*`data_dir`.*'imagenet-a' or"):
         testsets.read("imagenet-a")
     (tmp_path / "imagenet").mkdir()

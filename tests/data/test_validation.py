@@ -1,4 +1,4 @@
-"""The validation part and the draw of test scenes: what is held back, and what stays as it was."""
+"""The validation part and draws of test scenes: what is held out, and what does not change."""
 
 import hashlib
 from collections import Counter
@@ -34,7 +34,7 @@ LABELS = load_digits().target
     ],
 )
 def test_scenes_are_golden(name, train, test):
-    # As before there were other draws and a validation part: finished runs were trained and measured on these.
+    # From before other draws and the validation part existed: finished runs were trained and measured on these.
     data = Data(name=name, train=300, clutter=6, test_per_source=2)
     found = [sources.find(data).train_split(data, 5), sources.find(data).test_split(data)]
     bits = [split.pixels.tobytes() + split.labels.tobytes() + split.clusters.tobytes() for split in found]
@@ -47,7 +47,7 @@ def test_scenes_are_golden(name, train, test):
 
 
 @pytest.mark.parametrize("name", ["digits", "larger"])
-def test_another_draw_has_other_scenes_of_the_same_source_digits(name):
+def test_another_draw_makes_other_scenes_of_the_same_source_digits(name):
     draws = [scenes.test_scenes(name, 3, 3, draw) for draw in range(3)]
     _, held_out = scenes.source_split()
     for i, one in enumerate(draws):
@@ -71,7 +71,7 @@ def test_real_images_have_one_draw():
 
 
 @given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=80), data=st.data())
-def test_every_class_gives_its_share_and_larger_parts_hold_smaller_ones(labels, data):
+def test_parts_are_stratified_and_nested(labels, data):
     order = data.draw(st.permutations(range(len(labels))))
     counts = Counter(labels)
     before: set[int] = set()
@@ -88,12 +88,12 @@ def test_every_class_gives_its_share_and_larger_parts_hold_smaller_ones(labels, 
 
 
 @pytest.mark.parametrize(("value", "images", "expected"), [(0.1, 85, 8), (0.001, 85, 1), (40, 85, 40), (None, 85, 0)])
-def test_a_share_or_a_number(value, images, expected):
+def test_a_fraction_or_a_number(value, images, expected):
     assert validation.size(value, images) == expected
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.5, float("inf")])
-def test_neither_a_share_nor_a_number(value):
+def test_neither_a_fraction_nor_a_number(value):
     with pytest.raises(ValueError, match="validation"):
         Data(train=10, validation=value)
 
@@ -109,7 +109,7 @@ def test_equal_numbers_are_equal_specs():
 
 @pytest.mark.parametrize("name", ["digits", "larger"])
 @pytest.mark.parametrize("value", [0.2, 60, 0.0001, 0.999])
-def test_no_source_digit_is_in_two_parts_not_even_as_clutter(name, value, monkeypatch):
+def test_no_source_digit_is_in_two_parts_even_as_clutter(name, value, monkeypatch):
     data = Data(name=name, train=400, validation=value, clutter=6, test_per_source=1)
     train, held = scenes.training_split(data.validation)
     _, test = scenes.source_split()
@@ -126,7 +126,7 @@ def test_no_source_digit_is_in_two_parts_not_even_as_clutter(name, value, monkey
     for part, digits in of.items():
         assert np.isin(plain[part].sources, digits).all()
     images, labels = scenes._sources()
-    for part, digits in of.items():  # blacken all other digits: nothing changes
+    for part, digits in of.items():  # blackening all other digits changes nothing
         dark = np.zeros_like(images)
         dark[digits] = images[digits]
         monkeypatch.setattr(scenes, "_sources", lambda dark=dark: (dark, labels))
@@ -142,7 +142,7 @@ def test_no_source_digit_is_in_two_parts_not_even_as_clutter(name, value, monkey
     assert np.array_equal(data_set.test_split(data).pixels, data_set.test_split(bare).pixels)
 
 
-def test_how_many_source_digits_are_held_back():
+def test_the_number_of_source_digits_held_out():
     pool, _ = scenes.source_split()
     share = np.bincount(LABELS[scenes.training_split(0.25)[1]]) / np.bincount(LABELS[pool])
     assert np.abs(share - 0.25).max() < 0.01
@@ -158,7 +158,7 @@ def test_validation_scenes_do_not_depend_on_global_generators():
     assert np.array_equal(one.pixels, sources.find(data).validation_split(data, 0).pixels)
 
 
-def test_a_set_of_one_s_own_makes_its_own_part_or_has_none():
+def test_a_registered_data_set_makes_its_own_validation_part_or_has_none():
     def make(count, value):
         return Images(np.full((count, 1, 8, 8), value, np.uint8), np.arange(count) % 2, np.arange(count))
 
@@ -216,7 +216,7 @@ def test_files_are_in_one_part_and_stratified(uniform, given):
     assert np.array_equal(part.batch(0, 3), data_set.validation_split(data, 1).batch(0, 3))
 
 
-def test_fewer_training_images_leave_the_validation_part_as_it_is(uniform):
+def test_the_validation_part_does_not_depend_on_the_number_of_training_images(uniform):
     data = sources.complete(Data(name=f"folder:{uniform}", train=1, image_size=32, validation=6))
     few = sources.complete(data, train=9)
     data_set = sources.find(data)
@@ -243,7 +243,7 @@ def test_a_part_that_leaves_too_little_is_refused(uniform):
 # --- As settings ------------------------------------------------------------------------------------------------------
 
 
-def test_both_are_settings():
+def test_validation_and_test_draw_are_settings():
     made = resolve(sets=["data.validation=0.1", "data.test_draw=1"], environment={}).profile.data
     assert (made.validation, made.test_draw, made.train) == (0.1, 1, 2500)
     for text, says in (

@@ -1,4 +1,4 @@
-"""Batches of real images from any number of worker processes, and what happens when one or an image is broken."""
+"""Batches of real images from any number of worker processes, and dead workers and broken images."""
 
 import multiprocessing
 import os
@@ -47,9 +47,9 @@ def data(request, spec):
     return spec(request.getfixturevalue(request.param), image_size=24)
 
 
-def test_workers_change_nothing(data):
+def test_batches_do_not_depend_on_the_number_of_workers(data):
     stream = Stream(data, EVERYTHING, 3)
-    expected = [Stream(data, EVERYTHING, 3).batch(step) for step in range(2, 9)]  # over the end of an epoch
+    expected = [Stream(data, EVERYTHING, 3).batch(step) for step in range(2, 9)]  # beyond the end of an epoch
     before = children()
     for workers in (0, 1, 2):
         state = torch.get_rng_state()
@@ -67,13 +67,13 @@ def test_a_stream_can_be_sent_to_another_process(data):
     assert same(pickle.loads(pickle.dumps(stream)).batch(5), stream.batch(5))
 
 
-def test_scenes_too():
+def test_scenes_do_not_depend_on_workers_either():
     recipe = EVERYTHING.model_copy(update={"batch_size": 16})
     stream = Stream(Data(train=40), recipe, 0)
     assert all(map(same, stream.batches(0, 5, 2), stream.batches(0, 5)))
 
 
-def test_an_iterator_left_in_the_middle_ends_its_workers(data):
+def test_abandoning_an_iterator_ends_its_workers(data):
     before = children()
     batches = Stream(data, EVERYTHING, 0).batches(0, 100, 2)
     next(batches)
@@ -130,7 +130,7 @@ def test_a_broken_image_in_the_middle_of_an_epoch_is_named(mixed, spec, workers,
         stream.batch(step)
 
 
-def test_a_broken_image_is_named_while_a_cache_is_made(uniform, spec):
+def test_a_broken_image_is_named_while_the_cache_is_made(uniform, spec):
     data = spec(uniform)
     image = uniform / "train" / "bee" / "bee_7.jpg"
     image.write_bytes(image.read_bytes()[:-40])
@@ -139,14 +139,14 @@ def test_a_broken_image_is_named_while_a_cache_is_made(uniform, spec):
 
 
 class Slow(Stream):
-    """Batches that take their time, so that workers are at work when they are killed."""
+    """A stream of slow batches, so that workers are busy when they are killed."""
 
     def batch(self, step):
         time.sleep(0.05)
         return super().batch(step)
 
 
-def test_a_dead_worker_is_an_error_and_no_hang(data):
+def test_a_dead_worker_is_an_error_and_does_not_hang(data):
     before = children()
     batches = Slow(data, EVERYTHING, 0).batches(0, 10_000, 2)
     next(batches)
@@ -159,7 +159,7 @@ def test_a_dead_worker_is_an_error_and_no_hang(data):
     batches.close()
 
 
-def test_a_dead_worker_is_told_in_one_line():
+def test_a_dead_worker_is_reported_in_one_line():
     def dies():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
         yield
@@ -183,18 +183,18 @@ def test_pinning_without_cuda_is_refused(data):
     ("cores", "processes", "device", "expected"),
     [(1, 1, CUDA, 1), (8, 1, CUDA, 8), (64, 1, CUDA, 16), (64, 8, CUDA, 8), (2, 1, CPU, 0), (16, 1, CPU, 4)],
 )
-def test_workers_by_rule(uniform, spec, monkeypatch, cores, processes, device, expected):
+def test_the_default_number_of_workers(uniform, spec, monkeypatch, cores, processes, device, expected):
     monkeypatch.setattr(loader.resources, "available_cores", lambda: cores)
     data = spec(uniform)
     images = sources.find(data).train_split(data, 0)
     assert loader.default_workers(images, EVERYTHING, device, processes) == expected
 
 
-def test_scenes_that_are_not_augmented_need_no_worker(monkeypatch):
+def test_unaugmented_scenes_need_no_worker(monkeypatch):
     monkeypatch.setattr(loader.resources, "available_cores", lambda: 64)
     scenes = sources.find("digits").train_split(Data(train=5), 0)
     assert loader.default_workers(scenes, Recipe(epochs=1, mixup=0.8), CUDA) == 0
-    assert loader.default_workers(scenes, None, CUDA) == 0  # as a test sees them
+    assert loader.default_workers(scenes, None, CUDA) == 0  # test images, say
     assert loader.default_workers(scenes, EVERYTHING, CUDA) == 16
 
 

@@ -1,4 +1,4 @@
-"""What several executors' tests need."""
+"""Fixtures for tests of executors."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from atdiag.execution import devices
 
 @pytest.fixture
 def one_worker(monkeypatch):
-    """One process for each ``execute``: most of its time goes into imports."""
+    """Use one process for each ``execute``: most of its time goes into imports."""
     monkeypatch.setattr(devices, "available_cores", lambda: 1)

@@ -1,4 +1,4 @@
-"""Runs to plan and to execute."""
+"""Specs of runs to plan and execute."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Devices and how many processes each has room for."""
+"""Devices, and how many processes fit on each."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_processes(monkeypatch):
     assert devices.processes_for("cuda", 1) == 1
 
 
-def test_a_device_can_be_named_where_it_is_not(monkeypatch):
+def test_an_absent_device_can_be_named(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices.named("cuda") == "cuda"
     assert devices.named(None) is None

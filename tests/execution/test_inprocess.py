@@ -22,7 +22,7 @@ def same_weights(one: Store, other: Store, specs) -> None:
         assert all(torch.equal(here[name], there[name]) for name in here)
 
 
-def test_the_same_weights_as_from_processes(tmp_path, one_worker):
+def test_weights_equal_those_of_the_local_executor(tmp_path, one_worker):
     specs = study("recipe.epochs=1").specs
     here, there, told = Store(tmp_path / "here"), Store(tmp_path / "there"), []
     threads = torch.get_num_threads()
@@ -40,7 +40,7 @@ def test_the_same_weights_as_from_processes(tmp_path, one_worker):
     assert torch.get_num_threads() == threads
 
 
-def test_what_a_cohort_raises_is_raised_where_it_is_polled(tmp_path):
+def test_poll_raises_the_cohorts_error(tmp_path):
     missing = run(train=64).model_copy(
         update={"data": run().data.model_copy(update={"name": f"folder:{tmp_path}/gone"})}
     )
@@ -50,7 +50,7 @@ def test_what_a_cohort_raises_is_raised_where_it_is_polled(tmp_path):
         while executor.poll() is not None:
             pass
     assert executor.poll() is None
-    executor.cancel()  # after the end: nothing
+    executor.cancel()  # after the end: no effect
 
 
 def test_a_run_that_diverges_is_named(tmp_path):
@@ -61,7 +61,7 @@ def test_a_run_that_diverges_is_named(tmp_path):
     assert (store.run(scratch).state, store.run(copy).state) == ("finished", "failed")
 
 
-def test_cancelled_runs_go_on_from_their_checkpoints(tmp_path):
+def test_cancelled_runs_resume_from_their_checkpoints(tmp_path):
     spec = study("recipe.epochs=20").arms[0].specs[0]
     store, unbroken, executor = Store(tmp_path / "runs"), Store(tmp_path / "unbroken"), InProcessExecutor()
     executor.submit([Job(((spec,),))], store, ONE)

@@ -1,4 +1,4 @@
-"""A command that is killed and terminated goes on to the same weights."""
+"""A command that was killed, then terminated, resumes and ends with the same weights."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ LONGER = "recipe.epochs=8"
 
 @contextlib.contextmanager
 def one_core():
-    """What is started in here gets one core, and so plans one worker."""
+    """Give the process one core, so that commands started from it plan one worker."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     if cores:
         os.sched_setaffinity(0, [min(cores)])
@@ -38,7 +38,7 @@ def one_core():
 
 
 def begin(folder: Path, specs) -> subprocess.Popen:
-    """Start the command with one worker, and return when that has begun to train."""
+    """Start the command with one worker; return when that has started to train."""
     sets = [word for item in (*TINY, LONGER) for word in ("--set", item)]
     with one_core():
         main = subprocess.Popen(
@@ -65,7 +65,7 @@ def until(condition) -> None:
         time.sleep(0.05)
 
 
-def test_killed_then_terminated_then_run_to_the_end(tmp_path, one_worker):
+def test_killed_then_terminated_then_completed(tmp_path, one_worker):
     planned = study(LONGER)
     specs = [arm.specs[0] for arm in planned.arms]
     store = Store(tmp_path / "runs")
@@ -73,7 +73,7 @@ def test_killed_then_terminated_then_run_to_the_end(tmp_path, one_worker):
     main = begin(tmp_path, specs)
     main.kill()
     main.communicate()
-    # Nobody tells the workers: they notice that their order's source is gone, write checkpoints and end.
+    # Nothing signals the workers: they notice that their standard input has closed, write checkpoints and end.
     until(lambda: all(store.run(spec).state == "interrupted" for spec in specs))
     reached = {spec.id: torch.load(store.run(spec).checkpoint, weights_only=True)["step"] for spec in specs}
     assert all(0 < step < 16 for step in reached.values())

@@ -1,4 +1,4 @@
-"""Workers that do not do what they should (a shell script in the place of Python)."""
+"""Misbehaving workers (a shell script in place of Python)."""
 
 import sys
 
@@ -13,7 +13,7 @@ from tests.execution.specs import ONE, run
 
 @pytest.fixture
 def worker(monkeypatch, tmp_path):
-    """Put a shell script in the workers' place; it stands in ``tmp_path``."""
+    """Replace workers by a shell script in ``tmp_path``."""
 
     def put(script: str) -> None:
         path = tmp_path / "worker"
@@ -31,10 +31,10 @@ def fault(tmp_path, specs=None) -> str:
     return str(found.value)
 
 
-def test_a_worker_that_crashes_has_its_last_words_told(worker, tmp_path):
+def test_the_last_output_of_a_crashed_worker_is_reported(worker, tmp_path):
     worker("for i in $(seq 2000); do echo line $i; done >&2\necho 'OSError: disk full' >&2\nexit 1")
     text = fault(tmp_path)
-    assert "a training process failed: OSError: disk full (its last words are in " in text
+    assert "a training process failed: OSError: disk full (its last output is in " in text
     log = (tmp_path / "runs" / "last-fault.log").read_text()
     assert "line 2000\nOSError: disk full" in log
     assert len(log.splitlines()) < 50
@@ -54,12 +54,12 @@ def test_a_worker_that_crashes_has_its_last_words_told(worker, tmp_path):
         ("echo not json", "a training process ended before its runs did"),
     ],
 )
-def test_a_worker_that_ends_in_silence(worker, tmp_path, script, says):
+def test_a_worker_that_ends_without_a_result_is_an_error(worker, tmp_path, script, says):
     worker(script)
     assert says in fault(tmp_path)
 
 
-def test_a_worker_that_was_stopped_stops_all(worker, tmp_path):
+def test_a_stopped_worker_stops_all(worker, tmp_path):
     worker("exit 143")
     with pytest.raises(StoppedError):
         execute([run()], Store(tmp_path / "runs"), ONE)

@@ -1,4 +1,4 @@
-"""Orders and options as JSON: the same again, or an error that says why not."""
+"""Orders and options survive JSON, or the error says why not."""
 
 import json
 from dataclasses import fields
@@ -25,7 +25,7 @@ COHORTS = st.lists(st.lists(st.builds(run, seed=st.integers(0, 9)), min_size=1, 
 
 
 @given(OPTIONS)
-def test_options_are_the_same_again(options):
+def test_options_survive_a_json_round_trip(options):
     document = options.to_json()
     assert set(document) == {field.name for field in fields(ExecutionOptions)}
     assert ExecutionOptions.from_json(json.loads(json.dumps(document))) == options
@@ -38,7 +38,7 @@ def test_an_option_of_another_version_is_refused():
 
 
 @given(OPTIONS, COHORTS, st.integers(1, 64), st.lists(st.text(), max_size=3))
-def test_an_order_is_the_same_again(options, cohorts, processes, command):
+def test_an_order_survives_a_json_round_trip(options, cohorts, processes, command):
     order = Order(Path("/runs/ä b"), options, processes, tuple(command), tuple(cohorts))
     text = order.to_json()
     assert len(text.splitlines()) == 1  # a worker reads one line
@@ -63,6 +63,6 @@ def test_an_order_of_another_version_is_refused(change, fault):
         Order.from_json(json.dumps(document))
 
 
-def test_what_is_no_order_is_refused():
+def test_invalid_orders_are_refused():
     with pytest.raises(ValueError):
         Order.from_json("")

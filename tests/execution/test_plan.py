@@ -1,4 +1,4 @@
-"""Which runs are trained where, and what that costs."""
+"""Cohorts, their distribution over processes, and the estimated cost."""
 
 import pytest
 from hypothesis import given
@@ -31,7 +31,7 @@ def test_a_cohort_shares_stream_and_teacher(specs):
     for group in groups:
         assert len({spec.stream for spec in group}) == 1
         assert len({spec.teacher.sha256 for spec in group if spec.teacher}) <= 1
-    # as few as there can be: one for each stream and teacher, and one for each stream that no teacher has
+    # as few as possible: one for each stream and teacher, and one for each stream without a teacher
     pairs = {(spec.stream, spec.teacher.sha256) for spec in specs if spec.teacher}
     alone = {spec.stream for spec in specs} - {stream for stream, _ in pairs}
     assert len(groups) == len(pairs) + len(alone)
@@ -76,7 +76,7 @@ def test_the_estimate(specs, processes, times):
     assert estimate(specs[:-1], 1) <= estimate(specs, 1) + 1e-6
 
 
-def test_what_costs_more():
+def test_larger_runs_cost_more():
     base = seconds(run())
     assert seconds(run(epochs=8)) > 1.9 * base
     assert seconds(run(train=5000)) > 1.9 * base
@@ -91,5 +91,5 @@ def test_finished_runs_are_not_pending(tmp_path):
     specs = [run(seed=s) for s in range(3)]
     store.create(specs[1]).finish({})
     assert pending(specs, store) == [specs[0], specs[2]]
-    store.create(specs[0])  # begun is not finished
+    store.create(specs[0])  # started is not finished
     assert pending(specs, store) == [specs[0], specs[2]]

@@ -1,4 +1,4 @@
-"""Every run is trained once, whatever else happens."""
+"""Every run is trained exactly once, whatever else happens."""
 
 import sys
 import threading
@@ -22,7 +22,7 @@ def test_nothing_to_do_starts_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_run_that_another_process_trains_is_waited_for(tmp_path, monkeypatch):
+def test_execute_waits_for_a_run_that_another_process_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nonexistent")  # no worker is even started
     store, ticks = Store(tmp_path), []
     mine = store.create(run())
@@ -60,7 +60,7 @@ def test_faults_of_single_runs(tmp_path, one_worker):
     assert not (tmp_path / "last-fault.log").exists()
 
 
-def test_two_at_once_train_every_run_once(tmp_path, one_worker, monkeypatch):
+def test_two_concurrent_commands_train_every_run_once(tmp_path, one_worker, monkeypatch):
     (tmp_path / "torch.py").write_text("raise ImportError('what lies in the working folder is not ours')")
     monkeypatch.chdir(tmp_path)
     store = Store(tmp_path / "runs")
@@ -81,5 +81,5 @@ def test_two_at_once_train_every_run_once(tmp_path, one_worker, monkeypatch):
     assert not faults
     assert not pending(specs, store)
     for spec in specs:
-        if spec.recipe.epochs:  # each training that ends an epoch opens an event file of its own
+        if spec.recipe.epochs:  # each process that completes an epoch opens its own event file
             assert len(list((store.run(spec).path / "tensorboard").iterdir())) == 1

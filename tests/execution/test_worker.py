@@ -1,4 +1,4 @@
-"""One training process with an order on its standard input, or in a file."""
+"""A training process with an order on its standard input, or in a file."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def order(tmp_path, epochs: int) -> tuple[Order, Store]:
     return Order(tmp_path / "runs", ONE, 1, ("atdiag", "reinit"), ((spec,),)), Store(tmp_path / "runs")
 
 
-def test_an_order_in_a_file_depends_on_nobody(tmp_path):
+def test_an_order_in_a_file_runs_independently(tmp_path):
     what, store = order(tmp_path, epochs=2)
     file = tmp_path / "order.json"
     file.write_text(what.to_json())
@@ -32,7 +32,7 @@ def test_an_order_in_a_file_depends_on_nobody(tmp_path):
     assert (updates[-1]["progress"]["done"], updates[-1]["progress"]["total"]) == (4, 4)
 
 
-def test_an_order_on_standard_input_stops_when_that_ends(tmp_path):
+def test_an_order_on_standard_input_stops_when_the_input_ends(tmp_path):
     what, store = order(tmp_path, epochs=1000)
     done = subprocess.run(WORKER, input=what.to_json() + "\n", capture_output=True, text=True)
     assert done.returncode == 143, done.stderr

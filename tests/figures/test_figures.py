@@ -1,4 +1,4 @@
-"""Figures can be read: nothing overlaps, nothing is cut, at the width of a paper's column."""
+"""Figures are legible at the width of a paper's column: nothing overlaps, nothing is cut off."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ from tests.drawings import check, estimate
 
 
 def joined(drawn) -> set[str]:
-    """Texts without the breaks of their lines."""
+    """Join texts without their line breaks."""
     return {text.replace("\n", "").replace(" ", "") for text in drawn}
 
 
@@ -31,7 +31,7 @@ RESCUE = "rescue: (native + transfer - native) - (standard + transfer - scratch)
 
 
 def report(effects, asked=None, half=1.0, seeds=3, base=50.0, teacher=80.0, name="clip_b", curve=False) -> Report:
-    """A report on arms that lie ``effects`` above the baseline."""
+    """Make a report on arms that lie ``effects`` above the baseline."""
     network = Network(image_size=20, patch_size=4, channels=1, width=48, depth=12, heads=3, classes=10)
     weights = Teacher(name=name, profile="mini", network=network, sha256="0" * 64)
     asked = asked or {}
@@ -98,7 +98,7 @@ def test_contrasts(made):
     assert any("images only" in text for text in said) == (made.rows[0].seeds == 1)
 
 
-def test_what_is_clear_is_filled():
+def test_clear_contrasts_have_filled_markers():
     figure = contrasts(report({"clear": 3.0, "noise": 0.5}, {"asked": -3.0}))
     faces = [line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert faces == [style.BLUE, "white", style.VERMILLION]
@@ -131,8 +131,8 @@ def test_layer_curve(made):
     assert any("bottom" in text and "distill" in text for text in drawn)
 
 
-def test_the_curve_is_what_was_measured():
-    """A contrast with its own interval on an axis of contrasts, whatever the accuracy is that it stands on."""
+def test_the_curve_shows_the_measured_contrasts():
+    """Contrasts with their own intervals on an axis of contrasts, whatever the baseline's accuracy."""
     for base in (50.0, 12.0):
         made = report({arm: 1.5 * k for k, arm in enumerate(KS)}, half=3.0, curve=True, base=base)
         axes = layer_curve(made).axes[0]
@@ -155,7 +155,7 @@ def test_scenes(task):
 
 
 def test_colours_can_be_told_apart_by_the_colour_blind():
-    """Machado et al. 2009, severity 1, in linear RGB: the two colours of a figure differ for everyone."""
+    """The two colours of a figure differ for everyone (Machado et al. 2009, severity 1, in linear RGB)."""
     import numpy as np
 
     kinds = {
@@ -177,7 +177,7 @@ def test_colours_can_be_told_apart_by_the_colour_blind():
 
 
 def compared(layers=12, heads=3, others=3, name="deit_s (mini)", other="dinov2_reg_s (mini)", token=True, seed=0):
-    """A comparison of two networks with drawn numbers."""
+    """Make a comparison of two networks with random numbers."""
     draw = np.random.default_rng(seed)
     groups = ("all", "class", "patch") if token else ("all", "patch")
     curve = {rows: draw.random(layers) for rows in groups}
@@ -210,14 +210,14 @@ def test_similarity(found):
     figure = similarity.heads(found[0])
     drawn = joined(check(figure))
     assert any(found[0].b.replace(" ", "") in text for text in drawn)
-    # The dots are the optimal matching: as many as heads can be paired.
+    # The dots are the optimal matching, one for each pair of heads.
     for axes, (mine, theirs) in zip(figure.axes, found[0].assignments(), strict=False):
         (dots,) = axes.collections
         assert dots.get_offsets().tolist() == [[t, m] for m, t in zip(mine, theirs, strict=True)]
 
 
 def outcome(name, layers, depth=12, labels=True, seed=0):
-    """A network with something replaced, with drawn numbers."""
+    """Make the outcome of an intervention with random numbers."""
     draw = np.random.default_rng(seed)
     before, after, truth = (draw.integers(0, 3, 64) for _ in range(3))
     stream = draw.random(depth)
@@ -249,7 +249,7 @@ def test_interventions(found):
 
 
 @pytest.mark.parametrize("layers", [[tuple(range(12))], [(i,) for i in range(12)]], ids=["at once", "each"])
-def test_a_change_that_is_clear_of_zero_is_filled_here_too(layers):
+def test_clear_changes_have_filled_markers_here_too(layers):
     found = [outcome("uniform map", some, seed=i) for i, some in enumerate(layers)]
     found[0] = dataclasses.replace(found[0], before=found[0].labels, after=(found[0].labels + 1) % 3)
     points = [line for line in interventions.accuracy(found).axes[0].lines if line.get_marker() == "o"]
@@ -258,14 +258,14 @@ def test_a_change_that_is_clear_of_zero_is_filled_here_too(layers):
 
 
 @pytest.mark.parametrize("layers", [[tuple(range(12))], [(i,) for i in range(12)]], ids=["at once", "each"])
-def test_no_change_does_not_fill_the_axis(layers):
+def test_no_change_is_not_magnified(layers):
     found = [outcome("uniform map", some) for some in layers]
     axes = interventions.accuracy([dataclasses.replace(one, after=one.before) for one in found]).axes[0]
     low, high = axes.get_xlim() if len(layers) == 1 else axes.get_ylim()
     assert low <= -5 and high >= 5
 
 
-def test_a_saved_figure_is_the_same_every_time(tmp_path):
+def test_saved_figures_are_reproducible(tmp_path):
     made = [tmp_path / f"{i}.{kind}" for i in range(2) for kind in ("png", "pdf")]
     for path in made:
         path.write_bytes(writers.draw(similarity.by_layer([compared()]), path.suffix.removeprefix(".")))
@@ -273,7 +273,7 @@ def test_a_saved_figure_is_the_same_every_time(tmp_path):
     assert b"CreationDate" not in made[1].read_bytes()
 
 
-def test_lines_are_told_apart_without_colours():
+def test_lines_can_be_told_apart_without_colours():
     for made in (
         similarity.by_layer([compared(other=f"net {i}", seed=i) for i in range(9)]),
         interventions.residual([outcome(f"map of net {i}", tuple(range(12)), seed=i) for i in range(9)]),
@@ -283,7 +283,7 @@ def test_lines_are_told_apart_without_colours():
 
 
 def shown(label, layers=(0, 5, 11), heads=1, grid=5, name="digits 0", roll=True):
-    """Where a network looks, with drawn weights."""
+    """Make attention on images with random weights."""
     draw, side = np.random.default_rng(0), 4
     network = Network(image_size=grid * side, patch_size=side, channels=1, width=48, depth=24, heads=12, classes=10)
     maps = draw.dirichlet(np.ones(grid**2), (1, len(layers), 1, heads)).reshape(1, len(layers), 1, heads, grid, grid)

@@ -1,4 +1,4 @@
-"""Figures of studies that are read together: legible in every shape, and they show what was measured."""
+"""Figures of several studies: legible in every shape, and they show the measured values."""
 
 import importlib
 import textwrap
@@ -18,7 +18,7 @@ from tests.drawings import check
 
 
 def joined(drawn) -> set[str]:
-    """Texts without the breaks of their lines."""
+    """Join texts without their line breaks."""
     return {text.replace("\n", " ").replace(" ", "") for text in drawn}
 
 
@@ -27,7 +27,7 @@ def width(reading) -> float:
 
 
 def filled(figure, marker="o"):
-    """Of each single marker drawn, whether it is filled, in order."""
+    """Return whether each single marker is filled, in drawing order."""
     single = [line for axes in figure.axes for line in axes.lines if line.get_marker() == marker]
     return [line.get_markerfacecolor() != "white" for line in single if len(line.get_xdata()) == 1]
 
@@ -60,7 +60,7 @@ def test_gains_shows_each_contrast_once_with_its_interval():
     assert not any(filled(gains.gains(shapes.GAINS["one seed"])))
 
 
-def test_an_arm_looks_the_same_whichever_others_there_are():
+def test_an_arms_style_does_not_depend_on_the_other_arms():
     from figures import marks
 
     both = marks.arms(shapes.GAINS["usual"].reports)
@@ -114,8 +114,8 @@ def test_rescue(made):
     assert {name.replace(" ", "") for name in captions.studies(made.reports)} <= drawn
 
 
-def test_rescue_reads_what_the_ablation_names():
-    """The figure goes by names: they are those of the arms and contrasts that the ablation plans."""
+def test_rescue_uses_the_names_of_the_ablations_arms():
+    """The figure finds arms and contrasts by name: by the names that the ablation plans."""
     from ablations.rescue import OF_INTEREST
     from ablations.rescue import rescue as planned
     from atdiag.study.builder import Lab
@@ -173,7 +173,7 @@ def test_recipes_marks_the_facts_of_the_registry():
         network = report.study.teacher.network
         parts = (*network.components, *([] if network.class_token else ["no_class_token"]))
         has = bool(getattr(row, fact)) if fact in ("labels", "text", "momentum", "masking", "target") else fact in parts
-        # The recipes are the published teachers', so they are grey; the components are the miniatures' own.
+        # Recipes are those of the published teachers, so grey; components are the miniatures' own.
         own = fact not in ("labels", "text", "momentum", "masking", "target")
         face = (style.INK if own else style.GREY) if has else "white"
         assert line.get_markerfacecolor() == face, (report.study.label, fact)
@@ -193,7 +193,7 @@ def test_layer_curves(made):
         assert joined(check(layer_curve.layer_curve(made.reports[0]))) == drawn
 
 
-def test_both_ends_share_none_and_all_blocks():
+def test_curves_from_both_ends_share_k_0_and_all_blocks():
     report = shapes.curve("deit_s", 2.0)
     (axes,) = layer_curve.layer_curve(report).axes
     lines = [line for line in axes.lines if len(line.get_xdata()) == 13]
@@ -204,12 +204,12 @@ def test_both_ends_share_none_and_all_blocks():
         assert list(line.get_ydata()) == [0.0, *(report.row(arm).contrast.value for arm in arms[1:])]
 
 
-def test_a_curve_needs_a_place_for_every_arm():
+def test_a_curve_needs_a_position_for_every_arm():
     with pytest.raises(ValueError, match="a place for every arm"):
         layer_curve.layer_curves(shapes.reading(shapes.study("deit_s", {"top 6": 1.0}, options={"from": "top"})))
 
 
-def test_a_caption_says_what_all_studies_share_and_the_scale_once():
+def test_a_caption_states_shared_facts_and_the_scale_once():
     made = shapes.GAINS["data sets"]
     assert captions.caption(made) == "benchmark, 2 teachers (mini), 3 seeds, 95 % intervals\nmethods copy,distill"
     assert captions.studies(made.reports) == [
@@ -244,7 +244,7 @@ OF = {
 }
 
 
-def test_every_entry_point_draws_pixels_of_print_and_a_vector_figure_whose_text_stays_text(tmp_path):
+def test_every_entry_point_draws_a_print_ready_png_and_a_vector_figure_with_real_text(tmp_path):
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     entries = project["entry-points"]["atdiag.figures"]
     assert entries.keys() == OF.keys()
@@ -261,12 +261,12 @@ def test_every_entry_point_draws_pixels_of_print_and_a_vector_figure_whose_text_
         assert b"/Subtype /Image" not in content
 
 
-def test_what_open_means_is_said_with_its_correction():
+def test_the_caption_explains_open_markers_and_the_correction():
     assert captions.filling(row.contrast for row in shapes.GAINS["corrected"].reports[0].rows[1:]).count("Holm") == 1
     assert "Holm" not in captions.filling([])
 
 
-def test_the_check_sees_what_it_should():
+def test_the_legibility_check_detects_violations():
     figure, axes = style.canvas(2.0)
     axes.set_title("of a figure that is fine", loc="left")
     check(figure)

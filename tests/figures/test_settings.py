@@ -1,4 +1,4 @@
-"""Drawing depends on nobody's settings of matplotlib, and changes nobody's."""
+"""Drawing neither depends on the user's matplotlib settings nor changes them."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", writers.FIGURE_KINDS)
-def test_a_figure_is_the_same_whatever_the_settings_are_and_leaves_them(kind):
+def test_figures_neither_depend_on_nor_change_matplotlib_settings(kind):
     for figure in (
         lambda: contrasts.contrasts(REPORT),
         lambda: layer_curve.layer_curve(shapes.CURVES["one"].reports[0]),
@@ -42,7 +42,7 @@ def test_a_figure_is_the_same_whatever_the_settings_are_and_leaves_them(kind):
             assert dict(matplotlib.rcParams) == before
 
 
-def test_a_saved_figure_does_not_depend_on_them_either(tmp_path):
+def test_saved_figures_do_not_depend_on_settings(tmp_path):
     one, other = (contrasts.contrasts(REPORT) for _ in range(2))
     one.savefig(tmp_path / "a.png")
     with matplotlib.rc_context(HOSTILE):
@@ -61,14 +61,14 @@ assert figure.canvas.__class__.__module__ == "matplotlib.backends.backend_agg"
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "TkAgg", ""])
-def test_a_notebooks_backend_and_ones_own_matplotlibrc_do_not_matter(tmp_path, backend):
+def test_backend_and_matplotlibrc_do_not_matter(tmp_path, backend):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: nonsense\nfigure.figsize: 1, 1\n")
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MPLBACKEND": backend}
     subprocess.run([sys.executable, "-c", CODE, "a.png"], cwd=tmp_path, env=env, check=True)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_wrapped_names_are_whole():
+def test_wrapping_keeps_names_whole():
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k 587e9d"
     lines = style.wrapped(name, 16).splitlines()
     assert max(map(len, lines)) <= 16 and "".join(lines) == name

@@ -1,4 +1,4 @@
-"""Teachers to test on: every miniature's architecture, with weights drawn here and, where it ships, trained ones."""
+"""Teachers for tests: every miniature's architecture, with random weights and, where shipped, trained ones."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SOURCES = ("drawn", "shipped")
 
 @pytest.fixture(scope="session")
 def perturbed():
-    """Build a network whose every parameter matters: biases, LayerScale, bias tables and tokens are not neutral."""
+    """Build a network in which every parameter matters: biases, LayerScale, bias tables and tokens are not neutral."""
 
     def build(network, seed=0, spread=0.2):
         vit, generator = students.build(network, seed), torch.Generator().manual_seed(seed)
@@ -26,7 +26,7 @@ def perturbed():
 
 @pytest.fixture(scope="session", params=[f"{name}-{source}" for name in teachers.miniatures() for source in SOURCES])
 def teacher(request, perturbed):
-    """A teacher by "name-source". Shared between tests: not to be changed."""
+    """Return a teacher by "name-source". Shared between tests: do not modify it."""
     name, source = request.param.split("-")
     if source == "drawn":
         return perturbed(teachers.miniature_network(name))

@@ -1,4 +1,4 @@
-"""Progress where standard error is no terminal: a line for what has changed, and nothing else."""
+"""Progress where standard error is no terminal: one line per change, and nothing else."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ def test_a_line_for_each_finished_run(capsys, monkeypatch):
     monkeypatch.setattr(console, "_REFRESH", 0)
     left = [3, 3, 2, 2, 0]
     with console.training(3, lambda: left.pop(0)) as report:
-        report(Progress(0, 0, doing="waiting"))  # how many are finished is not even asked
+        report(Progress(0, 0, doing="waiting"))  # the number of finished runs is not even looked up
         for done in range(5):
             report(Progress(done, 4))
     out, err = capsys.readouterr()
@@ -18,7 +18,7 @@ def test_a_line_for_each_finished_run(capsys, monkeypatch):
     assert err.splitlines() == ["waiting", "0/3 runs", "1/3 runs", "3/3 runs"]
 
 
-def test_reports_in_quick_succession_cost_no_look_at_the_runs(monkeypatch):
+def test_rapid_reports_do_not_scan_the_runs(monkeypatch):
     monkeypatch.setattr(console, "_REFRESH", 3600)
     asked = []
     with console.training(1, lambda: asked.append(1) or 1) as report:
@@ -27,7 +27,7 @@ def test_reports_in_quick_succession_cost_no_look_at_the_runs(monkeypatch):
     assert len(asked) == 1
 
 
-def test_bars_say_nothing_elsewhere(capsys):
+def test_bars_print_nothing_without_a_terminal(capsys):
     with console.counted("reading", 2) as count, console.staged() as stage:
         count(1, 2)
         stage(Progress(1, 2, doing="measuring"))
@@ -35,7 +35,7 @@ def test_bars_say_nothing_elsewhere(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_paths_are_shown_as_they_are(capsys):
+def test_paths_are_printed_literally(capsys):
     console.show_files([Path("[bold]a"), Path("b c")])
     assert capsys.readouterr().out == "  [bold]a\n  b c\n"
 

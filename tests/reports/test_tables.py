@@ -38,7 +38,7 @@ def test_tables_fit_a_terminal_and_name_every_study(reading):
     assert "…" not in text
 
 
-def test_every_run_stands_behind_the_tables(reading):
+def test_every_run_is_listed_behind_the_tables(reading):
     markdown, frame = tables.markdown(reading), tables.frame(reading)
     assert all(spec.id in markdown for spec in reading.series.specs)
     assert {run for runs in frame.runs for run in runs.split()} == {spec.id for spec in reading.series.specs}
@@ -62,7 +62,7 @@ def test_latex_has_booktabs_rules_and_no_bare_special_characters(reading):
     assert not [line for line in body.splitlines() if "%" in line.replace("\\%", "")]
 
 
-def test_what_is_undecided_says_how_many_seeds_would_settle_it(reading):
+def test_undecided_contrasts_say_how_many_seeds_would_settle_them(reading):
     (said,) = [note for note in tables.notes(reading) if "would settle" in note]
     assert "deit_s (mini) distill: " in said
 

@@ -1,4 +1,4 @@
-"""Results as files: a table is never lost with a figure, and a LaTeX table holds nothing that its font lacks."""
+"""Result files: a failing figure never costs a table, and LaTeX tables use only characters of their font."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from tests import series_shapes as shapes
 MADE = shapes.GAINS["corrected"]
 
 
-def test_a_figure_that_cannot_be_drawn_costs_no_table(tmp_path, capsys):
+def test_a_failing_figure_costs_no_table(tmp_path, capsys):
     def broken():
         raise RuntimeError("no\nfont")
 
@@ -31,7 +31,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_table(tmp_path, capsys):
 
 def test_a_reading_without_its_figure(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(writers, "figure_of", lambda reading: 1 / 0)
-    monkeypatch.setattr(tables, "frame", lambda reading: pd.DataFrame({"a": [1]}))  # of runs, which there are none of
+    monkeypatch.setattr(tables, "frame", lambda reading: pd.DataFrame({"a": [1]}))  # needs runs, and there are none
     monkeypatch.setattr(tables, "notes", lambda reading: [])
     written = writers.write_reading(MADE, tmp_path)
     assert {path.suffix for path in written.files} == {".csv", ".md", ".tex", ".txt", ".json"}
@@ -40,13 +40,13 @@ def test_a_reading_without_its_figure(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("made", shapes.GAINS.values(), ids=shapes.GAINS)
-def test_a_latex_table_is_of_characters_that_ot1_has(made):
+def test_latex_tables_use_only_characters_of_ot1(made):
     text = tables.latex(made, document.headline(made), "tab:x")
     assert text.isascii()
     plain = re.sub(r"\$[^$]*\$|^%.*$|\\\$", "", text, flags=re.M)  # outside of formulas and comments
     assert not set(plain) & set('<>|"~^')
     assert not re.search(r"(?<!\\)[#%]", plain) and not re.search(r"(?<!\\)_", plain.replace(r"\label{tab:x}", ""))
-    assert not re.search(r"\\\\\s*[\[*]", text)  # would be an argument of the line's end
+    assert not re.search(r"\\\\\s*[\[*]", text)  # would be read as an argument of the line break
     widths = {len(re.findall(r"(?<!\\)&", line)) for line in text.splitlines() if line.endswith(r"\\")}
     (columns,) = re.findall(r"\\begin\{tabular\}\{(lr*)\}", text)
     assert widths == {len(columns) - 1}

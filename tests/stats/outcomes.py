@@ -10,7 +10,7 @@ DIFFERENCE = {"a": 1.0, "b": -1.0}
 
 
 def arms_of(correct: np.ndarray, clusters: np.ndarray, names: str = "abcdefgh") -> dict[str, Outcomes]:
-    """[arm, S, n] -> arms named a, b, c ... with seeds 0, 1, 2 ..."""
+    """Make arms named a, b, c ... with seeds 0, 1, 2 ... from an array [arm, S, n]."""
     return {
         name: Outcomes(dict(enumerate(of_arm)), clusters.astype(np.int32))
         for name, of_arm in zip(names, correct, strict=False)
@@ -28,5 +28,5 @@ def random_arms(
 
 
 def numbers(e: Estimate) -> list[float]:
-    """What an estimate says, as numbers."""
+    """Return an estimate as numbers."""
     return [e.value, e.low, e.high, e.p, e.df, e.se, e.var_seed or 0, e.var_cluster, e.var_residual or 0]

@@ -1,4 +1,4 @@
-"""The statistics against explicit formulas and against what must not matter."""
+"""Contrasts against explicit formulas, and invariance to what must not matter."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_unequal_clusters_are_linearised_as_a_ratio():
 
 
 def test_a_seed_effect_does_not_leak_into_the_residual_of_unequal_clusters():
-    """Seeds that shift every image alike leave the images' scores parallel: MS_E is 0 whatever the clusters' sizes."""
+    """If a seed shifts every image alike, the residual MS_E is 0 whatever the clusters' sizes."""
     ids = np.repeat(np.arange(4), [1, 2, 3, 9])
     correct = np.stack([np.zeros(15, bool), np.ones(15, bool), np.zeros(15, bool)])
     e = estimate({"a": Outcomes(dict(enumerate(correct)), ids)}, {"a": 1})
@@ -145,8 +145,8 @@ def test_clusters_of_one_image_are_images():
     assert e.var_residual == pytest.approx((residual**2).sum() / (2 * 59))
 
 
-def test_images_that_repeat_are_one_image():
-    """Each image four times over, as one cluster: nothing is known that one copy did not tell."""
+def test_repeated_images_count_once():
+    """Each image repeated four times as one cluster adds no information."""
     arms = random_arms(5, clusters=40)
     once = {name: replace(arm, clusters=np.arange(120, dtype=np.int32)) for name, arm in arms.items()}
     four = {
@@ -182,7 +182,7 @@ def test_scaling_the_weights_scales_the_points(arms, weights, factor):
 
 @settings(max_examples=40, deadline=None)
 @given(studies, some_weights, st.randoms(use_true_random=False))
-def test_the_order_of_images_the_names_of_clusters_and_of_seeds_do_not_matter(arms, weights, random):
+def test_the_order_of_images_and_names_of_clusters_and_seeds_do_not_matter(arms, weights, random):
     ids = arms["a"].clusters
     order = np.array(random.sample(range(len(ids)), len(ids)))
     renamed = dict(zip(np.unique(ids), random.sample(range(-(2**31), 2**31), len(np.unique(ids))), strict=True))
@@ -199,14 +199,14 @@ def test_the_order_of_images_the_names_of_clusters_and_of_seeds_do_not_matter(ar
 
 @settings(max_examples=40, deadline=None)
 @given(studies, st.sampled_from([0.0, 0.1, 1.0, 3.0]))
-def test_an_arm_on_both_sides_does_not_matter(arms, weight):
+def test_an_arm_on_both_sides_cancels(arms, weight):
     twice = {**arms, "c again": arms["c"]}
     same(estimate(arms, DIFFERENCE), estimate(twice, {**DIFFERENCE, "c": weight, "c again": -weight}))
 
 
 @settings(max_examples=60, deadline=None)
 @given(studies, some_weights)
-def test_always_finite_and_consistent(arms, weights):
+def test_estimates_are_always_finite_and_consistent(arms, weights):
     e = estimate(arms, weights)
     assert np.isfinite(numbers(e)).all()
     assert e.low <= e.value <= e.high
@@ -240,14 +240,14 @@ def test_an_arm_minus_itself_is_exactly_nothing():
         assert seeds_needed(e) is None
 
 
-def test_no_variance_at_all():
+def test_without_any_variance():
     arms = arms_of(np.stack([np.ones((3, 8), bool), np.zeros((3, 8), bool)]), np.arange(8))
     everything, gap = estimate(arms, {"a": 1}), estimate(arms, DIFFERENCE)
     assert (everything.value, everything.low, everything.high) == (100, 100, 100)
     assert (gap.value, gap.p, gap.clear, seeds_needed(gap)) == (100, 0, True, 3)
 
 
-def test_seeds_that_tie_by_luck_are_not_certainty():
+def test_seeds_that_tie_by_chance_are_no_certainty():
     """Three seeds, each right on a different half of the images: equal accuracies, and yet no zero-width interval."""
     correct = np.stack([np.roll([True] * 6 + [False] * 6, shift) for shift in (0, 4, 8)])
     e = estimate({"a": Outcomes(dict(enumerate(correct)), np.arange(12))}, {"a": 1})
@@ -277,7 +277,7 @@ def test_seeds_that_agree_everywhere_leave_the_images():
         ({"a": Outcomes({0: np.ones(60, bool)}, np.zeros(60, np.int32))}, {"a": 1}, "one cluster"),
     ],
 )
-def test_wrong_input_says_what_is_wrong(change, weights, message):
+def test_wrong_input_names_the_problem(change, weights, message):
     rng = np.random.default_rng(0)
     arms = arms_of(rng.random((2, 3, 60)) < 0.5, np.repeat(np.arange(20), 3)) | change
     with pytest.raises(ValueError, match=message):

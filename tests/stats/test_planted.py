@@ -1,4 +1,4 @@
-"""Planted teachers: what they show, and that the shipped protocol tells a helpful one from useless ones."""
+"""Planted teachers: the maps they show, and the protocol's ability to tell helpful from useless ones."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def test_shuffled_maps_are_those_of_another_image(planted):
     assert (maps(shuffled, x) - maps(own, x)).abs().amax() > 0.1
 
 
-def test_the_other_image_does_not_depend_on_company(planted):
+def test_the_other_image_does_not_depend_on_the_batch(planted):
     shuffled, x = planted["shuffled"][1], images(6)
     order = [3, 0, 5]
     assert torch.equal(shuffled.others(x)[order], shuffled.others(x[order]))
-    assert torch.equal(shuffled.others(x), shuffled.others(x + 1e-4))  # pixels are whole numbers of 255ths
+    assert torch.equal(shuffled.others(x), shuffled.others(x + 1e-4))  # pixels are multiples of 1/255
 
 
-def test_planted_teachers_are_other_teachers(planted):
+def test_planted_teachers_have_their_own_ids(planted):
     assert len({teacher.sha256 for teacher, _ in planted.values()}) == 3
     assert planted["own"][0] == lab().teacher("deit_s")
 
 
 @pytest.mark.slow
 def test_own_maps_help_and_planted_ones_do_not(tmp_path):
-    """Copy at three seeds with a shorter recipe; the default one: benchmarks/results/planted_teachers.json."""
+    """Copy with three seeds and a shorter recipe; for the default one see benchmarks/results/planted_teachers.json."""
     here = lab("recipe.epochs=2", "data.train=1600", "data.clutter=3")
     found = study(here, here.teacher("deit_s"), Store(tmp_path), methods=("copy",))
     assert as_planted(found, "copy")

@@ -25,7 +25,7 @@ def test_holm_by_its_definition(p_values):
     np.testing.assert_allclose(holm(p_values), expected)
 
 
-def test_holm_rejects_what_is_not_a_p_value():
+def test_holm_refuses_values_that_are_no_p_values():
     for wrong in (float("nan"), -0.1, 1.1):
         with pytest.raises(ValueError, match="p-values"):
             holm([0.5, wrong])
@@ -101,8 +101,8 @@ SLOPE = 16.0
 def simulate(studies: int, seed_sd: float, image: float, effect: float = 0.0) -> Iterator[Estimate]:
     """Contrasts of two arms of equal expected accuracy, which disagree on 35 % of images.
 
-    ``seed_sd``: of the accuracy difference between seeds, in points. ``image``: SD of what each arm finds easy or hard
-    by itself, in logits: 0 for two identical arms (a real A/A study), 1 for arms as different as images are.
+    ``seed_sd``: SD of the accuracy difference between seeds, in points. ``image``: SD of each arm's own difficulty of
+    images, in logits: 0 for two identical arms (a real A/A study), 1 for arms as different as images are.
     """
     rng = np.random.default_rng([2026, int(10 * seed_sd), int(10 * image)])
 
@@ -127,7 +127,7 @@ MORE = [(0.5, 0), (2, 0), (0, 0.5), (1, 0.5), (2, 0.5), (0, 1), (0.5, 1), (4, 1)
 @pytest.mark.parametrize(
     ("seed_sd", "image"), [*QUICK, *(pytest.param(*setting, marks=pytest.mark.slow) for setting in MORE)]
 )
-def test_false_alarms_of_2000_studies_without_a_difference(seed_sd, image):
+def test_false_alarms_in_2000_studies_without_a_difference(seed_sd, image):
     alarms = sum(e.clear for e in simulate(2000, seed_sd, image))
     print(f"seed SD {seed_sd}, image {image}: {alarms / 20:.2f} % false alarms")
     assert 60 <= alarms <= 140

@@ -1,4 +1,4 @@
-"""Simulated studies against brute force, against the bivariate normal, and against the moments they are made from."""
+"""Simulated studies against brute force, the bivariate normal, and the moments they are made from."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_covariance_of_two_answers(p, rho):
 @pytest.mark.parametrize(
     "like", [LIKE, replace(LIKE, var_cluster=0.0), replace(LIKE, accuracy=0.7, var_seed=0.0, var_residual=600.0)]
 )
-def test_studies_vary_as_what_they_are_made_like(like):
-    """All moments come back: of answers from one large study, of the contrast from many small ones."""
+def test_simulated_studies_have_the_moments_they_are_made_from(like):
+    """All moments are recovered: those of answers from one large study, those of contrasts from many small ones."""
     population, rng = Population.like(like), np.random.default_rng(1)
     arms = dict.fromkeys("ab", like.accuracy)
     found = [estimate(population.study(rng, arms, 4), DIFFERENCE) for _ in range(150)]
     for name in ("var_seed", "var_cluster", "var_residual"):
         values = [getattr(e, name) for e in found]
-        cut = {"var_seed": 1.0, "var_cluster": 12.0, "var_residual": 0.0}[name]  # what cutting off at 0 adds at most
+        cut = {"var_seed": 1.0, "var_cluster": 12.0, "var_residual": 0.0}[name]  # truncation at 0 adds at most this
         wrong = abs(np.mean(values) - getattr(like, name))
         assert wrong < 4 * np.std(values) / len(values) ** 0.5 + cut, name
     large = population.study(rng, arms, 60)
@@ -75,7 +75,7 @@ def test_studies_vary_as_what_they_are_made_like(like):
         )
 
 
-def test_arms_have_the_accuracies_they_are_given():
+def test_arms_have_the_requested_accuracies():
     population, rng = Population.like(LIKE), np.random.default_rng(2)
     arms = {"a": 0.8, "b": 0.5, "c": 0.2}
     studies = [population.study(rng, arms, 3) for _ in range(60)]
@@ -88,7 +88,7 @@ def test_the_same_generator_gives_the_same_study():
     assert all((one.correct[s] == other.correct[s]).all() for s in (0, 1))
 
 
-def test_moments_that_no_population_has_are_refused():
+def test_impossible_moments_are_refused():
     with pytest.raises(ValueError, match="can't have a covariance"):
         Population.like(replace(LIKE, same_image=0.3))
     with pytest.raises(ValueError, match="by more than the clusters"):

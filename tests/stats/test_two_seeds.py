@@ -1,4 +1,4 @@
-"""Two seeds decide nothing, three and more decide as ever; and what seeds that tie are worth."""
+"""Two seeds decide nothing, three or more decide as before; and the treatment of seeds that tie."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def drawn(seed: int, seeds: int, images: int = 200) -> dict[str, Outcomes]:
 
 
 def mean_squares(study: dict[str, Outcomes]) -> tuple[float, float, float, int]:
-    """MS_S, MS_C and MS_E of the difference, and the number of clusters, by numpy."""
+    """Compute MS_S, MS_C and MS_E of the difference, and the number of clusters, by numpy."""
     d = np.stack([100.0 * study["a"].correct[s] - 100.0 * study["b"].correct[s] for s in study["a"].correct])
     z = d.reshape(len(d), -1, 4).mean(-1)
     S, C = z.shape
@@ -56,8 +56,8 @@ def test_with_two_seeds_the_variance_is_never_below_that_of_the_images():
     assert 20 < bound < 180  # both happen
 
 
-def test_two_seeds_that_tie_are_no_outcome():
-    """The case that was reported: 200 images, two seeds that tie exactly, and an interval of +-0.9 points."""
+def test_two_seeds_that_tie_give_no_verdict():
+    """The reported case: 200 images, two seeds that tie exactly, and an interval of +-0.9 points."""
     rng = np.random.default_rng(0)
     for _ in range(2000):
         study = arms(rng.random((2, 2, 200)) < np.array([0.5, 0.555])[:, None, None], per_cluster=4)
@@ -92,8 +92,8 @@ def test_fewer_than_three_seeds_are_never_clear_however_large_the_effect(seeds):
              1.9502484283331043)),
     ],
 )  # fmt: skip
-def test_all_other_numbers_of_seeds_are_as_they_were(seeds, golden):
-    """What the estimator gave before two seeds had a rule of their own."""
+def test_results_for_other_numbers_of_seeds_are_unchanged(seeds, golden):
+    """The estimator's results before two seeds had a rule of their own."""
     e = estimate(drawn(seeds, seeds), DIFFERENCE)
     assert (e.value, e.low, e.high, e.p, e.df, e.se) == pytest.approx(golden, rel=1e-12)
 
@@ -107,7 +107,7 @@ def test_effects_of_very_many_standard_errors_have_a_p_value(t, df, least):
         assert 2 * stats.t.sf(t, contrasts._degrees_at(p, df, least)) == pytest.approx(p, rel=1e-6)
 
 
-def test_sets_of_seeds_that_tie_are_drawn_evenly():
+def test_tied_sets_of_seeds_are_drawn_uniformly():
     study = drawn(3, 12, images=40)
     lead = [int(study["a"].correct[s].sum()) - int(study["b"].correct[s].sum()) for s in range(12)]
     ties = {one for one in combinations(range(12), 2) if lead[one[0]] == lead[one[1]]}
@@ -122,7 +122,7 @@ def test_sets_of_seeds_that_tie_are_drawn_evenly():
 
 
 def test_the_committed_rates():
-    """Two seeds give no verdict, and the rates of all studies are within the protocol's target."""
+    """Two seeds give no verdict, and all studies' rates are within the protocol's targets."""
     document = json.loads((RESULTS / "false_alarms_ties.json").read_text())
     like = json.loads((RESULTS / "false_alarms.json").read_text())["simulated"]
     assert document["by_seeds"].keys() == like.keys()

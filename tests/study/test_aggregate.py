@@ -11,7 +11,7 @@ from atdiag.study.protocol import BASELINE
 from tests.studies import finished, lab
 
 
-def test_a_report_is_read_from_run_directories(tmp_path):
+def test_reports_are_read_from_run_directories(tmp_path):
     study = reinit(lab())
     right = {BASELINE: [20, 22], "reinit attn": [20, 22], "reinit attn + copy": [30, 31], "teacher": [36]}
     report = finished(study, Store(tmp_path), right)
@@ -29,7 +29,7 @@ def test_a_report_is_read_from_run_directories(tmp_path):
     assert "is undecided with two seeds (+0.0 points [+0.0, +0.0])" in report.verdict
 
 
-def test_predictions_of_another_run_are_not_taken_for_its_own(tmp_path):
+def test_predictions_of_another_run_are_refused(tmp_path):
     store, study = Store(tmp_path), reinit(lab())
     right = {BASELINE: [20, 22], "reinit attn": [20, 22], "reinit attn + copy": [30, 31], "teacher": [36]}
     finished(study, store, right)

@@ -27,7 +27,7 @@ def test_arms_that_share_no_baseline_are_refused():
     redrawn = benchmark(lab("data.test_draw=1"), "deit_s", "copy")
     with pytest.raises(UserError, match="are not measured on the same images"):
         replace(study, arms=(study.arms[0], redrawn.arms[1]))
-    held = benchmark(lab("data.validation=0.1"), "deit_s", "copy")  # other training images, the same test images
+    held = benchmark(lab("data.validation=0.1"), "deit_s", "copy")  # different training images, the same test images
     assert replace(study, arms=(study.arms[0], held.arms[1]))
     assert held.reference == study.reference
     late = replace(

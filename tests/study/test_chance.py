@@ -1,4 +1,4 @@
-"""A baseline near chance: no verdict, in words, claims, tables and JSON; and arms that say one or two classes only."""
+"""Baselines near chance get no verdict in words, claims, tables and JSON; degenerate arms are named."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def outcomes(shares, images=IMAGES, seed=0):
 
 
 def finish(study, store, shares, labels=LABELS, predicted=None):
-    """Made-up runs: what share of the images each seed of an arm gets right; the rest is said to be the next class."""
+    """Make runs: the share of images each seed of an arm gets right; the others are predicted as the next class."""
     rng = np.random.default_rng(0)
     for arm in filter(None, [*study.arms, study.reference]):
         for spec, share in zip(arm.specs, shares[arm.name], strict=True):
@@ -67,20 +67,20 @@ def copied():
 @pytest.mark.parametrize(
     ("teacher", "needed"), [(None, 20.0), (90.0, 20.0), (40.0, 20.0), (25.0, 15.0), (10.0, 10.0), (4.0, 10.0)]
 )
-def test_what_the_baseline_has_to_reach(teacher, needed):
+def test_the_accuracy_that_the_baseline_must_reach(teacher, needed):
     """Chance and ten points, or a third of the way to the teacher; never below chance itself."""
     found = chance.footing(outcomes([0.3, 0.32, 0.31]), LABELS, teacher)
     assert (found.chance, found.needed, found.classes) == (10.0, pytest.approx(needed), 10)
 
 
-def test_chance_is_the_most_frequent_class():
+def test_chance_is_the_share_of_the_most_frequent_class():
     labels = np.repeat([0, 1, 2], [240, 100, 60])
     found = chance.footing(outcomes([0.66, 0.66, 0.66]), labels, 95.0)
     assert found.chance == 100 * 240 / 400
-    assert found.needed == 70 and found.undertrained  # at 66 %, where always saying class 0 gives 60
+    assert found.needed == 70 and found.undertrained  # at 66 %, where always predicting class 0 gives 60
 
 
-def test_the_lower_limit_is_the_intervals():
+def test_the_lower_limit_is_that_of_the_interval():
     three = outcomes([0.3, 0.34, 0.32])
     assert chance.footing(three, LABELS, None).low == estimate({"x": three}, {"x": 1}).low
     two = outcomes([0.3, 0.4])
@@ -89,7 +89,7 @@ def test_the_lower_limit_is_the_intervals():
 
 
 @pytest.mark.parametrize(("share", "undertrained"), [(0.13, True), (0.17, True), (0.2, True), (0.30, False)])
-def test_thirteen_to_seventeen_per_cent_of_ten_classes_are_chance(share, undertrained):
+def test_13_to_17_per_cent_in_ten_classes_count_as_chance(share, undertrained):
     assert chance.footing(outcomes([share] * 3), LABELS, 80.0).undertrained == undertrained
 
 
@@ -127,7 +127,7 @@ def test_far_above_chance_nothing_changes(copied, tmp_path):
     assert document.as_json(found)["studies"][0]["chance"]["undertrained"] is False
 
 
-def test_a_claim_is_judged_by_the_studies_that_are_trained(copied, tmp_path):
+def test_a_claim_is_judged_only_by_trained_studies(copied, tmp_path):
     store = Store(tmp_path)
     finish(copied, store, {BASELINE: [0.5, 0.49, 0.51], "copy": [0.7, 0.71, 0.72], "teacher": [0.9]})
     (good,) = read(copied, store).reports
@@ -138,7 +138,7 @@ def test_a_claim_is_judged_by_the_studies_that_are_trained(copied, tmp_path):
 
 
 @pytest.mark.parametrize("ablation", [match, recipes])
-def test_findings_of_a_series_say_nothing_either(ablation, tmp_path):
+def test_findings_of_an_undertrained_series_are_undecided_too(ablation, tmp_path):
     series = ablation(lab(seeds=3), teacher="deit_s")
     series = series if isinstance(series, Series) else Series.join([series])
     series = replace(series, studies=tuple(replace(one, measures=()) for one in series.studies))
@@ -150,7 +150,7 @@ def test_findings_of_a_series_say_nothing_either(ablation, tmp_path):
     assert len(own) == 2 and {one.verdict for one in own} == {"not testable here"}
 
 
-def test_where_the_length_is_studied_short_arms_are_exempt(tmp_path):
+def test_short_arms_are_exempt_where_the_length_is_studied(tmp_path):
     series, store = epochs(lab(seeds=3), teacher="deit_s", epochs="1,2"), Store(tmp_path)
     short, long = series.studies
     assert short.short_on_purpose and not long.short_on_purpose
@@ -160,10 +160,10 @@ def test_where_the_length_is_studied_short_arms_are_exempt(tmp_path):
     assert "copying its attention helps" in found.reports[0].verdict
     assert found.reports[1].verdict.startswith("deit_s (mini), 2 epochs: undertrained")
     assert "`epochs`=4 (here 2)" in found.verdict
-    assert any("1 epochs is near chance, and is read all the same" in note for note in tables.notes(found))
+    assert any("1 epochs is near chance, but is evaluated all the same" in note for note in tables.notes(found))
 
 
-def test_arms_that_say_one_or_two_classes_are_named(copied, tmp_path):
+def test_arms_that_predict_only_one_or_two_classes_are_named(copied, tmp_path):
     store = Store(tmp_path)
     shares = {BASELINE: [0.5, 0.49, 0.51], "copy": [0.1] * 3, "teacher": [0.9]}
     finish(copied, store, shares, predicted={"copy": 3})
@@ -185,12 +185,12 @@ def test_arms_that_say_one_or_two_classes_are_named(copied, tmp_path):
         ((3, 3, 3), 10, ""),
     ],
 )
-def test_which_arms_are_named(predicted, classes, says):
+def test_the_arms_that_are_named(predicted, classes, says):
     row = SimpleNamespace(classes=predicted, seeds=len(predicted))
     assert chance._few_classes(row, classes) == says
 
 
-def test_two_seeds_are_undecided_and_say_what_would_settle_it(tmp_path):
+def test_two_seeds_are_undecided_with_a_hint(tmp_path):
     study, store = gains(lab(seeds=2), "gains", "deit_s", ["copy"]), Store(tmp_path)
     finish(study, store, {BASELINE: [0.45, 0.5], "copy": [0.7, 0.75], "teacher": [0.9]})
     found = read(study, store)
@@ -201,6 +201,6 @@ def test_two_seeds_are_undecided_and_say_what_would_settle_it(tmp_path):
     assert found.reports[0].row("copy").contrast.adjusted is None
 
 
-def test_fabricated_reports_without_a_look_at_chance_are_left_alone():
+def test_reports_without_chance_are_not_judged_by_it():
     report = studies.fabricated(gains(lab(seeds=3), "gains", "deit_s", ["copy"]), [5.0])
     assert not report.undertrained and not chance.notes(report)

@@ -1,4 +1,4 @@
-"""Contrasts of all studies that are read together are corrected together."""
+"""Contrasts of all studies in a reading are corrected together."""
 
 from dataclasses import replace
 from functools import partial
@@ -31,18 +31,18 @@ def test_contrasts_of_all_studies_are_corrected_together(tmp_path):
     reading = read(series, lab(seeds=3).settings, store)
     found = [row.contrast for report in reading.reports for row in report.rows[1:]]
     assert [e.adjusted for e in found] == pytest.approx(holm([e.p for e in found]))
-    # alone, two of them are corrected for two
+    # alone, a study with two contrasts is corrected for two
     one = read(Series.join([series.studies[0]]), lab(seeds=3).settings, store).reports[0]
     assert [row.contrast.adjusted for row in one.rows[1:]] == pytest.approx(holm([e.p for e in found[:2]]))
 
 
-def test_a_contrast_that_studies_share_counts_once():
+def test_a_shared_contrast_counts_once():
     report = fabricated(benchmark(lab(), "deit_s", "copy"), [3.0])
     (twice, again) = corrected([report, report])
     assert twice.rows[1].contrast.adjusted == again.rows[1].contrast.adjusted == 0.05
 
 
-def test_arms_that_are_the_same_runs_are_said_and_counted_once():
+def test_arms_with_the_same_runs_are_named_and_counted_once():
     study = benchmark(lab(), "deit_s", "copy")
     scratch, copy = study.arms
     assert not [note for note in study.notes if "same runs" in note]
@@ -70,22 +70,22 @@ def test_no_experiment_plans_one_condition_under_two_names():
             assert len({arm.specs[0].id for arm in study.arms}) == len(study.arms), (one.name, study.label)
 
 
-def test_what_is_clear_alone_need_not_be_so_among_many():
+def test_a_contrast_clear_alone_need_not_be_clear_among_many():
     alone = estimate(3.0, 2.9)
     assert alone.clear
     reports = corrected(fabricated_series({name: [3.0, 3.0] for name in ("deit_s", "clip_b")}, half=2.9))
-    # equal numbers from runs with equal names are one contrast here, so this is a family of one
+    # equal runs are one contrast here, so this is a family of one
     assert reports[0].rows[1].contrast.clear
     assert not replace(alone, adjusted=0.2).clear
     assert "can't be told from noise" in verb_phrase(replace(alone, adjusted=0.2), "helps", "hurts")
 
 
-def test_one_seed_is_not_corrected():
+def test_contrasts_of_one_seed_are_not_corrected():
     (report,) = corrected(fabricated_series({"deit_s": [3.0, 9.0]}, seeds=1))
     assert [row.contrast.adjusted for row in report.rows[1:]] == [None, None]
 
 
-def test_equivalence_is_said_where_it_was_asked_for_and_found():
+def test_equivalence_is_reported_where_requested_and_found():
     (report,) = corrected(fabricated_series({"deit_s": [0.1, 3.0]}, half=0.4), equivalence=0.5)
     near, far = (row.contrast for row in report.rows[1:])
     assert (near.within, far.within) == (0.5, None)

@@ -1,4 +1,4 @@
-"""Accuracy over depth: the intervals are those of every other contrast."""
+"""Accuracy over depth: intervals as for all other contrasts."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def probed(seed, layers=(0, 5), itself=True):
     return Probed("net", str(seed), layers, 99, correct, {"both": np.array([0.01, 1.0])}, 19, 20, CLUSTERS, right[1])
 
 
-def test_a_line_for_each_layer_with_the_interval_over_seeds_and_images():
+def test_each_layer_has_an_interval_over_seeds_and_images():
     runs = [probed(1), probed(2)]
     frame = depth.frame({"arm": runs, "alone": [probed(3)]})
     assert len(frame) == 2 * (2 * 2 + 1)
@@ -31,7 +31,7 @@ def test_a_line_for_each_layer_with_the_interval_over_seeds_and_images():
     assert alone.top1 == pytest.approx(100 * probed(3).itself.mean())
 
 
-def test_intervals_stay_within_accuracies():
+def test_intervals_stay_between_0_and_100():
     nearly = probed(1)
     nearly.correct["linear", "both"][:] = True
     nearly.correct["linear", "both"][:, 0] = False
@@ -39,6 +39,6 @@ def test_intervals_stay_within_accuracies():
     assert (frame.ci_high.max() == 100.0 and frame.ci_low.min() == 0.0) or frame.ci_low.min() > 0
 
 
-def test_runs_of_other_layers_are_no_seeds_of_one_arm():
+def test_runs_with_different_layers_are_not_one_arm():
     with pytest.raises(ValueError, match="different layers"):
         depth.frame({"arm": [probed(1), probed(2, layers=(0, 6))]})

@@ -1,4 +1,4 @@
-"""A teacher whose head's rows stand in another order than a folder's classes: every table that uses the head."""
+"""A teacher whose head has its rows in another order than a folder's classes, in every table that uses the head."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ ROWS = ("pink", "aqua", "red", "blue", "green")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Noisy images of five colours."""
+    """Make noisy images of five colours."""
     root, draw = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 8)):
         for name, colour in COLOURS.items():
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state(folder):
-    """A small ViT of drawn weights, with a head fitted to the training images by least squares."""
+    """Make a small ViT with random weights and a head fitted to the training images by least squares."""
     import timm
 
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ ARGUMENTS = {"num_classes": 5, "depth": 2, "embed_dim": 24, "num_heads": 3}
 
 @pytest.fixture
 def here(state, tmp_path, monkeypatch):
-    """The teacher ``own_s`` of ``own.pth``, and a folder without a list."""
+    """Make the teacher ``own_s`` from ``own.pth``, and a folder without a class list."""
     monkeypatch.setattr(teachers, "_OWN", {})
     monkeypatch.chdir(tmp_path)
     save(state)
@@ -114,7 +114,7 @@ def lab(folder, given=None, **more):
 
 
 @pytest.mark.parametrize("say", [inside, by_index, beside, typed, nothing])
-def test_its_accuracy_is_right_or_said_to_rest_on_an_assumption(here, state, folder, say):
+def test_the_accuracy_is_right_or_marked_as_assumption(here, state, folder, say):
     how = say(here, state)
     settings = lab(folder, here / "my.txt" if say is typed else None)
     if say is typed:
@@ -130,7 +130,7 @@ def test_its_accuracy_is_right_or_said_to_rest_on_an_assumption(here, state, fol
     known = say is not nothing
     rows = tuple(ROWS.index(name) for name in sorted(ROWS)) if known else ()
     assert arm.specs[0].init.head_rows == rows
-    accuracy = 100 * (np.array(predicted(one, pictures)) == pictures.labels).mean()  # of the names, by hand
+    accuracy = 100 * (np.array(predicted(one, pictures)) == pictures.labels).mean()  # by matching names explicitly
     assert accuracy > 90
     for top1, warning in (
         (own.top1[0], own.warning),
@@ -145,14 +145,14 @@ def subject(settings):
 
 
 def predicted(one, pictures):
-    """Labels of the classes that the head names, by hand."""
+    """Return the labels of the classes that the head predicts, by hand."""
     (batch,) = pictures.batches(len(pictures))
     with torch.no_grad():
         return [sorted(ROWS).index(ROWS[row]) for row in one.module(batch.pixels).argmax(-1)]
 
 
 @pytest.mark.parametrize("say", [inside, nothing])
-def test_its_row_in_an_experiment(here, state, folder, say):
+def test_the_teachers_row_in_an_experiment(here, state, folder, say):
     how, settings = say(here, state), lab(folder)
     teacher = settings.teacher("own_s")
     copying = settings.transfer("copy", settings.student(teacher))
@@ -180,7 +180,7 @@ def test_its_row_in_an_experiment(here, state, folder, say):
     assert report.reference.top1 == told["top1"]
 
 
-def test_a_student_never_learns_from_rows_in_another_order(here, state, folder):
+def test_students_never_learn_from_rows_in_the_wrong_order(here, state, folder):
     beside(here, state)
     settings = lab(folder)
     teacher = settings.teacher("own_s")
@@ -195,7 +195,7 @@ def test_a_student_never_learns_from_rows_in_another_order(here, state, folder):
     settings.arm("x", student, teacher, transfer=logits)
 
 
-def test_what_is_typed(here, state, folder, capsys):
+def test_the_command_line(here, state, folder, capsys):
     data = ["--data", f"folder:{folder}", "--set", "data.image_size=32", "--images", "0", "--device", "cpu", "--json"]
     typed(here, state)
     out = json.loads(atdiag("intervene", "own_s", *data, "--classes", "my.txt").splitlines()[-1])

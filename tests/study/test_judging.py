@@ -35,13 +35,13 @@ def test_a_claim_is_judged_by_the_intervals_of_its_families(effects, verdict, ou
     assert found.note == (f"not tested: {', '.join(missing)}" if missing else "")
 
 
-def test_a_claim_of_an_effect_does_not_hold_where_there_is_shown_to_be_none():
+def test_a_claimed_effect_does_not_hold_if_equivalence_is_shown():
     reports = [fabricated(benchmark(lab(), "clip_b", "copy"), [-0.1], half=0.3)]
     assert judge_claim(FAILS, corrected(reports)).verdict == "undecided"
     assert judge_claim(FAILS, corrected(reports, equivalence=0.5)).verdict == "does not hold"
 
 
-def test_nothing_is_rescued_that_has_not_failed():
+def test_a_rescue_needs_a_failure():
     claim = next(one for one in paper.of("rescue") if one.name == "native components rescue")
 
     def judged(standard: float) -> Judged:

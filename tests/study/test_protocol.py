@@ -1,4 +1,4 @@
-"""The protocol's error rates, on studies that vary as real mini runs were measured to (benchmarks/false_alarms.py)."""
+"""The protocol's error rates in simulated studies that vary like real mini runs (benchmarks/false_alarms.py)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS = [*QUICK, *(pytest.param(title, marks=pytest.mark.slow) for title in L
 
 
 def drawn(title: str, studies: int, effect: float = 0.0, seeds: int = 3) -> Iterator[Estimate]:
-    """Contrasts of two arms whose true accuracies differ by ``effect`` points."""
+    """Simulate contrasts of two arms whose true accuracies differ by ``effect`` points."""
     like, rng = LIKE[title], np.random.default_rng([7, studies, seeds])
     population = Population.like(like)
     accuracies = {"a": like.accuracy + effect / 200, "b": like.accuracy - effect / 200}
@@ -30,7 +30,7 @@ def drawn(title: str, studies: int, effect: float = 0.0, seeds: int = 3) -> Iter
 
 
 def components(title: str, value: float) -> Estimate:
-    """A contrast of this size with the measured components."""
+    """Make a contrast of this size with the measured variance components."""
     like = LIKE[title]
     known = {name: getattr(like, name) for name in ("var_seed", "var_cluster", "var_residual")}
     return Estimate(
@@ -40,7 +40,7 @@ def components(title: str, value: float) -> Estimate:
 
 
 @pytest.mark.parametrize("title", SETTINGS)
-def test_false_alarms_of_2000_studies_of_arms_that_do_not_differ(title):
+def test_false_alarms_in_2000_studies_of_equal_arms(title):
     alarms = sum(e.clear for e in drawn(title, 2000))
     assert 60 <= alarms <= 140
 
@@ -56,8 +56,8 @@ def test_a_planted_effect_is_found_at_the_promised_rate(title, effect):
     assert not any(e.high < 0 for e in found)
 
 
-def test_a_family_of_contrasts_raises_no_more_false_alarms_than_one():
-    """Twelve arms as good as their baseline. One df for all levels would raise some in a sixth of such studies."""
+def test_a_family_of_contrasts_keeps_the_error_rate():
+    """Twelve arms equal to their baseline. With one df for all levels a sixth of the studies would be false alarms."""
     like, rng, studies = LIKE["distill - scratch"], np.random.default_rng(5), 300
     population = Population.like(like)
     names = [f"arm {i}" for i in range(12)]
@@ -71,17 +71,17 @@ def test_a_family_of_contrasts_raises_no_more_false_alarms_than_one():
     assert uncorrected > 4 * studies * 0.05
 
 
-def test_equivalence_is_seldom_claimed_of_arms_that_differ_by_the_margin():
+def test_equivalence_is_rarely_claimed_for_arms_that_differ_by_the_margin():
     margin = MEASURED["simulated"]["distill - scratch"]["equivalence"]["margin"]
     claimed = sum(equivalent(e, margin) for e in drawn("distill - scratch", 1000, effect=margin))
     assert claimed <= stats.binom.ppf(0.999, 1000, 0.05)
-    assert np.mean([equivalent(e, margin) for e in drawn("distill - scratch", 300)]) > 0.5  # and it can be claimed
+    assert np.mean([equivalent(e, margin) for e in drawn("distill - scratch", 300)]) > 0.5  # but sometimes
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 8])
 @pytest.mark.parametrize(("of_seed", "of_cluster"), [(0, 0.3), (0.3, 1), (1, 3), (3, 3), (10, 3)])
-def test_small_levels_mean_what_they_say(seeds, of_seed, of_cluster):
-    """Normal theory, 100,000 studies: no level has more false alarms than 1.3 times its nominal share.
+def test_small_levels_are_kept(seeds, of_seed, of_cluster):
+    """Normal theory, 100,000 studies: no level has more than 1.3 times its nominal rate of false alarms.
 
     Components as mean squares of the residual: C var_seed and S var_cluster, each divided by var_residual.
     """
@@ -103,8 +103,8 @@ def test_small_levels_mean_what_they_say(seeds, of_seed, of_cluster):
         assert alarms < 1.3 * level + 4 * (level / studies) ** 0.5, level
 
 
-def test_the_committed_figures_are_those_that_the_readme_claims():
-    """The file is what the benchmark wrote: every rate in it is within the target it is measured against."""
+def test_the_committed_results_are_those_in_the_readme():
+    """The benchmark's result file: every rate in it is within its target."""
     for title, one in MEASURED["simulated"].items():
         assert 3 <= one["false_alarms"]["percent"] <= 7, title
         assert Population.like(LIKE[title]) == Population(**one["population"])

@@ -1,4 +1,4 @@
-"""The installed ablations: which there are, in which order, and with which options all of them are run."""
+"""The installed ablations, their order, and the options with which `reproduce` runs them."""
 
 import tomllib
 from importlib import import_module
@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 
 @pytest.fixture
 def entries(monkeypatch):
-    """Put functions in the place of what is installed: source -> function, or a fault that loading it raises."""
+    """Replace the installed ablations: source -> function, or an error that loading it raises."""
 
     def put(functions: dict) -> None:
         def load(entry):
@@ -40,10 +40,10 @@ def at(order: int):
 
 
 def unplaced(lab):
-    """An experiment that says nothing of its place."""
+    """An experiment without an order."""
 
 
-def test_ours_come_first_and_each_in_its_order(entries):
+def test_our_own_ablations_come_first_in_their_order(entries):
     entries(
         {
             "theirs.x:early": at(1),
@@ -60,12 +60,12 @@ def test_ours_come_first_and_each_in_its_order(entries):
         *("theirs.x:early", "theirs.z:late", "theirs.y:broken"),
     ]
     assert (found[-1].function, found[-1].fault) == (None, "ImportError: no such")
-    # all but what has no place, or can't be loaded; of one name the first
+    # all except those without an order or that can't be loaded; of equal names the first
     assert list(registry.placed()) == ["soon", "late", "early"]
     assert registry.placed()["late"][1].order == 20
 
 
-def test_a_placed_function_is_the_function_itself():
+def test_the_decorator_returns_the_function_itself():
     def function(lab):
         """An experiment."""
 
@@ -83,13 +83,13 @@ def test_a_placed_function_is_the_function_itself():
         (Placement(1, {"k": 1}, mini={}, quick={}), {}, {"k": 1}, {}),
     ],
 )
-def test_the_options_that_all_are_run_with(place, mini, small, quick):
+def test_the_options_of_reproduce(place, mini, small, quick):
     assert place.options("mini", quick=False) == mini
     assert place.options("small", quick=False) == small
     assert place.options("mini", quick=True) == quick
 
 
-def test_every_ablation_that_is_shipped_is_installed_and_placed():
+def test_every_shipped_ablation_is_installed_and_has_an_order():
     shipped = PROJECT["entry-points"][registry.GROUP]
     ours = {one.name: one for one in registry.installed() if one.source.startswith("ablations.")}
     assert {name: one.source for name, one in ours.items()} == shipped

@@ -1,4 +1,4 @@
-"""Where a setting comes from, and what is said of a wrong one."""
+"""Sources of settings and their precedence, and errors for wrong ones."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def asked(*sets: str, toml: str | None = None, folder: Path = Path("/nonexistent
 
 
 def refused(*sets: str, **options) -> str:
-    """The one line that is said."""
+    """Return the one-line message."""
     with pytest.raises(UserError) as fault:
         asked(*sets, **options)
     text = str(fault.value)
@@ -70,13 +70,13 @@ def test_an_empty_variable_is_an_unset_one():
     assert asked(environment={"ATDIAG_PROFILE": "", "ATDIAG_RUNS": ""}) == asked()
 
 
-def test_the_folder_of_runs_may_start_at_home(monkeypatch):
+def test_the_folder_of_runs_may_start_with_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert asked(environment={"ATDIAG_RUNS": "~/runs"}).runs == Path("/home/someone/runs")
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_method_s_own_field_wins_whatever_the_order(order):
+def test_a_methods_own_field_wins_in_any_order(order):
     recipe = asked(*["recipe.copy.lr=0.5", "recipe.lr=0.25"][::order]).profile.recipe
     assert {method: recipe[method].lr for method in METHODS} == {
         "none": 0.25,
@@ -87,9 +87,9 @@ def test_a_method_s_own_field_wins_whatever_the_order(order):
 
 
 @pytest.mark.parametrize("tables", ["[recipe]\nlr = 0.25\n[recipe.copy]\nlr = 0.5", "[recipe.copy]\nlr = 0.5"])
-def test_a_method_s_own_field_in_the_file(tmp_path, tables):
+def test_a_methods_own_field_in_the_file(tmp_path, tables):
     assert asked(toml=tables, folder=tmp_path).profile.recipe["copy"].lr == 0.5
-    # ... but what is typed for all methods now wins over what the file says for one
+    # ... but a value typed for all methods wins over the file's value for one
     found = asked("recipe.lr=0.125", folder=tmp_path)
     assert {recipe.lr for recipe in found.profile.recipe.values()} == {0.125}
     assert found.overrides == {"recipe.lr": 0.125}
@@ -110,7 +110,7 @@ def test_every_field_can_be_set(tmp_path):
         assert found.profile == PROFILES["mini"]
 
 
-def test_overrides_leave_the_profile_as_it_is():
+def test_overrides_do_not_change_the_profile():
     before = PROFILES["mini"].model_dump()
     asked("recipe.epochs=9", "data.train=100")
     assert PROFILES["mini"].model_dump() == before
@@ -174,9 +174,9 @@ def test_wrong_overrides(sets, says):
         pytest.param("[" * 100_000, id="deep"),
     ],
 )
-def test_what_is_not_finite_or_absurd(name, value):
+def test_infinite_and_absurd_values_are_refused(name, value):
     if name == "recipe.lr" and value == "1" * 30:
-        return  # absurd, and a fault at run time that names the run and the step
+        return  # absurd, but only an error at run time, which names the run and the step
     text = refused(f"{name}={value}")
     assert text.startswith((f"{name}=", "recipe.mixup or"))
 
@@ -201,7 +201,7 @@ def test_numbers_of_seeds(count, tmp_path):
     assert f"atdiag.toml: seeds = {count}" in refused(toml=f"seeds = {count}", folder=tmp_path)
 
 
-def test_seeds_in_a_row_from_the_first(tmp_path):
+def test_seeds_are_consecutive_from_the_first(tmp_path):
     def seeds(**given):
         return [(seed.data, seed.model) for seed in asked(**given).seeds]
 
@@ -274,7 +274,7 @@ def test_wrong_files(toml, says, tmp_path):
 
 
 @pytest.mark.parametrize("make", ["folder", "bytes"])
-def test_files_that_are_no_text(make, tmp_path):
+def test_files_that_are_not_text(make, tmp_path):
     if make == "folder":
         (tmp_path / "atdiag.toml").mkdir()
     else:
@@ -303,7 +303,7 @@ VALUES = st.one_of(
 @example(["recipe.betas=[1e400,{}]"])
 @example(["data.train=" + "9" * 400])
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
-def test_whatever_is_typed_is_understood_or_refused(sets):
+def test_any_input_is_understood_or_refused(sets):
     try:
         found = asked(*sets)
     except UserError as fault:
@@ -316,7 +316,7 @@ def test_whatever_is_typed_is_understood_or_refused(sets):
 # Real images
 
 
-def test_the_larger_profiles_are_of_real_images():
+def test_the_larger_profiles_use_real_images():
     """Planning needs neither the images nor the weights."""
     small, paper = (resolve(profile=name, environment={}).profile for name in ("small", "paper"))
     assert (small.data.name, small.data.train, small.data.image_size) == ("imagenette", 9469, 128)

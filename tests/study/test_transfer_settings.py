@@ -1,9 +1,9 @@
-"""How a user says what passes."""
+"""Settings of the transfer."""
 
 from atdiag.study.transfer_settings import TransferSettings
 
 
-def test_each_method_takes_the_fields_it_has():
+def test_each_method_keeps_only_its_own_fields():
     form = TransferSettings(layers="top:2", heads="0", tensor="q", temperature=2.0)
     assert form.transfer("none", 12, 3).method == "none"
     copy, distill = form.transfer("copy", 12, 3), form.transfer("distill", 12, 3)

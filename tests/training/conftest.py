@@ -37,7 +37,7 @@ def load_teacher(teacher: Teacher):
 
 @dataclass(frozen=True)
 class Bench:
-    """A store and the means to train in it."""
+    """A store, and functions to train in it."""
 
     store: Store
 
@@ -47,7 +47,7 @@ class Bench:
         return RunSpec(network=network, teacher=TEACHER, data=data, recipe=recipe, seed=seed, **parts)
 
     def company(self):
-        """Runs of one cohort that differ in all that arms differ in."""
+        """Return runs of one cohort that differ in everything in which arms can differ."""
         other = RECIPE.model_copy(update={"lr": 3e-3, "drop_path": 0.0, "label_smoothing": 0.0, "epochs": 1})
         return {
             "baseline": self.spec(),
@@ -59,7 +59,7 @@ class Bench:
         }
 
     def train(self, *specs, load=load_teacher, **options):
-        """Train a cohort; the global generators' state is another each time."""
+        """Train a cohort, each time with another state of the global generators."""
         torch.seed(), np.random.seed(), random.seed()  # noqa: NPY002
         execution = {name: options.pop(name) for name in EXECUTION if name in options}
         return cohort.train(specs, self.store, load, ExecutionOptions(device="cpu", **execution), **options)
@@ -81,7 +81,7 @@ def bench(tmp_path):
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
-    """The company of :meth:`Bench.company`, each run trained uninterrupted and alone: what all others must equal."""
+    """Train each run of :meth:`Bench.company` uninterrupted and alone: what all others must equal."""
     bench = Bench(Store(tmp_path_factory.mktemp("alone") / "runs"))
     for spec in bench.company().values():
         assert bench.train(spec) == {spec.id: "finished"}
@@ -90,7 +90,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def assert_same():
-    """Assert that two benches ended with the same run, bit for bit."""
+    """Assert that a run is the same in two benches, bit for bit."""
 
     def check(one: Bench, two: Bench, spec):
         left, right = one.weights(spec), two.weights(spec)

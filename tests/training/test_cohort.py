@@ -19,9 +19,9 @@ from atdiag.training import trainer
 CPU = torch.device("cpu")
 
 
-def test_a_run_alone_and_in_company_ends_with_the_same_weights(bench, alone, assert_same):
+def test_a_run_ends_with_the_same_weights_alone_and_in_a_cohort(bench, alone, assert_same):
     company = bench.company()
-    # In another order, and in a company that is not everybody.
+    # In another order, and without some of the others.
     for members in (list(company)[::-1], ["copy below", "distill"]):
         here = bench.sibling("-".join(members))
         status = here.train(*(company[name] for name in members))
@@ -30,12 +30,12 @@ def test_a_run_alone_and_in_company_ends_with_the_same_weights(bench, alone, ass
             assert_same(alone, here, company[name])
 
 
-def test_runs_differ_where_their_arms_do(alone):
+def test_runs_differ_where_their_arms_differ(alone):
     heads = {name: alone.weights(spec)["head.weight"] for name, spec in alone.company().items()}
     assert not any(torch.equal(heads[a], heads[b]) for a in heads for b in heads if a < b)
 
 
-def test_what_a_finished_run_holds(alone):
+def test_the_files_of_a_finished_run(alone):
     for spec in alone.company().values():
         run = alone.run(spec)
         lines, result = run.progress(), run.result()
@@ -60,7 +60,7 @@ def test_what_a_finished_run_holds(alone):
 
 
 class Times(nn.Module):
-    """In place of timm's DropPath: multiplies by factors set from outside."""
+    """Replace timm's DropPath: multiply by factors set from outside."""
 
     factor = torch.ones(())
 
@@ -105,7 +105,7 @@ def plain_timm(spec, steps):
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_transfer_none_is_plain_timm_training(bench, rate, clip):
+def test_transfer_none_equals_plain_timm_training(bench, rate, clip):
     recipe = Recipe(epochs=4, batch_size=16, label_smoothing=0.1, drop_path=rate, warmup_epochs=2, clip_grad=clip)
     spec = bench.spec(recipe=recipe)
     bench.train(spec)
@@ -117,7 +117,7 @@ def test_transfer_none_is_plain_timm_training(bench, rate, clip):
         if clip is None:
             assert torch.equal(trained[name], value), name
             continue
-        # The norm of separate q, k, v is rounded otherwise than that of timm's fused tensor. No more is seen of it, but
+        # The gradient norm of separate q, k, v is rounded differently from that of timm's fused tensor. This shows only
         # in k's bias: softmax does not feel it, so its gradient is nothing but rounding, which Adam blows up to size.
         parts = zip("qkv", trained[name].chunk(3), value.chunk(3), strict=True)
         pairs = [(a, b) for n, a, b in parts if n != "k"] if name.endswith("qkv.bias") else [(trained[name], value)]
@@ -151,7 +151,7 @@ def test_the_loss_of_a_mixed_batch_is_the_cross_entropy_to_its_soft_target():
 # --- Copy -------------------------------------------------------------------------------------------------------------
 
 
-def test_copy_leaves_the_unused_q_and_k_untouched(alone):
+def test_copy_leaves_unused_q_and_k_unchanged(alone):
     spec = alone.company()["copy"]
     start, trained = students.build(spec.network, spec.seed.model).state_dict(), alone.weights(spec)
     for layer in range(6):
@@ -176,7 +176,7 @@ def test_copy_gives_unused_parameters_neither_gradient_nor_optimiser_state(bench
 
 
 def begin(bench, spec):
-    """A run's training, its first batch and what the teacher shows of it."""
+    """Return a run's trainer, its first batch and the teacher's observation of it."""
     from atdiag.training import evaluation
     from atdiag.transfer.observation import Observation, of_teacher
 
@@ -195,7 +195,7 @@ def begin(bench, spec):
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_run_before_the_update(bench, poison):
+def test_a_non_finite_loss_stops_the_run_before_the_update(bench, poison):
     training, batch, shown = begin(bench, bench.spec())
     training.advance(batch, shown)
     before = {name: value.clone() for name, value in training.student.state_dict().items()}
@@ -213,8 +213,8 @@ def test_what_is_not_finite_stops_the_run_before_the_update(bench, poison):
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_where_nothing_is_fetched_the_optimiser_itself_stops_at_the_fault(bench, poison):
-    """As on a GPU: later steps run on in ignorance, and change nothing."""
+def test_without_fetching_losses_the_optimiser_itself_skips_non_finite_steps(bench, poison):
+    """As on a GPU: later steps run on, but change nothing."""
     training, batch, shown = begin(bench, bench.spec())
     training._fetches_at_once = False
     training.advance(batch, shown)
@@ -253,7 +253,7 @@ def test_losses_fetched_late_are_the_same(bench):
     assert 0 < lines[0]["kl"] < lines[0]["transfer_loss"]
 
 
-def test_a_run_that_diverges_stops_with_its_cause_and_leaves_the_others_going(bench, alone, assert_same):
+def test_a_diverging_run_stops_with_its_cause_and_the_others_continue(bench, alone, assert_same):
     company = bench.company()
     wild = bench.spec(recipe=company["baseline"].recipe.model_copy(update={"lr": 1e30}))
     seen = []
@@ -273,7 +273,7 @@ def test_a_run_that_diverges_stops_with_its_cause_and_leaves_the_others_going(be
     assert seen[-1].doing == "training"
 
 
-def test_a_last_update_that_breaks_the_network_is_a_failure_too(bench):
+def test_a_non_finite_last_update_is_a_failure_too(bench):
     recipe = Recipe(epochs=1, batch_size=16, lr=1e30)
     spec = bench.spec(recipe=recipe, data=Data(train=16, test_per_source=1))
     assert bench.train(spec) == {spec.id: "failed"}
@@ -301,7 +301,7 @@ def test_runs_of_different_streams_or_data_are_refused_and_nothing_is_written(be
     assert not bench.store.root.exists()
 
 
-def test_the_same_run_twice_is_one_and_a_busy_one_is_left_alone(bench):
+def test_duplicate_runs_are_trained_once_and_busy_ones_skipped(bench):
     short = Recipe(epochs=1, batch_size=32)
     one, two = bench.spec(recipe=short), bench.spec(recipe=short, model_seed=1)
     with bench.store.create(two).lock():
@@ -309,7 +309,7 @@ def test_the_same_run_twice_is_one_and_a_busy_one_is_left_alone(bench):
     assert [p.name for p in bench.run(two).path.iterdir() if p.name != "lock"] == ["spec.json"]
 
 
-def test_half_precision_trains_too(bench):
+def test_half_precision_trains(bench):
     recipe = Recipe(epochs=1, batch_size=32, precision="bfloat16")
     specs = [
         bench.spec(recipe=recipe, transfer=Transfer(method=m, layers=(0, 5)), init=Init(source="teacher"))

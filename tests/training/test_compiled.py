@@ -1,4 +1,4 @@
-"""Compiled networks compute what uncompiled ones do, and never fall back in silence."""
+"""Compiled networks compute what uncompiled ones do, and never fall back silently."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def fresh():
 
 
 def step(student, teacher, transfer, images):
-    """Logits, loss and gradients of one training step."""
+    """Return logits, loss and gradients of one training step."""
     with torch.no_grad():
         shown = teacher.observe(images, of_teacher([transfer]))
     keep = torch.ones(3, 2, 2, 1, 1)
@@ -51,7 +51,7 @@ def both(network, backend):
 
 @pytest.mark.parametrize("network", [NETWORK, NATIVE])
 def test_the_graph_of_a_block_has_no_break_and_the_same_numbers(network):
-    """With the compiler's front end alone, the numbers are equal bit for bit."""
+    """With only the compiler's front end, numbers are equal bit for bit."""
     for eager, traced in both(network, "aot_eager"):
         torch.testing.assert_close(traced, eager, rtol=0, atol=0)
 
@@ -71,7 +71,7 @@ def test_all_blocks_share_one_graph():
 
 
 class Counting:
-    """A compiler that counts graphs and compiles none."""
+    """A compiler backend that counts graphs and compiles none."""
 
     def __init__(self):
         self.graphs = 0
@@ -95,7 +95,7 @@ def test_one_recompilation_too_many_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("choice", "device", "expected"), [("", "cpu", 0), ("", "cuda", 1), ("1", "cpu", 1), ("0", "cuda", 0)]
 )
-def test_the_user_can_choose(monkeypatch, choice, device, expected):
+def test_the_environment_variable_decides(monkeypatch, choice, device, expected):
     monkeypatch.setenv(compiled.VARIABLE, choice)
     assert compiled.wanted(torch.device(device)) == bool(expected)
     monkeypatch.setenv(compiled.VARIABLE, "yes")

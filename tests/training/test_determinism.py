@@ -1,4 +1,4 @@
-"""``--deterministic``: on a CPU, where there is nothing to win, it changes nothing; what it sets ends with the runs."""
+"""``--deterministic`` changes nothing on a CPU, and what it sets ends with the runs."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ TRANSFERS = {
 
 @pytest.fixture(autouse=True)
 def workspace(monkeypatch):
-    monkeypatch.setenv(determinism.WORKSPACE, "")  # set, so that what is set here ends with the test
+    monkeypatch.setenv(determinism.WORKSPACE, "")  # set here, so that changes end with the test
 
 
 def strictly():
@@ -51,8 +51,10 @@ def strictly():
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("native", [False, True])
-def test_every_transfer_runs_strictly_and_gives_the_same_bits(bench, assert_same, monkeypatch, tmp_path, native, fused):
-    """The native student has LayerScale, registers and a trained relative position bias; ``fused``: as on a GPU."""
+def test_every_transfer_runs_deterministically_with_the_same_bits(
+    bench, assert_same, monkeypatch, tmp_path, native, fused
+):
+    """The native student has LayerScale, registers and a trained relative position bias. ``fused``: as on a GPU."""
     monkeypatch.setattr(ops, "prefers_explicit", lambda *_, **__: not fused)
     monkeypatch.setattr(divergences, "preferred", lambda *_: "sdpa" if fused else "blocks")
     network = bench.company()["native" if native else "baseline"].network
@@ -69,7 +71,7 @@ def test_every_transfer_runs_strictly_and_gives_the_same_bits(bench, assert_same
             assert one.run(spec).result()["environment"]["deterministic"] is said
 
 
-def test_interrupted_with_it_and_gone_on_without(bench, alone, assert_same):
+def test_interrupted_with_it_and_resumed_without(bench, alone, assert_same):
     spec = bench.company()["distill"]
     left = iter([False] * 3)
     bench.train(spec, deterministic=True, should_stop=lambda: next(left, True))
@@ -86,7 +88,7 @@ def state():
     )
 
 
-def test_what_is_switched_on_and_off_again(monkeypatch):
+def test_settings_are_switched_on_and_restored(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before = state()
     assert before == (False, False, True, True)
@@ -101,13 +103,13 @@ def test_what_is_switched_on_and_off_again(monkeypatch):
 
 
 @pytest.mark.parametrize(("given", "stays"), [(":16:8", ":16:8"), (":4096:2:16:8", ":4096:8"), ("", ":4096:8")])
-def test_a_workspace_of_the_user_s_is_kept_where_it_is_repeatable(monkeypatch, given, stays):
+def test_the_users_cublas_workspace_is_kept_if_deterministic(monkeypatch, given, stays):
     monkeypatch.setenv(determinism.WORKSPACE, given)
     with determinism.algorithms(True):
         assert os.environ[determinism.WORKSPACE] == stays
 
 
-def test_too_late_is_said_and_changes_nothing(bench, monkeypatch):
+def test_switching_on_too_late_is_reported_and_changes_nothing(bench, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(UserError, match="set CUBLAS_WORKSPACE_CONFIG=:4096:8 before"):
         bench.train(bench.spec(recipe=RECIPE), deterministic=True)
@@ -117,7 +119,7 @@ def test_too_late_is_said_and_changes_nothing(bench, monkeypatch):
         assert strictly()
 
 
-def test_a_training_process_is_told(tmp_path, monkeypatch):
+def test_worker_processes_get_the_option(tmp_path, monkeypatch):
     network = Network(image_size=20, patch_size=4, channels=1, width=16, depth=2, heads=2, classes=10)
     recipe, seed = Recipe(epochs=1, batch_size=16), Seed(data=0, model=0)
     spec = RunSpec(network=network, data=Data(train=32, test_per_source=1), recipe=recipe, seed=seed)
@@ -128,12 +130,12 @@ def test_a_training_process_is_told(tmp_path, monkeypatch):
 
 
 class StopHereError(Exception):
-    """Thrown where training would begin."""
+    """Raised where training would start."""
 
 
 @pytest.mark.parametrize("command", ["layers --k 6", "reproduce --quick"])
 @pytest.mark.parametrize("asked", [True, False])
-def test_every_experiment_passes_it_on(tmp_path, monkeypatch, command, asked):
+def test_every_experiment_passes_the_option_on(tmp_path, monkeypatch, command, asked):
     told = []
 
     def execute(specs, store, options, on_progress):

@@ -1,4 +1,4 @@
-"""An average of the weights is what its formula says, is tested and stored, and survives whatever a run does."""
+"""An average of the weights equals its formula, is evaluated and stored, and survives interruptions and errors."""
 
 import math
 
@@ -28,7 +28,7 @@ def averaged(spec, ema=DECAY):
 
 
 def after(steps):
-    """A ``should_stop`` that says so after some steps."""
+    """Make a ``should_stop`` that returns True after some steps."""
     left = iter([False] * (steps - 1))
     return lambda: next(left, True)
 
@@ -38,7 +38,7 @@ def equal(one, two):
 
 
 def trajectory(bench, *specs):
-    """The checkpoints of runs that are stopped after every step, by spec."""
+    """Return the checkpoints of runs that are stopped after every step, by spec."""
     found = {spec.id: [] for spec in specs}
     while any(not bench.run(spec).finished for spec in specs):
         bench.train(*specs, should_stop=after(1))
@@ -49,9 +49,9 @@ def trajectory(bench, *specs):
 
 
 @pytest.mark.parametrize("name", ["copy", "started", "native"])
-def test_the_average_is_its_formula_and_the_run_is_as_without_it(bench, alone, name):
-    """Over the weights of the same run without an average, in float64; the copying one has parameters that never move,
-    the started one begins at its teacher's, the native one has a bias, LayerScale and registers."""
+def test_the_average_equals_its_formula_and_leaves_training_unchanged(bench, alone, name):
+    """Recomputed in float64 from the same run without an average. The copying run has parameters that never change, the
+    initialised one starts from its teacher's, the native one has a bias, LayerScale and registers."""
     plain = bench.company()[name]
     spec = averaged(plain)
     own, other = trajectory(bench, spec, plain)
@@ -78,8 +78,8 @@ def test_the_average_is_its_formula_and_the_run_is_as_without_it(bench, alone, n
     }
 
 
-def test_what_is_tested_is_what_is_stored(bench):
-    """The stored weights, evaluated, give the stored predictions, to the bit; and not the trained student's."""
+def test_the_stored_average_is_what_is_tested(bench):
+    """Evaluating the stored weights gives the stored predictions bit for bit, not those of the student itself."""
     spec, plain = averaged(bench.spec()), bench.spec()
     bench.train(spec, plain)
     subject = evaluation.load_subject(bench.run(spec), None)
@@ -89,7 +89,7 @@ def test_what_is_tested_is_what_is_stored(bench):
         assert not np.array_equal(found.log_p, other["log_p"])
 
 
-def test_alone_and_in_company(bench, assert_same, tmp_path):
+def test_the_average_is_the_same_alone_and_in_a_cohort(bench, assert_same, tmp_path):
     company = bench.company()
     specs = [averaged(company["copy"]), averaged(company["distill"], 0.99), company["baseline"]]
     one = bench.sibling(tmp_path / "alone")
@@ -102,7 +102,7 @@ def test_alone_and_in_company(bench, assert_same, tmp_path):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Runs on a folder of JPEGs of several sizes with everything random switched on, trained uninterrupted."""
+    """Train runs uninterrupted on a folder of JPEGs of several sizes with everything random switched on."""
     root = tmp_path_factory.mktemp("photos")
     draw(root, train=13)
     network = Network(image_size=20, patch_size=4, channels=3, width=16, depth=2, heads=2, classes=2)
@@ -117,10 +117,10 @@ def photos(tmp_path_factory):
     ]
 
 
-def test_interrupted_at_any_step_with_everything_on_is_uninterrupted(
+def test_interruption_at_any_step_changes_nothing_with_everything_on(
     bench, photos, assert_same, monkeypatch, tmp_path_factory
 ):
-    """9 steps, 3 an epoch: Mixup, CutMix, drop path, RandAugment, random erasing; loaded by other processes after."""
+    """9 steps, 3 per epoch: Mixup, CutMix, drop path, RandAugment, random erasing; resumed with other workers."""
     monkeypatch.setenv("ATDIAG_CACHE", str(tmp_path_factory.mktemp("cache")))
     bench.train(*photos)
     asked = []
@@ -141,7 +141,7 @@ def test_interrupted_at_any_step_with_everything_on_is_uninterrupted(
     assert not equal(*(bench.weights(spec) for spec in photos))
 
 
-def test_what_is_not_finite_does_not_touch_the_average(bench):
+def test_non_finite_steps_do_not_touch_the_average(bench):
     spec = averaged(bench.spec())
     stream = Stream(spec.data, spec.recipe, 0)
     training = trainer.RunTrainer(bench.store.create(spec), spec, None, {}, stream.steps_per_epoch, CPU)
@@ -154,8 +154,8 @@ def test_what_is_not_finite_does_not_touch_the_average(bench):
     assert equal(training.outcome.state_dict(), before)
 
 
-def test_where_nothing_is_fetched_no_nan_comes_in_and_nothing_is_kept(bench):
-    """As on a GPU, where a fault is learnt of later: the average goes on over weights that the optimiser left alone."""
+def test_without_fetching_losses_no_nan_enters_the_average(bench):
+    """As on a GPU, where errors are noticed later: the average continues over unchanged weights."""
     spec = averaged(bench.spec())
     stream = Stream(spec.data, spec.recipe, 0)
     training = trainer.RunTrainer(bench.store.create(spec), spec, None, {}, stream.steps_per_epoch, CPU)
@@ -171,13 +171,13 @@ def test_where_nothing_is_fetched_no_nan_comes_in_and_nothing_is_kept(bench):
     assert not training.run.checkpoint.exists()
 
 
-def test_a_network_that_broke_at_its_last_update_is_a_failure_of_its_average_too(bench):
+def test_a_non_finite_last_update_fails_a_run_with_an_average_too(bench):
     spec = bench.spec(recipe=Recipe(epochs=1, batch_size=16, lr=1e38, ema=0.5), data=Data(train=16, test_per_source=1))
     assert bench.train(spec) == {spec.id: "failed"}
     assert "not finite" in bench.run(spec).failure()["cause"]
 
 
-def test_the_average_is_no_copy_of_compiled_blocks(bench, assert_same, monkeypatch, tmp_path):
+def test_the_average_does_not_share_compiled_blocks(bench, assert_same, monkeypatch, tmp_path):
     spec = averaged(bench.company()["copy"])
     bench.train(spec)
     compile_blocks, seen = compiled.compile_blocks, []
@@ -199,7 +199,7 @@ def test_the_average_is_no_copy_of_compiled_blocks(bench, assert_same, monkeypat
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_looked_into_is_its_average(bench):
+def test_analysing_a_checkpoint_uses_its_average(bench):
     spec = averaged(bench.spec())
     bench.train(spec, should_stop=after(3))
     saved = checkpoint.load(bench.run(spec))
@@ -207,7 +207,7 @@ def test_a_checkpoint_looked_into_is_its_average(bench):
     assert equal(subjects.find(str(bench.run(spec).path)).module.state_dict(), saved.ema)
 
 
-def test_a_checkpoint_of_the_version_without_averages_goes_on(bench, alone, assert_same):
+def test_a_checkpoint_of_the_version_without_averages_can_be_resumed(bench, alone, assert_same):
     spec = bench.company()["distill"]
     bench.train(spec, should_stop=after(3))
     path = bench.run(spec).checkpoint
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_the_version_without_averages_goes_on(bench, alone, asse
 
 
 @pytest.mark.parametrize("with_average", [True, False])
-def test_a_checkpoint_that_lacks_the_average_or_has_one_too_many_is_refused(bench, with_average):
+def test_a_checkpoint_with_a_missing_or_superfluous_average_is_refused(bench, with_average):
     plain = bench.spec()
     spec, other = (averaged(plain), plain) if with_average else (plain, averaged(plain))
     for one in (spec, other):
@@ -232,7 +232,7 @@ def test_a_checkpoint_that_lacks_the_average_or_has_one_too_many_is_refused(benc
     assert "another recipe" in cause and f"atdiag runs remove {spec.id}" in cause
 
 
-def test_a_flipped_bit_of_the_average_is_seen(bench):
+def test_a_flipped_bit_in_the_average_is_detected(bench):
     spec = averaged(bench.spec())
     bench.train(spec, should_stop=after(2))
     path = bench.run(spec).checkpoint
@@ -243,7 +243,7 @@ def test_a_flipped_bit_of_the_average_is_seen(bench):
         checkpoint.load(bench.run(spec))
 
 
-def test_the_stored_weights_are_under_timm_s_names(bench):
+def test_the_stored_weights_have_timms_names(bench):
     spec = averaged(bench.spec(transfer=Transfer(method="copy", layers=(0,))))
     bench.train(spec)
     assert load_file(bench.run(spec).weights).keys() == students.build(spec.network, 0).state_dict().keys()

@@ -10,7 +10,7 @@ from atdiag.training import cohort, evaluation
 CPU = torch.device("cpu")
 
 
-def test_a_stored_run_gives_its_predictions_again(bench, alone):
+def test_a_stored_run_reproduces_its_predictions(bench, alone):
     asked = []
 
     def load_teacher(teacher):
@@ -30,7 +30,7 @@ def test_a_stored_run_gives_its_predictions_again(bench, alone):
     assert not any(p.requires_grad for subject in subjects.values() for p in subject.network.parameters())
 
 
-def test_a_copy_student_without_its_teacher_is_refused_and_with_its_own_maps_is_another(bench, alone):
+def test_a_copy_student_needs_its_teacher_and_differs_with_its_own_maps(bench, alone):
     spec = bench.company()["copy"]
     subject = evaluation.load_subject(alone.run(spec), lambda teacher: None)
     images = sources.find(spec.data).test_split(spec.data)
@@ -41,7 +41,7 @@ def test_a_copy_student_without_its_teacher_is_refused_and_with_its_own_maps_is_
         assert np.abs(own.log_p - stored["log_p"]).max() > 1e-2
 
 
-def test_no_epochs_is_the_teacher_as_it_is(bench):
+def test_zero_epochs_evaluate_the_teacher_itself(bench):
     native = bench.company()["native"].network
     spec = bench.spec(network=native, init=Init(source="teacher", head=True), recipe=Recipe(epochs=0))
     assert bench.train(spec) == {spec.id: "finished"}
@@ -52,7 +52,7 @@ def test_no_epochs_is_the_teacher_as_it_is(bench):
     assert bench.run(spec).progress() == []
 
 
-def test_predictions_do_not_depend_on_company(alone):
+def test_predictions_do_not_depend_on_the_batch(alone):
     teacher = students.build(alone.company()["native"].network, 99).eval()
     nets = [students.build(alone.spec().network, seed) for seed in range(2)]
     subjects = [
@@ -69,7 +69,7 @@ def test_predictions_do_not_depend_on_company(alone):
     assert len({p.log_p.tobytes() for p in together}) == 4
 
 
-def test_workers_change_no_prediction(alone, monkeypatch):
+def test_workers_do_not_change_predictions(alone, monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH", 100)
     spec = alone.company()["baseline"]
     subject = evaluation.load_subject(alone.run(spec), lambda teacher: None)
@@ -78,7 +78,7 @@ def test_workers_change_no_prediction(alone, monkeypatch):
     assert here.to_bytes() == ahead.to_bytes()
 
 
-def test_a_cohort_tests_with_the_workers_of_the_rule(bench, monkeypatch):
+def test_a_cohort_evaluates_with_the_default_number_of_workers(bench, monkeypatch):
     asked = []
     real = evaluation.loader.test_batches
 
@@ -94,7 +94,7 @@ def test_a_cohort_tests_with_the_workers_of_the_rule(bench, monkeypatch):
 
 
 def test_a_cohort_averages_its_teacher_s_maps_once(bench, monkeypatch, assert_same):
-    """Once for each choice of blocks, heads and tokens; and each run ends as it does alone."""
+    """Once for each choice of blocks, heads and tokens; each run ends as it does alone."""
     seen = []
     real = evaluation.averages
 
@@ -109,7 +109,7 @@ def test_a_cohort_averages_its_teacher_s_maps_once(bench, monkeypatch, assert_sa
     specs = [
         *(bench.spec(seed, transfer=transfer) for seed in (0, 1) for transfer in transfers),
         bench.spec(transfer=Transfer(method="copy", heads=(1,), **over)),
-        bench.spec(network=native, transfer=transfers[1]),  # with the registers that the others lack
+        bench.spec(network=native, transfer=transfers[1]),  # with registers, which the others lack
         bench.spec(),
     ]
     bench.train(*specs)

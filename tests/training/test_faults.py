@@ -1,4 +1,4 @@
-"""What docs/faults.md says happens, done for real: nothing half-written, nothing lost before the last checkpoint."""
+"""The behaviour described in docs/faults.md: nothing half-written, nothing lost before the last checkpoint."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def at(step, do):
-    """A ``should_stop`` that never says so, and does something after a step."""
+    """Make a ``should_stop`` that never stops, but does something after a step."""
     done = iter(range(1, 10**6))
 
     def ask():
@@ -48,7 +48,7 @@ def litter(run):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Let whatever is written from here on go to /dev/full, where the kernel says that no space is left."""
+    """Redirect all writes from now on to /dev/full, where the kernel reports that no space is left."""
 
     def mkstemp(dir, prefix):
         path = Path(dir) / f"{prefix}full"
@@ -78,8 +78,8 @@ def test_a_full_disk(bench, alone, assert_same, full_disk, monkeypatch, step):
         assert_same(alone, bench, spec)
 
 
-def test_a_disk_without_room_in_a_training_process(tmp_path, monkeypatch):
-    """The operating system refuses the worker any file beyond 50 kB; what the user sees, and the same command after."""
+def test_a_full_disk_in_a_worker_process(tmp_path, monkeypatch):
+    """The operating system refuses the worker files beyond 50 kB: the message, and the same command afterwards."""
     places = tmp_path / "site"
     places.mkdir()
     (places / "sitecustomize.py").write_text(
@@ -94,7 +94,7 @@ def test_a_disk_without_room_in_a_training_process(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(errors.FaultError) as found:
         patch.setenv("PYTHONPATH", f"{places}{os.pathsep}{ROOT}")
         run.execute([spec], store, ExecutionOptions(device="cpu", threads=1))
-    says = rf"a training process failed: OSError: \[Errno {errno.EFBIG}\] File too large \(its last words are in .*\)"
+    says = rf"a training process failed: OSError: \[Errno {errno.EFBIG}\] File too large \(its last output is in .*\)"
     assert re.match(says + "; the same command goes on from there$", str(found.value))
     mine = store.run(spec)
     assert not mine.finished
@@ -106,7 +106,7 @@ def test_a_disk_without_room_in_a_training_process(tmp_path, monkeypatch):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_a_fault_is_told_even_where_it_can_t_be_written_down(tmp_path, monkeypatch):
+def test_an_error_is_reported_even_if_it_can_not_be_logged(tmp_path, monkeypatch):
     script = tmp_path / "worker"
     script.write_text(f"#!/bin/sh\nread order\nrm -r {tmp_path}/runs\necho 'OSError: the mount is gone' >&2\nexit 1\n")
     script.chmod(0o755)
@@ -118,12 +118,12 @@ def test_a_fault_is_told_even_where_it_can_t_be_written_down(tmp_path, monkeypat
     assert "a training process failed: OSError: the mount is gone; the same command" in str(found.value)
 
 
-def test_the_folder_of_runs_vanishes_and_comes_back(bench, alone, assert_same):
+def test_the_folder_of_runs_disappears_and_returns(bench, alone, assert_same):
     spec = bench.company()["copy"]
     away = bench.store.root.with_name("away")
     with pytest.raises(FileNotFoundError):
         bench.train(spec, should_stop=at(6, lambda: bench.store.root.rename(away)), checkpoint_seconds=0)
-    if bench.store.root.exists():  # whatever was made there meanwhile is no run
+    if bench.store.root.exists():  # anything created there in between is no run
         assert not list(bench.store.root.glob("*/result.json"))
         shutil.rmtree(bench.store.root)
     away.rename(bench.store.root)
@@ -137,7 +137,7 @@ def test_the_folder_of_runs_vanishes_and_comes_back(bench, alone, assert_same):
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """A spec on a folder of JPEGs of several sizes, which are decoded as they are needed."""
+    """Make a spec on a folder of JPEGs of several sizes, which are decoded when needed."""
     monkeypatch.setenv("ATDIAG_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "photos"
     draw(root, train=12)
@@ -150,7 +150,7 @@ def photos(tmp_path, monkeypatch):
 def damaged(root):
     path = root / "train" / "bee" / "7.jpg"
     content = path.read_bytes()
-    path.write_bytes(content[:200] + bytes(len(content) - 200))  # its size is what it was
+    path.write_bytes(content[:200] + bytes(len(content) - 200))  # its size is unchanged
     return path, lambda: path.write_bytes(content)
 
 
@@ -161,7 +161,7 @@ def gone(root):
 
 
 @pytest.mark.parametrize("how", [damaged, gone])
-def test_images_go_bad_in_the_middle_of_a_run(bench, photos, assert_same, how, tmp_path):
+def test_images_become_unreadable_during_a_run(bench, photos, assert_same, how, tmp_path):
     root, spec = photos
     whole = bench.sibling(tmp_path / "whole")
     whole.train(spec)
@@ -186,7 +186,7 @@ def children():
 
 
 @pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="children are not listed here")
-def test_a_loader_process_dies(bench, photos, assert_same, monkeypatch, tmp_path):
+def test_a_loader_process_dies_during_a_run(bench, photos, assert_same, monkeypatch, tmp_path):
     _, spec = photos
     spec = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"epochs": 40})})
     whole = bench.sibling(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""A step in parts is the step: the same gradient and the same result up to rounding, whatever is switched on."""
+"""Micro-batches: the same gradient and the same result up to rounding, whatever is switched on."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def learn(training, batch, teacher, size):
 
 @pytest.mark.parametrize("size", [1, 5, 8])
 @pytest.mark.parametrize("name", TRANSFERS)
-def test_the_sum_of_the_parts_gradients_is_the_whole_batch_s(bench, name, size):
+def test_gradients_of_micro_batches_sum_to_the_whole_batchs(bench, name, size):
     """Mixup or CutMix, drop path, label smoothing; 5 does not divide the batch of 16."""
     training, batch, teacher = begin(bench, bench.spec(transfer=TRANSFERS[name]))
     assert batch.partner_labels is not None
@@ -61,14 +61,14 @@ def test_the_sum_of_the_parts_gradients_is_the_whole_batch_s(bench, name, size):
     assert torch.allclose(excess, excess_of_parts, rtol=1e-4, atol=1e-6)
 
 
-def test_runs_in_parts_end_as_whole_ones_and_say_so(alone, tmp_path):
+def test_runs_in_micro_batches_end_like_others_and_record_it(alone, tmp_path):
     bench = alone.sibling(tmp_path / "parts")
     names = ("baseline", "copy", "distill", "started")
     specs = [alone.company()[name] for name in names]
     assert set(bench.train(*specs, micro_batch=5).values()) == {"finished"}
     for spec in specs:
         one, other = alone.weights(spec), bench.weights(spec)
-        # AdamW divides by the size of the gradient, so what rounding makes of one of nothing moves like any other.
+        # AdamW divides by the gradient's size, so rounding errors in a zero gradient move a weight like any other.
         far = torch.cat([(one[n] - other[n]).abs().flatten() for n in one])
         assert far.mean() < 1e-4 * spec.recipe.lr / 1e-3
         for before, after in zip(alone.run(spec).progress(), bench.run(spec).progress(), strict=True):
@@ -78,13 +78,13 @@ def test_runs_in_parts_end_as_whole_ones_and_say_so(alone, tmp_path):
         assert bench.run(spec).result()["environment"]["micro_batch"] == 5
 
 
-def test_more_than_the_batch_is_the_batch(bench, alone, assert_same):
+def test_a_micro_batch_larger_than_the_batch_is_the_batch(bench, alone, assert_same):
     spec = bench.company()["distill"]
     bench.train(spec, micro_batch=1000)
     assert_same(alone, bench, spec)
 
 
-def test_interrupted_in_parts_and_resumed(bench, assert_same, tmp_path):
+def test_interrupted_in_micro_batches_and_resumed(bench, assert_same, tmp_path):
     spec, other = bench.company()["copy"], bench.sibling(tmp_path / "whole")
     other.train(spec, micro_batch=6)
     left = iter([False] * 6)
@@ -98,7 +98,7 @@ def test_interrupted_in_parts_and_resumed(bench, assert_same, tmp_path):
 
 @pytest.fixture
 def room_for(monkeypatch):
-    """Let a device have room for so many images: more of them are out of memory, as CUDA says it."""
+    """Simulate a device with room for so many images: more raise CUDA's out-of-memory error."""
 
     def set_(images: int) -> None:
         learn = trainer.RunTrainer.learn
@@ -114,7 +114,7 @@ def room_for(monkeypatch):
 
 
 @pytest.mark.parametrize(("room", "given", "fits"), [(15, None, 8), (3, None, 2), (1, None, 1), (3, 6, 3)])
-def test_out_of_memory_names_the_micro_batch_that_fits_and_it_does(bench, room_for, room, given, fits):
+def test_out_of_memory_suggests_a_micro_batch_that_fits(bench, room_for, room, given, fits):
     room_for(room)
     specs = (
         bench.spec(recipe=Recipe(epochs=1, batch_size=16)),
@@ -128,7 +128,7 @@ def test_out_of_memory_names_the_micro_batch_that_fits_and_it_does(bench, room_f
     assert set(bench.train(*specs, micro_batch=fits).values()) == {"finished"}
 
 
-def test_where_not_even_one_image_fits(bench, room_for):
+def test_not_even_one_image_fits(bench, room_for):
     room_for(0)
     with pytest.raises(cohort.OutOfMemoryError, match=r"not even one fits.*more memory"):
         bench.train(bench.spec())

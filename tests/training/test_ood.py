@@ -1,4 +1,4 @@
-"""Finished runs on other test sets: what is stored, against what the run itself stored and explicit formulas."""
+"""Finished runs on other test sets: stored predictions against the run's own and explicit formulas."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def same(one, two):
     return all(np.array_equal(getattr(one, field), getattr(two, field)) for field in FIELDS)
 
 
-def test_on_its_own_test_set_a_run_says_what_it_said(trained, bench):
+def test_evaluating_on_the_runs_own_test_set_reproduces_its_predictions(trained, bench):
     as_it_is = bench.spec(
         network=bench.company()["native"].network, init=Init(source="teacher", head=True), recipe=Recipe(epochs=0)
     )
@@ -62,7 +62,7 @@ def test_on_its_own_test_set_a_run_says_what_it_said(trained, bench):
 
 
 @pytest.mark.parametrize("name", ["gaussian_noise:5", "pixelate"])
-def test_a_corruption_is_what_the_subject_says_of_corrupted_images(trained, name):
+def test_predictions_on_a_corruption_equal_explicit_evaluation(trained, name):
     (test_set,) = sets(name)
     ood.evaluate_runs(list(trained.values()), [test_set], CPU, load_teacher)
     clean = sources.find(trained["copy"].spec.data).test_split(trained["copy"].spec.data)
@@ -76,7 +76,7 @@ def test_a_corruption_is_what_the_subject_says_of_corrupted_images(trained, name
             assert not np.array_equal(own["log_p"], expected.log_p)
 
 
-def test_a_runs_numbers_do_not_depend_on_its_company(trained, tmp_path):
+def test_a_runs_results_do_not_depend_on_the_other_runs(trained, tmp_path):
     wanted = sets("fog:1", "jpeg")
     ood.evaluate_runs(list(trained.values()), wanted, CPU, load_teacher, together=4)
     for name in ("baseline", "copy"):
@@ -122,14 +122,14 @@ def test_nothing_is_evaluated_twice_and_pixels_are_shared(trained, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_stopped_it_goes_on_where_it_was(trained):
+def test_a_stopped_evaluation_resumes(trained):
     run, wanted, told = trained["baseline"], sets("corruptions"), []
     assert ood.evaluate_runs([run], wanted, CPU, load_teacher, told.append, lambda: len(told) == 3) == 3
     assert [is_stored(run, t) for t in wanted] == [True] * 3 + [False] * (len(CORRUPTIONS) - 3)
     assert ood.evaluate_runs([run], wanted, CPU, load_teacher) == len(CORRUPTIONS) - 3
 
 
-def test_what_means_something_else_now_is_made_again(trained, monkeypatch):
+def test_outdated_predictions_are_repeated(trained, monkeypatch):
     run, (test_set,) = trained["baseline"], sets("shot_noise")
     ood.predictions_on(run, test_set, CPU, load_teacher)
     before = read(run, test_set)
@@ -161,7 +161,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_file_is_named_and_what_to_do(trained, how):
+def test_a_damaged_file_is_named_with_the_remedy(trained, how):
     runs, (test_set,) = [trained["baseline"], trained["distill"]], sets("fog")
     ood.evaluate_runs(runs, [test_set], CPU, load_teacher)
     path = runs[0].ood(test_set.file)
@@ -174,7 +174,7 @@ def test_a_damaged_file_is_named_and_what_to_do(trained, how):
     assert ood.evaluate_runs(runs, [test_set], CPU, load_teacher) == 1
 
 
-def test_what_can_not_be_evaluated_is_refused_before_anything_is(trained, bench, monkeypatch):
+def test_impossible_evaluations_are_refused_before_any_is_run(trained, bench, monkeypatch):
     (fog,) = sets("fog")
     unfinished = bench.store.create(bench.spec(model_seed=5))
     with pytest.raises(UserError, match=rf"run {unfinished.id} is new, not finished: train it first"):
@@ -191,14 +191,14 @@ def test_what_can_not_be_evaluated_is_refused_before_anything_is(trained, bench,
     assert ood.evaluate_runs([trained["distill"]], [fog], CPU, missing) == 1, "what does not copy needs none"
 
 
-def test_weights_that_can_not_be_read_or_are_not_finite(trained):
+def test_unreadable_or_non_finite_weights(trained):
     run, (fog,) = trained["baseline"], sets("fog")
     state = load_file(run.weights)
     save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in state.items()}, run.weights)
     with pytest.raises(DamagedRunError, match="its sha256 is not the one in result"):
         ood.predictions_on(run, fog, CPU, load_teacher)
     result = json.loads((run.path / "result.json").read_text())
-    del result["digest"]  # as of a version that recorded none
+    del result["digest"]  # as by a version that recorded no hashes
     run.write("result.json", json.dumps({**result, "files": run.hashes()}))
     with pytest.raises(DamagedRunError, match=r"its outputs on fog:3 are not finite"):
         ood.predictions_on(run, fog, CPU, load_teacher)
@@ -214,7 +214,7 @@ def test_weights_that_can_not_be_read_or_are_not_finite(trained):
 
 @pytest.fixture
 def photographs(bench, tmp_path, monkeypatch):
-    """A finished run with ImageNet's classes, and a made-up ImageNet-A of 200 images beside it."""
+    """Make a finished run with ImageNet's classes, and an ImageNet-A of 200 images."""
     network = Network(image_size=24, patch_size=8, channels=3, width=16, depth=2, heads=2, classes=1000)
     spec = bench.spec(network=network, data=Data(name="imagenet", train=1000, image_size=24))
     run = bench.store.create(spec)
@@ -231,7 +231,7 @@ def photographs(bench, tmp_path, monkeypatch):
     return run, root
 
 
-def test_two_hundred_classes_are_chosen_among_themselves(photographs):
+def test_predictions_are_among_the_test_sets_200_classes(photographs):
     run, root = photographs
     (test_set,) = sets("imagenet-a")
     ood.predictions_on(run, test_set, CPU, load_teacher)
@@ -243,7 +243,7 @@ def test_two_hundred_classes_are_chosen_among_themselves(photographs):
     pixels = np.stack([np.moveaxis(np.asarray(Image.open(file)), -1, 0) for file in files])
     with torch.no_grad():
         logits = network(torch.from_numpy(pixels).float() / 255).double().numpy()
-    kept = logits[:, labels]  # in a smaller problem, of these classes alone
+    kept = logits[:, labels]  # in a smaller problem with only these classes
     log_p = kept - np.log(np.exp(kept).sum(1, keepdims=True))
     assert found.predictions.label.tolist() == labels.tolist()
     assert found.predictions.prediction.tolist() == labels[kept.argmax(1)].tolist()
@@ -262,7 +262,7 @@ def test_labels_outside_of_the_classes_are_refused(photographs):
         evaluation.predict([subject], opened.images, CPU, among=opened.among[1:])
 
 
-def test_the_file_is_a_plain_archive(photographs):
+def test_the_file_is_a_plain_npz_archive(photographs):
     run, _ = photographs
     path = ood.predictions_on(run, *sets("imagenet-a"), CPU, load_teacher)
     assert path == run.path / "ood" / "imagenet-a.npz"

@@ -1,4 +1,4 @@
-"""An embedded data set of one's own: one object in one file, and everything trains and measures on it."""
+"""A user's own embedded data set: one object in one file, and everything trains and measures on it."""
 
 import math
 
@@ -19,7 +19,7 @@ PATTERNS, SIDE = 12, 8
 
 
 def stripes(periods, phases, labels, draw):
-    """Stripes, upright (0) or lying (1), uint8 [n, 1, 8, 8], in noise."""
+    """Make vertical (0) or horizontal (1) stripes in noise, uint8 [n, 1, 8, 8]."""
     wave = np.sin(2 * np.pi * (np.arange(SIDE) / periods[:, None] + phases[:, None]))  # [n, 8]
     upright = np.broadcast_to(wave[:, None, :], (len(wave), SIDE, SIDE))
     images = np.where(labels[:, None, None] == 0, upright, upright.swapaxes(1, 2))
@@ -75,10 +75,10 @@ def test_a_student_is_trained_on_it_and_its_clusters_are_respected(bench):
     said = {name: answered(arm, bench.store).outcomes for name, arm in arms.items()}
     assert np.array_equal(said["trained"].clusters, np.repeat(np.arange(PATTERNS), 5))
 
-    # Two classes are learnt, far above chance.
+    # The two classes are learnt, far above chance.
     assert all(right.mean() > 0.8 for right in said["trained"].correct.values())
 
-    # One seed's interval is Student's t over the 12 patterns, and not over the 60 images.
+    # One seed's interval is Student's t over the 12 patterns, not over the 60 images.
     seed = 0, 0
     one = {name: Outcomes({seed: found.correct[seed]}, found.clusters) for name, found in said.items()}
     found = estimate(one, {"trained": 1, "untrained": -1})
@@ -91,5 +91,5 @@ def test_a_student_is_trained_on_it_and_its_clusters_are_respected(bench):
     assert estimate(said, {"trained": 1, "untrained": -1}).clusters == PATTERNS
 
 
-def test_afterwards_it_is_not_known():
+def test_the_registration_ends_with_the_test():
     assert "stripes" not in sources.REGISTERED

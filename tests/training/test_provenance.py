@@ -1,4 +1,4 @@
-"""Where a run comes from: recorded in its result, and no part of what names it."""
+"""A run's provenance: recorded in its result, and no part of its id."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def checkout(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_commit_and_whether_what_it_tracks_was_changed(checkout):
+def test_the_commit_and_whether_tracked_files_were_changed(checkout):
     commit = git(checkout, "rev-parse", "HEAD")
     (checkout / "untracked").write_text("a result, say")
     assert provenance.git_state(checkout) == {"commit": commit, "dirty": False}
@@ -45,7 +45,7 @@ def test_the_commit_and_whether_what_it_tracks_was_changed(checkout):
     assert provenance.git_state(checkout) == {"commit": commit, "dirty": True}
 
 
-def test_another_repository_named_by_a_hook_is_not_asked(checkout, tmp_path, monkeypatch):
+def test_a_repository_named_by_a_git_hook_is_ignored(checkout, tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
     assert provenance.git_state(checkout) is not None
 
@@ -60,7 +60,7 @@ def test_without_git_or_checkout_nothing_fails(checkout, tmp_path, monkeypatch):
     assert provenance.git_state(checkout) is None, "git refuses"
 
 
-def test_a_run_records_where_it_comes_from_and_what_its_files_are(bench, monkeypatch):
+def test_a_run_records_its_provenance_and_file_hashes(bench, monkeypatch):
     monkeypatch.setattr(provenance, "git_state", lambda: {"commit": "c0ffee", "dirty": True})
     spec = bench.spec(recipe=Recipe(epochs=1, batch_size=16))
     left = iter([False])
@@ -82,12 +82,12 @@ def test_a_run_records_where_it_comes_from_and_what_its_files_are(bench, monkeyp
     json.dumps(run.result(), allow_nan=False)
 
 
-def test_as_a_library_it_is_this_process_s_command_line(monkeypatch):
+def test_used_as_a_library_it_records_this_processs_command_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["notebook.py", "--fast"])
     assert provenance.origin(Data(train=10), CPU)["command"] == ["notebook.py", "--fast"]
 
 
-def test_the_manifest_of_the_data_is_recorded_while_it_is_true(tmp_path, monkeypatch):
+def test_the_data_manifest_is_recorded_only_while_valid(tmp_path, monkeypatch):
     monkeypatch.setenv("ATDIAG_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "own"
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""A run that was interrupted, however that came about, goes on to the weights that it would have had."""
+"""A run interrupted in any way ends with the weights of the uninterrupted run."""
 
 import json
 import signal
@@ -19,14 +19,14 @@ SHORT = Recipe(epochs=1, batch_size=32)
 
 
 def after(steps):
-    """A ``should_stop`` that says so after some steps."""
+    """Make a ``should_stop`` that returns True after some steps."""
     left = iter([False] * (steps - 1))
     return lambda: next(left, True)
 
 
 @given(gaps=st.lists(st.integers(1, 6), min_size=1, max_size=4))
 @settings(max_examples=4, phases=[Phase.generate])  # an example takes a second: no shrinking
-def test_interrupted_at_any_steps_and_resumed_is_uninterrupted(tmp_path_factory, alone, assert_same, gaps):
+def test_interruption_at_any_steps_changes_nothing(tmp_path_factory, alone, assert_same, gaps):
     bench = alone.sibling(tmp_path_factory.mktemp("resumed"))
     specs = [alone.company()[name] for name in ("copy", "distill")]
     for gap in gaps:
@@ -39,7 +39,7 @@ def test_interrupted_at_any_steps_and_resumed_is_uninterrupted(tmp_path_factory,
         assert_same(alone, bench, spec)
 
 
-def test_a_member_that_is_ahead_waits_for_the_others(bench, alone, assert_same):
+def test_a_run_that_is_ahead_waits_for_its_cohort(bench, alone, assert_same):
     company = bench.company()
     names = ("copy", "started", "native")
     for name, steps in zip(names, (3, 7), strict=False):
@@ -74,7 +74,7 @@ cohort.train(specs, Store(Path(sys.argv[2])), conftest.load_teacher, options, re
 """
 
 
-def test_killed_in_the_middle_and_resumed_is_uninterrupted(bench, alone, assert_same):
+def test_being_killed_and_resumed_changes_nothing(bench, alone, assert_same):
     specs = [bench.company()[name] for name in ("baseline", "copy")]
     conftest = __file__.replace("test_resume.py", "conftest.py")
     child = subprocess.Popen(
@@ -99,14 +99,14 @@ def test_killed_in_the_middle_and_resumed_is_uninterrupted(bench, alone, assert_
         assert_same(alone, bench, spec)
 
 
-def test_checkpoints_are_written_by_the_clock(bench, monkeypatch):
+def test_checkpoints_are_written_at_time_intervals(bench, monkeypatch):
     saved = []
     monkeypatch.setattr(cohort.RunTrainer, "save", lambda training: (saved.append(training.step), time.sleep(0.01)))
     spec = bench.spec()
     bench.train(spec, checkpoint_seconds=1e9)
     assert not saved
     bench.train(bench.spec(model_seed=1), checkpoint_seconds=0)
-    # Never more than a twentieth of the time.
+    # At most a twentieth of the time goes into writing.
     assert 1 <= len(saved) < 8
     assert saved == sorted(set(saved))
 
@@ -172,7 +172,7 @@ def code(path):
         (lambda path: torch.save([1, 2], path), "can't be read"),
     ],
 )
-def test_a_checkpoint_that_will_not_do_is_refused_and_harms_no_other_run(bench, spoil, message, capsys):
+def test_an_unusable_checkpoint_is_refused_and_affects_no_other_run(bench, spoil, message, capsys):
     spec, other = bench.spec(recipe=SHORT), bench.spec(recipe=SHORT, model_seed=1)
     bench.train(spec, should_stop=after(1))
     run = bench.run(spec)
@@ -193,13 +193,13 @@ def test_a_checkpoint_that_will_not_do_is_refused_and_harms_no_other_run(bench, 
 # --- Curves -----------------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_shows_the_metrics_once_even_after_a_kill(bench):
+def test_tensorboard_has_each_metric_once_even_after_a_kill(bench):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     spec = bench.company()["distill"].model_copy(update={"recipe": Recipe(epochs=3, batch_size=16)})
     bench.train(spec, should_stop=after(7))
     early = bench.run(spec).checkpoint.read_bytes()
-    bench.train(spec, should_stop=after(4))  # past the end of the second epoch
+    bench.train(spec, should_stop=after(4))  # after the second epoch
     bench.run(spec).write("checkpoint", early)  # as if killed before this checkpoint was written
     bench.train(spec)
     events = EventAccumulator(str(bench.run(spec).path / "tensorboard")).Reload()

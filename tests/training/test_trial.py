@@ -31,7 +31,7 @@ def load(teacher):
     return students.build(teacher.network, 0).eval().requires_grad_(False)
 
 
-def test_what_can_be_trained_passes_and_each_teacher_is_loaded_once():
+def test_trainable_runs_pass_and_each_teacher_is_loaded_once():
     loaded = []
 
     def counted(teacher):

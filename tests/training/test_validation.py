@@ -1,4 +1,4 @@
-"""Accuracy on the validation part: at every epoch, of the network that would be tested, and it changes no training."""
+"""Accuracy on the validation part: measured every epoch on the network that would be tested."""
 
 import numpy as np
 import pytest
@@ -16,20 +16,20 @@ AVERAGED = RECIPE.model_copy(update={"ema": 0.8})
 
 
 def after(steps):
-    """A ``should_stop`` that says so after some steps."""
+    """Make a ``should_stop`` that returns True after some steps."""
     left = iter([False] * (steps - 1))
     return lambda: next(left, True)
 
 
 def validated(bench, data=DATA):
-    """Runs of one cohort: without a teacher, with an average of the weights, with a teacher at test time."""
+    """Make runs of one cohort: without a teacher, with an average of the weights, with a teacher at test time."""
     company = bench.company()
     made = {name: company[name].model_copy(update={"data": data}) for name in ("baseline", "copy", "distill")}
     return made | {"averaged": bench.spec(model_seed=3, recipe=AVERAGED, data=data)}
 
 
 def by_hand(spec, subject):
-    """A subject's accuracy on a spec's validation part, in per cent."""
+    """Compute a subject's accuracy on a spec's validation part, in per cent."""
     images = sources.find(spec.data).validation_split(spec.data, spec.seed.data)
     (found,) = evaluation.predict([subject], images, CPU)
     return 100 * np.mean(found.prediction == images.labels)
@@ -39,11 +39,11 @@ def numbers(bench, spec):
     return [line["validation_top1"] for line in bench.run(spec).progress()]
 
 
-def test_in_company_alone_resumed_and_by_hand(bench, assert_same, tmp_path):
+def test_validation_accuracy_is_the_same_in_a_cohort_alone_resumed_and_by_hand(bench, assert_same, tmp_path):
     specs = validated(bench)
     assert set(bench.train(*specs.values()).values()) == {"finished"}
     alone, resumed = bench.sibling(tmp_path / "alone"), bench.sibling(tmp_path / "resumed")
-    for steps in (2, 3, 2):  # stopped right at the end of an epoch, too
+    for steps in (2, 3, 2):  # also stopped exactly at the end of an epoch
         resumed.train(*specs.values(), should_stop=after(steps))
     resumed.train(*specs.values())
     for spec in specs.values():
@@ -61,8 +61,8 @@ def test_in_company_alone_resumed_and_by_hand(bench, assert_same, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["baseline", "averaged"])
-def test_at_every_epoch_it_is_the_weights_of_that_moment(bench, name):
-    """The checkpoint right after the first epoch; of an average, the average."""
+def test_validation_accuracy_is_that_of_each_epochs_weights(bench, name):
+    """The weights in the checkpoint after the first epoch; the average if there is one."""
     spec = validated(bench)[name]
     bench.train(spec, should_stop=after(5))
     saved = checkpoint.load(bench.run(spec))
@@ -73,8 +73,8 @@ def test_at_every_epoch_it_is_the_weights_of_that_moment(bench, name):
     assert numbers(bench, spec)[0] == pytest.approx(by_hand(spec, subject))
 
 
-def test_measuring_changes_no_training(bench, monkeypatch):
-    """The same run with and without the measurement, on the same images: weights, predictions and losses are equal."""
+def test_validation_does_not_change_training(bench, monkeypatch):
+    """The same run with and without validation, on the same images: weights, predictions and losses are equal."""
     specs = validated(bench)
     bench.train(*specs.values())
     other = bench.sibling("unmeasured")
@@ -91,7 +91,7 @@ def test_measuring_changes_no_training(bench, monkeypatch):
         ]
 
 
-def test_without_a_validation_part_nothing_is_said_of_one(alone):
+def test_without_a_validation_part_none_is_reported(alone):
     run = alone.run(alone.company()["baseline"])
     assert all("validation_top1" not in line for line in run.progress())
     assert not {"validation_top1", "validation_images"} & run.result().keys()

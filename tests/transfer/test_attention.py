@@ -1,4 +1,4 @@
-"""Our attention module beside timm's, and what it hands out and takes in."""
+"""Our attention module: equal to timm's, its captured tensors, and its overrides."""
 
 import copy
 import inspect
@@ -29,7 +29,7 @@ class Bias(torch.nn.Module):
 
 
 class Hook(torch.nn.Module):
-    """A factor for each head of q and of k, and a shift that is each one's own, as a component attaches it."""
+    """A factor per head common to q and k, and a shift of each, as a component attaches it."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ def same(one: dict, other: dict) -> bool:
 @BIAS
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("tokens", [5, ops.EXPLICIT_UP_TO_TOKENS + 1])
-def test_is_timms_attention(qkv_bias, fused, tokens):
+def test_equals_timms_attention(qkv_bias, fused, tokens):
     module, twin = ours(qkv_bias), timms(qkv_bias, fused)
     twin.load_state_dict(module.state_dict())
     x = torch.randn(2, tokens, WIDTH)
@@ -77,7 +77,7 @@ def test_is_timms_attention(qkv_bias, fused, tokens):
 
 
 @BIAS
-def test_state_dicts_go_both_ways(qkv_bias):
+def test_state_dicts_convert_both_ways(qkv_bias):
     module, twin = ours(qkv_bias), timms(qkv_bias)
     before = module.state_dict()
     twin.load_state_dict(before)
@@ -95,7 +95,7 @@ def test_state_dicts_keep_timms_layout_as_part_of_a_network():
     twin.load_state_dict(given)
     kept = dict(given)
     nested.load_state_dict(given)
-    assert same(given, kept)  # loading leaves the caller's dict alone
+    assert same(given, kept)  # loading does not modify the caller's dict
 
 
 def test_a_wrong_state_dict_is_refused():
@@ -117,7 +117,7 @@ def test_clones_are_independent_equals(clone):
     assert not torch.equal(twin(x), module(x))
 
 
-def test_captured_is_what_is_used():
+def test_the_captured_map_is_the_one_used():
     module, x = ours(), torch.randn(2, 6, WIDTH)
     module.rel_pos_bias = Bias(6)
     out, (qk, v) = module.see(x)
@@ -133,7 +133,7 @@ def test_captured_is_what_is_used():
     assert module.peek(x).v is None and torch.equal(module.peek(x, values=True).v, v)
 
 
-def test_captured_is_what_a_hook_on_timms_module_sees():
+def test_the_captured_map_equals_a_hook_on_timms_module():
     module, twin, x, seen = ours(), timms(), torch.randn(2, 6, WIDTH), []
     twin.load_state_dict(module.state_dict())
     twin.attn_drop.register_forward_hook(lambda _, args, out: seen.append(args[0]))
@@ -141,7 +141,7 @@ def test_captured_is_what_a_hook_on_timms_module_sees():
     torch.testing.assert_close(ops.logits(module.peek(x).qk).softmax(-1), seen[0], rtol=1e-6, atol=1e-6)
 
 
-def test_a_given_map_replaces_the_own_one():
+def test_a_given_map_replaces_the_modules_own():
     module, x = ours(), torch.randn(2, 6, WIDTH)
     module.rel_pos_bias, module.qk_hooks["mine"] = Bias(6), Hook()
     given = QK(torch.randn(2, HEADS, 6, 4), torch.randn(2, HEADS, 6, 4), 0.5)  # a teacher of another head width
@@ -156,7 +156,7 @@ def test_a_given_map_replaces_the_own_one():
 
 
 @pytest.mark.parametrize("tensor", ["map", "q", "k", "v"])
-def test_no_gradient_reaches_what_a_given_tensor_replaces(tensor):
+def test_no_gradient_reaches_replaced_tensors(tensor):
     module, x = ours(), torch.randn(2, 6, WIDTH)
     module.rel_pos_bias, module.qk_hooks["mine"] = Bias(6), Hook()
     unused = module.unused_parameters(tensor)
@@ -172,7 +172,7 @@ def test_no_gradient_reaches_what_a_given_tensor_replaces(tensor):
 
 
 def taken(module, x, tensor):
-    """What a module used, of all heads."""
+    """Return what a module used, for all heads."""
     seen = module.peek(x, values=True)
     return {"map": seen.qk, "q": seen.qk.q, "k": seen.qk.k, "v": seen.v}[tensor]
 
@@ -180,7 +180,7 @@ def taken(module, x, tensor):
 @pytest.mark.parametrize("tensor", ["map", "q", "k", "v"])
 @pytest.mark.parametrize("heads", [(0,), (1,), (2,), (0, 2), (1, 2)])
 @pytest.mark.parametrize("parts", ["", "bias", "hook", "bias and hook"])
-def test_what_is_given_to_some_heads_leaves_the_others_alone(tensor, heads, parts):
+def test_an_override_of_some_heads_leaves_the_others_unchanged(tensor, heads, parts):
     """Against an oracle that computes every head's output by an explicit formula and picks by head."""
     module, teacher, x = ours(), ours(), torch.randn(2, 6, WIDTH)
     for one in (module, teacher):
@@ -229,7 +229,7 @@ def test_unused_parameters_are_those_that_the_map_depends_on():
 
 
 class Add(torch.nn.Module):
-    """Adds one number to queries and keys alike."""
+    """Add the same number to queries and keys."""
 
     def forward(self, x, name, heads):
         return x + 2.0
@@ -291,7 +291,7 @@ def test_a_hook_keeps_the_dtype_under_autocast():
 # --- Arguments --------------------------------------------------------------------------------------------------------
 
 
-def test_takes_the_arguments_that_timms_block_passes():
+def test_accepts_the_arguments_that_timms_block_passes():
     class Recorder(torch.nn.Module):
         def __init__(self, *args, **options):
             super().__init__()
@@ -309,7 +309,7 @@ def test_takes_the_arguments_that_timms_block_passes():
     ("name", "value"),
     [("qk_norm", True), ("scale_norm", True), ("proj_bias", False), ("attn_drop", 0.1), ("proj_drop", 0.1)],
 )
-def test_a_value_that_it_can_not_do_is_refused_by_name(name, value):
+def test_unsupported_values_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"^`?{name}`?[ =]{value}"):
         Attention(WIDTH, HEADS, **{name: value})
 

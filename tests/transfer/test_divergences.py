@@ -1,4 +1,4 @@
-"""Every loss, its values and gradients, against the formula of its definition in float64."""
+"""Values and gradients of every loss against its definition in float64."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ LONG_PLAIN = {**LONG, **NEITHER}
 
 @st.composite
 def pairs(draw):
-    """Sizes of a teacher's and a student's map on the same tokens."""
+    """Draw sizes of a teacher's and a student's map on the same tokens."""
     small = st.integers(1, 4)
     sizes = {name: draw(small) for name in ("batch", "heads")}
     sizes |= {name: draw(st.integers(1, 9)) for name in ("tokens", "teacher_width", "student_width")}
@@ -114,7 +114,7 @@ def test_a_subset_of_heads(name, way):
 
 
 def test_logit_mse_by_forming_the_logits_and_without():
-    """Either side of the length where it pays not to form them."""
+    """On either side of the length from which it pays not to form them."""
     for tokens in (24, 25, 40):
         for biases in ({**BOTH}, {**NEITHER}, {**BOTH, "student_bias": False}, {**BOTH, "teacher_bias": False}):
             teacher, student = make({**KNOWN, **biases, "tokens": tokens})
@@ -122,7 +122,7 @@ def test_logit_mse_by_forming_the_logits_and_without():
 
 
 @EACH
-def test_an_own_copy_is_pulled_nowhere_and_no_gradient_reaches_the_teacher(name, way):
+def test_equal_maps_have_no_gradient_and_none_reaches_the_teacher(name, way):
     teacher, _ = make({**KNOWN, "tokens": 7, "teacher_bias": True, "student_bias": False}, torch.float64)
     teacher, copy = leaves(teacher), leaves(teacher)
     loss, *gradients = value_and_gradients(ours(name, way)(teacher, copy), tensors(copy))
@@ -138,7 +138,7 @@ def test_an_own_copy_is_pulled_nowhere_and_no_gradient_reaches_the_teacher(name,
 @pytest.mark.parametrize("way", ["blocks", "sdpa"])
 @settings(max_examples=20)
 @given(sizes=pairs())
-def test_kl_is_cross_entropy_less_its_least_value_with_the_same_gradients(way, sizes):
+def test_kl_is_cross_entropy_minus_entropy_with_the_same_gradients(way, sizes):
     teacher, student = make(sizes, torch.float64)
     student = leaves(student)
     ce, *ce_gradients = value_and_gradients(ours("ce", way)(teacher, student), tensors(student))
@@ -194,7 +194,7 @@ def test_bf16_gradients_survive_near_agreement_with_offset_keys(name, way, offse
     found = value_and_gradients(loss, tensors(student))
     expected = value_and_gradients(the_loss(name, teacher, exact), tensors(exact))
     assert [x.dtype for x in found] == [torch.float32] + len(tensors(student)) * [torch.bfloat16]
-    # SDPA's way takes the difference of attentions that bf16 has rounded already.
+    # SDPA subtracts attention outputs that are already rounded to bf16.
     bound = 0.05 if way == "sdpa" and not bias else 0.004
     for one, other in zip(found[1:], expected[1:], strict=True):
         assert (one.double() - other).norm() < bound * other.norm()
@@ -206,8 +206,8 @@ def test_bf16_gradients_survive_near_agreement_with_offset_keys(name, way, offse
 @given(sizes=pairs())
 @example(LONG)
 @example(LONG_PLAIN)
-def test_bf16_stays_within_bounds_of_float32(name, way, sizes):
-    """Of maps that don't agree: relative to the gradient's norm, and what rounding q and k themselves does aside."""
+def test_bf16_stays_close_to_float32(name, way, sizes):
+    """For maps that differ: relative to the gradient's norm, and apart from the rounding of q and k themselves."""
     teacher, student = (changed(map, Tensor.bfloat16) for map in make(sizes))
     student, wide = leaves(student), leaves(student, torch.float32)
     found = value_and_gradients(ours(name, way)(teacher, student), tensors(student))
@@ -222,7 +222,7 @@ def test_bf16_stays_within_bounds_of_float32(name, way, sizes):
 
 @EACH
 def test_float16_gradients_under_a_scaled_loss(name, way):
-    """As a GradScaler does it: a mean's gradients are too small for float16, scaled they are not."""
+    """As with a GradScaler: gradients of a mean are too small for float16, scaled ones are not."""
     teacher, student = (changed(map, Tensor.half) for map in make({**LONG_PLAIN, "heads": 4}))
     student, exact = leaves(student), leaves(student, torch.float64)
     found = torch.autograd.grad(ours(name, way)(teacher, student), tensors(student), torch.tensor(65536.0))
@@ -233,7 +233,7 @@ def test_float16_gradients_under_a_scaled_loss(name, way):
 
 
 class Watch(TorchDispatchMode):
-    """Which operations run, forward and backward, and the largest tensor that any of them makes."""
+    """Record which operations run, forward and backward, and the largest tensor that any of them makes."""
 
     def __init__(self):
         super().__init__()
@@ -260,16 +260,16 @@ def test_no_map_is_stored(name, way, biases):
     if way == "sdpa" and not biases["student_bias"]:
         assert "_scaled_dot_product_flash_attention_for_cpu" in seen.ran
         assert "_scaled_dot_product_flash_attention_for_cpu_backward" in seen.ran
-        if name != "kl":  # whose constant, the teacher's entropy, is formed in blocks
+        if name != "kl":  # its constant, the teacher's entropy, is computed in blocks
             assert not {"_softmax", "_log_softmax", "bmm"} & seen.ran
     with Watch() as seen:
         the_loss(name, teacher, student)
-    assert seen.largest == whole  # the watch sees what there is to see
+    assert seen.largest == whole  # the watch detects stored maps
 
 
 @EACH
-def test_nothing_depends_on_a_value(name, way):
-    """What reads a number from the device, or branches on one, fails on tensors that have a shape and nothing else."""
+def test_no_operation_depends_on_a_tensors_value(name, way):
+    """Reading or branching on a number would fail on tensors without data."""
     with FakeTensorMode():
         teacher, student = make({**KNOWN, **NEITHER, "tokens": 30})
         student = leaves(student)
@@ -302,7 +302,7 @@ def test_maps_that_do_not_line_up_are_refused():
         divergences.logits_mse(Averaged(torch.ones(1, 1, 1, 6) / 6), student)
 
 
-def test_the_rule_forms_maps_in_blocks_on_a_cpu_alone():
+def test_maps_are_formed_in_blocks_only_on_a_cpu():
     assert divergences.preferred(torch.device("cpu")) == "blocks"
     assert divergences.preferred(torch.device("cuda")) in ("kernels", "sdpa")
     assert divergences.preferred(torch.device("mps")) == "sdpa"

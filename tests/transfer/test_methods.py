@@ -1,4 +1,4 @@
-"""What each transfer method makes of a student and what its teacher shows."""
+"""Each transfer method: the student's output and loss, given the teacher's observation."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def probabilities(qk):
     return ops.logits(qk).softmax(-1)
 
 
-# The three of the papers
+# The papers' three methods
 
 
 def test_none_is_the_student_alone(student, shown):
@@ -48,7 +48,7 @@ def test_none_is_the_student_alone(student, shown):
     assert loss is None and torch.equal(logits, student(IMAGES))
 
 
-def test_copy_gives_the_teachers_maps_to_its_layers_alone(student, shown):
+def test_copy_gives_the_teachers_maps_to_its_layers_only(student, shown):
     logits, loss = methods.forward(student, COPY, IMAGES, shown)
     assert loss is None and not torch.allclose(logits, student(IMAGES), atol=1e-3)
     assert torch.equal(logits, student(IMAGES, {i: AttentionOverride("map", shown.seen[i].qk) for i in (0, 2)}))
@@ -73,7 +73,7 @@ def test_distill_adds_the_weighted_cross_entropies(student, shown, weight, reduc
     torch.testing.assert_close(methods.excess(transfer, shown, loss), sum(kl) / 2)
 
 
-def test_the_distillation_loss_falls_when_followed(student, shown):
+def test_the_distillation_loss_decreases_along_its_gradient(student, shown):
     optimizer, losses = torch.optim.SGD(student.parameters(), lr=0.5), []
     for _ in range(10):
         optimizer.zero_grad()
@@ -91,7 +91,7 @@ def test_keep_reaches_the_student(student, shown, transfer):
     assert torch.equal(methods.forward(student, transfer, IMAGES, shown, keep)[0], student(IMAGES, keep=keep))
 
 
-# What is asked of a teacher
+# Requests to a teacher
 
 
 def test_a_teacher_is_asked_for_no_more_than_is_needed():
@@ -109,7 +109,7 @@ def test_only_copy_needs_the_teacher_at_test_time():
     assert [methods.needs_teacher_at_test(t) for t in (NONE, COPY, *others)] == [False, True, False, False, False]
 
 
-# Every form
+# Every combination of options
 
 
 FORMS = st.fixed_dictionaries(
@@ -173,7 +173,7 @@ def test_every_form_against_an_oracle(form):
 
 
 def compare(loss, p_t, s, t):
-    """The losses by their definitions; p_t: the target, s and t: both networks' logits."""
+    """Compute the losses by definition; p_t: the target, s and t: both networks' logits."""
     p_s = s.softmax(-1)
     if loss == "ce":
         return -(p_t * p_s.log()).sum(-1).mean()
@@ -190,7 +190,7 @@ def compare(loss, p_t, s, t):
 
 
 def copied(student, transfer, targets, heads):
-    """A copying student's logits, its attention written out head by head."""
+    """Compute a copying student's logits with its attention written out head by head."""
     x = student.embed(IMAGES)
     for i, block in enumerate(student.blocks):
         attn, z = block.attn, block.norm1(x)
@@ -209,7 +209,7 @@ def copied(student, transfer, targets, heads):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_logit_distillation_is_hintons(student, shown, temperature):
+def test_logit_distillation_equals_hintons_formula(student, shown, temperature):
     transfer = Transfer(method="logits", temperature=temperature, weight=0.7)
     logits, loss = methods.forward(student, transfer, IMAGES, shown)
     p, q = ((x.double() / temperature).softmax(-1) for x in (shown.logits, logits))
@@ -218,7 +218,7 @@ def test_logit_distillation_is_hintons(student, shown, temperature):
     assert methods.forward(student, transfer, IMAGES, replace(shown, logits=logits.detach())).loss.abs() < 1e-6
 
 
-def test_feature_distillation_compares_the_residual_stream(student, teacher, shown):
+def test_feature_distillation_compares_residual_streams(student, teacher, shown):
     transfer = Transfer(method="features", layers=(0, 2))
     _, loss = methods.forward(student, transfer, IMAGES, shown)
     own = student.observe(IMAGES, EVERYTHING).features

@@ -1,4 +1,4 @@
-"""Values under a map, and averages of maps, against formulas written out here in float64."""
+"""Attention by a map, and averages of maps, against explicit formulas in float64."""
 
 from math import prod
 
@@ -18,7 +18,7 @@ PATHS = pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "fus
 
 @st.composite
 def sizes(draw, most=4):
-    """Batch, heads, tokens, the width of q and k, that of the values, whether there is a bias, and a seed."""
+    """Draw batch, heads, tokens, the width of q and k, that of values, whether there is a bias, and a seed."""
     small = [draw(st.integers(1, most)) for _ in range(2)]
     return *small, *(draw(st.integers(1, 9)) for _ in range(3)), draw(st.booleans()), draw(st.integers(0, 999))
 
@@ -27,7 +27,7 @@ LONG = (2, 2, 600, 6, 9, True, 0)  # more than one block for each head
 
 
 def make(batch, heads, tokens, width, value_width, bias, seed, dtype=torch.float32) -> tuple[QK, Tensor]:
-    """A map and values."""
+    """Make a map and values."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -67,7 +67,7 @@ def assert_all_close(found, expected, tolerance):
 
 
 class Watch(TorchDispatchMode):
-    """Which operations run, forward and backward, and the largest tensor that any of them makes."""
+    """Record which operations run, forward and backward, and the largest tensor that any of them makes."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.ran.add(func.overloadpacket.__name__)
         made = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
-        # An expanded view has few elements of its own.
+        # An expanded view stores few elements.
         own = [prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride) for x in made]
         self.largest = max(self.largest, *own, 0)
         return out
@@ -132,14 +132,14 @@ def test_fused_attention_stores_no_map(bias, trained):
     assert seen.largest <= max(ops._BLOCK_CPU, heads * tokens * tokens if bias else 0)
     with Watch() as seen:
         ops.attend(qk, v, explicit=True)
-    assert seen.largest == batch * heads * tokens * tokens  # the watch sees what there is to see
+    assert seen.largest == batch * heads * tokens * tokens  # the watch detects stored maps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("value_width", [4, 8, 12])
 def test_the_fused_path_never_leaves_the_fast_kernels(dtype, bias, value_width):
-    """SDPA would fall back in silence to a formula that stores [B, H, N, N]."""
+    """SDPA would silently fall back to a formula that stores [B, H, N, N]."""
     qk, v = make(2, 3, 30, 8, value_width, bias, 0, dtype)
     with Watch() as seen:
         out = ops.attend(qk, v, explicit=False)
@@ -180,7 +180,7 @@ def test_bf16_attention_survives_offset_keys(explicit, autocast):
 
 @PATHS
 @given(data=st.data())
-def test_select_is_the_renormalised_map(explicit, data):
+def test_select_gives_the_renormalised_map(explicit, data):
     qk, _ = make(2, 3, 8, 5, 5, data.draw(st.booleans()), 0)
     kept = torch.tensor(data.draw(st.lists(st.integers(0, 7), min_size=1, unique=True)))
     sliced = the_map(qk)[:, :, kept][..., kept]
@@ -227,7 +227,7 @@ def test_an_average_over_examples_or_queries_holds_only_blocks_of_the_maps(over)
 
 
 @given(size=sizes(), single=st.sets(st.sampled_from([0, 1, 2])))
-def test_an_averaged_map_attends_like_the_map_it_stands_for(size, single):
+def test_an_averaged_map_attends_like_its_dense_map(size, single):
     qk, v = make(*size)
     p = the_map(qk).float()
     for dim in single:
@@ -266,7 +266,7 @@ def test_attend_compiles_in_one_piece_with_a_trained_bias():
     assert_all_close(found, value_and_gradients(loss(*inputs), inputs), 1e-6)
 
 
-def test_the_rule_takes_the_explicit_formula_for_short_sequences_on_a_cpu_alone():
+def test_the_rule_chooses_the_explicit_formula_only_for_short_sequences_on_a_cpu():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert ops.prefers_explicit(cpu, 26) and not ops.prefers_explicit(cpu, 197)
     assert ops.prefers_explicit(cpu, 197, in_part=True) and not ops.prefers_explicit(cpu, 577, in_part=True)

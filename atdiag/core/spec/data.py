@@ -42,7 +42,7 @@ class Data(Spec):
     """Scenes: number of fragments of other digits in each."""
     test_draw: int = Field(default=0, ge=0)
     """Scenes: which draw of test scenes from the same held-out source digits. Another one, with other seeds, is an
-    independent study, but for the source digits."""
+    independent study, except for the source digits."""
     image_size: Positive | None = None
     """Real images: the side of the square crop that every network sees, in pixels. None for scenes."""
     per_class: Positive | None = None
@@ -54,7 +54,7 @@ class Data(Spec):
     sizes, because the path or name does not determine the images."""
 
     def only_tested(self) -> Self:
-        """Return the spec of the same test images, whatever it is trained on."""
+        """Return a spec that depends only on the test images: fields of the training images are reset."""
         return self.model_copy(update={"train": 1, "per_class": None, "validation": None})
 
     def canonical(self) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class Teacher(Spec):
     """Profile of the weights: ``clip_b`` at mini is not CLIP. ``own`` for a user's own teacher (:data:`OWN`)."""
     network: Network
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
-    """Of the weight file; None in a plan for weights that are not on this machine, which nothing trains with."""
+    """Of the weight file; None in a plan for weights that are not on this machine; such a spec can't be trained."""
     branch: Literal["weights", "ema"] = "weights"
     """Which weights of a file that holds several: the raw ones, or their moving average."""
 

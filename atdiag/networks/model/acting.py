@@ -1,9 +1,9 @@
-"""Whether a component can change a student, given what its teacher transfers. Imports no torch, so that plans can ask.
+"""Whether a component can change a student, given what its teacher transfers. Imports no torch, since planning uses it.
 
 A component of the map acts on q, k or the attention logits alone (``Component.belongs_to_map``): where the teacher's
 map is copied for all blocks and heads, the student computes none of these. The bias of the keys adds the same number to
 all logits of a query, and softmax cancels it: without that bias a student has fewer parameters (its width, in each
-block) and computes the same function, is given the same gradients for all else, and differs by rounding alone. It
+block), but computes the same function, gets the same gradients for everything else, and differs only by rounding. It
 matters only where k is used outside the softmax: when k itself is distilled, or passes through another component.
 """
 
@@ -66,4 +66,4 @@ def _uses_keys_outside_softmax(transfer: Transfer, network: Network) -> bool:
     if transfer.method != "distill" or transfer.tensor != "map":
         return transfer.method == "distill" and transfer.tensor == "k"
     loss = map_loss(transfer.loss or "ce")
-    return loss.of_logits and loss.name != "logits_mse"  # which centres each row; another package's may not
+    return loss.of_logits and loss.name != "logits_mse"  # which centres each row; another package's loss may not

@@ -47,7 +47,7 @@ class RelPosBias(nn.Module):
         self.register_buffer("index", index, persistent=False)
         self.registers = registers
         patches, prefix = grid**2, int(class_token)
-        # Where the tokens with a bias are: a buffer, as a copy to a GPU at each step would be waited for.
+        # Indices of the tokens with a bias: a buffer, since a copy to a GPU at each step would block.
         places = torch.tensor([*range(prefix), *range(prefix + registers, prefix + registers + patches)])
         self.register_buffer("places", places, persistent=False)
 
@@ -66,21 +66,21 @@ class RelPosBias(nn.Module):
 class Component:
     """One native component.
 
-    summary: a paragraph that says what it does. source: who described it.
-    found: whether a built network has it: one of ours, or timm's ``VisionTransformer``, ``Beit`` or ``Eva``. It
-        must look at every block if it explains a difference, which nothing else looks into then.
-    arguments: what it changes in the arguments of timm's ``VisionTransformer``.
-    attach: what it adds or takes away once the network is built. Components are attached in the order of their names.
-    keys: brings its weights in a timm state dict to where our network has them, in place, where timm's names differ:
-        called with the state dict and the description of the network. Where there is nothing to change it changes
-        nothing, so that it may be called on our own state dict too (:func:`renamed` makes such a function).
-    explains: names of ``Network.differences`` that a network which has this component no longer has: what inspection
-        finds beside the plain ViT is then this component, which a student can be given.
-    belongs_to_map: whether it acts on q, k or the logits alone, so that a copied map carries all that it does.
-    parameters: fragments of the names of the parameters that come with it.
-    initial: the initial value of such parameters, by the last part of their name, where it is a constant that the
-        rules for all parameters (``students.initialise``) don't give.
-    followed: whether every student of a teacher has it, so that it is not a component to choose (see the module).
+    summary: a description of its function, in a paragraph. source: the publication that describes it.
+    found: predicate on a built network, one of ours or timm's ``VisionTransformer``, ``Beit`` or ``Eva``. It must check
+        every block if the component explains a difference, since nothing else does then.
+    arguments: changes to the arguments of timm's ``VisionTransformer``.
+    attach: adds or removes parts after the network is built. Components are attached in the order of their names.
+    keys: renames its weights in a timm state dict to our names, in place, if they differ; called with the state dict
+        and the description of the network. Must leave our own state dicts unchanged (:func:`renamed` makes such a
+        function).
+    explains: names of ``Network.differences`` that this component accounts for: a network that has the component no
+        longer counts as different in these respects, so a student can be given them.
+    belongs_to_map: whether it acts only on q, k or the logits, so that a copied map includes its whole effect.
+    parameters: fragments of the names of its parameters.
+    initial: constant initial values of its parameters, by the last part of their name, where these differ from the
+        general rules (``students.initialise``).
+    followed: whether every student of a teacher has it, so that it can't be chosen (see the module).
     """
 
     name: str
@@ -174,7 +174,7 @@ def _attach_position_bias(vit: VisionTransformer, network: Network) -> None:
 
 
 def _give_tables(state: dict[str, Tensor], network: Network) -> None:
-    """Position biases of timm's BEiT -> ours: a block's own table, and the one of all blocks added to each."""
+    """Convert the position biases of timm's BEiT to ours: to a block's own table the one shared by all is added."""
     table = "relative_position_bias_table"
     renamed({f"attn.{table}": f"attn.rel_pos_bias.{table}"})(state, network)
     shared = state.pop(f"rel_pos_bias.{table}", None)

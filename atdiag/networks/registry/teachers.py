@@ -134,7 +134,7 @@ def _installed() -> dict[str, TeacherEntry]:
                 raise ValueError("that name is taken")
             given: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = entry.load()
             rows[entry.name] = _own_row(entry.name, **(given() if callable(given) else given))
-        except Exception as fault:  # another package's fault must not hide these teachers
+        except Exception as fault:  # an error in another package must not hide the other teachers
             warnings.warn(f"the teacher {entry.name!r} of {entry.value} is left out ({fault})", stacklevel=2)
     return rows
 

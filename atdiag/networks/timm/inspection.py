@@ -51,9 +51,9 @@ def describe(model: nn.Module, mean: Sequence[float] | None = None, std: Sequenc
 
     mean, std: per-channel normalisation of its input; default: those in timm's configuration of the model.
 
-    ``Network.differences`` lists what else tells it from the plain ViT and no student can be given yet: ``rope``,
+    ``Network.differences`` lists other departures from the plain ViT that students can't be given yet: ``rope``,
     ``swiglu``, ``qk_norm``, ``post_norm`` ..., without those that one of its components explains
-    (``Component.explains``). Notes on what has no direct word in a ``Network``:
+    (``Component.explains``). Notes on what a ``Network`` has no direct field for:
 
     - classes: rows of the head, 1 if it has none.
     - mlp_ratio: for a gated MLP (SwiGLU, with three matrices), that of the plain MLP with as many weights.

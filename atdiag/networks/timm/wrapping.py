@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Network
 from atdiag.transfer.attention import indices
-from atdiag.transfer.observation import AttentionRecord, CaptureRequest, Observation
+from atdiag.transfer.observation import AttentionRecord, CaptureRequest, Observation, record_of_sdpa
 from atdiag.transfer.ops import QK
 
 
@@ -107,7 +107,7 @@ class Foreign(nn.Module):
             if calls[block] > 1:
                 raise RuntimeError(f"block {block} attends twice: it has no single map")
             if block in wanted.attention:
-                seen[block] = _seen(self.network, images.shape[0], *args, **options)
+                seen[block] = _checked(self.network, images.shape[0], record_of_sdpa(*args, **options))
             if block == last and not wanted.logits:
                 raise _EnoughError
 
@@ -154,31 +154,10 @@ class _OnAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _seen(
-    network: Network,
-    images: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionRecord:
-    """Return the map and values of a call of scaled dot-product attention, given its arguments by name."""
-    if is_causal or dropout_p:
-        raise RuntimeError("the network attends with a causal mask or dropout: such a map can't be transferred")
+def _checked(network: Network, images: int, record: AttentionRecord) -> AttentionRecord:
+    """Raise RuntimeError unless a record is of all heads and tokens of the network; return it."""
+    q, k = record.qk.q, record.qk.k
     expected = (images, network.heads, network.tokens)
-    if query.shape[:3] != expected or key.shape != query.shape:
-        raise RuntimeError(f"q {tuple(query.shape)}, k {tuple(key.shape)}: expected {expected} and a width of a head")
-    bias = None
-    if attn_mask is not None:
-        if not attn_mask.is_floating_point() or attn_mask.shape[-3:] != (network.heads, *2 * (network.tokens,)):
-            raise RuntimeError(
-                f"a mask of {attn_mask.dtype}, {tuple(attn_mask.shape)}, is no bias of the heads' logits"
-            )
-        if attn_mask.ndim == 4 and attn_mask.shape[0] != 1:
-            raise RuntimeError("the network's mask differs between images: such a map can't be transferred")
-        bias = attn_mask.reshape(attn_mask.shape[-3:])
-    return AttentionRecord(QK(query, key, query.shape[-1] ** -0.5 if scale is None else scale, bias), value)
+    if q.shape[:3] != expected or k.shape != q.shape:
+        raise RuntimeError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: expected {expected} and a head's width")
+    return record

@@ -1,17 +1,17 @@
-"""Which row of a head is which class: what is known of a head's classes, and its rows for the classes of a data set.
+"""The classes of a head's rows: what is known about them, and the rows for the classes of a data set.
 
-What is known, the first that there is:
+The first available source is used:
 
-- a list of classes that the user names (``classes``): a text file, one name a line;
+- a list of classes given by the user (``classes``): a text file with one name per line;
 - a list inside the weights: the entry ``classes``, ``class_names``, ``class_to_idx`` or ``idx_to_class`` of a
   checkpoint, or of a safetensors file's metadata (as JSON);
 - a list beside them: ``FILE.classes.txt``; ``classes.txt``, ``class_names.txt`` or ``labels.txt`` in the same folder;
   ``label_names`` or ``id2label`` of a ``config.json`` there (timm's and Hugging Face's);
-- the data set that a run, or a miniature, was trained on;
-- a head of 1,000 rows is taken for ImageNet-1k's where a data set's classes are WordNet ids of ImageNet-1k.
+- the data set on which a run or a miniature was trained;
+- a head of 1,000 rows is assumed to be ImageNet-1k's if a data set's classes are WordNet ids of ImageNet-1k.
 
-Where nothing is known and the numbers agree, rows are taken in the order of the labels: an assumption, which is said
-and checked against chance. A list of another length than the head is not about it: it is passed over, which is said.
+If none is available and the numbers agree, rows are assumed to be in the order of the labels; this is reported, and
+checked against chance. A list whose length differs from the head's is ignored, which is reported too.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ SUSPECT = "no better than chance: the order of the head's classes is probably an
 
 @dataclass(frozen=True)
 class HeadClasses:
-    """What is known of the classes of a head."""
+    """What is known about the classes of a head."""
 
     rows: int
     """Number of rows of the head."""
     names: tuple[str, ...] = ()
-    """Its classes, row by row; empty: not known."""
+    """Its classes, row by row; empty if not known."""
     how: str = ""
-    """Where the names come from: ``the list in /path/labels.txt``."""
+    """Source of the names: ``the list in /path/labels.txt``."""
     data: Data | None = None
-    """The data set that it was trained on, if known."""
+    """The data set on which it was trained, if known."""
     passed_over: str = ""
     """Lists that were found and are not about this head; empty if there are none."""
 
@@ -72,9 +72,9 @@ class HeadRows:
     """The rows of a head that are a data set's classes."""
 
     rows: tuple[int, ...] | None
-    """Rows in the order of the labels; None where the head does not know the classes."""
+    """Rows in the order of the labels; None if the head lacks the classes."""
     how: str
-    """How the rows are known, or why there are none."""
+    """How the rows were determined, or why there are none."""
     passed_over: str = ""
     """Lists that were found and are not about this head; empty if there are none."""
 
@@ -85,7 +85,7 @@ class HeadRows:
 
     @property
     def note(self) -> str:
-        """How the rows are known, or why there are none, with the lists that were passed over."""
+        """How the rows were determined, or why there are none, with the lists that were ignored."""
         return "; ".join(filter(None, (self.how, self.passed_over)))
 
     def warning(self, correct: NDArray[np.bool_]) -> str:
@@ -105,12 +105,12 @@ class HeadRows:
 
 
 def of_run(spec: RunSpec) -> HeadClasses:
-    """Return what is known of a run's head: the classes are those of its data set."""
+    """Return what is known about a run's head: its classes are those of the data set."""
     return HeadClasses(spec.network.classes, data=spec.data)
 
 
 def of_teacher(teacher: Teacher, typed: Path | None = None) -> HeadClasses:
-    """Return what is known of a teacher's head. typed: the user's list.
+    """Return what is known about a teacher's head. typed: the user's list.
 
     Raises UserError for a typed list that can't be read, is not as long as the head, or is of a miniature.
     """
@@ -122,35 +122,38 @@ def of_teacher(teacher: Teacher, typed: Path | None = None) -> HeadClasses:
     if typed is not None:
         return of_list(typed, rows, teacher.label)
     if teacher.sha256 is None or teachers.is_published(teacher.name):
-        return HeadClasses(rows)  # no weights; or those that the registry knows
+        return HeadClasses(rows)  # no weights, or weights whose classes the registry knows
     try:
         path = weights.find(teachers.source(teacher.name))
-    except weights.WeightsMissingError:  # finished runs are read without their teacher's weights
+    except weights.WeightsMissingError:  # reading finished runs must not need their teacher's weights
         path = None
     return HeadClasses(rows) if path is None else of_file(path, rows)
 
 
 def of_list(path: Path, rows: int, whose: str) -> HeadClasses:
-    """Return the classes in a list that the user named. Raises UserError if it can't be read or has another length."""
+    """Return the classes in the user's list. Raises UserError if it can't be read or has another length."""
     names = read_list(path)
     if len(names) != rows:
         raise UserError(
             f"`classes` {path} names {len(names)} classes, and the head of {whose} has {rows} rows",
-            "name the class of each row, one a line, in their order",
+            "name the class of each row, one per line, in the order of the rows",
         )
     return HeadClasses(rows, names, f"{TYPED} {path}")
 
 
 def read_list(path: Path) -> tuple[str, ...]:
-    """Return the names in a list that the user named. Raises UserError if it can't be read."""
+    """Return the names in the user's list. Raises UserError if it can't be read."""
     try:
         return _lines(path)
     except (OSError, ValueError) as fault:
-        raise UserError(f"`classes` {path} can't be read ({fault})", "give a text file, one class a line") from None
+        raise UserError(
+            f"`classes` {path} can't be read ({fault})",
+            "give a text file with one class per line",
+        ) from None
 
 
 def of_file(path: Path, rows: int) -> HeadClasses:
-    """Return the classes that are listed inside a weight file or beside it, for a head of ``rows`` rows.
+    """Return the classes listed inside a weight file or beside it, for a head of ``rows`` rows.
 
     Raises WeightsError for a weight file that can't be read, and UserError for a list that can't be.
     """
@@ -158,7 +161,7 @@ def of_file(path: Path, rows: int) -> HeadClasses:
     for place, names in _lists(path):
         if len(names) == rows:
             return HeadClasses(rows, names, f"the list in {place}")
-        other.append(f"{place} lists {len(names)} classes, not {rows}, and is passed over")
+        other.append(f"{place} lists {len(names)} classes, not {rows}, and is ignored")
     return HeadClasses(rows, passed_over="; ".join(other))
 
 
@@ -171,12 +174,12 @@ def _lists(path: Path) -> list[tuple[str, tuple[str, ...]]]:
             try:
                 found.append((str(file), _lines(file)))
             except (OSError, ValueError) as fault:
-                raise UserError(f"{file}, beside the weights, can't be read ({fault})", "mend or remove it") from None
+                raise UserError(f"{file}, beside the weights, can't be read ({fault})", "fix or remove it") from None
     if (config := folder / _CONFIG).is_file():
         try:
             content = json.loads(small_file(config))
         except (OSError, ValueError, RecursionError):
-            content = {}  # of some other program
+            content = {}  # written by some other program
         entries = content if isinstance(content, dict) else {}
         found += [(f"{config} ({key})", names) for key in _IN_CONFIG if (names := _names(entries.get(key)))]
     return found
@@ -201,9 +204,9 @@ def _from_json(text: str) -> Any:
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-    """Return the names that an entry lists, in the order of the rows; empty if it is no list of names.
+    """Return the names in an entry, in the order of the rows; empty if it is no list of names.
 
-    A list of names; a dictionary from names to rows, or from rows to names.
+    An entry is a list of names, or a dictionary from names to rows or from rows to names.
     """
     if isinstance(entry, Mapping):
         pairs = [(str(name), row) if isinstance(row, int) else (row, name) for name, row in entry.items()]
@@ -215,7 +218,7 @@ def _names(entry: Any) -> tuple[str, ...]:
         entry = [by_row[row] for row in range(len(pairs))]
     if not isinstance(entry, Sequence) or isinstance(entry, str) or not all(isinstance(name, str) for name in entry):
         return ()
-    if all(re.fullmatch(r"LABEL_\d+", name) for name in entry):  # Hugging Face's names of classes without names
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in entry):  # Hugging Face's placeholders for unnamed classes
         return ()
     return tuple(entry)
 
@@ -231,7 +234,7 @@ def _lines(path: Path) -> tuple[str, ...]:
 def match(head: HeadClasses, data: Data) -> HeadRows:
     """Return the rows of a head for a data set's classes.
 
-    Names are compared exactly, then without regard to case; all must be there, each once.
+    Names are compared exactly, then ignoring case; each must occur exactly once.
     """
     data_set = sources.find(data)
     if head.names:
@@ -241,7 +244,7 @@ def match(head: HeadClasses, data: Data) -> HeadRows:
             return HeadRows(tuple(range(head.rows)), OWN)
         if names := _still(head.data):
             return _by_name(head, names, OWN, data)
-        if head.data.image_size is None or data.image_size is None:  # embedded: another task, however many classes
+        if head.data.image_size is None or data.image_size is None:  # embedded: another task in any case
             return HeadRows(None, f"its classes are those of {head.data.name}")
     elif (rows := data_set.head_rows(head.rows)) is not None and data_set.imagenet_rows:
         return HeadRows(rows, IMAGENET, head.passed_over)
@@ -251,14 +254,14 @@ def match(head: HeadClasses, data: Data) -> HeadRows:
 
 
 def _same(a: Data, b: Data) -> bool:
-    """Whether two specs mean the same data set: the name, and of one's own folders the files."""
+    """Return whether two specs name the same data set, with the same files if it is a user's own folder."""
     if a.fingerprint is not None and a.fingerprint == b.fingerprint:
         return True
     return a.name == b.name and (a.fingerprint == b.fingerprint or not a.name.startswith(("folder:", "timm:")))
 
 
 def _still(data: Data) -> tuple[str, ...]:
-    """Return the class names of a run's data set; empty if its folder is not here, or no longer what it was."""
+    """Return the class names of a run's data set; empty if its folder is missing or has changed."""
     data_set = sources.find(data)
     if data_set.imagenet_rows:
         return data_set.class_names
@@ -287,12 +290,12 @@ def _by_name(head: HeadClasses, names: tuple[str, ...], how: str, data: Data) ->
     found = tuple(row for row in rows if row is not None)
     if twice or len(set(found)) < len(found):
         odd = twice or [name for name, row in zip(wanted, found, strict=True) if found.count(row) > 1]
-        return HeadRows(None, f"{how} does not tell apart {shortlist(odd)}", head.passed_over)
+        return HeadRows(None, f"{how} is ambiguous about {shortlist(odd)}", head.passed_over)
     return HeadRows(found, how, head.passed_over)
 
 
 def _are_imagenet(names: tuple[str, ...]) -> bool:
-    """Whether names are ImageNet-1k's in English, in the order of its labels (as in Hugging Face's configurations)."""
+    """Return whether names are ImageNet-1k's in English, in the order of its labels (as in Hugging Face's configs)."""
     if len(names) != 1000:
         return False
     from timm.data import ImageNetInfo

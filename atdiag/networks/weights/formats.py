@@ -13,9 +13,9 @@
 ``deit3``   LayerScale is called ``gamma_1``, ``gamma_2``
 ==========  ===================================================================================================
 
-Where a file holds two networks the first of the above is taken. Where it holds a moving average beside the weights
-(``state_dict_ema``, ``model_ema`` ...) the weights are taken unless the average is asked for, which is part of what a
-run is (``Teacher.branch``); :attr:`Converted.averages` names what there is.
+If a file holds two networks, the one marked above is taken. If it holds a moving average besides the weights
+(``state_dict_ema``, ``model_ema`` ...), the weights are taken unless the average is requested, which is part of a run's
+spec (``Teacher.branch``); :attr:`Converted.averages` names the averages in the file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _AVERAGES = (
     ),
     *("average", "averaged_model"),
 )
-"""Entries that hold a moving average of the weights: timm's, DeiT's, and what others call it."""
+"""Names of entries that hold a moving average of the weights: timm's, DeiT's, and others'."""
 _PREFIXES = ("module.base_encoder.", "module.momentum_encoder.", "module.backbone.", "backbone.", "module.", "")
 
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -71,18 +71,18 @@ class Converted:
     state: dict[str, Tensor]
     format: str
     branch: str
-    """Where in the file it was: ``state_dict: module.base_encoder.*``."""
+    """Its place in the file: ``state_dict: module.base_encoder.*``."""
     dropped: tuple[str, ...]
-    """Keys of the file that are no part of it (pre-training heads, decoders, mask tokens, the other branch)."""
+    """Keys of the file that are not part of it (pre-training heads, decoders, mask tokens, the other branch)."""
     averages: tuple[str, ...] = ()
     """Entries of the file that hold a moving average of the network's weights."""
 
 
 def convert(contents: Mapping[str, Any], branch: Literal["weights", "ema"] = "weights") -> Converted:
-    """Return the network in a checkpoint, its format found from the keys.
+    """Return the network in a checkpoint, whose format is recognised by its keys.
 
-    branch: the raw weights, or their moving average. Raises WeightsError where there is no ViT in it, listing the keys
-    that there are, and where it holds no average although that is asked for, or nothing else although it is not.
+    branch: the raw weights, or their moving average. Raises WeightsError, listing the keys in the file, if it holds no
+    ViT; and if it lacks the requested branch.
     """
     averages = tuple(name for name in _AVERAGES if _holds_vit(contents.get(name)))
     if branch == "ema" and not averages:
@@ -101,9 +101,9 @@ def convert(contents: Mapping[str, Any], branch: Literal["weights", "ema"] = "we
 
 
 def _prefix_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return what the network's keys begin with: a prefix of the formats, or whatever the only network's keys have.
+    """Return the prefix of the network's keys: one of the formats' prefixes, or that of the only network in the file.
 
-    Raises WeightsError that lists the prefixes of a file with several networks, of which none is known.
+    Raises WeightsError, listing the prefixes, for a file with several networks under unknown prefixes.
     """
     found = [key.removesuffix(_ANCHOR) for key in tensors if key.endswith(_ANCHOR)]
     known = [prefix for prefix in _PREFIXES if prefix in found]

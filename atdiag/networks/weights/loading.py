@@ -55,13 +55,13 @@ class Origin:
     branch: str
     """The part of the file that was used: ``state_dict: module.base_encoder.*``."""
     dropped: tuple[str, ...]
-    """Its keys that are no part of the network (pre-training heads, decoders, mask tokens)."""
+    """Its keys that are not part of the network (pre-training heads, decoders, mask tokens)."""
     averages: tuple[str, ...] = ()
-    """Entries of the file that hold a moving average of the weights, taken or not."""
+    """Entries of the file that hold a moving average of the weights, used or not."""
 
     @property
     def note(self) -> str:
-        """Which weights were taken of a file that holds several; empty of any other file."""
+        """Which weights were taken from a file that holds several; empty for other files."""
         if not self.averages:
             return ""
         taken = self.branch.partition(":")[0] or "its top level"
@@ -156,7 +156,7 @@ def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module,
         raise WeightsError(f"{path} does not fit {source.name}: {fault}", hint) from None
     persistent = set(model.state_dict())
     if any(name not in persistent for name, _ in model.named_buffers()):
-        # timm computes some buffers at construction and saves them in no file, so they need a network that is really
+        # timm computes some buffers at construction and saves them in no file, so the network must really be
         # allocated.
         model = architectures.build(source, image_size, meta=False)
     model.load_state_dict(state, strict=True, assign=True)

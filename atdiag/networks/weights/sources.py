@@ -61,11 +61,11 @@ class Source:
 
 
 AVERAGE = "#ema"
-"""Ends a reference that means the moving average in a file: ``timm:MODEL@FILE#ema``."""
+"""Suffix of a reference to the moving average in a file: ``timm:MODEL@FILE#ema``."""
 
 
 def split_reference(reference: str) -> tuple[str, Path | None, Literal["weights", "ema"]]:
-    """Split ``NAME@FILE#ema`` into name, file and branch. A path that is there is taken whole, ``#ema`` included."""
+    """Split ``NAME@FILE#ema`` into name, file and branch. An existing path is taken literally, ``#ema`` included."""
     name, at, typed = reference.partition("@")
     if not at:
         return name, None, "weights"

@@ -1,4 +1,4 @@
-"""Which components can matter under which transfer, held against what two networks compute."""
+"""Which components can matter under which transfer, checked by computing with and without them."""
 
 from functools import cache
 
@@ -42,7 +42,7 @@ def network(names=()) -> Network:
 
 @torch.no_grad()
 def drawn(names, stream):
-    """A network with large random parameters, each keyed by its name, so that two share what they have in common."""
+    """Make a network with large random parameters drawn by name, so that networks share their common ones."""
     vit = students.build(network(names), 0)
     for key, parameter in vit.named_parameters():
         values = randomness.generator(0, stream, key).standard_normal(parameter.shape)
@@ -52,7 +52,7 @@ def drawn(names, stream):
 
 @cache
 def step(names, how):
-    """A student's class logits, transfer loss and gradients under a transfer from a teacher that has registers."""
+    """Compute a student's logits, transfer loss and gradients under a transfer from a teacher with registers."""
     transfer = TRANSFERS[how]
     teacher, student = drawn(("registers",), "teacher"), drawn(names, "student")
     images = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -67,7 +67,7 @@ def step(names, how):
 
 
 def same(one, other) -> bool:
-    """Whether two students compute the same and learn the same, in all parameters that both have."""
+    """Return whether two students compute the same and get the same gradients in their common parameters."""
     gradients = [(one[2][name], other[2][name]) for name in one[2].keys() & other[2].keys()]
     pairs = [*zip(one[:2], other[:2], strict=True), *(pair for pair in gradients if None not in pair)]
     alike = all((a is None) == (b is None) for a, b in gradients)
@@ -90,7 +90,7 @@ def test_under_a_copy_of_every_map_the_run_would_be_the_same_bit_for_bit():
 
 
 class KeyNorm(nn.Module):
-    """A component of the map: the norm of keys."""
+    """A component of the map: a norm of the keys."""
 
     def forward(self, x, name, heads):
         return nn.functional.layer_norm(x, x.shape[-1:]) if name == "k" else x

@@ -1,4 +1,4 @@
-"""Native components: found where they were asked for, trainable in any mix, and equal to timm's."""
+"""Native components: present where requested, trainable in any combination, and equal to timm's."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def network(names=(), class_token=True) -> Network:
 
 
 def contradict(names, class_token) -> bool:
-    """Whether one network can't have all of these: two ways to pool, or a mean that is the plain way."""
+    """Return whether these components exclude each other: two ways to pool, or a mean that is already the default."""
     return "mean_pool" in names and ("attention_pool" in names or not class_token)
 
 
@@ -53,7 +53,7 @@ def assert_builds_and_trains(wanted: Network) -> None:
 
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_each_component_alone(name, class_token):
+def test_each_component_works_alone(name, class_token):
     if not contradict({name}, class_token):
         assert_builds_and_trains(network((name,), class_token))
 
@@ -63,7 +63,7 @@ def test_each_component_alone(name, class_token):
 @example({"rel_pos_bias", "registers", "no_abs_pos"}, False)
 @example({*NAMES} - {"attention_pool"}, True)
 @example({*NAMES} - {"mean_pool"}, False)
-def test_any_mix_of_components(names, class_token):
+def test_any_combination_of_components_works(names, class_token):
     if contradict(names, class_token):
         with pytest.raises(ValueError, match="mean_pool"):
             network(names, class_token)
@@ -71,7 +71,7 @@ def test_any_mix_of_components(names, class_token):
         assert_builds_and_trains(network(names, class_token))
 
 
-def test_what_is_followed_is_found_and_not_chosen():
+def test_components_that_follow_others_are_found_and_not_chosen():
     followed = {name for name, component in COMPONENTS.items() if component.followed}
     assert followed == {"no_class_token"}
     assert [COMPONENTS["no_class_token"].found(students.build(network((), token), 0)) for token in (True, False)] == [
@@ -84,7 +84,7 @@ def test_what_is_followed_is_found_and_not_chosen():
 
 @pytest.fixture
 def temperature():
-    """A component of someone's own: a learned factor on the embedded tokens."""
+    """A user's component: a learned factor on the embedded tokens."""
 
     def attach(vit, network):
         vit.norm_pre = Scale(network.width)
@@ -109,7 +109,7 @@ class Scale(torch.nn.Module):
         return x * self.factor
 
 
-def test_a_component_of_ones_own_is_like_any_other(temperature):
+def test_a_registered_component_is_like_any_other(temperature):
     vit = students.build(network(("token_scale", "layer_scale")), 0)
     assert torch.equal(vit.norm_pre.factor, torch.full((12,), 0.5)) and "norm_pre.factor" in vit.state_dict()
     assert "token_scale" in components.inspect(vit)
@@ -137,7 +137,7 @@ def test_weights_with_a_bias_of_the_keys_do_not_load_where_there_is_none():
         vit.load_state_dict(students.build(network(), 0).state_dict())
 
 
-def test_every_component_says_what_it_does_and_who_described_it():
+def test_every_component_has_a_summary_and_a_source():
     for name, component in COMPONENTS.items():
         assert component.name == name and component.summary.endswith(".") and len(component.summary) > 30
         assert component.source
@@ -163,7 +163,7 @@ def test_every_layer_norm_has_the_epsilon():
 
 @torch.no_grad()
 def test_a_bias_of_the_keys_is_not_seen_by_softmax():
-    """What `no_k_bias` says of itself."""
+    """What the description of `no_k_bias` claims."""
     vit, images = students.build(network(), 0), torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     before = vit(images)
     for block in vit.blocks:
@@ -180,24 +180,24 @@ def test_the_mean_pool_reads_the_patches_alone():
 
 
 @pytest.mark.parametrize("name", teachers.miniatures())
-def test_the_miniatures_have_what_the_registry_says(name):
+def test_miniatures_have_the_components_of_the_registry(name):
     wanted = teachers.miniature_network(name)
     assert components.inspect(students.build(wanted, 0)) == wanted.components
     missing = set(teachers.row(name).components) - set(wanted.components)
     assert set(wanted.components) <= set(teachers.row(name).components)
-    # What a miniature was pre-trained without: CLIP's at 1e-6, BEiT's with a bias of k.
+    # Components that the miniature was pre-trained without: CLIP's at epsilon 1e-6, BEiT's with a bias of k.
     assert missing == {"clip_b": {"ln_eps"}, "beitv2_b": {"no_k_bias"}}.get(name, set())
 
 
 @pytest.mark.parametrize("name", teachers.miniatures())
-def test_a_shipped_miniature_is_what_the_registry_says(name):
+def test_shipped_miniatures_agree_with_the_registry(name):
     assert loading.shipped(name).network == teachers.miniature_network(name)
     vit = loading.load(loading.shipped(name))
     assert components.inspect(vit) == vit.network.components
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_component_brings_the_parameters_that_it_names(name):
+def test_a_component_adds_the_parameters_that_it_names(name):
     plain = set(students.build(network(), 0).state_dict())
     brought = set(students.build(network((name,)), 0).state_dict()) - plain
     fragments = COMPONENTS[name].parameters
@@ -211,7 +211,7 @@ def test_an_unknown_component_is_named_with_a_suggestion():
 
 
 def beits(bias: RelPosBias) -> beit.Attention:
-    """timm's BEiT attention with the same table."""
+    """Make timm's BEiT attention with the same table."""
     twin = beit.Attention(12, HEADS, qkv_bias=True, window_size=(GRID, GRID))
     with torch.no_grad():
         twin.relative_position_bias_table.copy_(bias.relative_position_bias_table)
@@ -220,13 +220,13 @@ def beits(bias: RelPosBias) -> beit.Attention:
 
 @pytest.fixture
 def bias():
-    """A position bias with class token and a random table."""
+    """Make a position bias with class token and a random table."""
     module = RelPosBias(GRID, class_token=True, registers=0, heads=HEADS)
     torch.nn.init.normal_(module.relative_position_bias_table, generator=torch.Generator().manual_seed(0))
     return module
 
 
-def test_the_position_bias_is_beits(bias):
+def test_the_position_bias_equals_beits(bias):
     assert torch.equal(bias(), beits(bias)._get_rel_pos_bias()[0])
 
 
@@ -277,8 +277,8 @@ def test_quick_gelu_is_its_formula():
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_a_component_belongs_to_the_map_if_a_given_map_leaves_nothing_of_it(name):
-    """Two networks, with the component and without, that share all other weights, under the same uniform maps."""
+def test_a_component_belongs_to_the_map_if_a_given_map_removes_its_effect(name):
+    """Two networks, with and without the component, that share all other weights, under the same uniform maps."""
     out = []
     for names in ((), (name,)):
         vit = students.build(network(names), 0)

@@ -1,4 +1,4 @@
-"""A student beside its teacher: self-copy, initialisation from scratch, and the start from the teacher's weights."""
+"""Students: self-copy, initialisation from scratch, and initialisation from the teacher's weights."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ ALL = tuple(name for name in CHOSEN if name != "mean_pool")  # beside attention_
 
 
 def on(*names: str, sources=("drawn", "shipped")):
-    """Run the test on these miniatures alone, with weights drawn here and, or, the shipped ones."""
+    """Run the test on these miniatures only, with random weights, the shipped ones, or both."""
     ids = [f"{name}-{source}" for name in names for source in sources]
     return pytest.mark.parametrize("teacher", ids, indirect=True)
 
@@ -55,7 +55,7 @@ def test_a_copy_with_random_q_and_k_needs_only_the_teachers_maps(teacher, images
 # From scratch
 
 
-def test_a_student_fits_its_teacher():
+def test_a_student_matches_its_teachers_dimensions():
     teacher = teachers.miniature_network("dinov2_reg_s")
     plain, native = teacher.student(), teacher.student(teacher.components, classes=3)
     assert plain.components == () and plain.registers == 0 and plain.layer_scale_init is None
@@ -90,7 +90,7 @@ def test_students_with_different_components_share_the_rest(names):
             assert torch.equal(plain[name], other[name]), name
 
 
-def test_matrices_fill_their_xavier_bounds_and_the_rest_is_neutral():
+def test_matrices_are_xavier_uniform_and_the_rest_is_neutral():
     vit = students.build(with_components(*ALL).model_copy(update={"width": 48}), 0)
     for name, parameter in vit.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
@@ -154,7 +154,7 @@ REINIT = {"attn": ("attn.", "ls1."), "mlp": ("mlp.", "ls2.")}
 @on("beitv2_b", "clip_b", "siglip2_b", sources=["drawn"])
 @pytest.mark.parametrize("reinit", [(), ("attn",), ("mlp",), ("attn", "mlp")])
 @pytest.mark.parametrize("head", [True, False])
-def test_exactly_what_is_reinitialised_stays_fresh(teacher, reinit, head):
+def test_only_reinitialised_modules_keep_their_initial_weights(teacher, reinit, head):
     student, fresh, start = started(teacher, reinit=reinit, head=head)
     expected = {
         name
@@ -169,7 +169,7 @@ def test_exactly_what_is_reinitialised_stays_fresh(teacher, reinit, head):
 
 
 @on("dinov2_s")
-def test_layer_scale_does_not_fold_into_a_module_that_is_drawn_afresh(teacher):
+def test_layer_scale_does_not_fold_into_a_reinitialised_module(teacher):
     student, fresh, start = started(teacher, (), reinit=("attn",))
     assert {name.split(".")[2] for name in start.folded} == {"ls2"}
     assert {name.split(".")[2] for name in start.dropped} == {"ls1"}
@@ -191,13 +191,13 @@ def test_the_report_names_every_parameter_once(teacher, init):
 
 
 @on("dinov2_reg_s")
-def test_positions_line_up_when_registers_go(teacher):
+def test_positions_line_up_without_registers(teacher):
     student, _, _ = started(teacher, ())
     patches = teacher.pos_embed
     assert torch.equal(student.pos_embed[:, 1:], patches) and not student.pos_embed[:, :1].any()
 
 
-# From a teacher with components of the published kind
+# From a teacher with components of published networks
 
 
 PARTS = ("ln_eps", "mean_pool", "no_abs_pos", "no_k_bias", "no_patch_bias", "pre_norm", "registers", "rel_pos_bias")
@@ -205,7 +205,7 @@ PARTS = ("ln_eps", "mean_pool", "no_abs_pos", "no_k_bias", "no_patch_bias", "pre
 
 @pytest.fixture
 def published(perturbed):
-    """A teacher with most components, also those that no miniature has."""
+    """Make a teacher with most components, including those that no miniature has."""
     return perturbed(with_components("layer_scale", *PARTS))
 
 
@@ -240,7 +240,7 @@ def test_a_bias_that_the_teacher_lacks_is_exactly_zero(perturbed, small_images, 
         assert start.fresh == ("patch_embed.proj.bias",) and not start.folded
 
 
-def test_biases_of_q_and_v_go_with_an_attention_that_is_drawn_afresh(perturbed):
+def test_reinitialised_attention_drops_the_biases_of_q_and_v(perturbed):
     teacher = perturbed(with_components("no_k_bias"))
     _, _, start = started(teacher, (), reinit=("attn",))
     assert {"blocks.0.attn.q_bias", "blocks.1.attn.v_bias"} <= set(start.dropped) and not start.folded
@@ -253,7 +253,7 @@ def test_the_norm_after_a_mean_becomes_the_last_norm(perturbed, small_images):
     student, _, start = started(teacher, (), head=True)
     assert set(start.folded) == {"fc_norm.weight", "fc_norm.bias"} and not (start.dropped or start.fresh)
     assert torch.equal(student.norm.weight, teacher.fc_norm.weight)
-    tokens = teacher.blocks(teacher.embed(small_images))  # the same ones: only what is read of them differs
+    tokens = teacher.blocks(teacher.embed(small_images))  # the same weights: only what is read from them differs
     expected = teacher.head(teacher.fc_norm(tokens[:, 0]))
     torch.testing.assert_close(student(small_images), expected)
 
@@ -274,14 +274,14 @@ def test_head_rows_choose_the_teachers_classes(perturbed, small_images):
 # What a student costs
 
 
-def test_parameters_are_those_of_the_network():
+def test_the_number_of_parameters_is_that_of_the_network():
     for names in ((), ALL, PARTS):
         network = with_components(*names)
         assert students.parameters(network) == sum(p.numel() for p in students.build(network, 0).parameters())
 
 
 @pytest.mark.parametrize("names", [(), ("registers", "rel_pos_bias", "no_k_bias"), ("mean_pool", "layer_scale")])
-def test_flops_are_two_for_each_product_of_the_matrices(names):
+def test_flops_count_two_per_multiplication(names):
     network = with_components(*names)
     n, c, hidden = network.tokens, network.width, int(network.width * network.mlp_ratio)
     patches = network.grid**2 * c * network.channels * network.patch_size**2

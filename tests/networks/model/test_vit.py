@@ -1,4 +1,4 @@
-"""The network class beside timm's own, its maps, and nnsight as the independent witness of them."""
+"""Our ViT beside timm's: the same function, and maps that nnsight confirms independently."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ SHORT = Network(image_size=20, patch_size=4, channels=1, width=12, depth=4, head
 
 
 def timms(vit: ViT, **arguments) -> VisionTransformer:
-    """timm's own network with the same weights."""
+    """Make timm's network with the same weights."""
     network = vit.network
     twin = VisionTransformer(
         img_size=network.image_size,
@@ -69,13 +69,13 @@ def vit(request, perturbed):
 
 @pytest.mark.parametrize("name", TIMM_ARGUMENTS)
 @torch.no_grad()
-def test_is_timms_vision_transformer(name, perturbed, images):
+def test_equals_timms_vision_transformer(name, perturbed, images):
     vit = perturbed(teachers.miniature_network(name))
     assert_same_logits(vit(images), timms(vit, **TIMM_ARGUMENTS[name])(normalised(images, vit.network)))
 
 
 @torch.no_grad()
-def test_is_timms_beit(perturbed, images):
+def test_equals_timms_beit(perturbed, images):
     vit = perturbed(teachers.miniature_network("beitv2_b"))
     network, state, table = vit.network, vit.state_dict(), "relative_position_bias_table"
     for i in range(network.depth):  # BEiT has its own names, and no bias of k
@@ -115,7 +115,7 @@ def test_clones_are_equal(clone, vit, images):
     assert torch.equal(clone(vit)(images), vit(images))
 
 
-def test_weight_decay_leaves_tokens_positions_and_position_biases_alone():
+def test_tokens_positions_and_position_biases_have_no_weight_decay():
     network = SHORT.model_copy(update={"components": ("registers", "rel_pos_bias"), "registers": 4})
     tables = {f"blocks.{i}.attn.rel_pos_bias.relative_position_bias_table" for i in range(4)}
     assert tables | {"pos_embed", "cls_token", "reg_token"} <= ViT(network).no_weight_decay()
@@ -128,7 +128,7 @@ def test_keep_factors_of_one_change_nothing(vit, images):
 @pytest.mark.parametrize(("branch", "end"), [(0, "attn.proj"), (1, "mlp.fc2")])
 @pytest.mark.parametrize("block", [0, 2])
 @torch.no_grad()
-def test_a_keep_factor_scales_its_branch_of_its_image(vit, images, block, branch, end):
+def test_a_keep_factor_scales_one_branch_of_one_image(vit, images, block, branch, end):
     keep = torch.ones(4, 2, 4, 1, 1)
     keep[block, branch, 1] = 1.7
     scaled = copy.deepcopy(vit)
@@ -143,7 +143,7 @@ def test_a_keep_factor_scales_its_branch_of_its_image(vit, images, block, branch
 # Maps
 
 
-def test_maps_are_those_that_the_forward_pass_uses_wherever_it_stops(vit, images):
+def test_maps_are_those_of_the_forward_pass_wherever_it_stops(vit, images):
     captured = used(vit, images, range(4))
     assert list(captured) == [0, 1, 2, 3]
     for layers in ((0,), (1,), (2,), (3,), (0, 2), (3, 1), range(4)):
@@ -155,14 +155,14 @@ def test_maps_are_those_that_the_forward_pass_uses_wherever_it_stops(vit, images
 
 
 def used(vit, images, layers, given=None):
-    """The maps that a whole forward pass uses."""
+    """Return the maps that a full forward pass uses."""
     shown = vit.observe(images, CaptureRequest(maps=frozenset(layers), logits=True), given)
     assert torch.equal(shown.logits, vit(images, given))
     return {layer: seen.map for layer, seen in shown.seen.items()}
 
 
-def test_what_is_observed_is_the_same_wherever_the_pass_stops(vit, images):
-    """Values, residual stream and logits beside a pass that runs to the end, and against the blocks themselves."""
+def test_observations_are_the_same_wherever_the_pass_stops(vit, images):
+    """Values, residual stream and logits equal those of a full pass, and those of the blocks themselves."""
     full = vit.observe(images, CaptureRequest(maps={0}, values={1, 3}, features={0, 2}, logits=True))
     for layers in ({1}, {3}, {1, 3}):
         shown = vit.observe(images, CaptureRequest(values=frozenset(layers)))
@@ -199,7 +199,7 @@ def test_maps_run_no_further_than_needed(vit, images, monkeypatch):
     assert not any(name.startswith(("blocks.3", "head", "norm.", "fc_norm")) for name in ran)
 
 
-def test_a_given_map_is_used_and_leaves_other_blocks_their_own(vit, images):
+def test_a_given_map_is_used_in_its_block_only(vit, images):
     other = students.build(vit.network, 9).maps(images, (1,))
     captured = used(vit, images, (0, 1, 2), {1: AttentionOverride("map", other[1])})
     own = vit.maps(images, (0, 1, 2))
@@ -215,7 +215,7 @@ def test_shared_tokens_skip_the_registers(class_token, kept):
 
 
 @pytest.mark.parametrize("name", ["deit_s", "dinov2_reg_s", "clip_b"])
-def test_what_is_copied_is_what_nnsight_traces(name, perturbed, images):
+def test_copied_maps_equal_nnsights_traces(name, perturbed, images):
     """On timm's own network, with fused attention on."""
     nnsight = pytest.importorskip("nnsight")
     vit = perturbed(teachers.miniature_network(name))

@@ -1,4 +1,4 @@
-"""The registry is data: held here against timm's own configurations, and against the networks that timm builds."""
+"""The registry's data, compared with timm's configurations and with the networks that timm builds."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def test_every_family_and_size_is_there():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row_says_what_timm_says(name):
+def test_rows_agree_with_timms_configurations(name):
     row, facts = teachers.row(name), timm.get_pretrained_cfg(teachers.row(name).model)
     if row.url:
         assert row.hub is None
@@ -64,7 +64,7 @@ def test_a_row_says_what_timm_says(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row_says_what_is_found_on_the_network(name):
+def test_rows_agree_with_inspection_of_the_network(name):
     row, network = teachers.row(name), teachers.teacher(name, "paper").network
     assert network.components == tuple(sorted(row.components))
     assert network.differences == ()
@@ -77,12 +77,12 @@ def test_a_row_says_what_is_found_on_the_network(name):
     assert set(row.follows) == (set() if row.class_token else {"no_class_token"})
 
 
-def test_the_head_counts_that_shapes_do_not_tell():
+def test_head_counts_that_shapes_do_not_determine():
     assert teachers.row("mocov3_s").heads == 12
     assert teachers.row("dino_s").heads == teachers.row("ibot_s").heads == 6
 
 
-def test_words_in_the_table_are_known_ones():
+def test_the_table_uses_only_known_terms():
     for row in map(teachers.row, NAMES):
         assert {*row.components, *row.follows} <= set(components.COMPONENTS)
         assert set(row.formats) <= set(formats._DROPPED)
@@ -102,7 +102,7 @@ def test_the_table_fits_into_eighty_columns():
     assert text.count("authors") == sum(teachers.row(name).url is not None for name in NAMES)
 
 
-def test_json_has_all_facts():
+def test_json_has_every_field():
     rows = json.loads(json.dumps(listing.rows("paper", "dinov2")))
     assert [row["name"] for row in rows] == ["dinov2_s", "dinov2_b", "dinov2_l"]
     assert rows[0]["source"] == "timm:vit_small_patch14_dinov2.lvd142m"
@@ -113,7 +113,7 @@ def test_json_has_all_facts():
 # --- references ----------------------------------------------------------------------------------------------------
 
 
-def test_a_name_is_a_miniature_at_mini_and_the_published_network_elsewhere():
+def test_a_name_means_the_miniature_at_mini_and_the_published_network_elsewhere():
     mini, small, paper = (teachers.teacher("dinov2_s", profile) for profile in ("mini", "small", "paper"))
     assert (mini.network.image_size, mini.label) == (20, "dinov2_s (mini)")
     assert (small.network, small.label) == (paper.network, "dinov2_s (small)")
@@ -167,7 +167,7 @@ def test_a_teacher_without_a_miniature_names_the_nearest(name, use):
     ],
 )
 @pytest.mark.parametrize("profile", ["small", "mini"])
-def test_what_cant_be_meant_is_said_in_one_line(reference, size, said, profile):
+def test_impossible_references_are_refused_in_one_line(reference, size, said, profile):
     if reference == "dinov2_s" and profile == "mini":
         said = "dinov2_s (mini) is a miniature for scenes of 20 px, not for images of 128 px"
     with pytest.raises(UserError) as fault:
@@ -183,16 +183,16 @@ def test_any_timm_vit_is_described():
     assert "rope" in teachers.teacher("timm:vit_small_patch16_dinov3", "small", 64).network.differences
 
 
-def test_planning_builds_nothing_twice(monkeypatch):
+def test_planning_describes_each_network_once(monkeypatch):
     first = teachers.teacher("mae_h", "paper", 112)
     monkeypatch.setattr(architectures, "build", None)
     assert teachers.teacher("mae_h", "paper", 112) == first
 
 
-# --- one's own -----------------------------------------------------------------------------------------------------
+# --- the user's own ------------------------------------------------------------------------------------------------
 
 
-def test_ones_own_teacher(nothing_registered, tmp_path):
+def test_a_users_own_teacher(nothing_registered, tmp_path):
     register_teacher(
         "pathology_s",
         "vit_small_patch16_224",
@@ -217,20 +217,20 @@ def test_ones_own_teacher(nothing_registered, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clip_b", "timm:x", "a@b", "a b", "a/b", ""])
-def test_names_that_cant_be_ones_own(name, nothing_registered):
+def test_names_that_a_user_can_not_take(name, nothing_registered):
     with pytest.raises(ValueError, match=r"already a teacher|can't be a teacher's name"):
         register_teacher(name, "vit_small_patch16_224")
 
 
 @pytest.mark.parametrize("profile", ["mini", "small", "paper"])
-def test_ones_own_teacher_has_the_name_that_it_was_given_at_every_profile(nothing_registered, profile):
+def test_a_users_own_teacher_keeps_its_name_in_every_profile(nothing_registered, profile):
     register_teacher("mine", "vit_tiny_patch16_224", classes=7)
     found = teachers.teacher("mine", profile, 64)
     assert (found.label, found.network.classes) == ("mine", 7)
     assert not teachers.is_miniature(found)
 
 
-def test_classes_of_ones_own_teacher(nothing_registered):
+def test_classes_of_a_users_own_teacher(nothing_registered):
     register_teacher("seven", "vit_tiny_patch16_224", classes=7)
     register_teacher("six", "vit_tiny_patch16_224", arguments={"num_classes": 6})
     register_teacher("none", "vit_tiny_patch16_224", classes=0)
@@ -249,7 +249,7 @@ def test_classes_of_ones_own_teacher(nothing_registered):
 ours = {"model": "vit_tiny_patch16_224", "licence": "ours"}
 
 
-def test_teachers_of_other_packages_join_by_entry_points(monkeypatch):
+def test_other_packages_add_teachers_by_entry_points(monkeypatch):
     def entry(name, value):
         return EntryPoint(name, value, teachers.ENTRY_POINTS)
 

@@ -1,4 +1,4 @@
-"""Networks as they are published, two blocks of each, with weights away from their initial values."""
+"""Published networks, two blocks of each, with weights away from their initial values."""
 
 import copy
 from functools import cache
@@ -14,7 +14,7 @@ from atdiag.networks.timm.wrapping import Foreign
 
 
 def narrow(row: teachers.TeacherEntry) -> dict:
-    """Arguments that leave a large network three heads of its own width: what is tested does not depend on how many."""
+    """Return arguments that keep three heads of a large network, at their width: tests don't depend on the number."""
     if row.size == "s":
         return {}
     return {"num_heads": 3, "embed_dim": 3 * row.width // row.heads}
@@ -98,12 +98,12 @@ OURS = [*FAMILIES, *OTHERS]
 
 @cache
 def model(name: str) -> nn.Module:
-    """A network of the tables above, in eval mode. Shared between tests: not to be changed."""
+    """Return a network of the tables above, in eval mode. Shared between tests: do not modify it."""
     return build(name)
 
 
 def build(name: str) -> nn.Module:
-    """A network of the tables above, with every parameter away from its initial value."""
+    """Build a network of the tables above, with every parameter away from its initial value."""
     timms, options, _ = (FAMILIES | OTHERS | FOREIGN)[name]
     side = 4 * (14 if "patch14" in timms else 16)
     with torch.random.fork_rng():
@@ -125,7 +125,7 @@ def images(side: int) -> torch.Tensor:
 
 
 def normalised(x: torch.Tensor, of: nn.Module) -> torch.Tensor:
-    """Images as timm's network wants them."""
+    """Normalise images as timm's network expects."""
     mean, std = (torch.tensor(of.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     return (x - mean) / std
 

@@ -1,4 +1,4 @@
-"""The walk to a native component that acts on q and k: this file alone adds q/k norm, from inspection to training."""
+"""Adding a native component that acts on q and k: this file alone adds q/k norm, from inspection to training."""
 
 import copy
 
@@ -81,7 +81,7 @@ def component():
 
 @pytest.fixture
 def model():
-    """timm's ViT with q/k norm, every parameter away from its initial value."""
+    """Build timm's ViT with q/k norm, every parameter away from its initial value."""
     return timms()
 
 
@@ -102,7 +102,7 @@ def normalised(images):
 IMAGES = torch.rand(4, 1, 20, 20, generator=torch.Generator().manual_seed(1))
 
 
-def test_without_the_component_the_teacher_stays_foreign(model):
+def test_without_the_component_the_teacher_is_foreign(model):
     assert conversion.describe(model, MEAN, STD).differences == ("qk_norm",)
     assert isinstance(conversion.teacher_from(model, MEAN, STD), Foreign)
 
@@ -122,7 +122,7 @@ def test_what_the_component_does_not_explain_stays_a_difference(component, model
 
 
 @torch.no_grad()
-def test_the_teacher_is_ours_and_the_same_function(component, model):
+def test_the_teacher_is_converted_to_the_same_function(component, model):
     foreign = Foreign(copy.deepcopy(model), conversion.describe(model, MEAN, STD))
     ours = conversion.teacher_from(model, MEAN, STD)
     assert isinstance(ours, ViT)
@@ -169,7 +169,7 @@ def test_a_native_student_learns_and_a_standard_one_takes_the_rest(component, mo
 
 @pytest.mark.parametrize(("tensor", "unused"), [("map", "qk"), ("q", "q"), ("k", "k"), ("v", "")])
 def test_under_copy_what_belongs_to_the_map_is_not_trained(component, model, tmp_path, tensor, unused):
-    """By the trainer itself; blocks 1 and 2 copy, and in block 0 the component is trained as always."""
+    """Under the trainer itself: blocks 1 and 2 copy, and in block 0 the component is trained as usual."""
     teacher = conversion.teacher_from(model, MEAN, STD)
     transfer = Transfer(method="copy", layers=(1, 2), tensor=tensor)
     spec = RunSpec(

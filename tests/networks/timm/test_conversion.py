@@ -1,4 +1,4 @@
-"""Published networks rebuilt as ours, the same function, and taught from."""
+"""Published networks converted to ours: the same function, usable as teachers."""
 
 import copy
 
@@ -16,7 +16,7 @@ from tests.networks.timm.published import FAMILIES, FOREIGN, OURS, images, model
 
 
 def maps_by_hooks(of: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The maps [B, H, N, N] as timm's own formula makes them: what enters the dropout of each block's attention."""
+    """Return the maps [B, H, N, N] of timm's explicit formula: the input of each block's attention dropout."""
     seen: list[torch.Tensor] = []
     places = [getattr(block, "attn", block) for block in of.blocks]
     hooks = [place.attn_drop.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0])) for place in places]
@@ -40,10 +40,10 @@ def assert_close(found, expected):
 # --- the same function as ours ---------------------------------------------------------------------------------------
 
 
-# The same function as ours
+# The same function
 @pytest.mark.parametrize("name", OURS)
 @torch.no_grad()
-def test_our_network_is_the_same_function(name):
+def test_the_converted_network_is_the_same_function(name):
     of, ours = model(name), teacher(name)
     assert isinstance(ours, ViT) and not ours.training and not any(p.requires_grad for p in ours.parameters())
     x = images(ours.network.image_size)
@@ -62,7 +62,7 @@ def test_our_network_is_the_same_function(name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_every_parameter_matters(name):
-    """So that equality means something: the output moves with each of the source's parameters."""
+    """So that equality means something: the output depends on each of the source's parameters."""
     of = copy.deepcopy(model(name))
     out = of.requires_grad_(True)(normalised(images(conversion.describe(of).image_size), of))
     out.square().sum().backward()
@@ -147,7 +147,7 @@ def test_self_copy_is_exact_and_needs_the_teachers_maps(name):
             parameter.copy_(other.attn.get_parameter(key))
     x, transfer = images(network.image_size), Transfer(method="copy", layers=(0, 1))
     shown = ours.observe(x, of_teacher([transfer]))
-    for vit in (student, ours):  # with no head of its own, what the head would read is compared
+    for vit in (student, ours):  # without a head, its input is compared
         vit.head = nn.Identity() if not isinstance(model(name).head, nn.Linear) else vit.head
     expected = ours(x)
     found = methods.forward_test(student, transfer, x, shown)

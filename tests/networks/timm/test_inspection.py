@@ -1,4 +1,4 @@
-"""What a published network is: found by inspection, or refused with the reason."""
+"""Inspection of published networks: their description, or a refusal with the reason."""
 
 import pytest
 import timm
@@ -15,9 +15,9 @@ from atdiag.networks.timm import conversion, inspection
 from tests.networks.timm.published import FAMILIES, FOREIGN, OTHERS, OURS, model
 
 
-# What a network is
+# Descriptions
 @pytest.mark.parametrize("name", OURS)
-def test_inspection_finds_what_a_network_has(name):
+def test_inspection_finds_a_networks_components(name):
     of, network = model(name), conversion.describe(model(name))
     assert network.components == tuple(sorted((FAMILIES | OTHERS)[name][2])) and not network.differences
     heads = [block.attn.num_heads for block in of.blocks]
@@ -25,11 +25,11 @@ def test_inspection_finds_what_a_network_has(name):
     assert network.grid**2 == of.patch_embed.num_patches
     assert network.tokens == of.forward_features(torch.zeros(1, 3, network.image_size, network.image_size)).shape[1]
     assert network.classes == (of.head.out_features if isinstance(of.head, nn.Linear) else 1)
-    assert network.layer_scale_init in (None, 0.1, 1e-5, 1e-6)  # not the values that have been learned since
+    assert network.layer_scale_init in (None, 0.1, 1e-5, 1e-6)  # initial values, not those learned since
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_no_student_can_be_given_is_named(name):
+def test_differences_that_no_student_can_have_are_named(name):
     network = conversion.describe(model(name))
     assert set(network.differences) == FOREIGN[name][2]
     with pytest.raises(ValueError, match="no ViT of ours computes the same function"):
@@ -37,7 +37,7 @@ def test_what_no_student_can_be_given_is_named(name):
     assert not network.student(network.components).differences
 
 
-def test_a_gated_mlp_counts_as_the_plain_one_with_as_many_weights():
+def test_a_gated_mlp_is_matched_by_a_plain_one_with_as_many_weights():
     network = conversion.describe(model("eva02"))
     mlps = [sum(p.numel() for p in m.parameters() if p.ndim == 2) for m in (model("eva02").blocks[0].mlp,)]
     assert mlps == [2 * network.width * int(network.width * network.mlp_ratio)] and network.mlp_ratio == 4
@@ -52,7 +52,7 @@ NAMES = sorted(name for name, component in components.COMPONENTS.items() if not 
 
 
 @given(names=st.sets(st.sampled_from(NAMES)), class_token=st.booleans(), channels=st.sampled_from([1, 3]))
-def test_our_own_network_is_described_as_it_was_asked_for(names, class_token, channels):
+def test_our_own_network_gets_its_own_description_back(names, class_token, channels):
     if "attention_pool" in names or not class_token:
         names -= {"mean_pool"}
     network = Network(
@@ -100,7 +100,7 @@ def test_normalisation_is_taken_from_timms_configuration_or_given():
         ("convit_tiny", "not one of timm's classes"),
     ],
 )
-def test_what_is_no_vit_with_softmax_attention_is_refused_with_the_reason(name, reason):
+def test_other_networks_are_refused_with_the_reason(name, reason):
     with torch.device("meta"):
         made = timm.create_model(name, pretrained=False)
     with pytest.raises(UserError, match=rf"{type(made).__name__} can't be a teacher: .*{reason}"):

@@ -1,4 +1,4 @@
-"""A teacher that stays as it is: what it runs, what it refuses, and which of its tokens a student has."""
+"""Wrapped teachers: what they run, what they refuse, and which of their tokens a student has."""
 
 import copy
 from functools import cache
@@ -23,7 +23,7 @@ NAMES = {
 
 @cache
 def model(name: str) -> nn.Module:
-    """A small network of timm's with random weights. Shared between tests: not to be changed."""
+    """Return a small timm network with random weights. Shared between tests: do not modify it."""
     side = 56 if "patch14" in NAMES[name] else 64
     made = timm.create_model(NAMES[name], img_size=side, depth=2, embed_dim=96, num_heads=3)
     return made.eval().requires_grad_(False)
@@ -39,7 +39,7 @@ def images(side: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_a_foreign_teacher_is_frozen_and_gives_its_own_output():
+def test_a_foreign_teacher_is_frozen_and_returns_its_own_output():
     of, taught = model("eva02"), teacher("eva02")
     assert isinstance(taught, Foreign) and not taught.training
     assert not any(p.requires_grad for p in taught.parameters())
@@ -64,7 +64,7 @@ def test_a_foreign_teacher_runs_no_further_than_needed_and_leaves_no_hook():
 
 
 @torch.no_grad()
-def test_a_network_that_was_set_to_the_explicit_formula_is_brought_to_sdpa():
+def test_a_network_with_explicit_attention_is_switched_to_sdpa():
     slow = copy.deepcopy(model("eva02"))
     for block in slow.blocks:
         block.attn.fused_attn = False
@@ -73,7 +73,7 @@ def test_a_network_that_was_set_to_the_explicit_formula_is_brought_to_sdpa():
     assert all(torch.equal(found[layer].q, expected[layer].q) for layer in (0, 1))
 
 
-def test_registers_are_left_out_of_what_a_student_without_them_takes():
+def test_registers_are_dropped_for_a_student_without_them():
     taught = teacher("distilled deit")
     shared = taught.shared_tokens(taught.network.student())
     assert shared.tolist() == [0, *range(2, 18)]  # class token, (distillation token), patches
@@ -83,7 +83,7 @@ def test_registers_are_left_out_of_what_a_student_without_them_takes():
 
 
 class Odd(nn.Module):
-    """An attention that does not do what a block's should."""
+    """Attention that does not do what a block's should."""
 
     def __init__(self, attn, calls=1, **options):
         super().__init__()
@@ -113,7 +113,7 @@ def test_an_unexpected_attention_is_an_error_and_never_a_wrong_map(calls, option
     broken.blocks[1].attn = Odd(broken.blocks[1].attn, calls, **options)
     with pytest.raises(UserError, match=f"Eva can't be a teacher: .*{says}"):
         Foreign(broken, network)
-    taught.model = broken  # changed after it was made
+    taught.model = broken  # changed after construction
     if calls < 2:
         with pytest.raises(RuntimeError, match=says):
             taught.maps(images(56), (1,))
@@ -126,7 +126,7 @@ def test_tokens_other_than_the_described_ones_are_an_error():
 
 
 @torch.no_grad()
-def test_what_a_foreign_teacher_shows_is_what_hooks_see():
+def test_observations_of_a_foreign_teacher_equal_hooks():
     taught = teacher("dinov3")
     x, blocks = images(taught.network.image_size), taught._blocks
     outputs, values = {}, {}
@@ -147,7 +147,7 @@ def test_what_a_foreign_teacher_shows_is_what_hooks_see():
 
 
 @torch.no_grad()
-def test_attention_after_the_blocks_is_pooling_and_no_block_s_map():
+def test_attention_after_the_blocks_is_pooling_and_no_blocks_map():
     made = timm.create_model("vit_pe_core_tiny_patch16_384", img_size=64, depth=2, embed_dim=96, num_heads=3)
     taught = conversion.teacher_from(made.eval())
     assert isinstance(taught, Foreign)

@@ -1,4 +1,4 @@
-"""Checkpoints in the published key layouts, written from small random networks: what the loading code is tested on."""
+"""Checkpoints in the published key layouts, written from small random networks."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ SIGLIP = replace(VIT, model="vit_base_patch16_siglip_224")
 
 
 def drawn(source, size=SIZE, seed=0):
-    """A network whose every weight matters."""
+    """Make a network in which every weight matters."""
     model = architectures.build(source, size, meta=False).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def mocov3(state):
 
 
 def mocov3_momentum(state):
-    """What is left where the base encoder was taken out."""
+    """Write a checkpoint from which the base encoder was removed."""
     return {"state_dict": prefixed("module.momentum_encoder.", {**state, **junk("head.0.weight")})}
 
 
@@ -134,7 +134,7 @@ def plain(state):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint is written from a network, and what is found in it."""
+    """How to write a checkpoint from a network, and what the loader must find in it."""
 
     write: Any
     source: Source
@@ -176,7 +176,7 @@ LAYOUTS = {
 
 
 def network(layout, size=SIZE):
-    """The network that a checkpoint is written from; of self-supervised BEiT, with one table for all blocks."""
+    """Make the network behind a checkpoint; for self-supervised BEiT, with one bias table for all blocks."""
     model = drawn(layout.source, size)
     if layout.write is beitv2:
         for block in model.blocks[1:]:
@@ -185,7 +185,7 @@ def network(layout, size=SIZE):
 
 
 def write(layout, model, path, change=None):
-    """Write a network's checkpoint; ``change`` spoils its state dict in place before the layout is applied."""
+    """Write a network's checkpoint; ``change`` corrupts its state dict in place before the layout is applied."""
     state = {key: value.detach().clone() for key, value in model.state_dict().items()}
     if change:
         change(state)

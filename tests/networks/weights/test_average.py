@@ -1,4 +1,4 @@
-"""Weights beside their moving average: which is taken is told, recorded, chosen, and part of what a run is."""
+"""Files with weights and their moving average: the choice is reported, recorded, and part of a run's identity."""
 
 import pytest
 import timm
@@ -36,14 +36,14 @@ def bias(reference: str) -> torch.Tensor:
     return loading.load(teacher).state_dict()["blocks.0.norm1.bias"]
 
 
-def test_each_is_the_one_that_timm_loads(both, weights):
+def test_each_branch_equals_what_timm_loads(both, weights):
     key = "blocks.0.norm1.bias"
     for suffix, use_ema in (("", False), ("#ema", True)):
         assert torch.equal(bias(f"timm:{MODEL}@{both}{suffix}"), load_state_dict(str(both), use_ema=use_ema)[key])
     assert not torch.equal(bias(f"timm:{MODEL}@{both}"), bias(f"timm:{MODEL}@{both}#ema"))
 
 
-def test_which_was_taken_is_recorded_and_told(both):
+def test_the_chosen_branch_is_recorded_and_reported(both):
     raw, mean = (loading.load(teachers.teacher(f"timm:{MODEL}@{both}{s}", "small", 32)) for s in ("", "#ema"))
     assert raw.origin.branch.startswith("state_dict:") and raw.origin.averages == ("state_dict_ema",)
     assert "raw weights (state_dict) were taken" in raw.origin.note and "FILE#ema" in raw.origin.note
@@ -51,7 +51,7 @@ def test_which_was_taken_is_recorded_and_told(both):
     assert "moving average (state_dict_ema) was taken" in mean.origin.note
 
 
-def test_the_branch_is_part_of_what_a_run_is(both):
+def test_the_branch_is_part_of_a_runs_identity(both):
     def spec(reference):
         teacher = teachers.teacher(reference, "small", 32)
         network = teacher.network.student((), 2)
@@ -65,11 +65,11 @@ def test_the_branch_is_part_of_what_a_run_is(both):
     raw, mean = spec(f"timm:{MODEL}@{both}"), spec(f"timm:{MODEL}@{both}#ema")
     assert raw.teacher.sha256 == mean.teacher.sha256 and raw.id != mean.id
     assert "branch" not in str(raw._content()).replace("'branch': 'weights'", "")
-    assert len(cohorts([raw, mean])) == 2  # one pass of one teacher does not serve both
+    assert len(cohorts([raw, mean])) == 2  # they are different teachers
     assert (raw.teacher.label, mean.teacher.label) == (f"timm:{MODEL} (own file)", f"timm:{MODEL} (own file, average)")
 
 
-def test_what_is_not_there_is_told(weights):
+def test_a_missing_branch_is_reported(weights):
     with pytest.raises(WeightsError, match=r"no moving average .* leave #ema out"):
         formats.convert({"state_dict": weights}, "ema")
     with pytest.raises(WeightsError, match=r"moving average alone .*add #ema"):
@@ -79,7 +79,7 @@ def test_what_is_not_there_is_told(weights):
     assert formats.convert({"state_dict": weights}).averages == ()
 
 
-def test_a_path_that_is_there_is_taken_whole(tmp_path):
+def test_an_existing_path_is_taken_literally(tmp_path):
     file = tmp_path / "w.pth#ema"
     assert sources.split_reference(f"timm:m@{file}") == ("timm:m", tmp_path / "w.pth", "ema")
     file.touch()

@@ -1,4 +1,4 @@
-"""Which row of a head is which class: lists inside and beside weights, and their match with a data set's classes."""
+"""The classes of a head's rows: lists inside and beside weights, matched with a data set's classes."""
 
 import json
 import re
@@ -22,7 +22,7 @@ BIRDS = ("wren", "auk", "Kite")
 
 
 def make_folder(root, names, train=1):
-    """The spec of a folder with one grey image of each class in each split."""
+    """Make a folder with one grey image per class and split; return its spec."""
     for split, count in (("train", train), ("val", 1)):
         for name in names:
             (root / split / name).mkdir(parents=True)
@@ -33,7 +33,7 @@ def make_folder(root, names, train=1):
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory):
-    """A data set whose classes are, in the order of its labels, Kite, auk and wren."""
+    """Make a data set whose classes, in the order of labels, are Kite, auk and wren."""
     data = make_folder(tmp_path_factory.mktemp("birds"), BIRDS)
     assert sources.find(data).class_names == ("Kite", "auk", "wren")
     return data
@@ -50,14 +50,14 @@ WEIGHT = {"head.weight": torch.zeros(3, 2)}
         ({"class_to_idx": {"Kite": 2, "wren": 0, "auk": 1}}, BIRDS),
         ({"idx_to_class": {1: "auk", 0: "wren", 2: "Kite"}}, BIRDS),
         ({"idx_to_class": {"2": "Kite", "0": "wren", "1": "auk"}}, BIRDS),
-        ({"class_to_idx": {"wren": 0, "auk": 0, "Kite": 1}}, ()),  # two classes of one row
+        ({"class_to_idx": {"wren": 0, "auk": 0, "Kite": 1}}, ()),  # two classes for one row
         ({"class_to_idx": {"wren": 1, "auk": 2, "Kite": 3}}, ()),
         ({"classes": 3}, ()),
         ({"classes": ["LABEL_0", "LABEL_1", "LABEL_2"]}, ()),
         ({}, ()),
     ],
 )
-def test_a_list_inside(tmp_path, entry, names):
+def test_a_class_list_inside_the_weights(tmp_path, entry, names):
     torch.save({"state_dict": WEIGHT, **entry}, tmp_path / "a.pth")
     texts = {key: json.dumps(value) for key, value in entry.items()}
     save_file(WEIGHT, tmp_path / "a.safetensors", texts)
@@ -68,18 +68,18 @@ def test_a_list_inside(tmp_path, entry, names):
 
 
 @pytest.mark.parametrize("name", ["a.pth.classes.txt", "classes.txt", "class_names.txt", "labels.txt"])
-def test_a_list_beside(tmp_path, name):
+def test_a_class_list_beside_the_weights(tmp_path, name):
     torch.save(WEIGHT, tmp_path / "a.pth")
     (tmp_path / name).write_text("\ufeffwren\r\nauk\r\nKite\r\n\r\n", encoding="utf-8")
     assert classes.of_file(tmp_path / "a.pth", 3) == HeadClasses(3, BIRDS, f"the list in {tmp_path / name}")
-    other = classes.of_file(tmp_path / "a.pth", 4)  # a list of something else
-    assert other.names == () and other.passed_over == f"{tmp_path / name} lists 3 classes, not 4, and is passed over"
+    other = classes.of_file(tmp_path / "a.pth", 4)  # a list of other things
+    assert other.names == () and other.passed_over == f"{tmp_path / name} lists 3 classes, not 4, and is ignored"
     torch.save({"model": WEIGHT, "classes": ["x", "y", "z"]}, tmp_path / "a.pth")
-    assert classes.of_file(tmp_path / "a.pth", 3).names == ("x", "y", "z")  # what is inside goes first
+    assert classes.of_file(tmp_path / "a.pth", 3).names == ("x", "y", "z")  # the list inside takes precedence
 
 
 @pytest.mark.parametrize("config", [{"label_names": BIRDS}, {"id2label": dict(enumerate(BIRDS))}])
-def test_a_list_in_the_configuration_beside(tmp_path, config):
+def test_a_class_list_in_a_configuration_file(tmp_path, config):
     torch.save(WEIGHT, tmp_path / "a.pth")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert classes.of_file(tmp_path / "a.pth", 3).names == BIRDS
@@ -87,7 +87,7 @@ def test_a_list_in_the_configuration_beside(tmp_path, config):
     assert classes.of_file(tmp_path / "a.pth", 3) == HeadClasses(3)
 
 
-def test_a_list_that_the_user_names(tmp_path, birds):
+def test_a_class_list_named_by_the_user(tmp_path, birds):
     (file := tmp_path / "my.txt").write_text("\n".join(BIRDS))
     assert classes.match(classes.of_list(file, 3, "x"), birds) == HeadRows((2, 1, 0), f"`classes` {file}")
     with pytest.raises(UserError, match="names 3 classes, and the head of x has 4 rows"):
@@ -104,27 +104,27 @@ def test_a_list_that_the_user_names(tmp_path, birds):
     [
         (("wren", "auk", "Kite"), (2, 1, 0), "it"),
         (("owl", "Wren", "AUK", "kite"), (3, 2, 1), "it"),
-        (("kite", "Kite", "auk", "wren"), (1, 2, 3), "it"),  # exactly goes first
+        (("kite", "Kite", "auk", "wren"), (1, 2, 3), "it"),  # exact matches take precedence
         (("wren", "auk", "owl"), None, "it lacks 1 of the 3 classes of .*: Kite"),
         (("a", "b", "c"), None, "it lacks 3 of the 3 classes of .*: Kite, auk, wren"),
-        (("wren", "auk", "Kite", "auk"), None, "it does not tell apart auk"),
-        (("wren", "auk", "KITE", "kite"), None, "it does not tell apart Kite"),
+        (("wren", "auk", "Kite", "auk"), None, "it is ambiguous about auk"),
+        (("wren", "auk", "KITE", "kite"), None, "it is ambiguous about Kite"),
     ],
 )
-def test_names_are_matched(birds, names, rows, how):
+def test_class_names_are_matched(birds, names, rows, how):
     found = classes.match(HeadClasses(len(names), names, "it"), birds)
     assert found.rows == rows
     assert re.fullmatch(how, found.how)
 
 
-def test_nothing_known_is_an_assumption_or_no_mapping(birds):
+def test_without_a_list_the_mapping_is_an_assumption_or_missing(birds):
     assert classes.match(HeadClasses(3), birds) == HeadRows((0, 1, 2), ASSUMED)
     found = classes.match(HeadClasses(4, passed_over="b.txt lists 2 classes"), birds)
     assert found.rows is None
     assert found.note == f"it has 4 rows, and {birds.name} 3 classes; b.txt lists 2 classes"
 
 
-def test_an_assumption_is_held_against_chance():
+def test_an_assumption_is_tested_against_chance():
     assumed, known = (HeadRows(tuple(range(10)), how) for how in (ASSUMED, IMAGENET))
     for right in range(41):  # of 200: the exact binomial tail, P(X >= right)
         correct = np.arange(200) < right
@@ -164,7 +164,7 @@ def test_a_runs_own_classes(tmp_path, birds):
     imagenet = HeadClasses(1000, data=Data(name="imagenet", train=1, image_size=224))
     imagenette = Data(name="imagenette", train=1, image_size=224)
     assert classes.match(imagenet, imagenette).rows == sources.find("imagenette").imagenet_rows
-    # Embedded data are another task, however many classes there are.
+    # Embedded data are another task, whatever the number of classes.
     digits = classes.of_teacher(teachers.teacher("deit_s", "mini"))
     assert classes.match(digits, Data(name="digits", train=5)) == HeadRows(tuple(range(10)), OWN)
     assert classes.match(digits, Data(name="larger", train=5)).how == "its classes are those of digits"

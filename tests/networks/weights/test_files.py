@@ -1,4 +1,4 @@
-"""Files that are damaged, or are something else, are refused in one line before anything of them is used."""
+"""Damaged and unrelated files are refused in one line before anything in them is used."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def good(request, tmp_path):
     return path
 
 
-def test_what_was_written_is_read(good):
+def test_written_files_are_read_back(good):
     kinds = {"x.safetensors": "safetensors", "x.pth": "zip", "old.pt": "pickle"}
     assert files.check(good) == kinds[good.name]
     assert {key: value.tolist() for key, value in files.read(good).items()} == {
@@ -46,7 +46,7 @@ def test_what_was_written_is_read(good):
     }
 
 
-def test_the_kind_is_told_by_the_bytes_not_the_name(good, tmp_path):
+def test_the_file_type_is_determined_by_content_not_name(good, tmp_path):
     other = tmp_path / "weights.bin"
     other.write_bytes(good.read_bytes())
     assert files.check(other) == files.check(good)
@@ -62,20 +62,20 @@ def test_a_truncated_file_is_refused(good, share):
 
 
 @given(length=st.integers(0, 400))
-def test_no_beginning_of_a_safetensors_file_is_taken_for_one(length, tmp_path_factory):
+def test_no_prefix_of_a_safetensors_file_is_accepted(length, tmp_path_factory):
     whole = to_safetensors(TENSORS)
     path = tmp_path_factory.mktemp("cut") / "x.safetensors"
     path.write_bytes(whole[: min(length, len(whole) - 1)])
     refused(path)
 
 
-def test_bytes_that_no_header_speaks_of_are_refused(tmp_path):
+def test_bytes_outside_the_header_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(to_safetensors(TENSORS) + b"more")
     assert "asks for" in refused(path)
 
 
-def test_a_header_that_promises_terabytes_allocates_nothing(tmp_path):
+def test_a_header_that_declares_terabytes_allocates_nothing(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -84,7 +84,7 @@ def test_a_header_that_promises_terabytes_allocates_nothing(tmp_path):
     assert "its header should be" in refused(path)
 
 
-def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+def test_a_decompression_bomb_is_refused(tmp_path):
     path = tmp_path / "x.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * 10_000_000)
@@ -92,7 +92,7 @@ def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
 
 
 class Evil:
-    """Would leave a file behind if it were unpickled."""
+    """An object that creates a file if it is unpickled."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -119,7 +119,7 @@ def test_a_bare_pickle_with_code_is_never_run(protocol, tmp_path):
     assert not mark.exists()
 
 
-def test_recorded_command_lines_are_harmless(tmp_path):
+def test_pickled_argument_namespaces_are_harmless(tmp_path):
     torch.save({"model": TENSORS, "args": argparse.Namespace(lr=0.1)}, tmp_path / "x.pth")
     assert files.read(tmp_path / "x.pth")["args"].lr == 0.1
 
@@ -136,7 +136,7 @@ def test_recorded_command_lines_are_harmless(tmp_path):
         (b"PK\x03\x04" + b"\0" * 60, "truncated or damaged"),
     ],
 )
-def test_other_things_are_named(content, said, tmp_path):
+def test_other_file_types_are_named(content, said, tmp_path):
     (tmp_path / "x.pth").write_bytes(content)
     assert said in refused(tmp_path / "x.pth")
 

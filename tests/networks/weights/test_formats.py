@@ -1,4 +1,4 @@
-"""Authors' key layouts: each is written here from a random network, read back, and spoiled in every way."""
+"""Authors' key layouts: each is written from a random network, read back, and corrupted in every way."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ FLAT = [name for name, layout in LAYOUTS.items() if layout.branch == "*"]
 
 @pytest.fixture(scope="module")
 def networks():
-    """The network behind each layout, built once."""
+    """Build the network behind each layout once."""
     return {name: checkpoints.network(layout) for name, layout in LAYOUTS.items()}
 
 
@@ -32,7 +32,7 @@ def test_a_published_layout_gives_the_same_network(name, networks, tmp_path):
     assert set(layout.dropped) <= set(found.dropped)
     if not layout.dropped:
         assert not found.dropped
-    exact = name != "dinov2-registers"  # there, a position is added to a token and taken off again
+    exact = name != "dinov2-registers"  # in that layout a position is added to a token and subtracted again
     with torch.no_grad():
         torch.testing.assert_close(loaded(IMAGES), model(IMAGES), rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -40,7 +40,7 @@ def test_a_published_layout_gives_the_same_network(name, networks, tmp_path):
 
 
 @pytest.mark.parametrize("name", FLAT)
-def test_safetensors_are_read_alike(name, networks, tmp_path):
+def test_safetensors_and_pickles_are_read_alike(name, networks, tmp_path):
     path = checkpoints.write(LAYOUTS[name], networks[name], tmp_path / "checkpoint.safetensors")
     loaded, _ = loading.load_source(LAYOUTS[name].source, path, SIZE)
     with torch.no_grad():
@@ -98,7 +98,7 @@ SPOILED = {
 
 @pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_does_not_fit_is_refused_by_key(name, spoil, networks, tmp_path):
+def test_mismatches_are_refused_by_key(name, spoil, networks, tmp_path):
     path = checkpoints.write(LAYOUTS[name], networks[name], tmp_path / "checkpoint.pth", spoil)
     with pytest.raises(WeightsError) as fault:
         loading.load_source(LAYOUTS[name].source, path, SIZE)
@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused_by_key(name, spoil, networks, tmp_path):
     assert "\n" not in said
 
 
-def test_many_keys_are_counted(networks, tmp_path):
+def test_long_lists_of_keys_are_counted(networks, tmp_path):
     def lose(state):
         for key in [key for key in state if key.startswith("blocks.1.")]:
             del state[key]
@@ -125,14 +125,14 @@ def test_a_file_without_a_vit_is_refused(contents, tmp_path):
         loading.load_source(VIT, tmp_path / "x.pth", SIZE)
 
 
-def test_a_row_takes_its_own_layout_alone(networks, tmp_path):
+def test_a_row_accepts_only_its_own_layout(networks, tmp_path):
     path = checkpoints.write(LAYOUTS["dino"], networks["dino"], tmp_path / "checkpoint.pth")
     only = replace(VIT, formats=("mocov3",))
     with pytest.raises(WeightsError, match=r"has the key layout 'dino', and small is published as 'mocov3'"):
         loading.load_source(only, path, SIZE)
 
 
-def test_of_two_networks_the_documented_one_is_taken(networks):
+def test_of_two_networks_the_documented_one_is_used(networks):
     state = networks["dino"].state_dict()
     for write, kept in ((checkpoints.mocov3, "module.base_encoder."), (checkpoints.dino, "backbone.")):
         found = formats.convert(write(state))
@@ -148,7 +148,7 @@ LARGER, SMALLER = SIZE + 32, SIZE - 32
 
 @pytest.mark.parametrize("size", [LARGER, SMALLER])
 @pytest.mark.parametrize("name", RESAMPLED)
-def test_another_resolution_is_timms(name, size, networks, tmp_path):
+def test_another_resolution_is_resampled_like_timm(name, size, networks, tmp_path):
     layout, model = LAYOUTS[name], networks[name]
     path = checkpoints.write(layout, model, tmp_path / "checkpoint.pth")
     loaded, _ = loading.load_source(layout.source, path, size)

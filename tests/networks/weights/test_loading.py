@@ -1,4 +1,4 @@
-"""From a reference to a teacher with weights: files, the cache folder, the hub's cache, sha256, and a real ViT."""
+"""From a reference to a teacher with weights: files, cache folder, the hub's cache, sha256, and a real ViT."""
 
 import copy
 import hashlib
@@ -28,7 +28,7 @@ PX = 32
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """No cache but this test's, and no network."""
+    """Use a cache of this test's own, and no network."""
     monkeypatch.setenv("ATDIAG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -37,7 +37,7 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A random ViT-Ti in a file, and the network that is in it."""
+    """Save a random ViT-Ti to a file; return the file and the network."""
     source = teachers.source("timm:vit_tiny_patch16_224")
     model = checkpoints.drawn(source, PX)
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
@@ -46,7 +46,7 @@ def tiny(tmp_path_factory):
 
 
 def same_outputs(teacher, model, inside=False):
-    """In float64, since random networks are ill-conditioned. ``inside``: compare all tokens after the last norm."""
+    """Compare in float64, since random networks are ill-conditioned; ``inside``: all tokens after the last norm."""
     images = torch.rand(2, 3, PX, PX, generator=torch.Generator().manual_seed(3)).double()
     teacher, model = copy.deepcopy(teacher).double(), copy.deepcopy(model).double()
     normal = (images - teacher.mean) / teacher.std
@@ -56,7 +56,7 @@ def same_outputs(teacher, model, inside=False):
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
-def test_a_file_of_ones_own(tiny, tmp_path, monkeypatch):
+def test_a_users_own_file(tiny, tmp_path, monkeypatch):
     model, path = tiny
     found = teachers.teacher(f"timm:vit_tiny_patch16_224@{path}", "mini", PX)
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -64,7 +64,7 @@ def test_a_file_of_ones_own(tiny, tmp_path, monkeypatch):
     assert loaded.network == found.network
     assert not loaded.training
     same_outputs(loaded, model)
-    # A path that is typed relative to here is found from anywhere.
+    # A path typed relative to this folder is found from anywhere.
     monkeypatch.chdir(path.parent)
     relative = teachers.teacher(f"timm:vit_tiny_patch16_224@{path.name}", "mini", PX)
     monkeypatch.chdir(tmp_path)
@@ -72,7 +72,7 @@ def test_a_file_of_ones_own(tiny, tmp_path, monkeypatch):
     loading.load(relative)
 
 
-def test_a_changed_file_is_not_the_one_that_was_meant(tiny, tmp_path):
+def test_a_changed_file_is_refused(tiny, tmp_path):
     _, path = tiny
     own = tmp_path / "own.safetensors"
     shutil.copy(path, own)
@@ -81,7 +81,7 @@ def test_a_changed_file_is_not_the_one_that_was_meant(tiny, tmp_path):
     content = bytearray(own.read_bytes())
     content[-1] ^= 1
     own.write_bytes(content)
-    os.utime(own, ns=(about.st_atime_ns, about.st_mtime_ns))  # as sly as can be: loading reads the bytes
+    os.utime(own, ns=(about.st_atime_ns, about.st_mtime_ns))  # even with the old size and time: loading reads the bytes
     with pytest.raises(WeightsError, match="is not the file this run was made with"):
         loading.load(planned)
     own.unlink()
@@ -100,7 +100,7 @@ def test_a_damaged_file_is_refused_when_planning(tiny, tmp_path):
 
 
 def published(name, path):
-    """A published checkpoint at full size (at a small resolution), and the network in it."""
+    """Write a published checkpoint at full size (at a small resolution); return it and its network."""
     layouts = {"mocov3_s": checkpoints.mocov3, "dinov2_reg_s": checkpoints.dinov2_registers}
     model = checkpoints.drawn(teachers.source(name), 28 if "dinov2" in name else PX)
     torch.save(layouts[name](model.state_dict()), path)
@@ -141,8 +141,8 @@ def test_mocov3_in_six_heads_is_refused(alone):
     loading.load(teachers.teacher(f"mocov3_s@{path}", "paper", PX))
 
 
-def test_a_checkpoint_of_another_row_names_that_row(alone):
-    """timm's BEiT v2 is the fine-tuned one: mean of the patches, then fc_norm, and a head."""
+def test_a_checkpoint_of_another_row_is_refused_with_that_row(alone):
+    """timm's BEiT v2 is the fine-tuned one: mean of the patches, fc_norm, and a head."""
     path = alone / "beitv2_base_patch16_224_pt1k.pth"
     layout = replace(checkpoints.LAYOUTS["beitv2"], source=teachers.source("beitv2_b"))
     checkpoints.write(layout, checkpoints.network(layout, PX), path)
@@ -197,7 +197,7 @@ def test_the_hubs_cache_is_used_without_a_network(alone, tiny):
 
 
 @pytest.mark.parametrize("name", ["deit_s", "mocov3_s", "timm:vit_tiny_patch16_224"])
-def test_offline_is_respected_and_says_what_to_do(name, alone, monkeypatch):
+def test_offline_mode_is_respected_with_a_hint(name, alone, monkeypatch):
     import socket
 
     def no_network(*_, **__):
@@ -218,7 +218,7 @@ def test_offline_is_respected_and_says_what_to_do(name, alone, monkeypatch):
 # --- fetching ------------------------------------------------------------------------------------------------------
 
 
-def test_a_fetched_checkpoint_is_kept_if_it_fits(alone, monkeypatch):
+def test_a_downloaded_checkpoint_is_kept_only_if_it_fits(alone, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     asked = []
 
@@ -251,7 +251,7 @@ def test_a_fetched_checkpoint_is_kept_if_it_fits(alone, monkeypatch):
     assert teachers.teacher("mocov3_s", "paper").sha256 == got.sha256
 
 
-def test_only_https_is_asked(alone, monkeypatch):
+def test_only_https_is_used(alone, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     plain = replace(teachers.source("mocov3_s"), url="http://example.com/x.pth")
     monkeypatch.setattr(teachers, "source", lambda _: plain)
@@ -275,11 +275,11 @@ def test_the_sha256_of_a_large_file_is_remembered_until_it_changes(alone, monkey
     os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
     assert sources.sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest() != first
     for note in (alone / "cache" / "sha256").iterdir():
-        note.write_text("{")  # a note that a crash spoiled
+        note.write_text("{")  # a record damaged by a crash
     assert sources.sha256(path) == fresh(path)
 
 
-def test_a_cache_folder_that_cant_be_written_costs_time_only(alone, monkeypatch):
+def test_an_unwritable_cache_folder_costs_only_time(alone, monkeypatch):
     (alone / "file").write_text("")
     monkeypatch.setenv("ATDIAG_CACHE", str(alone / "file" / "below"))
     path = alone / "large.bin"
@@ -343,7 +343,7 @@ def test_the_real_vit_is_as_accurate_as_it_should_be():
     assert among_all > 0.55  # 0.609: 128 px of JPEG, enlarged
 
 
-def test_planning_says_nothing_of_weights_it_has_not_read(alone):
+def test_planning_claims_nothing_about_unread_weights(alone):
     plan = teachers.teacher("beitv2_b", "paper")
     assert json.loads(plan.model_dump_json())["sha256"] is None
     assert architectures.network(teachers.source("beitv2_b"), 224) == plan.network

@@ -13,6 +13,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from atdiag.reports import drawing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
@@ -68,19 +70,11 @@ _SETTINGS: dict[Any, Any] = {
     "savefig.dpi": 300,
 }
 
-_NOT_OURS = ("backend", "backend_fallback", "interactive")
-"""Settings of the session that imports this: they decide nothing about a figure with a canvas of its own."""
-
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    """Matplotlib's defaults and the house style while it lasts, whatever the user's matplotlibrc says; then as before.
-
-    A text's font or use of LaTeX is read when it is made, and ticks are made when a figure is drawn: figures are both
-    made and drawn in here.
-    """
-    with matplotlib.rc_context():
-        matplotlib.rcParams.update({k: v for k, v in matplotlib.rcParamsDefault.items() if k not in _NOT_OURS})
+    """Set the house style while it lasts, on matplotlib's :func:`~atdiag.reports.drawing.defaults`; then as before."""
+    with drawing.defaults():
         sns = _seaborn()
         matplotlib.rcParams.update({**sns.plotting_context("paper"), **sns.axes_style("whitegrid"), **_SETTINGS})
         yield
@@ -89,12 +83,8 @@ def settings() -> Iterator[None]:
 @functools.cache
 def _seaborn() -> Any:
     """Import seaborn, whatever backend the environment names: it imports pyplot, which would look for that backend."""
-    before = dict.__getitem__(matplotlib.rcParams, "backend")  # plain access would resolve it
-    dict.__setitem__(matplotlib.rcParams, "backend", "agg")
-    try:
+    with drawing.defaults():
         import seaborn
-    finally:
-        dict.__setitem__(matplotlib.rcParams, "backend", before)
     return seaborn
 
 

@@ -255,7 +255,7 @@ def test_the_documented_table_names_every_mode_of_pillow_and_is_true():
     table = dict(re.fullmatch(r"\| (.+?) \| (.+) \|", line).groups() for line in lines)
     rule = {mode: rule for modes, rule in table.items() for mode in modes.split(", ")}
     wide = rule.pop("I;16 in either byte order")
-    rule |= {mode: wide for mode in ("I;16", "I;16B", "I;16L", "I;16N")}
+    rule |= dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), wide)
     assert rule.pop("all others").startswith("refused")
     assert set(rule) >= set(Image.MODES), "Pillow has a mode without a rule: it is refused, and the table says so"
     for mode, says in rule.items():

@@ -226,13 +226,21 @@ def escaped(text: str) -> str:
     return "".join(out)
 
 
+_LONG = 36
+"""Characters of a name that is broken in LaTeX: a longer one would push the table beyond the page."""
+
+
 def booktabs(
     head: Sequence[str], body: Sequence[Sequence[str]], caption: str, label: str, columns: str | None = None
 ) -> str:
     """Return a LaTeX table with its caption above, and the rules of the package booktabs; texts are escaped.
 
-    columns: how they are aligned; by default the first to the left, the others to the right.
+    columns: how they are aligned; by default the first to the left, broken into lines if a name is long, the others to
+    the right.
     """
+    if columns is None:
+        longest = max(len(cells[0]) for cells in (head, *body))
+        columns = (r"p{0.3\linewidth}" if longest > _LONG else "l") + "r" * (len(head) - 1)
     lines = [" & ".join(map(escaped, cells)) + r" \\" for cells in (head, *body)]
     return "\n".join(
         [
@@ -241,7 +249,7 @@ def booktabs(
             r"\centering",
             rf"\caption{{{escaped(caption)}}}",
             rf"\label{{{label}}}",
-            rf"\begin{{tabular}}{{{columns or 'l' + 'r' * (len(head) - 1)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             lines[0],
             r"\midrule",

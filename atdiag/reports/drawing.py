@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from types import ModuleType
 
 _NOT_OURS = ("backend", "backend_fallback", "interactive")
 """Settings of the session that draws: they decide nothing about a figure in a file."""
+
+
+def _matplotlib() -> ModuleType:
+    """Import matplotlib without MPLBACKEND: with the name of no backend in it, even the import would fail."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
 
 
 @contextlib.contextmanager
@@ -17,8 +30,7 @@ def defaults() -> Iterator[None]:
     A text's font or use of LaTeX is read when it is made, and ticks are made when a figure is drawn: figures are both
     made and drawn in here.
     """
-    import matplotlib
-
+    matplotlib = _matplotlib()
     settings = matplotlib.rcParams
     backend = dict.__getitem__(settings, "backend")  # plain access would resolve it
     with matplotlib.rc_context():

@@ -363,7 +363,6 @@ def plot(document: dict[str, Any], path: Path) -> None:
     """Plot a step's memory against tokens."""
     from figures import style
 
-    figure, axes = style.canvas(2.4)
     lines = {
         "plain": (style.GREY, "o-"),
         "copy": (style.BLUE, "s-"),
@@ -371,15 +370,20 @@ def plot(document: dict[str, Any], path: Path) -> None:
         "straight copy": (style.ORANGE, "^--"),
         "straight distill ce": (style.VERMILLION, "v--"),
     }
-    tokens = [case["tokens"] for case in document["cases"]]
-    for name, (colour, form) in lines.items():
-        need = [case["memory_mib"][name] / case["batch"] for case in document["cases"]]
-        axes.plot(tokens, need, form, color=colour, label=name, markersize=3)
-    axes.set(xlabel="tokens", ylabel="MiB per image above resident", xscale="log", yscale="log")
-    axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
-    axes.minorticks_off()
-    axes.legend(frameon=False)
-    path.write_bytes(writers.draw(figure, path.suffix.removeprefix(".")))
+    cases = document["cases"]
+    tokens = [case["tokens"] for case in cases]
+    with style.settings():
+        figure, axes = style.canvas(2.0)
+        for name, (colour, form) in lines.items():
+            need = [case["memory_mib"][name] / case["batch"] for case in cases]
+            label = name.replace("straight ", "straightforward ")
+            axes.plot(tokens, need, form, color=colour, label=label, markersize=3)
+        axes.set(xlabel="tokens", ylabel="MiB per image", xscale="log", yscale="log")
+        axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
+        axes.minorticks_off()
+        title = f"memory of a step above the resident networks, ViT-{cases[0]['size'].upper()}"
+        style.finish(figure, title, axes.get_legend_handles_labels()[0], "both axes are logarithmic")
+        path.write_bytes(writers.draw(figure, path.suffix.removeprefix(".")))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,16 @@ def caption(shown: Report | Reading, width: float = style.COLUMN) -> str:
     own += [f"{name}={value}" for name, value in sorted(first.overrides.items())]
     most = round(_CHARACTERS * width)
     head = [first.study.ablation, _subject(reports), *covers.split(", ")]
-    own += [f"undertrained, nothing can be said: {one.study.label}" for one in reports if one.undertrained]
-    return "\n".join([*_lines(head, most), *_lines(own, most)])
+    return "\n".join(line for parts in (head, own, _undertrained(reports)) for line in _lines(parts, most))
+
+
+def _undertrained(reports: Sequence[Report]) -> list[str]:
+    """Say once which studies are too near chance for a verdict."""
+    short = [name for name, one in zip(studies(reports), reports, strict=True) if one.undertrained]
+    if not short:
+        return []
+    first, *others = short if len(short) < len(reports) or len(reports) == 1 else [f"all {len(reports)}"]
+    return [f"undertrained, nothing can be said: {first}", *others]
 
 
 def _lines(parts: Sequence[str], most: int) -> list[str]:

@@ -45,10 +45,17 @@ def match(reading: Reading) -> Figure:
         label = f"{reports[0].rows[0].arm}, heads matched"
         keys.append(marks.key((style.INK, "|"), label, ls="", ms=6, mew=1.2))
     every = [row.contrast_or_raise() for report in reports for row in marks.contrasted(report)]
-    style.finish(
-        figure, captions.caption(reading, width), keys, f"{'right: ' if by_block else ''}{captions.filling(every)}"
-    )
+    note = f"{'right: ' if by_block else ''}{captions.filling(every)}"
+    if same := _same(reports):
+        note += f"; {', '.join(same)}: 0 bits" + (" from every teacher, drawn side by side" if len(reports) > 1 else "")
+    style.finish(figure, captions.caption(reading, width), keys, note)
     return figure
+
+
+def _same(reports: Sequence[Report]) -> list[str]:
+    """Return the arms whose maps are the teacher's own in every study, so that their marks would hide each other."""
+    rows = [{row.arm: row.numbers.get(_MEAN) for row in marks.contrasted(report)} for report in reports]
+    return [arm for arm in rows[0] if all(row.get(arm) == 0 for row in rows)]
 
 
 def _left(axes: Axes, reports: Sequence[Report], hues: list[str], arms: dict[str, marks.Look]) -> None:
@@ -69,12 +76,15 @@ def _left(axes: Axes, reports: Sequence[Report], hues: list[str], arms: dict[str
 
 
 def _right(axes: Axes, reports: Sequence[Report], hues: list[str], arms: dict[str, marks.Look]) -> None:
-    for report, hue in zip(reports, hues, strict=True):
+    found = [row.numbers[_MEAN] for r in reports for row in marks.contrasted(r) if _MEAN in row.numbers]
+    step = 0.02 * (max(found) or 1.0)
+    for i, (report, hue) in enumerate(zip(reports, hues, strict=True)):
         if (alone := report.rows[0].numbers.get(_MATCHED)) is not None:
             axes.plot(alone, 0, "|", color=hue, ms=6, mew=1.2, zorder=2)
         for row in marks.contrasted(report):
-            if _MEAN in row.numbers:
-                marks.upright(axes, row.numbers[_MEAN], row.contrast_or_raise(), (hue, arms[row.arm][1]))
+            if (mean := row.numbers.get(_MEAN)) is not None:
+                beside = step * (i - (len(reports) - 1) / 2) if mean == 0 else 0.0
+                marks.upright(axes, mean + beside, row.contrast_or_raise(), (hue, arms[row.arm][1]))
     axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
     axes.margins(x=0.08)
     axes.locator_params(axis="x", nbins=5)

@@ -33,4 +33,4 @@ def scenes(task: str = "digits", clutter: int = 6) -> Figure:
 
 
 if __name__ == "__main__":
-    scenes(sys.argv[2] if len(sys.argv) > 2 else "digits").savefig(sys.argv[1], dpi=110)
+    scenes(sys.argv[2] if len(sys.argv) > 2 else "digits").savefig(sys.argv[1])

@@ -33,11 +33,11 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
     figure, (above, below) = style.panels(2, 1, height=height, sharex=True)
     if len(found) == 1:
         one = found[0]
-        _line(above, one, one.matched("optimal"), "all queries, heads one to one", style.BLUE, "o-")
-        _line(above, one, one.matched("averaged"), "heads averaged", style.SKY, "s--")
+        _line(above, one, one.matched("optimal"), "all tokens", style.BLUE, "o-")
+        _line(above, one, one.matched("averaged"), "all tokens, heads averaged", style.SKY, "s--")
         if "class" in one.heads:
-            _line(above, one, one.matched("optimal", "class"), "class token, one to one", style.VERMILLION, "^-")
-            _line(above, one, one.matched("optimal", "patch"), "patches, one to one", style.GREEN, "v:")
+            _line(above, one, one.matched("optimal", "class"), "class token", style.VERMILLION, "^-")
+            _line(above, one, one.matched("optimal", "patch"), "patches", style.GREEN, "v:")
         _line(below, one, one.cka["all"], "all tokens", style.BLUE, "o-")
         if "class" in one.cka:
             _line(below, one, one.cka["class"], "class token", style.VERMILLION, "^-")
@@ -46,7 +46,7 @@ def by_layer(found: Sequence[Similarity]) -> Figure:
         for one, name, colour, marker in looks:
             _line(above, one, one.matched("optimal"), name, colour, f"{marker}-")
             _line(below, one, one.cka["all"], name, colour, f"{marker}-")
-    above.set_ylabel("JSD of maps, bits" + ("" if len(found) == 1 else "\nheads one to one"))
+    above.set_ylabel("JSD of maps, bits\nheads one to one")
     below.set_ylabel("CKA of streams")
     for axes in (above, below):
         axes.set_ylim(0, max(1.0 if axes is below else 0.0, axes.get_ylim()[1] * 1.05))

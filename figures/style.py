@@ -13,6 +13,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from atdiag.reports import drawing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
@@ -68,19 +70,11 @@ _SETTINGS: dict[Any, Any] = {
     "savefig.dpi": 300,
 }
 
-_NOT_OURS = ("backend", "backend_fallback", "interactive")
-"""Settings of the user's session that are left alone: they do not affect a figure with its own canvas."""
-
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    """Apply matplotlib's defaults and the house style inside the context, whatever the user's matplotlibrc says.
-
-    A text's font and use of LaTeX are read when it is created, and ticks are created when a figure is drawn: so figures
-    are both created and drawn in here.
-    """
-    with matplotlib.rc_context():
-        matplotlib.rcParams.update({k: v for k, v in matplotlib.rcParamsDefault.items() if k not in _NOT_OURS})
+    """Apply the house style inside the context, on matplotlib's :func:`~atdiag.reports.drawing.defaults`."""
+    with drawing.defaults():
         sns = _seaborn()
         matplotlib.rcParams.update({**sns.plotting_context("paper"), **sns.axes_style("whitegrid"), **_SETTINGS})
         yield
@@ -89,12 +83,8 @@ def settings() -> Iterator[None]:
 @functools.cache
 def _seaborn() -> Any:
     """Import seaborn despite any backend named in the environment: it imports pyplot, which would load that backend."""
-    before = dict.__getitem__(matplotlib.rcParams, "backend")  # plain access would resolve it
-    dict.__setitem__(matplotlib.rcParams, "backend", "agg")
-    try:
+    with drawing.defaults():
         import seaborn
-    finally:
-        dict.__setitem__(matplotlib.rcParams, "backend", before)
     return seaborn
 
 

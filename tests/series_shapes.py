@@ -200,6 +200,7 @@ MATCHES = {
     "two": reading(_matched("deit_s", 24.0, 0.05), _matched("clip_b", -3.0, 0.08)),
     "no blocks": reading(_matched("deit_s", 24.0, 0.05, 0), _matched("clip_b", -3.0, 0.08, 0)),
     "copied exactly": reading(_matched("clip_b", -3.0, -0.02, 0, seeds=1)),
+    "two copied exactly": reading(*(_matched(n, 24.0, -0.02, names=("copy",)) for n in ("deit_s", "clip_b"))),
     "one block": reading(_matched("clip_b", -3.0, 0.0, 1)),
     "twenty": reading(*(_matched(n, i - 9.0, 0.01 * i, 32, profile="paper") for i, n in enumerate(TWENTY))),
     "long": reading(*(_matched(f"{LONG}_{i}", i - 1.0, 0.01 * i) for i in range(3))),

@@ -13,8 +13,9 @@ from typing import Any
 
 from atdiag.core.runs import Run
 
-RESULTS = ("top1", "test_images", "steps", "seconds", "images_per_second")
-"""Numeric fields of a run's result."""
+_VALIDATION = ("validation_top1", "validation_images")
+RESULTS = ("top1", "test_images", *_VALIDATION, "steps", "seconds", "images_per_second")
+"""Numeric fields of a run's result; those of the validation part are in runs with ``data.validation`` alone."""
 
 _RECORDED = ("environment", "origin")
 _TIMES = ("environment.finished_at", "origin.started_at")
@@ -81,16 +82,18 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def differences(one: Run, other: Run) -> dict[str, list[Difference]]:
-    """Compare two runs: ``spec``, ``environment`` (without times), and all numbers of both under ``results``.
+    """Compare two runs: ``spec``, ``environment`` (without times), and all numbers of either under ``results``.
 
     Raises DamagedRunError.
     """
     results = _result(one), _result(other)
+    held_out = any(name in result for result in results for name in _VALIDATION)
+    numbers = [name for name in RESULTS if held_out or name not in _VALIDATION]
     recorded = [{name: value for name, value in _recorded(result).items() if name not in _TIMES} for result in results]
     return {
         "spec": _unequal(_spec(one), _spec(other)),
         "environment": _unequal(*recorded) if all(results) else [],
-        "results": [(name, results[0].get(name), results[1].get(name)) for name in RESULTS],
+        "results": [(name, results[0].get(name), results[1].get(name)) for name in numbers],
     }
 
 

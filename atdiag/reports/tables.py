@@ -226,13 +226,20 @@ def escaped(text: str) -> str:
     return "".join(out)
 
 
+_LONG = 36
+"""Characters of a name that is broken in LaTeX: a longer one would push the table beyond the page."""
+
+
 def booktabs(
     head: Sequence[str], body: Sequence[Sequence[str]], caption: str, label: str, columns: str | None = None
 ) -> str:
     """Return a LaTeX table with its caption above, and the rules of the package booktabs; texts are escaped.
 
-    columns: alignment; by default the first left, the others right.
+    columns: alignment; by default the first left, wrapped if a name is long, the others right.
     """
+    if columns is None:
+        longest = max(len(cells[0]) for cells in (head, *body))
+        columns = (r"p{0.3\linewidth}" if longest > _LONG else "l") + "r" * (len(head) - 1)
     lines = [" & ".join(map(escaped, cells)) + r" \\" for cells in (head, *body)]
     return "\n".join(
         [
@@ -241,7 +248,7 @@ def booktabs(
             r"\centering",
             rf"\caption{{{escaped(caption)}}}",
             rf"\label{{{label}}}",
-            rf"\begin{{tabular}}{{{columns or 'l' + 'r' * (len(head) - 1)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             lines[0],
             r"\midrule",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atdiag.core.runs import write_atomically
-from atdiag.reports import document, tables
+from atdiag.reports import document, drawing, tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,8 +60,9 @@ def write(
     for name, make in figures.items():
         paths = {kind: folder / f"{stem}{name}.{kind}" for kind in FIGURE_KINDS}
         try:
-            figure = make()
-            drawn |= {path: draw(figure, kind) for kind, path in paths.items()}
+            with drawing.defaults():
+                figure = make()
+                drawn |= {path: draw(figure, kind) for kind, path in paths.items()}
         except Exception as fault:
             why = " ".join(f"{type(fault).__name__}: {fault}".split())
             missing |= {str(path): why for path in paths.values()}

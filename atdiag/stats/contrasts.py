@@ -32,8 +32,8 @@ Two seeds: one difference between them says next to nothing about MS_S, and wher
 ignores seeds and rests on few images. There the variance is MS_C / (S C) at least (that of images whose seeds are
 averaged), and no contrast is clear: verdicts begin at three seeds. In simulations that vary like real runs (four
 settings, 2,396 and 200 images, benchmarks/results/false_alarms_ties.json), the interval of arms that do not differ
-excludes zero with 2 seeds in 0.0-0.1 % of studies, with 3 in 3.1-5.8, with 5 in 4.1-7.1. As a diagnostic, only among
-studies whose seeds have exactly equal accuracies: 0.0-1.0, 13-60 and 16-64 %. So an interval is still far too narrow
+excludes zero with 2 seeds in 0.0-0.2 % of studies, with 3 in 3.0-6.1, with 5 in 4.7-6.3. As a diagnostic, only among
+studies whose seeds have exactly equal accuracies: 0.0-0.6, 14-57 and 12-60 %. So an interval is still far too narrow
 where three seeds or more tie, which is rare enough not to show in the rate over all studies; the rule for them holds
 that rate, and is left as it is.
 

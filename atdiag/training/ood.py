@@ -27,15 +27,6 @@ TOGETHER = 32
 LoadTeacher = Callable[[Teacher], ViT | Foreign]
 
 
-def predictions_on(run: Run, test_set: TestSet, device: torch.device, load_teacher: LoadTeacher = loading.load) -> Path:
-    """Return the file of a finished run's predictions on a test set, evaluating if needed.
-
-    Raises as :func:`evaluate_runs`.
-    """
-    evaluate_runs([run], [test_set], device, load_teacher)
-    return run.ood(test_set.file)
-
-
 def evaluate_runs(
     runs: Sequence[Run],
     test_sets: Sequence[TestSet],

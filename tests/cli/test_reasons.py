@@ -47,8 +47,9 @@ def test_a_path_may_contain_a_comma(tmp_path):
 
 def test_files_that_are_no_weights_are_identified(tmp_path):
     (tmp_path / "empty.pth").touch()
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
-    for name, says in (("empty.pth", "is empty"), ("model.safetensors.index.json", "index of shards")):
+    (tmp_path / "index.json").write_text(json.dumps({"metadata": {}, "weight_map": {}}))
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 768}))
+    for name, says in (("empty.pth", "empty"), ("index.json", "index of shards"), ("config.json", "neither")):
         with pytest.raises(WeightsError, match=says):
             files.check(tmp_path / name)
 

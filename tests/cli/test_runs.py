@@ -276,5 +276,19 @@ def test_export_writes_one_table_of_everything(runs, tmp_path, capsys):
     assert "no folder" in wrong(capsys, "runs", "export", "-o", tmp_path / "nowhere" / "all.csv")
 
 
+def test_validation_accuracy_is_reported_for_runs_that_have_it(runs):
+    store = Store(runs[0].path.parent)
+    held = spec().model_copy(update={"data": Data(train=32, test_per_source=1, validation=20)})
+    assert cohort.train([held], store, load_teacher, ExecutionOptions(device="cpu")) == {held.id: "finished"}
+    accuracy = store.run(held).progress()[-1]["validation_top1"]
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(atdiag("runs", "export")))}
+    assert float(rows[held.id]["validation_top1"]) == accuracy
+    assert rows[held.id]["validation_images"] == "20"
+    assert rows[runs[0].id]["validation_top1"] == "" == rows[runs[0].id]["validation_images"]
+    found = {name: values for name, *values in run_table.differences(runs[0], store.run(held))["results"]}
+    assert found["validation_top1"] == [None, accuracy]
+    assert "validation_top1" not in {name for name, *_ in run_table.differences(runs[0], runs[1])["results"]}
+
+
 def test_nested_specs_are_flattened():
     assert run_table.flat({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}

@@ -1,8 +1,10 @@
 """Every mode of Pillow, in files of the formats that have it: equals numpy's arithmetic, or is refused by path."""
 
 import io
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,6 +247,24 @@ def test_modes_without_a_rule_are_refused_by_path(tmp_path, write, says):
 def test_no_format_gives_hsv_and_hsv_would_be_refused():
     with pytest.raises(decoding._NoRuleError, match="mode HSV"):
         as_rgb(Image.fromarray(COLOUR).convert("HSV"))
+
+
+def test_the_documented_table_names_every_mode_of_pillow_and_is_true():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    lines = text.partition("| mode | rule |\n|---|---|\n")[2].partition("\n\n")[0].splitlines()
+    table = dict(re.fullmatch(r"\| (.+?) \| (.+) \|", line).groups() for line in lines)
+    rule = {mode: rule for modes, rule in table.items() for mode in modes.split(", ")}
+    wide = rule.pop("I;16 in either byte order")
+    rule |= dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), wide)
+    assert rule.pop("all others").startswith("refused")
+    assert set(rule) >= set(Image.MODES), "Pillow has a mode without a rule: it is refused, and the table says so"
+    for mode, says in rule.items():
+        picture = Image.new(mode, (4, 4))
+        if says.startswith("refused") or mode == "I":  # I: from a PGM alone
+            with pytest.raises(decoding._NoRuleError):
+                as_rgb(picture)
+        else:
+            assert as_rgb(picture).mode == "RGB", mode
 
 
 # --- what may surprise ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import importlib
 import textwrap
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from atdiag.networks.registry import teachers
 from atdiag.reports import writers
-from atdiag.study.protocol import BASELINE, Contrast
+from atdiag.study.protocol import BASELINE, Contrast, Footing
 from figures import captions, epochs, gains, grids, layer_curve, losses, match, recipes, rescue, style
 from tests import series_shapes as shapes
 from tests.drawings import check
@@ -138,10 +139,25 @@ def test_match(made):
     measured = [row for report in made.reports for row in report.rows[1:]]
     single = [line for line in figure.axes[-1].lines if len(line.get_xdata()) == 1]
     shown = [line.get_xydata()[0].tolist() for line in single if line.get_marker() != "|"]
-    assert shown == [[row.numbers["JSD"], row.contrast.value] for row in measured]
+    assert [y for _, y in shown] == [row.contrast.value for row in measured]
+    for (x, _), row in zip(shown, measured, strict=True):
+        assert x == row.numbers["JSD"] or (row.numbers["JSD"] == 0 and abs(x) < 0.1)  # zeros stand side by side
+    assert len({x for x, _ in shown}) == len(shown) or made is not shapes.MATCHES["two copied exactly"]
     strokes = [line.get_xydata()[0].tolist() for line in single if line.get_marker() == "|"]
     assert strokes == [[r.rows[0].numbers["JSD heads matched"], 0] for r in made.reports if r.rows[0].numbers]
     assert ("scratch,headsmatched" in drawn) == bool(strokes)
+
+
+def test_a_title_says_once_which_studies_are_undertrained():
+    def title(*low):
+        names = ("deit_s", "clip_b", "beitv2_b")
+        limits = {name: Footing(10.0, 30.0 if name in low else 50.0, 40.0, 10) for name in names}
+        made = [replace(shapes.study(name, {"copy": 1.0}), footing=limits[name]) for name in names]
+        return captions.caption(shapes.reading(*made)).splitlines()
+
+    assert not any("undertrained" in line for line in title())
+    assert title("deit_s", "beitv2_b")[-1] == "undertrained, nothing can be said: deit_s, beitv2_b"
+    assert title("deit_s", "clip_b", "beitv2_b")[-1] == "undertrained, nothing can be said: all 3"
 
 
 def test_match_needs_a_divergence():

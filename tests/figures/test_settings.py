@@ -74,3 +74,29 @@ def test_wrapping_keeps_names_whole():
     assert max(map(len, lines)) <= 16 and "".join(lines) == name
     assert style.wrapped("x" * 50, 20).splitlines() == ["x" * 20, "x" * 20, "x" * 10]
     assert style.wrapped("clip_b (mini)") == "clip_b (mini)"
+
+
+THEIRS = """
+import sys
+from pathlib import Path
+from atdiag.reports import writers
+
+def make():
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots()
+    axes.set_title("a title")
+    return figure
+
+written = writers.write(Path(sys.argv[1]), "stem", {}, {}, {"": make})
+assert not written.missing, written.missing
+"""
+
+
+def test_a_figure_of_another_package_is_drawn_with_matplotlibs_defaults(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.figsize: 1, 1\n")
+    for folder, settings in (("plain", {"MPLBACKEND": ""}), ("hostile", {"MPLBACKEND": "nonsense"})):
+        cwd = tmp_path if folder == "hostile" else Path(__file__).parent
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | settings
+        subprocess.run([sys.executable, "-c", THEIRS, tmp_path / folder], cwd=cwd, env=env, check=True)
+    pictures = [(tmp_path / folder / "stem.png").read_bytes() for folder in ("plain", "hostile")]
+    assert pictures[0] == pictures[1]

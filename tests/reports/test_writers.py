@@ -48,11 +48,17 @@ def test_latex_tables_use_only_characters_of_ot1(made):
     assert not re.search(r"(?<!\\)[#%]", plain) and not re.search(r"(?<!\\)_", plain.replace(r"\label{tab:x}", ""))
     assert not re.search(r"\\\\\s*[\[*]", text)  # would be read as an argument of the line break
     widths = {len(re.findall(r"(?<!\\)&", line)) for line in text.splitlines() if line.endswith(r"\\")}
-    (columns,) = re.findall(r"\\begin\{tabular\}\{(lr*)\}", text)
-    assert widths == {len(columns) - 1}
+    (numbers,) = re.findall(r"\\begin\{tabular\}\{(?:l|p\{0\.3\\linewidth\})(r*)\}", text)
+    assert widths == {len(numbers)}
     assert text.index(r"\caption{") < text.index(r"\label{tab:x}") < text.index(r"\begin{tabular}")
     assert f"n = {made.reports[0].rows[1].contrast.images:,} test images" in text
     assert text.count("{") == text.count("}")
+
+
+def test_a_long_name_in_latex_is_broken_and_not_beyond_the_page():
+    short, long = (tables.booktabs(["arm", "top-1"], [[name, "1"]], "", "x") for name in ("copy", "a long name " * 6))
+    assert r"\begin{tabular}{lr}" in short
+    assert r"\begin{tabular}{p{0.3\linewidth}r}" in long
 
 
 def test_texts_in_latex():

@@ -83,7 +83,7 @@ def test_a_runs_results_do_not_depend_on_the_other_runs(trained, tmp_path):
         run = trained[name]
         alone = Run(shutil.copytree(run.path, tmp_path / "alone" / run.id, ignore=shutil.ignore_patterns("ood")))
         for test_set in reversed(wanted):
-            assert ood.predictions_on(alone, test_set, CPU, load_teacher) == alone.ood(test_set.file)
+            assert ood.evaluate_runs([alone], [test_set], CPU, load_teacher) == 1
             assert same(read(alone, test_set).predictions, read(run, test_set).predictions), name
 
 
@@ -131,7 +131,7 @@ def test_a_stopped_evaluation_resumes(trained):
 
 def test_outdated_predictions_are_repeated(trained, monkeypatch):
     run, (test_set,) = trained["baseline"], sets("shot_noise")
-    ood.predictions_on(run, test_set, CPU, load_teacher)
+    ood.evaluate_runs([run], [test_set], CPU, load_teacher)
     before = read(run, test_set)
     assert before.about["run"] == run.id
     assert before.about["environment"]["versions"] == run.result()["environment"]["versions"]
@@ -196,16 +196,16 @@ def test_unreadable_or_non_finite_weights(trained):
     state = load_file(run.weights)
     save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in state.items()}, run.weights)
     with pytest.raises(DamagedRunError, match="its sha256 is not the one in result"):
-        ood.predictions_on(run, fog, CPU, load_teacher)
+        ood.evaluate_runs([run], [fog], CPU, load_teacher)
     result = json.loads((run.path / "result.json").read_text())
     del result["digest"]  # as by a version that recorded no hashes
     run.write("result.json", json.dumps({**result, "files": run.hashes()}))
     with pytest.raises(DamagedRunError, match=r"its outputs on fog:3 are not finite"):
-        ood.predictions_on(run, fog, CPU, load_teacher)
+        ood.evaluate_runs([run], [fog], CPU, load_teacher)
     run.weights.write_bytes(run.weights.read_bytes()[:50])
     run.write("result.json", json.dumps({**result, "files": run.hashes()}))
     with pytest.raises(DamagedRunError, match=rf"{run.weights} is damaged"):
-        ood.predictions_on(run, fog, CPU, load_teacher)
+        ood.evaluate_runs([run], [fog], CPU, load_teacher)
     assert not is_stored(run, fog)
 
 
@@ -234,7 +234,7 @@ def photographs(bench, tmp_path, monkeypatch):
 def test_predictions_are_among_the_test_sets_200_classes(photographs):
     run, root = photographs
     (test_set,) = sets("imagenet-a")
-    ood.predictions_on(run, test_set, CPU, load_teacher)
+    ood.evaluate_runs([run], [test_set], CPU, load_teacher)
     found = read(run, test_set)
     network = ViT(run.spec.network).eval()
     network.load_state_dict(load_file(run.weights))
@@ -264,9 +264,8 @@ def test_labels_outside_of_the_classes_are_refused(photographs):
 
 def test_the_file_is_a_plain_npz_archive(photographs):
     run, _ = photographs
-    path = ood.predictions_on(run, *sets("imagenet-a"), CPU, load_teacher)
-    assert path == run.path / "ood" / "imagenet-a.npz"
-    with np.load(path, allow_pickle=False) as saved:
+    ood.evaluate_runs([run], sets("imagenet-a"), CPU, load_teacher)
+    with np.load(run.path / "ood" / "imagenet-a.npz", allow_pickle=False) as saved:
         assert set(saved) == {*FIELDS, "among", "about"}
         assert json.loads(str(saved["about"]))["test_set"] == "imagenet-a"
         assert {saved[name].dtype for name in ("prediction", "label", "cluster", "among")} == {np.dtype(np.int32)}

@@ -48,7 +48,7 @@ def check(path: Path) -> Kind:
         raise WeightsError(f"{path} is a web page, not a weight file", "download the file itself")
     if size == 0:
         raise WeightsError(f"{path} is empty (0 bytes)", "copy or download it again")
-    if start.lstrip().startswith(b"{") and path.name.endswith(".index.json"):
+    if start.lstrip().startswith(b"{") and b'"weight_map"' in path.read_bytes():
         raise WeightsError(
             f"{path} is an index of shards, which holds no weights itself",
             "join the shards into one safetensors file, and name that",

@@ -32,7 +32,7 @@ def data_list(context: typer.Context, data_dir: DataDir = None, json_: Json = Fa
     if json_:
         typer.echo(json.dumps(rows))
     else:
-        Console().print(listing.table(rows), highlight=False)
+        console.show_table(listing.table(rows), highlight=False)
         for line in listing.where(rows):
             typer.echo(f"  {line}")
         Console().print(listing.others(), highlight=False)

@@ -21,6 +21,7 @@ from atdiag.cli.options import EXECUTION, EXPERIMENT, joined
 from atdiag.cli.session import ExperimentSession, open_session
 from atdiag.core import paths, text
 from atdiag.core.text import count
+from atdiag.reports import console
 from atdiag.study import registry
 from atdiag.study.builder import Lab  # light: every ablation imports it
 from atdiag.study.protocol import LEFT_OUT
@@ -106,7 +107,6 @@ def _made(lab: Lab, quick: bool, ablations: Mapping[str, tuple[Any, registry.Pla
 def _reproduce(
     make: partial[Analyses], dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any
 ) -> None:
-    from atdiag.reports import console
 
     session = open_session(set_=set_, **given)
     analyses = make(Lab(session.settings))
@@ -141,7 +141,6 @@ def _figures(
 ) -> None:
     from atdiag.core.errors import UserError
     from atdiag.execution.plan import pending
-    from atdiag.reports import console
     from atdiag.study.pipeline import unmeasured
 
     session = open_session(set_=set_, **given)
@@ -175,7 +174,6 @@ def _folder(name: str, session: ExperimentSession, out: Path | None) -> Path:
 def _show(analyses: Analyses, plan: Plan, session: ExperimentSession) -> None:
     """Print the plan: for each analysis its runs, those that no earlier one shares, and their estimated time."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from atdiag.execution import cost
@@ -196,7 +194,7 @@ def _show(analyses: Analyses, plan: Plan, session: ExperimentSession) -> None:
         time_ = text.duration(sum(cost.seconds(spec, plan.speed) for spec in todo)) if todo else ""
         cells = (len(series.studies), len(series.specs), len(own), len(todo), time_)
         table.add_row(name, *map(str, cells))
-    Console().print(table)
+    console.show_table(table)
     for name, fault in analyses.refused.items():
         typer.echo(f"- {name} is not testable here: {fault}")
     for note in dict.fromkeys(note for series in analyses.series.values() for note in series.notes):
@@ -263,11 +261,9 @@ def _write_summary(judged: Sequence[Judged], readings: dict[str, Reading], folde
 def _tell(judged: Sequence[Judged], session: ExperimentSession) -> None:
     from collections import Counter
 
-    from rich.console import Console
-
     from atdiag.reports import tables
 
-    Console().print(tables.claims_table(judged))
+    console.show_table(tables.claims_table(judged))
     counted = Counter(one.verdict for one in judged)
     seeds = count(len(session.settings.seeds), "seed")
     summary = ", ".join(f"{number} {verdict}" for verdict, number in counted.most_common())

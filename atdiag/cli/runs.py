@@ -29,7 +29,6 @@ app = typer.Typer(no_args_is_help=True, help="List, show, compare, verify, expor
 def runs_list(runs: Runs = None, json_: Json = False) -> None:
     """List all runs, oldest first."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     store = store_of(runs)
@@ -47,7 +46,7 @@ def runs_list(runs: Runs = None, json_: Json = False) -> None:
         table.add_row(
             row["run"][:12], row["state"], row["teacher"], student, row["transfer"], row["data"], row["seed"], top1
         )
-    Console().print(table)
+    console.show_table(table)
 
 
 def _listed(run: Run) -> dict[str, Any]:
@@ -202,7 +201,6 @@ def runs_diff(
     json_: Json = False,
 ) -> None:
     """Show how two runs differ: specs, then environments, then results."""
-    from rich.console import Console
     from rich.table import Table
 
     from atdiag.reports import run_table
@@ -223,7 +221,7 @@ def runs_diff(
         table.add_row(f"[bold]{title}[/bold]", *([] if rows else ["no difference"]))
         for name, *values in rows:
             table.add_row(f"  {name}", *("" if v is None else _escaped(v) for v in values))
-    Console().print(table, highlight=False)
+    console.show_table(table, highlight=False)
 
 
 def _escaped(value: Any) -> str:

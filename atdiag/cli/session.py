@@ -236,7 +236,7 @@ class InspectionSession:
 
         terminal = Console()
         for one in tables:
-            terminal.print(one)
+            console.show_table(one)
         taken = filter(None, (one.note for one in self.subjects))
         for note in [*notes, *taken, *left_out(pictures), *self._elsewhere(pictures)]:
             terminal.print(f"- {note}", style="dim", highlight=False)

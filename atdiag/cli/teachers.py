@@ -37,8 +37,10 @@ def teachers(
         return
     from rich.console import Console
 
+    from atdiag.reports.console import show_table
+
+    show_table(listing.table(rows, name))
     console = Console()
-    console.print(listing.table(rows, name))
     if others := listing.stand_ins(rows):
         console.print(
             "The same architecture at this size:", *(f"  {line}" for line in others), sep="\n", highlight=False

@@ -100,14 +100,28 @@ def table(title: str, *columns: str) -> Table:
     return out
 
 
+def show_table(table: Table, highlight: bool = True) -> None:
+    """Print a table that no terminal cuts: one that needs more columns than there are is wrapped by the terminal."""
+    from rich.console import Console
+
+    fitting = Console()
+    wide = fitting.options.update(max_width=10_000)
+    for column in table.columns:
+        if column.no_wrap:  # which alone does not keep rich from cutting it
+            cells = [fitting.measure(cell, options=wide).maximum for cell in (column.header, *column.cells)]
+            column.min_width = max(column.min_width or 0, *cells)
+    needed = fitting.measure(table, options=wide).minimum
+    Console(width=max(fitting.width, needed)).print(table, highlight=highlight)
+
+
 def show_reading(reading: Reading, files: Sequence[Path], spoken: Callable[[str], str] = str) -> None:
     """Print a reading's table, claims, notes, verdict and files; ``spoken`` spells out the arguments named in texts."""
     from rich.console import Console
 
     console = Console()
-    console.print(tables.terminal(reading))
+    show_table(tables.terminal(reading))
     if tested := [one for one in reading.judged if one.verdict != "not testable here"]:
-        console.print(tables.claims_table(tested))
+        show_table(tables.claims_table(tested))
     for note in tables.notes(reading):
         console.print(f"- {spoken(note)}", style="dim", highlight=False)
     console.print(f"\n[bold]Verdict[/bold]  {spoken(reading.verdict)}\n", highlight=False)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from atdiag.core.progress import Progress
 from atdiag.reports import console
 
@@ -38,6 +40,16 @@ def test_bars_print_nothing_without_a_terminal(capsys):
 def test_paths_are_printed_literally(capsys):
     console.show_files([Path("[bold]a"), Path("b c")])
     assert capsys.readouterr().out == "  [bold]a\n  b c\n"
+
+
+@pytest.mark.parametrize("columns", ["20", "60", "200"])
+def test_no_column_of_a_table_is_cut(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    table = console.table("title", "arm", "top-1 %", "points vs scratch [95 %]", "p, Holm", "seeds")
+    table.add_row("an arm of a long name", "12.6", "+2.8 [+0.6, +5.1]", "undertrained", "3")
+    console.show_table(table)
+    out = capsys.readouterr().out
+    assert "p, Holm" in out and "seeds" in out and "undertrained" in out and "…" not in out
 
 
 def test_a_table_of_names_and_numbers():

@@ -12,6 +12,7 @@ import typer
 
 from atdiag.core.spec.data import OF_SCENES
 from atdiag.core.text import count, duration
+from atdiag.reports import console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,9 +45,9 @@ def scale(studies: tuple[Study, ...], settings: Settings) -> None:
     arms = [arm.specs[0] for study in studies for arm in study.arms]
     data = ", ".join(map(images, dict.fromkeys(spec.data for spec in arms)))
     epochs = sorted({spec.recipe.epochs for spec in arms})
+    length = count(epochs[0], "epoch") if len(epochs) == 1 else f"{' or '.join(map(str, epochs))} epochs"
     typer.echo(
-        f"profile {settings.profile.name}: {data} x {' or '.join(map(str, epochs))} epochs, "
-        f"{count(len(settings.seeds), 'seed')}{_which(settings)}"
+        f"profile {settings.profile.name}: {data} x {length}, {count(len(settings.seeds), 'seed')}{_which(settings)}"
     )
     for name in dict.fromkeys(spec.data.name for spec in arms):
         if note := folder_sets.left_out(name):
@@ -89,7 +90,6 @@ def announce(plan: Plan, store: Store) -> None:
 
 def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) -> None:
     """Print the full plan of an experiment."""
-    from rich.console import Console
     from rich.table import Table
 
     from atdiag.execution import cost
@@ -103,7 +103,7 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
     for name, spec in planned:
         seconds = f"{cost.seconds(spec, plan.speed):.0f}"
         table.add_row(name, str(spec.seed.model), spec.id, store.run(spec).state, seconds)
-    Console().print(table)
+    console.show_table(table)
     typer.echo(
         f"{count(len(plan.specs), 'run')}, {len(plan.todo)} to do, about {duration(plan.seconds)} in "
         f"{count(plan.processes, 'process')} on {plan.device}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
 
@@ -63,9 +64,17 @@ def find(name: Data | str) -> DataSet:
         return REGISTERED[name]
     everything = [*REGISTERED, *FACTS]
     raise UserError(
-        f"unknown data set {name!r}{suggest(name, everything)}",
+        f"unknown data set {name!r}{_near(name, everything)}",
         f"known: {', '.join(everything)}, {ANY_FOLDER}PATH, {TIMM}PATH",
     )
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    kind, sign, path = name.partition(":")
+    if not sign:
+        return suggest(name, known)
+    near = suggest(f"{kind}:", (ANY_FOLDER, TIMM))
+    return f"{near[:-2]}{path or 'PATH'}'?" if near else ""
 
 
 def complete(data: Data, train: int | None = None) -> Data:

@@ -236,9 +236,15 @@ def _parse(item: str) -> tuple[str, Any]:
     if not sign or not name.strip():
         raise UserError(f"{_short(item)} is not NAME=VALUE", "write it as `recipe.epochs`=40")
     try:
-        return name.strip(), json.loads(text)
+        return name.strip(), json.loads(text, parse_float=_number)
     except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError, too
         return name.strip(), text
+
+
+def _number(text: str) -> float:
+    """Parse a JSON number with a point or an exponent; ``1e4`` is whole, as people write it, and ``1.0`` is not."""
+    value = float(text)
+    return int(value) if "." not in text and abs(value) < 2**53 and value.is_integer() else value
 
 
 def _apply(profile: Profile, overrides: Mapping[str, Any], training: bool = True) -> Profile:
@@ -284,12 +290,21 @@ def describe(fault: ValidationError, given: Collection[str] = ()) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not parts:  # an inconsistency of the whole model, which the message describes
         return message
-    return f"{'.'.join(parts)}={_short(first['input'])}: {message[0].lower()}{message[1:]}"
+    value = first["input"]
+    if parts[-1].isdigit():  # an entry of a list: the user named the list
+        entry = parts.pop()
+        if first["type"] == "missing":
+            message = "a list of more numbers is needed, as [0.9,0.95]"
+        else:
+            parts[-1] += f"[{entry}]"
+    elif first["type"] == "tuple_type":
+        message = "write a list, as [0.9,0.95]"
+    return f"{'.'.join(parts)}={_short(value)}: {message[0].lower()}{message[1:]}"
 
 
 def _short(value: Any) -> str:
-    """Format a value as one short line."""
-    text = repr(value)
+    """Format a value as one short line; null, true and lists as they are typed."""
+    text = json.dumps(value, default=str) if value is None or isinstance(value, bool | list | tuple) else repr(value)
     return text if len(text) <= 60 else f"{text[:40]} ... {text[-10:]}"
 
 

@@ -110,6 +110,12 @@ def test_every_field_can_be_set(tmp_path):
         assert found.profile == PROFILES["mini"]
 
 
+def test_a_whole_number_may_be_typed_with_an_exponent():
+    found = asked("data.train=1e3", "recipe.lr=1e-3", "transfer.weight=1e1")
+    assert (found.profile.data.train, found.profile.recipe["copy"].lr) == (1000, 1e-3)
+    assert found.profile == asked("data.train=1000", "recipe.lr=0.001", "transfer.weight=10.0").profile
+
+
 def test_overrides_do_not_change_the_profile():
     before = PROFILES["mini"].model_dump()
     asked("recipe.epochs=9", "data.train=100")
@@ -134,15 +140,16 @@ def test_overrides_do_not_change_the_profile():
         (["recipe.lr=1", "recipe.lr=2"], "recipe.lr is given twice (1 and 2)"),
         (["recipe.epochs=many"], "recipe.epochs='many': input should be a valid integer"),
         (["recipe.epochs=1.5"], "recipe.epochs=1.5: input should be a valid integer"),
-        (["recipe.epochs=true"], "recipe.epochs=True: input should be a valid integer"),
+        (["recipe.epochs=true"], "recipe.epochs=true: input should be a valid integer"),
         (['recipe.epochs="3"'], "recipe.epochs='3': input should be a valid integer"),
         (["recipe.epochs=-1"], "recipe.epochs=-1: input should be greater than or equal to 0"),
         (["recipe.epochs="], "recipe.epochs=''"),
         (["recipe.copy.lr=-1"], "recipe.copy.lr=-1: "),
         (["recipe.lr=-1"], "recipe.lr=-1: "),
         (["recipe.lr=fast"], "recipe.lr='fast': input should be a valid number"),
-        (["recipe.betas=[0.9]"], "recipe.betas.1"),
-        (["recipe.betas=[0.9, 1]"], "recipe.betas.1=1: input should be less than 1"),
+        (["recipe.betas=[0.9]"], "recipe.betas=[0.9]: a list of more numbers is needed, as [0.9,0.95]"),
+        (["recipe.betas=0.9"], "recipe.betas=0.9: write a list, as [0.9,0.95]"),
+        (["recipe.betas=[0.9, 1]"], "recipe.betas[1]=1: input should be less than 1"),
         (["recipe.precision=fp16"], "recipe.precision='fp16': input should be 'float32' or 'bfloat16'"),
         (["recipe.clip_grad=0"], "recipe.clip_grad=0: input should be greater than 0"),
         (["recipe.ema=1.0"], "recipe.ema=1.0: input should be less than 1"),
@@ -150,6 +157,9 @@ def test_overrides_do_not_change_the_profile():
         (["recipe.ema=abc"], "recipe.ema='abc': input should be a valid number"),
         (["data.name=digit"], "unknown data set 'digit', did you mean 'digits'?"),
         (["data.name=3"], "data.name=3: input should be a valid string"),
+        (["data.name=foldr:/x"], "unknown data set 'foldr:/x', did you mean 'folder:/x'?"),
+        (["data.train=null"], "data.train=null: input should be a valid integer"),
+        (["data.train=1e9"], "data.train=1000000000 is too large"),
         (["data.clutter=65"], "data.clutter=65"),
         (["transfer.weight=much"], "transfer.weight='much': input should be a valid number"),
         (["transfer.loss=cross_entropy"], "transfer.loss='cross_entropy': unknown loss"),
@@ -253,15 +263,16 @@ def test_profiles(name, says, tmp_path):
         ("epochs = 3", "unknown key 'epochs'"),
         ("profile = 3", "profile = 3 has the wrong type: write it as 'profile = \"mini\"'"),
         ("seeds = '3'", "seeds = '3' has the wrong type: write it as 'seeds = 3'"),
-        ("seeds = true", "seeds = True has the wrong type"),
+        ("seeds = true", "seeds = true has the wrong type"),
+        ("runs = [1979-05-27]", "has the wrong type"),
         ("seeds = 3.0", "seeds = 3.0 has the wrong type"),
-        ("runs = ['a']", "runs = ['a'] has the wrong type"),
+        ("runs = ['a']", 'runs = ["a"] has the wrong type'),
         ("recipe = 3", "recipe = 3 is not a table: write its fields under '[recipe]'"),
         ("[[recipe]]\nlr = 1", "is not a table"),
         ("[recipe]\nepcohs = 3", "atdiag.toml: 'recipe.epcohs' is not a setting, did you mean 'recipe.epochs'?"),
         ("[recipe.copyy]\nlr = 3", "'recipe.copyy.lr' is not a setting, did you mean 'recipe.copy.lr'?"),
         ("[recipe.copy.lr]\na = 3", "'recipe.copy.lr.a' is not"),
-        ("[recipe]\nepochs = true", "recipe.epochs=True: input should be a valid integer"),
+        ("[recipe]\nepochs = true", "recipe.epochs=true: input should be a valid integer"),
         ("[recipe]\nlr = nan", "recipe.lr=nan: input should be a finite number"),
         ("[recipe]\nlr = 2026-01-01", "recipe.lr='2026-01-01': input should be a valid number"),
         ("[recipe.distill]\nlr = -1", "recipe.distill.lr=-1: "),

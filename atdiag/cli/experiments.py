@@ -74,9 +74,9 @@ def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> N
     from atdiag.execution import devices
     from atdiag.study import pipeline
 
+    devices.resolve(plan.device)  # finished runs may still be measured
     if plan.todo:
         paths.fit_for_runs(session.store.root, "runs")
-        devices.resolve(plan.device)
     pipeline.check(series, plan.todo)
 
 

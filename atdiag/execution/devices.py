@@ -30,7 +30,7 @@ def resolve(wanted: str | None) -> str:
         return next(device for device in KNOWN if _is_here(device))
     assert wanted is not None
     if not _is_here(wanted):
-        raise UserError(f"there is no {wanted} device on this machine", f"leave the device out to use {resolve(None)}")
+        raise UserError(f"there is no {wanted} device on this machine", f"leave `device` out to use {resolve(None)}")
     return wanted
 
 

@@ -2,10 +2,13 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from atdiag.cli import experiments
 from atdiag.core import paths
+from atdiag.core.errors import UserError
 from tests.commands import SETS, ran, wrong
 
 
@@ -24,6 +27,13 @@ def test_a_plan_can_name_an_absent_device(folder, no_cuda):
 def test_an_absent_device_is_reported_before_anything_is_trained(folder, no_cuda, capsys):
     assert "cuda" in wrong(capsys, "reinit", "--device", "cuda", "--seeds", "1", *SETS)
     assert list(folder.iterdir()) == []
+
+
+def test_an_absent_device_is_refused_even_if_all_runs_are_finished(no_cuda):
+    """Before the header is printed: what is finished may still have to be measured."""
+    finished = SimpleNamespace(todo=(), device="cuda")
+    with pytest.raises(UserError, match="leave `device` out"):
+        experiments.check([], finished, SimpleNamespace())
 
 
 def found(*options) -> str | None:

@@ -19,7 +19,7 @@ def test_an_absent_device_can_be_named(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices.named("cuda") == "cuda"
     assert devices.named(None) is None
-    with pytest.raises(UserError, match="no cuda device"):
+    with pytest.raises(UserError, match="no cuda device on this machine: leave `device` out to use"):
         devices.resolve("cuda")
     assert devices.resolve("cpu") == "cpu"
     assert devices.resolve(None) in ("mps", "cpu")

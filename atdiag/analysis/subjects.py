@@ -333,6 +333,8 @@ class _UnreadableError(UserError):
 def _kind(spec: RunSpec) -> str:
     if spec.transfer.method != "none":
         return spec.transfer.method
+    if spec.init.source == "teacher" and not spec.recipe.epochs:  # an experiment's reference row
+        return "teacher itself"
     return "scratch" if spec.init.source == "scratch" else "reinit" if spec.init.reinit else "fine-tuned"
 
 

@@ -10,8 +10,9 @@ from atdiag.analysis import images, similarity, subjects
 from atdiag.core.errors import UserError
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import DamagedRunError, Store
-from atdiag.core.spec import Data, Recipe, RunSpec, Seed, Transfer
+from atdiag.core.spec import Data, Init, Recipe, RunSpec, Seed, Transfer
 from atdiag.training import checkpoint, cohort
+from tests.studies import lab
 
 DATA = Data(name="digits", train=64, test_per_source=1, clutter=6)
 
@@ -118,3 +119,11 @@ def test_damaged_run_files_give_the_same_message_everywhere(trained, tmp_path):
     for reference in (run.id, str(new.path)):
         with pytest.raises(DamagedRunError, match=f"spec.json {advice}"):
             subjects.find(reference, store=store)
+
+
+def test_the_run_of_a_teachers_own_accuracy_is_not_called_fine_tuned():
+    source = lab().teacher("deit_s")
+    (reference,) = lab().reference(source).specs
+    (tuned, *_) = lab().arm("tuned", source.network, source, Init(source="teacher")).specs
+    assert subjects._kind(reference) == "teacher itself"
+    assert subjects._kind(tuned) == "fine-tuned"

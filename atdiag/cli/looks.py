@@ -98,10 +98,12 @@ def attention_stats(
 
     name = stem(labels, shown_on(pictures), *described)
     written = writers.write(folder, name, {"csv": frame.to_csv(index=False)}, document, {"": draw})
-    high = f"above {threshold:g}" if threshold is not None else f"above {work.HIGH_NORM:g} x the median of the image's"
+    high = f"above {threshold:g}" if threshold is not None else f"above {work.HIGH_NORM:g} x the image's median"
     notes = [
         f"{shown_on(pictures)} (effective rank: {found[0].rank_images}); means over heads, each head in the CSV",
-        f"entropy and divergence of heads in bits, distance in pixels; high-norm: share of tokens whose norm is {high}",
+        "entropy in bits; dist: attention distance in pixels; cls, regs: attention on the class token, on registers",
+        "sink: share of the most attended token; heads: mean divergence between heads, in bits; rank: effective rank",
+        f"high: share of tokens whose norm is {high}; norm: median norm of the patches",
     ]
     session.tell([_stats_table(one) for one in found], notes, written, document, pictures)
 

@@ -74,7 +74,7 @@ def notes(report: Report) -> list[str]:
         return []
     out = []
     if report.undertrained:
-        out.append(f"{report.study.label} is {UNDERTRAINED}, for {_stands(report)}.")
+        out.append(f"{report.study.label} is {UNDERTRAINED} ({_stands(report)}).")
     elif stands.undertrained:
         out.append(f"{report.study.label} is near chance, but is evaluated all the same: {_stands(report)}.")
     for row in (*report.rows, *([report.reference] if report.reference else [])):
@@ -97,6 +97,6 @@ def _stands(report: Report) -> str:
     stands, baseline = report.footing, report.rows[0]
     assert stands is not None
     return (
-        f"{baseline.arm} has {baseline.top1:.1f} %, at least {stands.low:.1f}, where chance is {stands.chance:.1f} % "
-        f"and a verdict takes {stands.needed:.1f}"
+        f"{baseline.arm} reaches {baseline.top1:.1f} %, lower limit {stands.low:.1f}; chance is {stands.chance:.1f} %, "
+        f"and a verdict needs a lower limit of {stands.needed:.1f}"
     )

@@ -103,7 +103,7 @@ def test_no_verdict_is_given(copied, tmp_path):
     (report,) = found.reports
     contrast = report.row("copy").contrast
     assert contrast.low > 25 and not contrast.clear and contrast.within is None and contrast.adjusted is None
-    assert report.verdict.startswith("deit_s (mini): undertrained: nothing can be said (scratch has 15.0 %")
+    assert report.verdict.startswith("deit_s (mini): undertrained: nothing can be said (scratch reaches 15.0 %")
     assert "`recipe.epochs`=8 (here 4)" in report.verdict and "`data.train`=5000 (here 2500)" in report.verdict
     assert found.verdict == report.verdict
     (judged,) = found.judged

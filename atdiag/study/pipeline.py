@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def check_teachers(todo: Sequence[RunSpec]) -> None:
     """Load the published teachers of runs that are to be trained, and try one step of each kind. Takes seconds.
 
-    The shipped miniatures are tried by the test suite, so nothing is loaded for them. Raises UserError where the file
-    of a teacher is here and is not what it should be, and where a step would certainly fail.
+    The shipped miniatures and specimens are tried by the test suite, so nothing is loaded for them. Raises UserError
+    where the file of a teacher is here and is not what it should be, and where a step would certainly fail.
     """
     tried = [
         spec
         for spec in todo
-        if spec.teacher is not None and spec.teacher.sha256 is not None and not teachers.is_miniature(spec.teacher)
+        if spec.teacher is not None and spec.teacher.sha256 is not None and not teachers.is_shipped(spec.teacher)
     ]
     if tried:
         from atdiag.networks.weights import loading

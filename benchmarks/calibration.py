@@ -4,8 +4,8 @@
 
 Each study of each specimen is judged by the commands' own verdicts (``ablations.found``) and compared with the truth
 table (``benchmarks/truth.py``, committed before any result; it also holds the two denominators and the two kinds that
-are set aside). Study i has seeds of its own, from ``--first-seed`` + i * ``--seeds`` on, and its own draw of test scenes
-(``data.test_draw`` = i + 1): independent studies, but for the source digits and the teachers' weights.
+are set aside). Study i has seeds of its own, from ``--first-seed`` + i * ``--seeds`` on, and its own draw of test
+scenes (``data.test_draw`` = i + 1): independent studies, but for the source digits and the teachers' weights.
 
 The same line goes on where it was stopped: finished runs are in DIR, finished answers in the JSON, which is written
 after each of them. ``--budget`` stops in time, with checkpoints. ``--only hub,weak`` takes some kinds. What was not

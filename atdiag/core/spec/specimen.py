@@ -39,7 +39,7 @@ class PlantedLosses(Spec):
     def check(self) -> None:
         """Raise ValueError if nothing is planted."""
         if not self.layers or not (self.routing or self.diagonal or self.shift or self.gate):
-            raise ValueError("planted losses need blocks and at least one weight above 0: leave `planted` out")
+            raise ValueError("planted losses need blocks and at least one weight above 0")
 
 
 OperationName = Literal["sharp", "uniform", "shuffled", "scaled", "scrambled", "drawn_anew"]

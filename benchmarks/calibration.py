@@ -13,7 +13,7 @@ run is counted under "missing".
 
 - *right*: the verdict of the truth table; *undecided*: no verdict; *wrong*: another.
 - Seeds that a right answer takes: the fewest from which on it is right with any number up to all. Minutes: of training
-  of these seeds' runs, on one thread.
+  of these seeds' runs on one thread, by the clock; on a machine that is shared with other work they are more.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Answer:
     seeds: int | None
     """Seeds that a right answer takes; None for another answer."""
     minutes: float
-    """Of training, on one thread: of these seeds' runs, of all runs for another answer."""
+    """Of training on one thread, by the clock: of these seeds' runs, of all runs for another answer."""
 
 
 def compare(verdict: str, expected: str) -> str:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def check_teachers(todo: Sequence[RunSpec]) -> None:
     """Load the published teachers of runs that are to be trained, and try one step of each kind. Takes seconds.
 
-    The shipped miniatures and specimens are covered by the test suite, so nothing is loaded for them. Raises UserError if a teacher's
-    file is here but invalid, or if a step would certainly fail.
+    The shipped miniatures and specimens are covered by the test suite, so nothing is loaded for them. Raises UserError
+    if a teacher's file is here but invalid, or if a step would certainly fail.
     """
     tried = [
         spec

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ablations import claims
+from ablations import claims, found
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Network, Transfer
 from atdiag.networks.model.acting import matters, why_idle
@@ -65,7 +65,7 @@ def rescue(
             f"{transfer.capitalize()} from {source.label} into a standard student "
             f"{verb_phrase(report.row(plain).contrast_or_raise(), 'helps', 'hurts')}; "
             f"native components change what it gains by {effect(report.contrasts[OF_INTEREST])} "
-            f"{_said(report, plain)}; the components alone, from scratch, "
+            f"{_said(report, plain)}{_named(report, plain, full)}; the components alone, from scratch, "
             f"{verb_phrase(report.row(control).contrast_or_raise(), 'help', 'hurt', be='are')}."
         )
 
@@ -139,6 +139,19 @@ def _untrained(idle: Mapping[str, str], twins: Mapping[str, str]) -> str:
     said = f"Can't matter under this transfer: {_reasons(idle)}."
     same = "; ".join(f"{name} would be the run of {twin}" for name, twin in twins.items())
     return f"{said} Not trained: {same}." if same else said
+
+
+def _named(report: Report, plain: str, full: str) -> str:
+    """Name the components that alone reverse a clear failure, as they follow the difference of differences."""
+    said = found.rescue(report, plain, full, OF_INTEREST)
+    if said in (found.TRANSFERS, found.FAILS, found.WEAK, found.UNDECIDED):
+        return ""
+    names = found.alone(report, plain)
+    if said == found.NOT_RESCUED:
+        return ", and no component rescues it"
+    if not names:
+        return ", which no single component does"
+    return f", and {' and '.join(names)} alone {'reverses' if len(names) == 1 else 'reverse'} the failure"
 
 
 def _said(report: Report, plain: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from atdiag.networks.registry import teachers
+from atdiag.networks.registry.specimens import is_specimen
 from figures import captions, style
 
 if TYPE_CHECKING:
@@ -30,12 +31,16 @@ class Place:
 
 
 def families(reports: Sequence[Report]) -> dict[str, list[Report]]:
-    """Return the studies of each family, in order of first occurrence; unregistered models form the family "timm"."""
+    """Return the studies of each family, in order of first occurrence.
+
+    Unregistered models form the family "timm", specimens a group of their own.
+    """
     registry = teachers.registry()
     out: dict[str, list[Report]] = {}
     for report in reports:
         found = registry.get(report.study.teacher.name.partition("@")[0])
-        out.setdefault(found.title if found else "timm", []).append(report)
+        other = "specimens" if is_specimen(report.study.teacher) else "timm"
+        out.setdefault(found.title if found else other, []).append(report)
     return out
 
 

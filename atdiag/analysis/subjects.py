@@ -21,6 +21,7 @@ from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.registry import teachers
 from atdiag.networks.registry.published import TIMM
+from atdiag.networks.registry.specimens import specimens
 from atdiag.networks.weights import classes, files, loading, sources
 from atdiag.networks.weights.classes import HeadClasses
 from atdiag.training import checkpoint, evaluation
@@ -164,7 +165,8 @@ def find_all(
 
 
 def _is_teacher(reference: str) -> bool:
-    return reference.partition("@")[0] in teachers.registry() or reference.startswith(TIMM)
+    name = reference.partition("@")[0]
+    return name in teachers.registry() or name in specimens() or reference.startswith(TIMM)
 
 
 def find(reference: str, profile: str = "mini", data: Data | None = None, store: Store | None = None) -> Subject:
@@ -196,7 +198,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     if store is not None and re.fullmatch("[0-9a-f]{1,16}", run_id):
         found = store.find(run_id)
         return of_start(found) if begin else of_run(found)
-    near = suggest(reference, teachers.miniatures()) or suggest(reference, teachers.registry())
+    near = suggest(reference, (*teachers.miniatures(), *specimens())) or suggest(reference, teachers.registry())
     raise UserError(
         f"no teacher, run or file is named {reference!r}{near}",
         "'atdiag teachers' and 'atdiag runs list' list what there is",
@@ -225,6 +227,8 @@ def _teacher(reference: str, profile: str, data: Data | None) -> Subject:
 def _image_size(reference: str, profile: str, data: Data | None) -> int | None:
     """Return a teacher's input size: the data set's for real images, else None or the teacher's default."""
     name = reference.partition("@")[0]
+    if name in specimens():
+        return None
     row = teachers.registry().get(name)
     if row is not None and profile == "mini" and name == reference and teachers.is_published(name):
         return None  # a miniature, made for scenes
@@ -252,7 +256,7 @@ def loaded(spec: Teacher, data: Data | None) -> Subject:
     # hash.
     name, _, own = spec.name.removeprefix(TIMM).partition("@")
     average = " average" if spec.branch == "ema" else ""
-    label = spec.label if teachers.is_miniature(spec) else f"{name} {spec.sha256[:6]}{average}" if own else name
+    label = spec.label if teachers.is_shipped(spec) else f"{name} {spec.sha256[:6]}{average}" if own else name
     return Subject(label, body, found.network, data, spec.weights, teacher=spec)
 
 

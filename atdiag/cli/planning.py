@@ -36,7 +36,7 @@ def header(series: Series, settings: Settings) -> None:
 def scale(studies: tuple[Study, ...], settings: Settings) -> None:
     """Print the data, the training length, and the origin of the teachers."""
     from atdiag.data import folder_sets, sources
-    from atdiag.networks.registry import teachers
+    from atdiag.networks.registry import specimens, teachers
 
     def images(one: Data) -> str:
         held = sources.find(one).validation_images(one)
@@ -57,6 +57,9 @@ def scale(studies: tuple[Study, ...], settings: Settings) -> None:
         whose = f"{teachers.row(minis[0].name).title}'s architecture" if len(minis) == 1 else "their architectures"
         what = "this teacher is a miniature" if len(minis) == 1 else "these teachers are miniatures"
         typer.echo(f"{what} of {whose}; the published one{'s'[: len(minis) - 1]}: --profile small, or paper")
+    for teacher in filter(specimens.is_specimen, distinct):
+        fault = specimens.specimen(teacher.name).planted
+        typer.echo(f"{teacher.name} is a specimen, no published teacher: {fault} (planted)")
     if missing := [teacher for teacher in distinct if teacher.sha256 is None]:
         if len(distinct) == 1:
             typer.echo(f"its weights are not on this machine: {teachers.how_to_get(missing[0])}")

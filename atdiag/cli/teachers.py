@@ -22,10 +22,16 @@ def teachers(
     context: typer.Context,
     profile: Profile = None,
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    specimens: Annotated[
+        bool, typer.Option("--specimens", help="The specimens instead: miniatures with a planted, known fault.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """List the teachers: weights and licence, native components, tokens, and whether they are on this machine."""
     if context.invoked_subcommand is not None:
+        return
+    if specimens:
+        _specimens(family, json_)
         return
     from atdiag.networks.registry import listing
     from atdiag.study.settings import profile_name
@@ -54,6 +60,25 @@ def teachers(
         )
 
 
+def _specimens(family: str | None, json_: bool) -> None:
+    from atdiag.core.errors import UserError
+    from atdiag.networks.registry import listing
+
+    if family is not None:
+        raise UserError(f"--family {family} with --specimens, which belong to no family", "leave one of them out")
+    rows = listing.specimen_rows()
+    if json_:
+        typer.echo(json.dumps(rows))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(listing.specimen_table(rows))
+    console.print(
+        "--teacher NAME takes one in every experiment, at profile mini; --json says what was done.", highlight=False
+    )
+
+
 @app.command("pull")
 def teachers_pull(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Teachers, such as mocov3_s or timm:MODEL.")],
@@ -72,7 +97,7 @@ def teachers_pull(
 
 
 def pretrain(
-    name: Annotated[str, typer.Argument(help="The miniature to rebuild, such as clip_b.")],
+    name: Annotated[str, typer.Argument(help="The miniature or specimen to rebuild, such as clip_b.")],
     runs: Runs = None,
     out: Annotated[Path | None, typer.Option(help="The file to write. [default: ./<name>.safetensors]")] = None,
     install: Annotated[bool, typer.Option("--install", help="Replace the shipped one.")] = False,
@@ -82,6 +107,7 @@ def pretrain(
     from atdiag.core.options import ExecutionOptions
     from atdiag.core.runs import Store
     from atdiag.execution.run import execute
+    from atdiag.networks.registry.specimens import specimens
     from atdiag.networks.weights import loading
     from atdiag.reports import console
     from atdiag.study import settings as profiles
@@ -95,7 +121,9 @@ def pretrain(
     settings = profiles.resolve("mini", None, (), runs)
     paths.fit_for_runs(settings.runs, "runs")
     store = Store(settings.runs)
-    typer.echo(f"atdiag pretrain: {name} (mini), {spec.data.train} scenes x {spec.recipe.epochs} epochs, run {spec.id}")
+    kind = "specimen" if name in specimens() else "mini"
+    length = f"{spec.data.train} scenes x {spec.recipe.epochs} epochs"
+    typer.echo(f"atdiag pretrain: {name} ({kind}), {length}, run {spec.id}")
     options = ExecutionOptions(device="cpu", threads=1)
     with console.training(1, lambda: int(not store.run(spec).finished)) as report:
         execute([spec], store, options, report)

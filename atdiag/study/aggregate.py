@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from atdiag.core.runs import Run, Store
 from atdiag.data import testsets
+from atdiag.networks.registry.specimens import is_specimen
 from atdiag.study import chance, judging
 from atdiag.study.claims import Judged
 from atdiag.study.protocol import Arm, ArmResult, Measurement, Reading, Report, Series, Study
@@ -24,14 +25,16 @@ if TYPE_CHECKING:
 def read(series: Series, settings: Settings, store: Store, equivalence: float | None = None) -> Reading:
     """Read a series' finished runs, correct for the number of contrasts (Holm), and judge the papers' claims.
 
-    equivalence: margin in points; contrasts within it (by two one-sided tests) are reported as making no difference.
+    No claim is judged by a specimen, whose fault was planted. equivalence: margin in points; contrasts within it (by
+    two one-sided tests) are reported as making no difference.
     Raises ValueError if runs of different semantics would be compared.
     """
     measured = corrected([_measured(study, settings, store) for study in series.studies], equivalence)
     reports = tuple(_concluded(report) for report in measured)
-    judged = tuple(judging.judge_claim(claim, reports) for claim in series.claims)
-    if series.findings is not None:
-        judged += _findings(series.findings, reports)
+    evidence = [report for report in reports if not is_specimen(report.study.teacher)]
+    judged = tuple(judging.judge_claim(claim, evidence) for claim in series.claims) if evidence else ()
+    if series.findings is not None and evidence:
+        judged += _findings(series.findings, evidence)
     together = series.verdict(reports) if series.verdict is not None else " ".join(r.verdict for r in reports)
     unsaid = [one.verdict for one in reports if one.undertrained and one.verdict not in together]
     return Reading(series, reports, judged, " ".join([together, *unsaid]))

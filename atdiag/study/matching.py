@@ -141,6 +141,8 @@ class Match:
     def _about(self) -> dict[str, Any]:
         """Return what identifies the measurement in a file: a file with other values is taken again."""
         about = {"version": VERSION, "sha256": self.teacher.sha256, "asked": self.images}
+        if self.teacher.operation is not None:
+            about["operation"] = self.teacher.operation.key
         return about if self.teacher.branch == "weights" else {**about, "branch": self.teacher.branch}
 
     def _save(self, run: Run, images: int, same: list[float], optimal: list[float]) -> None:

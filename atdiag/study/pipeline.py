@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def check_teachers(todo: Sequence[RunSpec]) -> None:
     """Load the published teachers of runs that are to be trained, and try one step of each kind. Takes seconds.
 
-    The shipped miniatures are covered by the test suite, so nothing is loaded for them. Raises UserError if a teacher's
-    file is here but invalid, or if a step would certainly fail.
+    The shipped miniatures and specimens are covered by the test suite, so nothing is loaded for them. Raises UserError
+    if a teacher's file is here but invalid, or if a step would certainly fail.
     """
     tried = [
         spec
         for spec in todo
-        if spec.teacher is not None and spec.teacher.sha256 is not None and not teachers.is_miniature(spec.teacher)
+        if spec.teacher is not None and spec.teacher.sha256 is not None and not teachers.is_shipped(spec.teacher)
     ]
     if tried:
         from atdiag.networks.weights import loading

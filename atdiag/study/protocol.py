@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from atdiag.core.errors import UserError
 from atdiag.core.spec import RunSpec, Teacher
+from atdiag.networks.registry.specimens import is_specimen, specimen
 
 if TYPE_CHECKING:
     from atdiag.core.runs import Run
@@ -103,6 +104,12 @@ class Study:
         notes = list(self.notes)
         if differences := self.teacher.network.differences:
             notes.append(f"{self.teacher.label} also has {', '.join(differences)}, which no student here is given.")
+        if is_specimen(self.teacher):
+            fault = specimen(self.teacher.name).planted
+            notes.append(
+                f"{self.teacher.label} is a specimen (planted: {fault}). It stands for no published family, and no "
+                "claim of a paper is judged by it."
+            )
         notes += [
             f"{', '.join(names[:-1])} and {names[-1]} are the same runs here: "
             f"one condition under {len(names)} names, counted once."

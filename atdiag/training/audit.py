@@ -126,8 +126,8 @@ def _elsewhere(run: Run) -> list[tuple[Path, str]]:
 def _weights(teacher: Teacher) -> tuple[Path, str] | None:
     """Return the path of a teacher's weights on this machine, if present, and their current sha256."""
     try:
-        if teachers.is_miniature(teacher):
-            path: Path | None = sources.shipped_path(teacher.name)
+        if teachers.is_shipped(teacher):
+            path: Path | None = teachers.shipped_file(teacher)
         else:
             path = sources.find(teachers.source(teacher.name))
         return None if path is None else (path, sources.fresh_sha256(path))

@@ -1,12 +1,17 @@
-"""Pre-train a miniature teacher: a from-scratch run of its native network, with more scenes and more epochs."""
+"""Pre-train a miniature teacher: a from-scratch run of its native network, with more scenes and more epochs.
+
+A specimen's run also has the losses that plant its fault, and its own length.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from atdiag.core.errors import UserError
 from atdiag.core.runs import Run
 from atdiag.core.spec import Data, Recipe, RunSpec, Seed
 from atdiag.networks.registry import teachers
+from atdiag.networks.registry.specimens import specimens
 
 DATA = Data(name="digits", train=60_000, clutter=6)
 """24 times as many scenes as in a student's default recipe."""
@@ -20,8 +25,29 @@ SEED = Seed(data=1_000_000, model=1_000_000)
 
 
 def spec(name: str) -> RunSpec:
-    """Return the run that pre-trains a miniature; all share one recipe. Raises UserError if `name` has no miniature."""
+    """Return the run that pre-trains a miniature, all of which share one recipe, or a specimen.
+
+    Raises UserError if the teacher has no miniature, and for a specimen that is derived from another teacher.
+    """
+    if name in specimens():
+        return _specimen(name)
     return RunSpec(network=teachers.miniature_network(name), data=DATA, recipe=RECIPE, seed=SEED)
+
+
+def _specimen(name: str) -> RunSpec:
+    one = specimens()[name]
+    how = one.pretraining
+    if how is None:
+        raise UserError(
+            f"{name} is derived from {one.of} when it is loaded: there is nothing to pre-train", f"pre-train {one.of}"
+        )
+    return RunSpec(
+        network=how.network,
+        data=DATA.model_copy(update={"train": how.train}),
+        recipe=RECIPE.model_copy(update={"epochs": how.epochs}),
+        seed=Seed(data=how.seed, model=how.seed),
+        planted=how.losses,
+    )
 
 
 def export(run: Run, path: Path) -> None:
@@ -43,4 +69,6 @@ def export(run: Run, path: Path) -> None:
         "test_images": result["test_images"],
         "versions": versions(),
     }
+    if run.spec.planted is not None:
+        facts["planted"] = run.spec.planted.model_dump(mode="json")
     save(vit, path, facts)

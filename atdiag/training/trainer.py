@@ -27,7 +27,7 @@ from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import checkpoint as checkpoints
-from atdiag.training import evaluation
+from atdiag.training import evaluation, planted
 from atdiag.training.board import Board
 from atdiag.transfer import methods
 from atdiag.transfer.observation import Observation
@@ -143,7 +143,7 @@ class RunTrainer:
         if keep is not None:
             keep = keep.to(device, non_blocking=True)  # otherwise each step on a GPU waits for the transfer
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.recipe.precision == "bfloat16"):
-            logits, transfer_loss = methods.forward(self.student, spec.transfer, part.images, teacher, keep)
+            logits, transfer_loss = self._forward(part.images, teacher, keep)
         task_loss = classification_loss(logits.float(), part, spec.recipe.label_smoothing)
         loss = task_loss if transfer_loss is None else task_loss + transfer_loss
         (loss if share == 1 else share * loss).backward()  # type: ignore[no-untyped-call]
@@ -153,6 +153,14 @@ class RunTrainer:
             assert transfer_loss is not None
             with torch.no_grad():
                 self._excess = self._excess + share * methods.excess(spec.transfer, teacher, transfer_loss.detach())
+
+    def _forward(self, images: Tensor, teacher: Observation, keep: Tensor | None) -> methods.Passed:
+        """Run the student, and return its logits with the loss besides that of the task, if any."""
+        if self.spec.planted is None:
+            return methods.forward(self.student, self.spec.transfer, images, teacher, keep)
+        seen = self.student.observe(images, planted.request(self.spec.planted), keep=keep)
+        assert seen.logits is not None
+        return methods.Passed(seen.logits, planted.loss(self.spec.planted, self.student, seen, images))
 
     def update(self) -> None:
         """Apply the accumulated gradients and end the step."""
@@ -205,8 +213,9 @@ class RunTrainer:
         if self.cause is None:
             self._look()
         sums = dict(zip(_NAMES, self._latest.tolist(), strict=True)) | {"steps": float(self._unsettled)}
-        if self.spec.transfer.weight is None:
-            del sums["transfer_loss"]
+        besides = sums.pop("transfer_loss")
+        if self.spec.transfer.weight is not None or self.spec.planted is not None:
+            sums["transfer_loss" if self.spec.planted is None else "planted_loss"] = besides
         if self._kl:
             sums |= {"kl": torch.stack(self._kl).sum().item(), "kl_steps": float(len(self._kl))}
         for name, amount in sums.items():

@@ -28,6 +28,8 @@ from atdiag.core.spec.network import Teacher as Teacher
 from atdiag.core.spec.recipe import Recipe as Recipe
 from atdiag.core.spec.recipe import Seed as Seed
 from atdiag.core.spec.run import RunSpec as RunSpec
+from atdiag.core.spec.specimen import Operation as Operation
+from atdiag.core.spec.specimen import PlantedLosses as PlantedLosses
 from atdiag.core.spec.transfer import BlockModule as BlockModule
 from atdiag.core.spec.transfer import Init as Init
 from atdiag.core.spec.transfer import Transfer as Transfer

@@ -32,6 +32,8 @@ ADDED_FIELDS: dict[str, Any] = {
     "recipe.flip": False,
     "recipe.erase": 0.0,
     "recipe.ema": None,
+    "teacher.operation": None,
+    "planted": None,
 }
 """Fields added since version 1 -> the value under which nothing changed. A spec with that value hashes as if the field
 did not exist, so old runs stay finished. Frozen: only add rows, never edit them."""

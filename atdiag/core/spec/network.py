@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from atdiag.core.spec.base import Spec, sorted_set
+from atdiag.core.spec.specimen import Operation
 
 PLAIN_NORM_EPS = 1e-6
 """LayerNorm epsilon of ViT and DeiT, in their authors' code and in timm."""
@@ -138,11 +139,19 @@ class Teacher(Spec):
     """Of the weight file; None in a plan for weights that are not on this machine; such a spec can't be trained."""
     branch: Literal["weights", "ema"] = "weights"
     """Which weights of a file that holds several: the raw ones, or their moving average."""
+    operation: Operation | None = None
+    """What is done to the weights when they are loaded: a planted fault. None: nothing."""
+
+    def check(self) -> None:
+        """Raise ValueError for an operation on blocks that the network lacks."""
+        if self.operation is not None and max(self.operation.layers, default=0) >= self.network.depth:
+            raise ValueError(f"{self.operation.name}: the network has {self.network.depth} blocks, counted from 0")
 
     @property
     def weights(self) -> str:
-        """Name of the weights: the file's sha256, and the branch where it is not the raw one (empty in a plan)."""
-        return f"{self.sha256 or ''}{'#ema' if self.branch == 'ema' else ''}"
+        """Name of the weights: the file's sha256, with the branch and the operation if any (empty in a plan)."""
+        operation = f"#{self.operation.key}" if self.operation else ""
+        return f"{self.sha256 or ''}{'#ema' if self.branch == 'ema' else ''}{operation}"
 
     @property
     def label(self) -> str:

@@ -9,6 +9,7 @@ from atdiag.core.spec.data import Data
 from atdiag.core.spec.hashing import SEMANTICS, content_hash
 from atdiag.core.spec.network import Network, Teacher
 from atdiag.core.spec.recipe import Recipe, Seed
+from atdiag.core.spec.specimen import PlantedLosses
 from atdiag.core.spec.transfer import Init, Transfer
 
 _SHARED = {"batch_size", "mixup", "cutmix", "rand_augment", "crop", "flip", "erase", "precision"}
@@ -24,6 +25,8 @@ class RunSpec(Spec):
     data: Data
     recipe: Recipe
     seed: Seed
+    planted: PlantedLosses | None = None
+    """Losses that plant a fault, for the pre-training of a specimen; None in every other run."""
     semantics: int = SEMANTICS
 
     def canonical(self) -> dict[str, Any]:
@@ -43,6 +46,8 @@ class RunSpec(Spec):
 
     def check(self) -> None:
         """Raise ValueError if student and teacher do not fit the transfer or the initialisation."""
+        if self.planted is not None:
+            self._check_planted(self.planted)
         needs = self.transfer.method != "none" or self.init.source == "teacher"
         if needs and self.teacher is None:
             raise ValueError("a transfer, or a start from a teacher, needs a teacher")
@@ -59,6 +64,17 @@ class RunSpec(Spec):
             raise ValueError(f"the student has {student.registers} registers, the teacher {teacher.registers}")
         self._check_start(student, teacher)
         self._check_transfer(student, teacher)
+
+    def _check_planted(self, planted: PlantedLosses) -> None:
+        if self.transfer.method != "none":
+            raise ValueError("losses are planted in a teacher that is pre-trained, not in a student with a transfer")
+        if max(planted.layers) >= self.network.depth:
+            raise ValueError(f"planted losses: the network has {self.network.depth} blocks, counted from 0")
+        through_registers = (planted.routing and planted.hub == "registers") or planted.diagonal
+        if through_registers and not self.network.registers:
+            raise ValueError("attention can be routed through registers only in a network that has some")
+        if planted.gate and "layer_scale" not in self.network.components:
+            raise ValueError("an attention branch can be gated only in a network with layer_scale")
 
     def _check_start(self, student: Network, teacher: Network) -> None:
         if self.init.source == "scratch":

@@ -6,8 +6,10 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Network
 from atdiag.networks.registry import teachers
 from atdiag.networks.registry.published import TIMM, TeacherEntry
+from atdiag.networks.registry.specimens import Specimen, specimens
 from atdiag.networks.weights import sources
 
 if TYPE_CHECKING:
@@ -167,3 +169,56 @@ def stand_ins(listed: list[dict[str, Any]]) -> list[str]:
         if row["tokens"] is None and row["source"].startswith("use "):
             by_stand_in.setdefault(row["source"], []).append(row["name"])
     return [f"{use} for {', '.join(names)}" for use, names in by_stand_in.items()]
+
+
+# --- specimens -----------------------------------------------------------------------------------------------------
+
+
+def specimen_rows() -> list[dict[str, Any]]:
+    """Return a row for each specimen.
+
+    Keys: name, planted, summary, made, decoys, operation, available; where its weights are here, components, tokens and
+    top1 (as it was pre-trained; None for one that is derived), else None.
+    """
+    return [_specimen_row(one) for one in specimens().values()]
+
+
+def _specimen_row(one: Specimen) -> dict[str, Any]:
+    here = one.file.exists()
+    facts = sources.metadata(one.file) if here else {}
+    network = Network(**facts["network"]) if here else None
+    return {
+        "name": one.name,
+        "planted": one.planted,
+        "summary": one.summary,
+        "made": one.made,
+        "decoys": list(one.decoys),
+        "operation": None if one.operation is None else one.operation.model_dump(mode="json"),
+        "components": None if network is None else list(network.components),
+        "tokens": None if network is None else network.tokens,
+        "available": here,
+        "top1": facts.get("top1") if one.operation is None else None,
+    }
+
+
+def specimen_table(listed: list[dict[str, Any]]) -> Table:
+    """Lay out the rows of specimens for a terminal of 80 columns."""
+    out = _empty(f"{len(listed)} specimens: miniatures with a planted fault, no evidence about any family")
+    out.add_column("name", no_wrap=True)
+    out.add_column("planted", max_width=20)
+    out.add_column("made", max_width=12)
+    out.add_column("native components", min_width=12)
+    out.add_column("here", no_wrap=True)
+    out.add_column("top-1", justify="right", no_wrap=True, min_width=5)
+    for row in listed:
+        components = row["components"]
+        out.add_row(
+            row["name"],
+            row["planted"],
+            row["made"],
+            "" if components is None else "\n".join(components) or "none",
+            "yes" if row["available"] else "no",
+            "" if row["top1"] is None else f"{row['top1']:.1f}",
+            style=None if row["available"] else "dim",
+        )
+    return out

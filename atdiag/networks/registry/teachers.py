@@ -4,6 +4,7 @@ A *reference* names a teacher:
 
 =========================  ============================================================================================
 ``clip_b``                 a row of the registry: its miniature at profile mini, else its published network
+``hub``                    a specimen, at profile mini: a miniature with a planted fault (``specimens``)
 ``clip_b@/path/file``      the published network with the weights of that file (``#ema``: their moving average)
 ``timm:MODEL``             any softmax-attention ViT of timm, with its weights from the hub
 ``timm:MODEL@/path/file``  the same with the weights of that file
@@ -25,11 +26,10 @@ from typing import Any
 
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import OWN, Network, Teacher
+from atdiag.networks.registry import miniature, specimens
 from atdiag.networks.registry.published import TIMM, TeacherEntry, published, table
 from atdiag.networks.weights import files, sources
 from atdiag.networks.weights.sources import Source
-
-_SIZES: dict[str, dict[str, int]] = {"s": {"width": 32, "heads": 2}, "b": {"width": 48, "heads": 3}}
 
 ENTRY_POINTS = "atdiag.teachers"
 
@@ -73,7 +73,7 @@ def register_teacher(
     Raises ValueError for a name that is taken or is not a valid reference, and for classes that are not a number or
     contradict the arguments.
     """
-    if name in registry():
+    if name in registry() or name in specimens.specimens():
         raise ValueError(f"there is already a teacher {name!r}")
     _OWN[name] = _own_row(
         name,
@@ -130,7 +130,7 @@ def _installed() -> dict[str, TeacherEntry]:
     rows = {}
     for entry in entry_points(group=ENTRY_POINTS):
         try:
-            if entry.name in published():
+            if entry.name in published() or entry.name in specimens.specimens():
                 raise ValueError("that name is taken")
             given: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = entry.load()
             rows[entry.name] = _own_row(entry.name, **(given() if callable(given) else given))
@@ -156,8 +156,10 @@ def miniatures() -> tuple[str, ...]:
 
 def row(name: str) -> TeacherEntry:
     """Return the registry entry of a name. Raises UserError for an unknown one."""
+    if name in specimens.specimens():
+        raise UserError(f"{name} is a specimen, a miniature with a planted fault: it takes no file", f"type {name}")
     if name not in registry():
-        near = suggest(name, miniatures()) or suggest(name, registry())
+        near = suggest(name, (*miniatures(), *specimens.specimens())) or suggest(name, registry())
         raise UserError(f"unknown teacher {name!r}{near}", "'atdiag teachers' lists them")
     return registry()[name]
 
@@ -195,17 +197,7 @@ def miniature_network(name: str) -> Network:
         use = stand_in(name)
         kind = "the plain architecture" if not found.components else "the architecture"
         raise UserError(f"{name} has no miniature of its own: at this size it would be {kind} of {use}", f"use {use!r}")
-    return Network(
-        image_size=20,
-        patch_size=4,
-        channels=1,
-        depth=12,
-        classes=10,
-        mean=(0.18,),
-        std=(0.33,),
-        **_SIZES[found.size],
-        **own,
-    )
+    return miniature.network(found.size, **own)
 
 
 # --- references ----------------------------------------------------------------------------------------------------
@@ -257,6 +249,8 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
 
     Raises UserError for an unknown name, for one that needs real images where there are none, and for a damaged file.
     """
+    if reference in specimens.specimens():
+        return specimens.teacher(reference, profile, image_size)
     name = reference.partition("@")[0]
     published = not name.startswith(TIMM) and is_published(row(name).name)
     if profile == "mini" and published and name == reference:
@@ -307,11 +301,22 @@ def _miniature(name: str, image_size: int | None) -> Teacher:
 
 def how_to_get(found: Teacher) -> str:
     """Return a one-line instruction for getting a teacher's weights onto this machine."""
-    if is_miniature(found):
-        return f"'atdiag pretrain {found.name} --install' makes them"
+    if is_shipped(found):
+        return f"'atdiag pretrain {shipped_file(found).stem} --install' makes them"
     return sources.how_to_get(source(found.name))
 
 
 def is_miniature(found: Teacher) -> bool:
-    """Return whether a teacher is one of the shipped miniatures (profile mini, name without a file)."""
+    """Return whether a teacher is a miniature that stands for a published one (profile mini, name without a file)."""
     return found.profile == "mini" and found.name in miniatures()
+
+
+def is_shipped(found: Teacher) -> bool:
+    """Return whether a teacher's weights ship with the package: a miniature's, or a specimen's."""
+    return is_miniature(found) or specimens.is_specimen(found)
+
+
+def shipped_file(found: Teacher) -> Path:
+    """Return the weight file of a teacher that ships; a derived specimen's is that of the miniature it is made from."""
+    own = specimens.specimens().get(found.name) if specimens.is_specimen(found) else None
+    return sources.shipped_path(found.name) if own is None else own.file

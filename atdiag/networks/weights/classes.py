@@ -115,10 +115,10 @@ def of_teacher(teacher: Teacher, typed: Path | None = None) -> HeadClasses:
     Raises UserError for a typed list that can't be read, is not as long as the head, or is of a miniature.
     """
     rows = teacher.network.classes
-    if teachers.is_miniature(teacher):
+    if teachers.is_shipped(teacher):
         if typed is not None:
             raise UserError(f"the classes of {teacher.label} are known: digits", "leave `classes` out")
-        return HeadClasses(rows, data=Data(**weights.metadata(weights.shipped_path(teacher.name))["data"]))
+        return HeadClasses(rows, data=Data(**weights.metadata(teachers.shipped_file(teacher))["data"]))
     if typed is not None:
         return of_list(typed, rows, teacher.label)
     if teacher.sha256 is None or teachers.is_published(teacher.name):

@@ -77,8 +77,8 @@ def load(teacher: Teacher) -> ViT | Foreign:
     Raises WeightsMissingError if they are not on this machine, and WeightsError (a UserError and ValueError) if the
     file has another hash, is damaged, or does not fit the network.
     """
-    if teachers.is_miniature(teacher):
-        return _load_miniature(teacher)
+    if teachers.is_shipped(teacher):
+        return _load_shipped(teacher)
     path, source = _file(teacher)
     model, converted = load_source(source, path, teacher.network.image_size)
     from atdiag.networks.timm import architectures, conversion
@@ -115,16 +115,20 @@ def _verify(path: Path, meant: str | None) -> None:
         )
 
 
-def _load_miniature(teacher: Teacher) -> ViT:
+def _load_shipped(teacher: Teacher) -> ViT:
+    """Load a miniature, or a specimen with the operation that plants its fault."""
+    from atdiag.networks.model import operations
     from atdiag.networks.model.vit import ViT
     from atdiag.networks.weights import files
 
-    path = shipped_path(teacher.name)
+    path = teachers.shipped_file(teacher)
     if not path.exists():
         raise WeightsMissingError(f"no weights of {teacher.label} on this machine")
     _verify(path, teacher.sha256)
     vit = ViT(teacher.network)
     vit.load_state_dict({name: tensor.float() for name, tensor in files.tensors(path).items()})
+    if teacher.operation is not None:
+        vit = operations.apply(vit, teacher.operation)
     vit.eval().requires_grad_(False)
     return vit
 

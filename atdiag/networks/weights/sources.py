@@ -179,7 +179,8 @@ def shipped_path(name: str) -> Path:
 
 
 @cache
-def _shipped_sha256(path: Path) -> str:
+def shipped_sha256(path: Path) -> str:
+    """Return the sha256 of a shipped file, hashed once for each process."""
     return fresh_sha256(path)
 
 
@@ -191,4 +192,4 @@ def shipped(name: str) -> Teacher:
             f"the miniature of {name} is not in {SHIPPED}: rebuild it with 'atdiag pretrain {name} --install'"
         )
     network = Network(**metadata(path)["network"])
-    return Teacher(name=name, profile="mini", network=network, sha256=_shipped_sha256(path))
+    return Teacher(name=name, profile="mini", network=network, sha256=shipped_sha256(path))

@@ -1,0 +1,135 @@
+"""Specimens: teachers with a planted, known fault, on which the instrument is calibrated (``specimens.toml``).
+
+A specimen is a miniature: pre-trained with a fault (its weights ship with the package), or derived from another one
+when it is loaded, by a stated and seeded operation. It is never evidence about a published family, so it is in no
+list of teachers but its own, and no claim of a paper is judged by it. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Network, Operation, PlantedLosses, Teacher
+from atdiag.networks.registry import miniature
+from atdiag.networks.weights import sources
+
+PROFILE = "specimen"
+"""In place of a specimen's profile: its label is ``hub (specimen)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """How a specimen is pre-trained."""
+
+    network: Network
+    train: int
+    """Number of scenes."""
+    epochs: int
+    seed: int
+    """Of data and model; outside the seeds of any study."""
+    losses: PlantedLosses | None
+    """What plants the fault; None: too short a pre-training is the fault."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specimen:
+    """A teacher with a known fault."""
+
+    name: str
+    planted: str
+    """The fault, in a few words."""
+    summary: str
+    decoys: tuple[str, ...] = ()
+    """Native components that have nothing to do with the fault."""
+    pretraining: Pretraining | None = None
+    """How its weights were made; None: they are those of ``of``."""
+    of: str = ""
+    """The miniature or specimen whose weights it takes; empty: its own."""
+    operation: Operation | None = None
+    """What is done to the weights when they are loaded."""
+
+    @property
+    def file(self) -> Path:
+        """The weight file that it is loaded from."""
+        return sources.shipped_path(self.of or self.name)
+
+    @property
+    def made(self) -> str:
+        """How it is made: ``pre-trained``, or ``dinov2_s, sharp``."""
+        return "pre-trained" if self.operation is None else f"{self.of}, {self.operation.name}"
+
+
+@cache
+def specimens() -> dict[str, Specimen]:
+    """Return all specimens by name."""
+    content = tomllib.loads(Path(__file__).with_name("specimens.toml").read_text())
+    return {name: _read(name, row) for name, row in content.items()}
+
+
+def _read(name: str, row: Mapping[str, Any]) -> Specimen:
+    own = {key: value for key, value in row.items() if key not in ("pretrain", "operation", "decoys")}
+    pretraining = operation = None
+    if (how := row.get("pretrain")) is not None:
+        network = miniature.network(**how["network"])
+        losses = how.get("losses")
+        planted = None if losses is None else PlantedLosses(**_blocks(losses, network.depth))
+        pretraining = Pretraining(**{**how, "network": network, "losses": planted})
+    if (what := row.get("operation")) is not None:
+        operation = Operation(**_blocks(what, miniature.DEPTH))
+    decoys = tuple(row.get("decoys", ()))
+    return Specimen(name=name, pretraining=pretraining, operation=operation, decoys=decoys, **own)
+
+
+def _blocks(fields: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    return {**fields, "layers": tuple(range(depth))} if fields.get("layers") == "all" else dict(fields)
+
+
+def specimen(name: str) -> Specimen:
+    """Return a specimen by name. Raises UserError for an unknown one."""
+    if name not in specimens():
+        near = suggest(name, specimens())
+        raise UserError(f"unknown specimen {name!r}{near}", "'atdiag teachers --specimens' lists them")
+    return specimens()[name]
+
+
+def teacher(name: str, profile: str, image_size: int | None = None) -> Teacher:
+    """Return the spec of a specimen.
+
+    image_size: of the images that it will see, None for scenes. Raises UserError for another profile than mini, for
+    real images, and for one that was not pre-trained yet.
+    """
+    found = specimen(name)
+    if profile != "mini":
+        raise UserError(
+            f"{name} is a specimen, a miniature with a planted fault: there is none at {profile}", "use `profile` mini"
+        )
+    path = found.file
+    if not path.exists():
+        whose = found.of or name
+        raise UserError(
+            f"the weights of {whose} are not in {path.parent}", f"'atdiag pretrain {whose} --install' makes them"
+        )
+    network = Network(**sources.metadata(path)["network"])
+    if image_size not in (None, network.image_size):
+        raise UserError(
+            f"{name} is a specimen for scenes of {network.image_size} px, not for images of {image_size} px",
+            "leave `data.name` out",
+        )
+    return Teacher(
+        name=name,
+        profile=PROFILE,
+        network=network,
+        sha256=sources.shipped_sha256(path),
+        operation=found.operation,
+    )
+
+
+def is_specimen(found: Teacher) -> bool:
+    """Return whether a teacher is a specimen."""
+    return found.profile == PROFILE and found.name in specimens()

@@ -126,6 +126,9 @@ OWN = "own"
 """In place of a teacher's profile, if a user registered it: such a teacher is the same at every profile."""
 
 
+_BRANCHES = {"weights": "", "ema": ", average", "student": ", student"}
+
+
 class Teacher(Spec):
     """A frozen pre-trained ViT: a network with its weights."""
 
@@ -136,18 +139,19 @@ class Teacher(Spec):
     network: Network
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     """Of the weight file; None in a plan for weights that are not on this machine; such a spec can't be trained."""
-    branch: Literal["weights", "ema"] = "weights"
-    """Which weights of a file that holds several: the raw ones, or their moving average."""
+    branch: Literal["weights", "ema", "student"] = "weights"
+    """Which network of a file that holds several: the raw weights (of a pair, the teacher's), their moving average, or
+    the student's."""
 
     @property
     def weights(self) -> str:
-        """Name of the weights: the file's sha256, and the branch where it is not the raw one (empty in a plan)."""
-        return f"{self.sha256 or ''}{'#ema' if self.branch == 'ema' else ''}"
+        """Name of the weights: the file's sha256, and the branch where it is not the default (empty in a plan)."""
+        return f"{self.sha256 or ''}{'' if self.branch == 'weights' else f'#{self.branch}'}"
 
     @property
     def label(self) -> str:
         """Display name: ``clip_b (mini)``, ``deit_s (own file)``; the plain name at paper scale and of own teachers."""
         name, at, _ = self.name.partition("@")
         if at:
-            return f"{name} (own file{', average' if self.branch == 'ema' else ''})"
+            return f"{name} (own file{_BRANCHES[self.branch]})"
         return name if self.profile in ("paper", OWN) or ":" in name else f"{name} ({self.profile})"

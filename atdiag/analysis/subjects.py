@@ -19,7 +19,7 @@ from atdiag.core.spec import Data, Network, RunSpec, Teacher, Transfer
 from atdiag.data import sources as data_sets
 from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
-from atdiag.networks.registry import teachers
+from atdiag.networks.registry import recognition, teachers
 from atdiag.networks.registry.published import TIMM
 from atdiag.networks.registry.specimens import specimens
 from atdiag.networks.weights import classes, files, loading, sources
@@ -166,7 +166,8 @@ def find_all(
 
 def _is_teacher(reference: str) -> bool:
     name = reference.partition("@")[0]
-    return name in teachers.registry() or name in specimens() or reference.startswith(TIMM)
+    named = name in teachers.registry() or name in specimens() or reference.startswith((TIMM, teachers.HUB))
+    return named or recognition.is_foreign(reference)
 
 
 def find(reference: str, profile: str = "mini", data: Data | None = None, store: Store | None = None) -> Subject:
@@ -175,6 +176,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     ===========================  ======================================================================================
     ``clip_b``                   a teacher in the registry, at the profile
     ``timm:MODEL[@/path/file]``  any softmax-attention ViT of timm
+    ``/path/to/weights``         a weight file or folder of other programs, whose model is recognised
     ``1a2b3c``                   a run by its id or a prefix of it (at least 4 digits): its trained weights, or its
                                  checkpoint if it is unfinished
     ``start:1a2b3c``             the same run's student at initialisation, without its teacher's overrides
@@ -220,6 +222,7 @@ def with_classes(found: Sequence[Subject], names: Path) -> list[Subject]:
 
 
 def _teacher(reference: str, profile: str, data: Data | None) -> Subject:
+    reference = teachers.canonical(reference)
     spec = teachers.teacher(reference, profile, _image_size(reference, profile, data))
     return loaded(spec, data)
 
@@ -255,8 +258,8 @@ def loaded(spec: Teacher, data: Data | None) -> Subject:
     # A published network is the same at any profile. A path is too long for a table, but two files differ in their
     # hash.
     name, _, own = spec.name.removeprefix(TIMM).partition("@")
-    average = " average" if spec.branch == "ema" else ""
-    label = spec.label if teachers.is_shipped(spec) else f"{name} {spec.sha256[:6]}{average}" if own else name
+    branch = {"weights": "", "ema": " average", "student": " student"}[spec.branch]
+    label = spec.label if teachers.is_shipped(spec) else f"{name} {spec.sha256[:6]}{branch}" if own else name
     return Subject(label, body, found.network, data, spec.weights, teacher=spec)
 
 

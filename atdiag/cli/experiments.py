@@ -130,7 +130,7 @@ def references(text: str) -> tuple[str, ...]:
     rest = text.split(",")
     out: list[str] = []
     while rest:
-        joined = (n for n in range(len(rest), 1, -1) if "@" in rest[0] and _is_file(",".join(rest[:n]).strip()))
+        joined = (n for n in range(len(rest), 1, -1) if _is_file(",".join(rest[:n]).strip()))
         count = next(joined, 1)
         out.append(",".join(rest[:count]).strip())
         rest = rest[count:]
@@ -139,10 +139,10 @@ def references(text: str) -> tuple[str, ...]:
 
 
 def _is_file(reference: str) -> bool:
-    from atdiag.networks.weights.sources import split_reference
+    from atdiag.networks.weights.sources import split_branch, split_reference
 
     file = split_reference(reference)[1]
-    return file is not None and file.is_file()
+    return split_branch(reference)[0].exists() or (file is not None and file.exists())
 
 
 def check_overrides(

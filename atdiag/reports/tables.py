@@ -347,7 +347,9 @@ def _own_head(report: Report) -> str:
     if head.rows is not None:
         return ""  # the experiment does not measure it
     why = f"its head is for another task than {spec.data.name}"
-    if study.teacher.network.classes == spec.network.classes:
+    if study.teacher.network.classes == 1:
+        why = "its weights have no head; 'atdiag probe' measures what a linear classifier reads from its features"
+    elif study.teacher.network.classes == spec.network.classes:
         why = f"the rows of its head are not known ({head.note})"
     return f"{study.teacher.label}'s own accuracy is not shown: {why}."
 

@@ -189,11 +189,12 @@ def _dropped(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _which_weights(origin: Mapping[str, Any] | None) -> str:
     """Return which weights a run's teacher had, if its file holds several."""
-    if not origin or not origin.get("averages"):
+    if not origin or not (origin.get("averages") or origin.get("others")):
         return ""
     from atdiag.networks.weights.loading import Origin
 
-    return Origin(**{**origin, "dropped": tuple(origin["dropped"]), "averages": tuple(origin["averages"])}).note
+    lists: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in origin.items()}
+    return Origin(**lists).note
 
 
 def _handicap(report: Report) -> str:

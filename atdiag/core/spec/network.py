@@ -127,6 +127,9 @@ OWN = "own"
 """In place of a teacher's profile, if a user registered it: such a teacher is the same at every profile."""
 
 
+_BRANCHES = {"weights": "", "ema": ", average", "student": ", student"}
+
+
 class Teacher(Spec):
     """A frozen pre-trained ViT: a network with its weights."""
 
@@ -137,8 +140,9 @@ class Teacher(Spec):
     network: Network
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     """Of the weight file; None in a plan for weights that are not on this machine; such a spec can't be trained."""
-    branch: Literal["weights", "ema"] = "weights"
-    """Which weights of a file that holds several: the raw ones, or their moving average."""
+    branch: Literal["weights", "ema", "student"] = "weights"
+    """Which network of a file that holds several: the raw weights (of a pair, the teacher's), their moving average, or
+    the student's."""
     operation: Operation | None = None
     """What is done to the weights when they are loaded: a planted fault. None: nothing."""
 
@@ -150,13 +154,14 @@ class Teacher(Spec):
     @property
     def weights(self) -> str:
         """Name of the weights: the file's sha256, with the branch and the operation if any (empty in a plan)."""
+        branch = "" if self.branch == "weights" else f"#{self.branch}"
         operation = f"#{self.operation.key}" if self.operation else ""
-        return f"{self.sha256 or ''}{'#ema' if self.branch == 'ema' else ''}{operation}"
+        return f"{self.sha256 or ''}{branch}{operation}"
 
     @property
     def label(self) -> str:
         """Display name: ``clip_b (mini)``, ``deit_s (own file)``; the plain name at paper scale and of own teachers."""
         name, at, _ = self.name.partition("@")
         if at:
-            return f"{name} (own file{', average' if self.branch == 'ema' else ''})"
+            return f"{name} (own file{_BRANCHES[self.branch]})"
         return name if self.profile in ("paper", OWN) or ":" in name else f"{name} ({self.profile})"

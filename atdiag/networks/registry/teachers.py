@@ -8,6 +8,8 @@ A *reference* names a teacher:
 ``clip_b@/path/file``      the published network with the weights of that file (``#ema``: their moving average)
 ``timm:MODEL``             any softmax-attention ViT of timm, with its weights from the hub
 ``timm:MODEL@/path/file``  the same with the weights of that file
+``/path/file``             a weight file or folder that tells its model (see ``recognition``)
+``hf-hub:NAME``            a folder in timm's layout, or one in the hub's cache
 =========================  ============================================================================================
 
 Users add their own teachers by :func:`register_teacher` or an entry point. Imports nothing heavy; timm is imported only
@@ -26,10 +28,12 @@ from typing import Any
 
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import OWN, Network, Teacher
-from atdiag.networks.registry import miniature, specimens
+from atdiag.networks.registry import miniature, recognition, specimens
 from atdiag.networks.registry.published import TIMM, TeacherEntry, published, table
-from atdiag.networks.weights import files, sources
+from atdiag.networks.weights import adaptation, files, sources
 from atdiag.networks.weights.sources import Source
+
+HUB = "hf-hub:"
 
 ENTRY_POINTS = "atdiag.teachers"
 
@@ -240,6 +244,27 @@ def source(reference: str) -> Source:
     )
 
 
+def canonical(reference: str) -> str:
+    """Return the reference by name that a path stands for; any other is returned unchanged.
+
+    Raises UserError for a path that does not exist, or whose architecture can't be told.
+    """
+    name = reference.partition("@")[0]
+    if name.startswith(TIMM) or name in registry():
+        return reference
+    typed = next((reference.removeprefix(p) for p in (HUB, "local-dir:") if reference.startswith(p)), reference)
+    path, branch = sources.split_branch(typed)
+    if path.exists():
+        return recognition.reference(path, branch)
+    if reference.startswith(HUB):
+        return recognition.reference(sources.hub_folder(typed))
+    if "@" not in typed and ("/" in typed or typed.endswith(sources.SUFFIXES) or typed != reference):
+        raise UserError(
+            f"{path}: there is no such file{sources.near(path)}", "a teacher is a name, or an existing file"
+        )
+    return reference
+
+
 def teacher(reference: str, profile: str, image_size: int | None = None) -> Teacher:
     """Return the spec of a teacher at a profile: its network and its weights' hash.
 
@@ -251,6 +276,7 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
     """
     if reference in specimens.specimens():
         return specimens.teacher(reference, profile, image_size)
+    reference = canonical(reference)
     name = reference.partition("@")[0]
     published = not name.startswith(TIMM) and is_published(row(name).name)
     if profile == "mini" and published and name == reference:
@@ -271,12 +297,13 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         raise UserError(str(fault)) from None
     if path is not None:
         files.check(path)
+    origin = adaptation.planned(origin, path)
     return Teacher(
         name=_absolute(reference),
         profile=profile if published or name.startswith(TIMM) else OWN,
         network=architectures.network(origin, image_size),
         sha256=None if path is None else sources.sha256(path),
-        branch=origin.branch,
+        branch="weights" if origin.branch == "teacher" else origin.branch,
     )
 
 

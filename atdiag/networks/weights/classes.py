@@ -187,12 +187,15 @@ def _lists(path: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 def _inside(path: Path) -> Mapping[str, Any]:
     """Return the entries of a weight file that list classes, by key."""
-    if files.check(path) == "safetensors":
+    kind = files.check(path)
+    if kind == "index":
+        return {}  # shards have no metadata of the whole
+    if kind == "safetensors":
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         texts = header.get("__metadata__", {})
         return {key: _from_json(texts[key]) for key in INSIDE if key in texts}
-    contents = files.read(path)
+    contents = files.outline(path)
     return {key: contents[key] for key in INSIDE if key in contents}
 
 
@@ -250,6 +253,8 @@ def match(head: HeadClasses, data: Data) -> HeadRows:
         return HeadRows(rows, IMAGENET, head.passed_over)
     if head.rows == data_set.classes:
         return HeadRows(tuple(range(head.rows)), ASSUMED, head.passed_over)
+    if head.rows == 1:
+        return HeadRows(None, "its weights have none", head.passed_over)
     return HeadRows(None, f"it has {head.rows:,} rows, and {data.name} {data_set.classes:,} classes", head.passed_over)
 
 

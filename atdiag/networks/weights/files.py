@@ -5,7 +5,6 @@ A file is checked against its own header before any of it is allocated. ``check`
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import re
@@ -15,12 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from atdiag.networks.weights.sources import WeightsError
+from atdiag.core.text import shortlist
+from atdiag.networks.weights import inert, shards
+from atdiag.networks.weights.shards import WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["safetensors", "zip", "pickle"]
+Kind = Literal["safetensors", "zip", "pickle", "index"]
 
 _LARGEST_HEADER = 100_000_000  # safetensors' limit
 
@@ -31,6 +32,10 @@ def check(path: Path) -> Kind:
     Raises WeightsError for a file that is truncated, has trailing data beyond its header's size, or is not a weight
     file.
     """
+    if shards.is_index(path):
+        for one in shards.members(path):
+            check(one)
+        return "index"
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
@@ -51,7 +56,7 @@ def check(path: Path) -> Kind:
     if start.lstrip().startswith(b"{") and b'"weight_map"' in path.read_bytes():
         raise WeightsError(
             f"{path} is an index of shards, which holds no weights itself",
-            "join the shards into one safetensors file, and name that",
+            f"let its name end in .index.json, as {path.with_name('model.safetensors.index.json')}",
         )
     raise WeightsError(f"{path} is neither a safetensors file nor a checkpoint of torch.save")
 
@@ -95,18 +100,25 @@ def read(path: Path) -> Mapping[str, Any]:
 
     Raises WeightsError for a damaged file, and for a pickle that would run code, which it names.
     """
-    import torch
-    from safetensors.torch import load_file
+    return _contents(path, "cpu")
 
+
+def outline(path: Path) -> Mapping[str, Any]:
+    """Return the contents of a weight file, with tensors that have shapes and no values (on the meta device).
+
+    Raises WeightsError as :func:`read`.
+    """
+    return _contents(path, "meta")
+
+
+def _contents(path: Path, device: Literal["cpu", "meta"]) -> Mapping[str, Any]:
     kind = check(path)
+    if kind == "index":
+        return _joined(path, device)
     try:
         if kind == "safetensors":
-            contents: Any = load_file(path)
-        else:
-            # Many checkpoints carry a Namespace, a plain record of command-line options that runs nothing.
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about the pickle protocol
-                contents = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+            return _from_safetensors(path, device)
+        contents = _from_torch(path, device, mmap=kind == "zip")
     except Exception as fault:  # the unpickler raises anything on invalid bytes
         if isinstance(fault, pickle.UnpicklingError) and (names := _code_in(path, fault)):
             raise WeightsError(
@@ -117,6 +129,41 @@ def read(path: Path) -> Mapping[str, Any]:
     if not isinstance(contents, Mapping):
         raise WeightsError(f"{path} holds a {type(contents).__name__}, not a dictionary of tensors")
     return contents
+
+
+def _from_safetensors(path: Path, device: str) -> Mapping[str, Any]:
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    if device == "cpu":
+        found: Mapping[str, Any] = load_file(path)
+        return found
+    with safe_open(path, "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def _from_torch(path: Path, device: str, *, mmap: bool) -> Any:
+    import torch
+
+    with torch.serialization.safe_globals(inert.classes()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the pickle protocol
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+
+
+def _joined(index: Path, device: Literal["cpu", "meta"]) -> Mapping[str, Any]:
+    """Return the tensors of all shards, each of which must hold exactly the keys that the index gives to it."""
+    meant = shards.weight_map(index)
+    joined: dict[str, Any] = {}
+    for shard in shards.members(index):
+        contents = _contents(shard, device)
+        listed = {key for key, name in meant.items() if name == shard.name}
+        if odd := sorted(listed.symmetric_difference(contents)):
+            told = "lacks" if odd[0] in listed else "holds, against its index,"
+            raise WeightsError(f"{shard} {told} {shortlist(odd)}", f"put the shards that belong to {index.name} there")
+        joined |= contents
+    return joined
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

@@ -13,42 +13,26 @@
 ``deit3``   LayerScale is called ``gamma_1``, ``gamma_2``
 ==========  ===================================================================================================
 
-If a file holds two networks, the one marked above is taken. If it holds a moving average besides the weights
-(``state_dict_ema``, ``model_ema`` ...), the weights are taken unless the average is requested, which is part of a run's
-spec (``Teacher.branch``); :attr:`Converted.averages` names the averages in the file.
+Which network is taken from a file with several, and under which wrappers it is found, is told in ``finding``. The
+choice of another (``FILE#ema``, ``FILE#student``) is part of a run's spec (``Teacher.branch``).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
 from atdiag.core.text import shortlist
-from atdiag.networks.weights.sources import WeightsError
-
-_ANCHOR = "patch_embed.proj.weight"
-_CONTAINERS = ("teacher", "student", "state_dict", "model", "module")
-_AVERAGES = (
-    *(
-        "state_dict_ema",
-        "model_ema",
-        "ema",
-        "ema_state_dict",
-        "model_ema_state_dict",
-        "ema_model",
-        "state_dict_average",
-    ),
-    *("average", "averaged_model"),
-)
-"""Names of entries that hold a moving average of the weights: timm's, DeiT's, and others'."""
-_PREFIXES = ("module.base_encoder.", "module.momentum_encoder.", "module.backbone.", "backbone.", "module.", "")
+from atdiag.networks.weights import finding
+from atdiag.networks.weights.finding import Location
+from atdiag.networks.weights.sources import Branch, WeightsError
 
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
@@ -75,81 +59,43 @@ class Converted:
     dropped: tuple[str, ...]
     """Keys of the file that are not part of it (pre-training heads, decoders, mask tokens, the other branch)."""
     averages: tuple[str, ...] = ()
-    """Entries of the file that hold a moving average of the network's weights."""
+    """Names in the file that mark a moving average of the network's weights."""
+    others: tuple[str, ...] = ()
+    """Places of other networks in the file, which are no averages."""
 
 
-def convert(contents: Mapping[str, Any], branch: Literal["weights", "ema"] = "weights") -> Converted:
+def convert(contents: Mapping[str, Any], branch: Branch = "weights") -> Converted:
     """Return the network in a checkpoint, whose format is recognised by its keys.
 
-    branch: the raw weights, or their moving average. Raises WeightsError, listing the keys in the file, if it holds no
-    ViT; and if it lacks the requested branch.
+    branch: which of several networks, see ``finding``. Raises WeightsError, listing the keys in the file, if it holds
+    no ViT; and if it lacks the requested branch.
     """
-    averages = tuple(name for name in _AVERAGES if _holds_vit(contents.get(name)))
-    if branch == "ema" and not averages:
-        raise WeightsError(
-            f"the file holds no moving average of the weights; it has {shortlist(map(str, contents))}", "leave #ema out"
-        )
-    container, tensors = _unwrap(contents, averages if branch == "ema" else (*_CONTAINERS, ""), averages)
-    prefix = _prefix_of(tensors)
+    choice = finding.choose(contents, branch)
+    place = choice.place
+    prefix, tensors = place.prefix, place.tensors
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     outside = [key for key in tensors if not key.startswith(prefix)]
-    found = _format(container, prefix, state)
+    found = _format(place, state)
     inside = [key for key in state if re.match(_DROPPED[found], key)]
     state = _renamed(found, {key: value for key, value in state.items() if key not in inside})
-    where = f"{container}: {prefix}*" if container else f"{prefix}*"
-    return Converted(state, found, where, (*outside, *(prefix + key for key in inside)), averages)
+    dropped = (*outside, *(prefix + key for key in inside))
+    return Converted(state, found, str(place), dropped, choice.averages, tuple(map(str, choice.others)))
 
 
-def _prefix_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return the prefix of the network's keys: one of the formats' prefixes, or that of the only network in the file.
-
-    Raises WeightsError, listing the prefixes, for a file with several networks under unknown prefixes.
-    """
-    found = [key.removesuffix(_ANCHOR) for key in tensors if key.endswith(_ANCHOR)]
-    known = [prefix for prefix in _PREFIXES if prefix in found]
-    if not known and len(found) > 1:
-        raise WeightsError(
-            f"the file holds {len(found)} networks, with keys that begin with {shortlist(map(repr, found))}",
-            "save the state dict of one of them",
-        )
-    return (known or found)[0]
-
-
-def _tensors(entry: Any) -> dict[str, Tensor]:
-    """Return the tensors of an entry by name; empty unless it is a dictionary of tensors."""
-    if not isinstance(entry, Mapping):
-        return {}
-    return {str(key): value for key, value in entry.items() if isinstance(value, Tensor)}
-
-
-def _holds_vit(entry: Any) -> bool:
-    return any(key.endswith(_ANCHOR) for key in _tensors(entry))
-
-
-def _unwrap(
-    contents: Mapping[str, Any], names: Sequence[str], averages: Sequence[str]
-) -> tuple[str, dict[str, Tensor]]:
-    """Return the dictionary of tensors in a checkpoint, and the entry that held it (empty at the top level)."""
-    for name in names:
-        entry = contents.get(name) if name else contents
-        if _holds_vit(entry):
-            return name, _tensors(entry)
-    if averages:
-        raise WeightsError(f"the file holds a moving average alone ({averages[0]})", "add #ema to its name to use that")
-    raise WeightsError(f"no ViT is in the file: no key ends in {_ANCHOR!r}; it has {shortlist(map(str, contents))}")
-
-
-def _format(container: str, prefix: str, state: Mapping[str, Tensor]) -> str:
-    if prefix in ("module.base_encoder.", "module.momentum_encoder."):
+def _format(place: Location, state: Mapping[str, Tensor]) -> str:
+    names = place.names
+    if "base_encoder" in names or "momentum_encoder" in names:
         return "mocov3"
-    if prefix in ("module.backbone.", "backbone.") or container in ("teacher", "student") or "masked_embed" in state:
+    if "register_tokens" in state or ("mask_token" in state and "blocks.0.ls1.gamma" in state):
+        return "dinov2"
+    pair = "teacher" in names or "student" in names
+    # A linear head inside a backbone is a classifier, which DINO's is not: it has an MLP.
+    if pair or "masked_embed" in state or ("backbone" in names and "head.weight" not in state):
         return "dino"
     if _SHARED_TABLE in state:
         return "beit"
     if any(key.startswith("decoder_") for key in state):
         return "mae"
-    if "register_tokens" in state or ("mask_token" in state and "blocks.0.ls1.gamma" in state):
-        return "dinov2"
     if "blocks.0.gamma_1" in state and "pos_embed" in state and "blocks.0.attn.qkv.bias" in state:
         return "deit3"
     return "timm"

@@ -7,13 +7,14 @@ cache. Reading a file's header needs no torch, so that planning stays fast.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atdiag.core.spec import Teacher
-from atdiag.networks.registry import teachers
-from atdiag.networks.registry.published import TeacherEntry
+from atdiag.networks.registry import recognition, teachers
+from atdiag.networks.registry.published import TIMM, TeacherEntry
 from atdiag.networks.weights import sources
 from atdiag.networks.weights.sources import (
     Source,
@@ -57,18 +58,39 @@ class Origin:
     dropped: tuple[str, ...]
     """Its keys that are not part of the network (pre-training heads, decoders, mask tokens)."""
     averages: tuple[str, ...] = ()
-    """Entries of the file that hold a moving average of the weights, used or not."""
+    """Names in the file that mark a moving average of the weights, used or not."""
+    others: tuple[str, ...] = ()
+    """Places of other networks in the file."""
 
     @property
     def note(self) -> str:
-        """Which weights were taken from a file that holds several; empty for other files."""
+        """Which network was taken from a file that holds several; empty for other files."""
+        return "; ".join(filter(None, (self._of_averages(), self._of_pair())))
+
+    def _of_averages(self) -> str:
         if not self.averages:
             return ""
-        taken = self.branch.partition(":")[0] or "its top level"
-        if taken in self.averages:
+        taken = self.branch.partition(":")[0] if ":" in self.branch else self.branch.removesuffix("*").rstrip(".")
+        taken = taken or "its top level"
+        if set(self.averages).intersection(self._names(self.branch)):
             return f"the moving average ({taken}) was taken, not the raw weights beside it"
         average = self.averages[0]
         return f"the raw weights ({taken}) were taken; the file also holds their moving average ({average}): FILE#ema"
+
+    def _of_pair(self) -> str:
+        own = self._names(self.branch)
+        for role, other in (("teacher", "student"), ("student", "teacher")):
+            beside = [place for place in self.others if other in self._names(place)]
+            if role in own and beside:
+                return (
+                    f"the {role} network ({self.branch}) was taken; the file also holds the {other} "
+                    f"({beside[0]}): FILE#{other}"
+                )
+        return ""
+
+    @staticmethod
+    def _names(place: str) -> list[str]:
+        return re.split(r"[ :./*]+", place)
 
 
 def load(teacher: Teacher) -> ViT | Foreign:
@@ -91,7 +113,13 @@ def load(teacher: Teacher) -> ViT | Foreign:
         )
     found.eval().requires_grad_(False)
     found.origin = Origin(
-        str(path), str(teacher.sha256), converted.format, converted.branch, converted.dropped, converted.averages
+        str(path),
+        str(teacher.sha256),
+        converted.format,
+        converted.branch,
+        converted.dropped,
+        converted.averages,
+        converted.others,
     )
     return found
 
@@ -143,19 +171,21 @@ def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module,
     shape or the number of heads does not fit, or a value is not finite.
     """
     from atdiag.networks.timm import architectures
-    from atdiag.networks.weights import files, formats
+    from atdiag.networks.weights import adaptation, files, formats
 
-    model: Any = architectures.build(source, image_size, meta=True)
     try:
         found = formats.convert(files.read(path), source.branch)
     except WeightsError as fault:
         raise fault if str(path) in str(fault) else WeightsError(f"{path}: {fault}") from None
+    source = adaptation.adapted(source, found.state)
+    model: Any = architectures.build(source, image_size, meta=True)
     _check_format(found, source, path)
     _check_heads(found, model, path)
     try:
         state = formats.fit(found.state, model)
     except WeightsError as fault:
         rows = [row.name for row in _published_as(found, model) if row.name != source.name]
+        rows = rows or [f"{TIMM}{name}" for name in recognition.instead(found.state, source.model)]
         hint = f"a checkpoint of this kind is {' or '.join(rows)}: type {rows[0]}@{path}" if rows else None
         raise WeightsError(f"{path} does not fit {source.name}: {fault}", hint) from None
     persistent = set(model.state_dict())

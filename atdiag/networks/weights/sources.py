@@ -11,19 +11,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from atdiag.core import paths
-from atdiag.core.errors import UserError
+from atdiag.core.errors import suggest
 from atdiag.core.runs import file_sha256, write_atomically
 from atdiag.core.spec import Network, Teacher
+from atdiag.core.text import shortlist
+from atdiag.networks.weights import shards
+from atdiag.networks.weights.shards import WeightsError as WeightsError
 
 SHIPPED = Path(__file__).parent / "miniatures"
 """The miniature teachers shipped with the package: ``<name>.safetensors``, half precision."""
 
+Branch = Literal["weights", "ema", "student", "teacher"]
+"""Which of several networks in a file: by default the raw weights, and of a pair the teacher's."""
+BRANCHES = ("ema", "student", "teacher")
+"""Those that can be typed: ``FILE#student``."""
+
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar", ".bin")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weight files in timm's hub repositories, the preferred one first."""
+
+FOLDER_FILES = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    "model_best.pth.tar",
+)
+"""Names of weight files that are looked for in a folder, the preferred one first."""
 
 _WORTH_REMEMBERING = 8_000_000
 """Minimum size in bytes for caching a file's sha256 between processes (smaller files hash in milliseconds)."""
@@ -31,10 +45,6 @@ _WORTH_REMEMBERING = 8_000_000
 
 class WeightsMissingError(FileNotFoundError):
     """A teacher's weights are not on this machine; the message says where they belong."""
-
-
-class WeightsError(UserError, ValueError):
-    """A weight file is refused; the message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +64,27 @@ class Source:
     """Accepted key layouts of its file (see ``formats``); None: any."""
     file: Path | None = None
     """The file that the user named; no other is then looked for."""
-    branch: Literal["weights", "ema"] = "weights"
-    """Which weights of the file: the raw ones, or their moving average."""
+    branch: Branch = "weights"
+    """Which network of the file."""
     hub: str | None = None
     url: str | None = None
 
 
-AVERAGE = "#ema"
-"""Suffix of a reference to the moving average in a file: ``timm:MODEL@FILE#ema``."""
-
-
-def split_reference(reference: str) -> tuple[str, Path | None, Literal["weights", "ema"]]:
+def split_reference(reference: str) -> tuple[str, Path | None, Branch]:
     """Split ``NAME@FILE#ema`` into name, file and branch. An existing path is taken literally, ``#ema`` included."""
     name, at, typed = reference.partition("@")
     if not at:
         return name, None, "weights"
+    return name, *split_branch(typed)
+
+
+def split_branch(typed: str) -> tuple[Path, Branch]:
+    """Split ``FILE#ema`` into file and branch; an existing path is taken literally."""
     file = Path(typed).expanduser()
-    if typed.endswith(AVERAGE) and not file.exists():
-        return name, Path(typed.removesuffix(AVERAGE)).expanduser(), "ema"
-    return name, file, "weights"
+    path, mark, branch = typed.rpartition("#")
+    if mark and branch in BRANCHES and not file.exists():
+        return Path(path).expanduser(), cast(Branch, branch)
+    return file, "weights"
 
 
 # --- the cache folder ----------------------------------------------------------------------------------------------
@@ -91,16 +103,60 @@ def place(source: Source, suffix: str = ".pth") -> Path:
 def find(source: Source) -> Path | None:
     """Return the file with a source's weights if it is on this machine, without using the network.
 
-    Raises WeightsMissingError if the user named a file that does not exist.
+    A folder that the user named stands for the weight file in it. Raises WeightsMissingError if what the user named
+    does not exist, and WeightsError for a folder without weights.
     """
     if source.file is not None:
+        if source.file.is_dir():
+            return in_folder(source.file)
         if not source.file.is_file():
-            raise WeightsMissingError(f"{source.file}: there is no such file (weights of {source.name})")
+            raise WeightsMissingError(
+                f"{source.file}: there is no such file (weights of {source.name}){near(source.file)}"
+            )
         return source.file
     for suffix in SUFFIXES:
         if (path := place(source, suffix)).is_file():
             return path
     return _in_hub_cache(source.hub) if source.hub else None
+
+
+def near(file: Path) -> str:
+    """Return a suggestion for a file that does not exist: another name in its folder, or another branch."""
+    path, mark, branch = file.name.rpartition("#")
+    if mark and file.with_name(path).exists():
+        return suggest(branch, BRANCHES) or f" (after # comes one of {', '.join(BRANCHES)})"
+    try:
+        return suggest(file.name, (one.name for one in file.parent.iterdir()))
+    except OSError:
+        return ""
+
+
+def in_folder(folder: Path) -> Path:
+    """Return the weight file in a folder: by the hub's names, or the only one. Raises WeightsError otherwise."""
+    for name in FOLDER_FILES:
+        if (path := folder / name).is_file():
+            return path
+    files = sorted(one.name for one in folder.iterdir() if one.name.endswith(SUFFIXES) and one.is_file())
+    if len(files) != 1:
+        told = f"holds {len(files)} weight files ({shortlist(files)})" if files else "holds no weight file"
+        example = folder / (files[0] if files else "model.safetensors")
+        raise WeightsError(f"the folder {folder} {told}", f"name one file, as {example}")
+    return folder / files[0]
+
+
+def hub_folder(repository: str) -> Path:
+    """Return the folder of a repository in the hub's cache. Raises WeightsError if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repository, "config.json")
+    except ValueError as fault:  # no name of a repository
+        raise WeightsError(f"hf-hub:{repository} is no folder and no repository ({fault})") from None
+    if not isinstance(found, str):
+        raise WeightsError(
+            f"{repository} is not in the hub's cache on this machine", f"fetch it by 'hf download {repository}'"
+        )
+    return Path(found).parent
 
 
 def _in_hub_cache(repository: str) -> Path | None:
@@ -127,7 +183,12 @@ def how_to_get(source: Source) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Return the sha256 of a file; for a large one, cached in the cache folder by path, size and modification time."""
+    """Return the sha256 of a file; for a large one, cached in the cache folder by path, size and modification time.
+
+    That of an index of shards is of the shards' names and hashes.
+    """
+    if shards.is_index(path):
+        return shards.combined({one.name: sha256(one) for one in shards.members(path)})
     about = path.stat()
     if about.st_size < _WORTH_REMEMBERING:
         return fresh_sha256(path)
@@ -151,6 +212,8 @@ def sha256(path: Path) -> str:
 
 def fresh_sha256(path: Path) -> str:
     """Return the sha256 of a file's current bytes, bypassing the cache."""
+    if shards.is_index(path):
+        return shards.combined({one.name: file_sha256(one) for one in shards.members(path)})
     return file_sha256(path)
 
 

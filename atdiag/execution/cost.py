@@ -75,7 +75,9 @@ def measured_speed(store: Store, device: str, newest: int = 30) -> float:
         # A damaged run, or one of a version that recorded less, is reported where it is used.
         with contextlib.suppress(DamagedRunError, FileNotFoundError, KeyError, TypeError):
             spec, result = run.spec, run.result()
-            if result["seconds"] > 1 and result["environment"]["device"].startswith(device):
-                found.append(seconds(spec, 1.0, tested=False) / result["seconds"])
+            work = seconds(spec, 1.0, tested=False)
+            long = work > FLOPS_PER_SECOND and result["seconds"] > 1  # a short run is mostly its start
+            if long and result["environment"]["device"].startswith(device):
+                found.append(work / result["seconds"])
     usual = FLOPS_PER_SECOND if device == "cpu" else _GPU_FLOPS_PER_SECOND
     return median(found) if len(found) > 2 else usual

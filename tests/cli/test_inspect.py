@@ -191,7 +191,7 @@ def test_unknown_subjects(capsys, store, tmp_path):
         "ffffffff": "no run in",
         "nowhere/weights.safetensors": "there is no file",
         str(tmp_path): "is not a run's folder",
-        str(tmp_path / "x.safetensors"): "type timm:MODEL@",
+        str(tmp_path / "x.safetensors"): "no ViT is in the file",
         str(tmp_path / "bad"): "can't be read",
     }
     for reference, message in wanted.items():

@@ -43,6 +43,7 @@ def test_a_path_may_contain_a_comma(tmp_path):
     assert experiments.references(whole) == (whole,)
     assert experiments.references("clip_b, deit_b,clip_b,") == ("clip_b", "deit_b")
     assert experiments.references("x@/no/a,b") == ("x@/no/a", "b")
+    assert experiments.references(f"clip_b,{file},deit_b") == ("clip_b", str(file), "deit_b")
 
 
 def test_files_that_are_no_weights_are_identified(tmp_path):

@@ -1,11 +1,13 @@
 """Cohorts, their distribution over processes, and the estimated cost."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from atdiag.core.runs import Store
-from atdiag.execution.cost import seconds
+from atdiag.execution.cost import FLOPS_PER_SECOND, measured_speed, seconds
 from atdiag.execution.plan import cohorts, estimate, pending, share_out
 from tests.execution.specs import run
 
@@ -93,3 +95,18 @@ def test_finished_runs_are_not_pending(tmp_path):
     assert pending(specs, store) == [specs[0], specs[2]]
     store.create(specs[0])  # started is not finished
     assert pending(specs, store) == [specs[0], specs[2]]
+
+
+def test_the_measured_speed_ignores_runs_that_are_mostly_their_start():
+    def finished(spec, took):
+        result = {"seconds": took, "environment": {"device": "cpu"}}
+        return SimpleNamespace(spec=spec, result=lambda: result)
+
+    short = [finished(run(seed=seed, epochs=1, train=64), 30.0) for seed in range(3)]
+    assert measured_speed(SimpleNamespace(list=lambda: short), "cpu") == FLOPS_PER_SECOND
+    specs = [run(seed=seed, epochs=40, train=2500) for seed in range(3)]
+    long = [finished(spec, 2 * seconds(spec, tested=False)) for spec in specs]
+    for runs in (long, short + long):
+        assert measured_speed(SimpleNamespace(list=lambda runs=runs: runs), "cpu") == pytest.approx(
+            FLOPS_PER_SECOND / 2
+        )

@@ -49,8 +49,14 @@ def strictly():
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(
+    ("native", "fused"),
+    [
+        (False, False),
+        (True, True),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((False, True), (True, False))),
+    ],
+)
 def test_every_transfer_runs_deterministically_with_the_same_bits(
     bench, assert_same, monkeypatch, tmp_path, native, fused
 ):

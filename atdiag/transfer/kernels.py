@@ -98,6 +98,20 @@ def _gradient(log_s, log_t, common, LOSS: tl.constexpr):
 
 
 @triton.jit
+def _over_keys(
+    a_s, a_t, k_s, k_t, bias_s, bias_t, s_n, t_n, scale_s, scale_t, at, to, tokens,
+    BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Form both tiles of logits of loaded queries over some keys. Return the keys of s, both tiles and the mask."""
+    inside = (at < tokens)[:, None] & (to < tokens)[None, :]
+    b_s = _load(k_s, to, s_n, tokens, D, WIDTH)
+    b_t = _load(k_t, to, t_n, tokens, D, WIDTH)
+    s = _logits(a_s, b_s, scale_s, bias_s, tokens, 1, at, to, inside, BIAS_S, PRECISION)
+    t = _logits(a_t, b_t, scale_t, bias_t, tokens, 1, at, to, inside, BIAS_T, PRECISION)
+    return b_s, s, t, inside
+
+
+@triton.jit
 def _of_rows(
     q_s, k_s, q_t, k_t, bias_s, bias_t, loss, stats, grad,
     s_b, s_h, s_n, t_b, t_h, t_n, scale_s, scale_t, heads, tokens,
@@ -120,11 +134,10 @@ def _of_rows(
     sum_s, sum_t = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     for begin in range(0, tokens, N):
         to = begin + tl.arange(0, N)
-        inside = (at < tokens)[:, None] & (to < tokens)[None, :]
-        b_s = _load(k_s, to, s_n, tokens, D, WIDTH)
-        b_t = _load(k_t, to, t_n, tokens, D, WIDTH)
-        s = _logits(a_s, b_s, scale_s, bias_s, tokens, 1, at, to, inside, BIAS_S, PRECISION)
-        t = _logits(a_t, b_t, scale_t, bias_t, tokens, 1, at, to, inside, BIAS_T, PRECISION)
+        b_s, s, t, inside = _over_keys(
+            a_s, a_t, k_s, k_t, bias_s, bias_t, s_n, t_n, scale_s, scale_t, at, to, tokens,
+            BIAS_S, BIAS_T, D, WIDTH, PRECISION,
+        )  # fmt: skip
         now_s, now_t = tl.maximum(top_s, tl.max(s, 1)), tl.maximum(top_t, tl.max(t, 1))
         sum_s = sum_s * tl.exp(top_s - now_s) + tl.sum(tl.exp(s - now_s[:, None]), 1)
         sum_t = sum_t * tl.exp(top_t - now_t) + tl.sum(tl.exp(t - now_t[:, None]), 1)
@@ -133,11 +146,10 @@ def _of_rows(
     if not (WANTED and LOGITS):
         for begin in range(0, tokens, N):
             to = begin + tl.arange(0, N)
-            inside = (at < tokens)[:, None] & (to < tokens)[None, :]
-            b_s = _load(k_s, to, s_n, tokens, D, WIDTH)
-            b_t = _load(k_t, to, t_n, tokens, D, WIDTH)
-            s = _logits(a_s, b_s, scale_s, bias_s, tokens, 1, at, to, inside, BIAS_S, PRECISION)
-            t = _logits(a_t, b_t, scale_t, bias_t, tokens, 1, at, to, inside, BIAS_T, PRECISION)
+            b_s, s, t, inside = _over_keys(
+                a_s, a_t, k_s, k_t, bias_s, bias_t, s_n, t_n, scale_s, scale_t, at, to, tokens,
+                BIAS_S, BIAS_T, D, WIDTH, PRECISION,
+            )  # fmt: skip
             log_s, log_t = s - lse_s[:, None], t - lse_t[:, None]
             value, g = _term(log_s, log_t, LOSS)
             total += tl.sum(tl.where(inside, value, 0.0), 1)
@@ -145,11 +157,10 @@ def _of_rows(
     if WANTED:
         for begin in range(0, tokens, N):
             to = begin + tl.arange(0, N)
-            inside = (at < tokens)[:, None] & (to < tokens)[None, :]
-            b_s = _load(k_s, to, s_n, tokens, D, WIDTH)
-            b_t = _load(k_t, to, t_n, tokens, D, WIDTH)
-            s = _logits(a_s, b_s, scale_s, bias_s, tokens, 1, at, to, inside, BIAS_S, PRECISION)
-            t = _logits(a_t, b_t, scale_t, bias_t, tokens, 1, at, to, inside, BIAS_T, PRECISION)
+            b_s, s, t, inside = _over_keys(
+                a_s, a_t, k_s, k_t, bias_s, bias_t, s_n, t_n, scale_s, scale_t, at, to, tokens,
+                BIAS_S, BIAS_T, D, WIDTH, PRECISION,
+            )  # fmt: skip
             log_s, log_t = s - lse_s[:, None], t - lse_t[:, None]
             value, g = _term(log_s, log_t, LOSS)
             if LOGITS:

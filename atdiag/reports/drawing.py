@@ -11,8 +11,11 @@ _NOT_OURS = ("backend", "backend_fallback", "interactive")
 """Settings of the session that draws: they decide nothing about a figure in a file."""
 
 
-def _matplotlib() -> ModuleType:
-    """Import matplotlib without MPLBACKEND: with the name of no backend in it, even the import would fail."""
+def import_matplotlib() -> ModuleType:
+    """Import matplotlib without MPLBACKEND: with the name of no backend in it, even the import would fail.
+
+    A notebook's kernel leaves its own backend there for whatever it starts; no figure here needs one.
+    """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
@@ -30,7 +33,7 @@ def defaults() -> Iterator[None]:
     A text's font or use of LaTeX is read when it is made, and ticks are made when a figure is drawn: figures are both
     made and drawn in here.
     """
-    matplotlib = _matplotlib()
+    matplotlib = import_matplotlib()
     settings = matplotlib.rcParams
     backend = dict.__getitem__(settings, "backend")  # plain access would resolve it
     with matplotlib.rc_context():

@@ -33,7 +33,7 @@ _FREE = re.compile(r"(head|head_dist|norm|fc_norm)\.|.*relative_position_index$"
 _RESAMPLED = ("pos_embed", "relative_position_bias_table")
 """Keys whose length depends on the resolution."""
 
-_TORCH = (".pth", ".pt", ".pth.tar", ".bin")
+_TORCH = tuple(suffix for suffix in sources.SUFFIXES if suffix != ".safetensors")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.registry import recognition, teachers
 from atdiag.networks.registry.published import TIMM
+from atdiag.networks.registry.reading import VIT
 from atdiag.networks.registry.specimens import specimens
 from atdiag.networks.weights import classes, files, loading, sources
 from atdiag.networks.weights.classes import HeadClasses
@@ -166,7 +167,7 @@ def find_all(
 
 def _is_teacher(reference: str) -> bool:
     name = reference.partition("@")[0]
-    named = name in teachers.registry() or name in specimens() or reference.startswith((TIMM, teachers.HUB))
+    named = name in teachers.registry() or name in specimens() or reference.startswith((TIMM, VIT, teachers.HUB))
     return named or recognition.is_foreign(reference)
 
 
@@ -239,6 +240,8 @@ def _image_size(reference: str, profile: str, data: Data | None) -> int | None:
         return data.image_size
     if row is not None and row.image_size is not None:
         return row.image_size
+    if name.startswith(VIT):
+        return teachers.source(reference).image_size
     from timm.models import get_pretrained_cfg
 
     model = name.removeprefix(TIMM) if row is None else row.model
@@ -257,7 +260,7 @@ def loaded(spec: Teacher, data: Data | None) -> Subject:
     body = evaluation.Predictor(found) if isinstance(found, ViT) else found
     # A published network is the same at any profile. A path is too long for a table, but two files differ in their
     # hash.
-    name, _, own = spec.name.removeprefix(TIMM).partition("@")
+    name, _, own = spec.name.removeprefix(TIMM).removeprefix(VIT).partition("@")
     branch = {"weights": "", "ema": " average", "student": " student"}[spec.branch]
     label = spec.label if teachers.is_shipped(spec) else f"{name} {spec.sha256[:6]}{branch}" if own else name
     return Subject(label, body, found.network, data, spec.weights, teacher=spec)

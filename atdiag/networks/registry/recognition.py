@@ -12,7 +12,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,12 +21,15 @@ from typing import TYPE_CHECKING, Any
 from atdiag.core.errors import UserError
 from atdiag.core.resources import small_file
 from atdiag.core.text import shortlist
+from atdiag.networks.registry import reading
 from atdiag.networks.registry.published import TIMM
 from atdiag.networks.weights import files, sources
 from atdiag.networks.weights.sources import Branch, WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from atdiag.networks.weights.formats import Converted
 
 _FREE = re.compile(r"(head|head_dist|norm|fc_norm)\.|.*relative_position_index$")
 """Keys that fine-tuning changes, or that hold no weights."""
@@ -71,32 +74,39 @@ def table() -> tuple[Signature, ...]:
 
 def signature(state: Mapping[str, Tensor]) -> str:
     """Return the hash of a network's keys and shapes, without what resolution and fine-tuning change."""
-    lines = []
+    return hashlib.sha256("\n".join(_lines(state)).encode()).hexdigest()[:12]
+
+
+def _lines(state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield ``key shape`` of what neither resolution nor fine-tuning changes."""
     for key, tensor in sorted(state.items()):
         if not _FREE.match(key):
             shape = tensor.shape[-1:] if key.endswith(_RESAMPLED) else tensor.shape
-            lines.append(f"{key} {'x'.join(map(str, shape))}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+            yield f"{key} {'x'.join(map(str, shape))}"
 
 
-def fitting(state: Mapping[str, Tensor]) -> list[Signature]:
-    """Return the timm models with a network's keys and shapes, one for each function."""
+def same(state: Mapping[str, Tensor]) -> list[Signature]:
+    """Return the timm models with a network's keys and shapes."""
     own = signature(state)
+    return [row for row in table() if row.signature == own]
+
+
+def _distinct(rows: list[Signature]) -> list[Signature]:
+    """Return the first row of each function."""
     found: dict[str, Signature] = {}
-    for row in table():
-        if row.signature == own:
-            found.setdefault(row.function, row)
+    for row in rows:
+        found.setdefault(row.function, row)
     return list(found.values())
 
 
 def is_foreign(reference: str) -> bool:
     """Return whether a reference is an existing file or folder with weights that atdiag did not write."""
-    path, branch = sources.split_branch(reference)
+    path, branch, facts = sources.split_marks(reference)
     if path.is_dir():
         return (path / "config.json").is_file() and not (path / "spec.json").exists()
     if not path.is_file() or (path.parent / "spec.json").exists():
         return False
-    if branch != "weights" or path.name.endswith((*_TORCH, ".index.json")):
+    if branch != "weights" or facts or path.name.endswith((*_TORCH, ".index.json")):
         return True
     try:
         return path.suffix == ".safetensors" and "network" not in sources.metadata(path)
@@ -106,40 +116,92 @@ def is_foreign(reference: str) -> bool:
 
 def instead(state: Mapping[str, Tensor], model: str) -> list[str]:
     """Return the models with a network's keys and shapes; none if a model that was asked for is one of them."""
-    same = {row.model for row in table() if row.signature == signature(state)}
-    return [] if model.partition(".")[0] in same else [row.model for row in fitting(state)]
+    rows = same(state)
+    named = model.partition(".")[0] in {row.model for row in rows}
+    return [] if named else [row.model for row in _distinct(rows)]
 
 
-def reference(path: Path, branch: Branch = "weights") -> str:
+def reference(path: Path, branch: Branch = "weights", facts: Mapping[str, str] | None = None) -> str:
     """Return the full reference to a weight file or folder: ``timm:MODEL@/path/file#branch``.
 
-    Raises UserError, with the lines to type, if its architecture can't be told; WeightsError for a file that can't be
-    read.
+    facts: what the user typed after it, see ``reading``. Raises UserError, with the lines to type, if its architecture
+    can't be told; WeightsError for a file that can't be read.
     """
+    facts = facts or {}
     path = path.expanduser().absolute()
     file = sources.in_folder(path) if path.is_dir() else path
     ending = "" if branch == "weights" else f"#{branch}"
-    if told := _from_config(file):
+    if not facts and (told := _from_config(file)):
         return f"{TIMM}{told}@{file}{ending}"
-    from atdiag.networks.weights import formats
+    from atdiag.networks.weights import formats, transformers_keys
 
     contents = files.outline(file)
     try:
-        state = formats.convert(contents, branch).state
+        found = formats.convert(contents, branch)
     except WeightsError as fault:
         raise WeightsError(f"{path}: {fault}") from None
-    rows = fitting(state)
-    names = {row.model for row in table() if row.signature == signature(state)}
+    if (kind := transformers_keys.layout(found.format)) and reading.beside(file, kind).heads:
+        return _own(file, branch, facts, found)
+    fitting = same(found.state)
+    rows, names = _chosen(_distinct(fitting), facts), {row.model for row in fitting}
     said = next((name for name in _names(file, contents) if name.partition(".")[0] in names), None)
-    if said or len(rows) == 1:
-        return f"{TIMM}{said or rows[0].model}@{file}{ending}"
+    if len(rows) == 1 or (said and not facts):
+        return f"{TIMM}{said if said and not facts else rows[0].model}@{file}{ending}"
     if rows:
         lines = " or ".join(f"{TIMM}{row.model}@{file}{ending}" for row in rows)
         raise UserError(
             f"{path} has the keys and shapes of {' and of '.join(map(str, rows))}, and does not say which it is",
             f"type {lines}",
         )
-    raise _unknown(path, state)
+    if not fitting and (odd := _unbuildable(found.state)):
+        alike = _alike(found.state)
+        raise UserError(
+            f"{path} has the keys of no timm model and of no plain ViT ({shortlist(odd)})",
+            f"type {TIMM}{alike[0]}@{path} to compare it with a model of its width, depth and patch" if alike else None,
+        )
+    return _own(file, branch, facts, found)
+
+
+def _own(file: Path, branch: Branch, facts: Mapping[str, str], found: Converted) -> str:
+    """Return the reference to a file's own network. Raises UserError, asking for what nothing tells."""
+    source = reading.source(file, branch, facts, found)
+    told = "".join(f"#{key}={value}" for key, value in facts.items())
+    return f"{source.name}@{file}{told}{'' if branch == 'weights' else f'#{branch}'}"
+
+
+def _chosen(rows: list[Signature], facts: Mapping[str, str]) -> list[Signature]:
+    """Return the rows that are as the user says; those with an activation to choose are not known by it."""
+    told = reading.typed(facts)
+    if told.act is not None:
+        return []
+    return [
+        row
+        for row in rows
+        if told.heads in (None, row.heads) and (told.mean is None or abs(told.mean[0] - row.mean) < 1e-3)
+    ]
+
+
+def _alike(state: Mapping[str, Tensor]) -> list[str]:
+    """Return timm's models of a network's width, depth and patch."""
+    proj = state["patch_embed.proj.weight"]
+    size = int(proj.shape[0]), len({key.split(".")[1] for key in state if key.startswith("blocks.")}), proj.shape[-1]
+    return [row.model for row in table() if (row.width, row.depth, row.patch) == size]
+
+
+def _unbuildable(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the keys in which a network differs from the plain ViT of its sizes; empty if it is one."""
+    from atdiag.networks.timm import architectures
+
+    try:
+        model, arguments = reading.sizes(state)
+        size = reading.image_size(state, model, arguments)
+        heads = arguments.get("num_heads") or reading.possible_heads(arguments["embed_dim"])[0]
+        source = architectures.timm_source(model, arguments={**arguments, "num_heads": heads, "num_classes": 0})
+        built = architectures.build(source, size, meta=True).state_dict()
+    except UserError as fault:
+        return [str(fault)]
+    mine, theirs = ({line.split(" ")[0]: line for line in _lines(one)} for one in (state, built))
+    return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 
 
 def _names(file: Path, contents: Mapping[str, Any]) -> Iterator[str]:
@@ -182,31 +244,3 @@ def _from_config(file: Path) -> str | None:
             f"register it: register_teacher('NAME', '{name}', file='{file}', {told})",
         )
     return name
-
-
-def _unknown(path: Path, state: Mapping[str, Tensor]) -> UserError:
-    """Return the refusal of a network that no timm model has, with what its shapes tell."""
-    proj = state["patch_embed.proj.weight"]
-    width, patch = int(proj.shape[0]), int(proj.shape[-1])
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    near = sorted(table(), key=lambda row: (row.width != width, row.depth != depth, row.patch != patch))
-    alike = [row.model for row in near if (row.width, row.depth, row.patch) == (width, depth, patch)]
-    sizes = f"patches of {patch} px, width {width}, {depth} blocks"
-    if alike:
-        return UserError(
-            f"no model of timm has the keys and shapes of {path} ({sizes}); of these sizes are {shortlist(alike)}",
-            f"type {TIMM}{alike[0]}@{path} to see which keys differ",
-        )
-    heads = _possible_heads(width)
-    given = f"dict(patch_size={patch}, embed_dim={width}, depth={depth}, num_heads=HEADS)"
-    return UserError(
-        f"no model of timm has the sizes of {path} ({sizes}), and shapes do not show its heads "
-        f"({', '.join(map(str, heads))} are possible)",
-        f"register it: register_teacher('NAME', 'vit_base_patch16_224', file='{path}', arguments={given}, "
-        f"mean=..., std=...)",
-    )
-
-
-def _possible_heads(width: int) -> Sequence[int]:
-    """Return the numbers of heads of usual widths (16 to 128 channels each)."""
-    return [heads for heads in range(1, width + 1) if width % heads == 0 and 16 <= width // heads <= 128]

@@ -9,7 +9,8 @@ A *reference* names a teacher:
 ``timm:MODEL``             any softmax-attention ViT of timm, with its weights from the hub
 ``timm:MODEL@/path/file``  the same with the weights of that file
 ``/path/file``             a weight file or folder that tells its model (see ``recognition``)
-``hf-hub:NAME``            a folder in timm's layout, or one in the hub's cache
+``hf-hub:NAME``            a folder in timm's layout or transformers', or one in the hub's cache
+``vit:NAME@/path/file``    the network that keys, shapes and ``config.json`` tell (see ``reading``); NAME is for tables
 =========================  ============================================================================================
 
 Users add their own teachers by :func:`register_teacher` or an entry point. Imports nothing heavy; timm is imported only
@@ -28,7 +29,7 @@ from typing import Any
 
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import OWN, Network, Teacher
-from atdiag.networks.registry import miniature, recognition, specimens
+from atdiag.networks.registry import miniature, reading, recognition, specimens
 from atdiag.networks.registry.published import TIMM, TeacherEntry, published, table
 from atdiag.networks.weights import adaptation, files, sources
 from atdiag.networks.weights.sources import Source
@@ -209,10 +210,15 @@ def miniature_network(name: str) -> Network:
 
 def source(reference: str) -> Source:
     """Return what a reference's published network is built from. Raises UserError if it names nothing."""
-    _, at, typed = reference.partition("@")
-    name, file, branch = sources.split_reference(reference)
+    name, at, typed = reference.partition("@")
     if at and not typed:
         raise UserError(f"{reference!r} names no file", f"type {name}@/path/to/file")
+    file, branch, facts = sources.split_marks(typed) if at else (None, "weights", {})
+    if name.startswith(reading.VIT) and file is not None:
+        return reading.source(sources.in_folder(file) if file.is_dir() else file, branch, facts)
+    if facts:
+        told = "".join(f"#{key}={value}" for key, value in facts.items())
+        raise UserError(f"{name} says what {told} would", f"leave {told} out, or type {file}{told}")
     if name.startswith(TIMM):
         from atdiag.networks.timm import architectures
 
@@ -250,12 +256,12 @@ def canonical(reference: str) -> str:
     Raises UserError for a path that does not exist, or whose architecture can't be told.
     """
     name = reference.partition("@")[0]
-    if name.startswith(TIMM) or name in registry():
+    if name.startswith((TIMM, reading.VIT)) or name in registry():
         return reference
     typed = next((reference.removeprefix(p) for p in (HUB, "local-dir:") if reference.startswith(p)), reference)
-    path, branch = sources.split_branch(typed)
+    path, branch, facts = sources.split_marks(typed)
     if path.exists():
-        return recognition.reference(path, branch)
+        return recognition.reference(path, branch, facts)
     if reference.startswith(HUB):
         return recognition.reference(sources.hub_folder(typed))
     if "@" not in typed and ("/" in typed or typed.endswith(sources.SUFFIXES) or typed != reference):
@@ -278,12 +284,17 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         return specimens.teacher(reference, profile, image_size)
     reference = canonical(reference)
     name = reference.partition("@")[0]
-    published = not name.startswith(TIMM) and is_published(row(name).name)
+    unlisted = name.startswith((TIMM, reading.VIT))
+    published = not unlisted and is_published(row(name).name)
     if profile == "mini" and published and name == reference:
         return _miniature(name, image_size)
     if image_size is None and published and profile != "mini":
         image_size = row(name).image_size
-    origin = source(reference)  # first, so that a mistyped name is reported before anything the network would need
+    try:  # first, so that a mistyped name is reported before anything the network would need
+        origin = source(reference)
+        path = sources.find(origin)
+    except sources.WeightsMissingError as fault:
+        raise UserError(str(fault)) from None
     if image_size is None:
         raise UserError(
             f"{reference} needs real images, and the data set has none",
@@ -291,16 +302,12 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         )
     from atdiag.networks.timm import architectures
 
-    try:
-        path = sources.find(origin)
-    except sources.WeightsMissingError as fault:
-        raise UserError(str(fault)) from None
     if path is not None:
         files.check(path)
     origin = adaptation.planned(origin, path)
     return Teacher(
         name=_absolute(reference),
-        profile=profile if published or name.startswith(TIMM) else OWN,
+        profile=profile if published or unlisted else OWN,
         network=architectures.network(origin, image_size),
         sha256=None if path is None else sources.sha256(path),
         branch="weights" if origin.branch == "teacher" else origin.branch,

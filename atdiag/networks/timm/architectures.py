@@ -5,7 +5,7 @@ Imports timm on first use, and nothing heavy before.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from atdiag.core.errors import UserError, suggest
@@ -41,14 +41,19 @@ def timm_source(model: str, name: str | None = None, **own: Any) -> Source:
 def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
     """Build timm's network at an image size. meta: without allocating or initialising weights.
 
+    The argument ``norm_eps``, which timm lacks, is the epsilon of all LayerNorms.
+
     Raises UserError if the architecture can't be built for this or any image size.
     """
     import timm
     import torch
 
+    given = dict(source.arguments)
+    if (eps := given.pop("norm_eps", None)) is not None:
+        given["norm_layer"] = partial(torch.nn.LayerNorm, eps=eps)
     try:
         with torch.device("meta" if meta else "cpu"):
-            model: nn.Module = timm.create_model(source.model, img_size=image_size, **source.arguments)
+            model: nn.Module = timm.create_model(source.model, img_size=image_size, **given)
     except TypeError:  # its constructor takes no image size: find out what it is
         raise UserError(f"{source.name} can't be a teacher: {_why_not(source)}") from None
     except (AssertionError, ValueError) as fault:
@@ -95,9 +100,11 @@ def pixels(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def native_size(source: Source) -> int:
-    """Return the image size in timm's configuration of a source's model, in pixels."""
+    """Return a source's own image size, else that in timm's configuration of its model, in pixels."""
     import timm
 
+    if source.image_size is not None:
+        return source.image_size
     facts = timm.get_pretrained_cfg(source.model)
     return 224 if facts is None else int(facts.input_size[-1])
 

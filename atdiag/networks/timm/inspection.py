@@ -83,7 +83,7 @@ def _describe(model: Any, mean: Sequence[float] | None, std: Sequence[float] | N
         width=model.embed_dim,
         depth=len(model.blocks),
         heads=heads,
-        mlp_ratio=_ratio(hidden, model.embed_dim),
+        mlp_ratio=ratio(hidden, model.embed_dim),
         class_token=model.cls_token is not None,
         classes=model.head.out_features if isinstance(model.head, nn.Linear) else 1,
         norm_eps=norms[0].eps if norms else PLAIN_NORM_EPS,
@@ -264,7 +264,7 @@ def _scale_init(block: Any) -> float:
     return float(next(h.init_values for h in (*holders, block) if getattr(h, "init_values", None) is not None))
 
 
-def _ratio(hidden: int, width: int) -> float:
+def ratio(hidden: int, width: int) -> float:
     """Return the ratio for which ``hidden = int(width * ratio)``."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

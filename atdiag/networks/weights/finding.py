@@ -21,6 +21,9 @@ from atdiag.core.text import shortlist
 from atdiag.networks.weights.sources import Branch, WeightsError
 
 ANCHOR = "patch_embed.proj.weight"
+"""The key of the patch embedding in timm's names."""
+TRANSFORMERS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight")
+"""Likewise in those of Hugging Face's transformers."""
 _DEEPEST = 4
 """Levels of containers that are searched."""
 
@@ -36,6 +39,7 @@ _WRAPPERS = frozenset(
     {
         *("module", "_orig_mod", "model", "net", "network", "backbone", "encoder", "student", "teacher", "state_dict"),
         *("base_encoder", *_MOMENTUM, *_AVERAGES),
+        *("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "data2vec_vision", "vision_model"),
     }
 )
 """Names of wrappers. A network under another name is taken too, unless one under these is there."""
@@ -51,6 +55,8 @@ class Location:
     """Of its keys: ``module.backbone.``."""
     tensors: Mapping[str, Tensor]
     """All tensors of its container, other networks' included."""
+    transformers: bool = False
+    """Whether its keys are those of Hugging Face's transformers."""
 
     def __str__(self) -> str:
         """Return ``state_dict: module.base_encoder.*``."""
@@ -100,7 +106,10 @@ def choose(contents: Mapping[str, Any], branch: Branch) -> Choice:
     """
     found = list(_networks(contents, ()))
     if not found:
-        raise WeightsError(f"no ViT is in the file: no key ends in {ANCHOR!r}; it has {shortlist(map(str, contents))}")
+        raise WeightsError(
+            f"no ViT is in the file: no key ends in {ANCHOR!r} (timm's name) or {TRANSFORMERS[0]!r} (transformers'); "
+            f"it has {shortlist(map(str, contents))}"
+        )
     averages = tuple(dict.fromkeys(sorted(filter(None, (one.average for one in found)), key=_AVERAGES.index)))
     candidates = _of_branch(found, branch, averages, contents)
     best = min(one._rank for one in candidates)
@@ -142,8 +151,9 @@ def _of_branch(
 def _networks(entry: Mapping[str, Any], containers: tuple[str, ...]) -> Iterator[Location]:
     tensors = {str(key): value for key, value in entry.items() if isinstance(value, Tensor)}
     for key in tensors:
-        if key == ANCHOR or key.endswith(f".{ANCHOR}"):
-            yield Location(containers, key.removesuffix(ANCHOR), tensors)
+        for anchor in (ANCHOR, *TRANSFORMERS):
+            if key == anchor or key.endswith(f".{anchor}"):
+                yield Location(containers, key.removesuffix(anchor), tensors, anchor in TRANSFORMERS)
     if len(containers) < _DEEPEST:
         for name, value in entry.items():
             if isinstance(value, Mapping):

@@ -11,6 +11,7 @@
             ``lm_head``, ``cls_pt_layers``; ends in ``norm``
 ``dinov2``  ``mask_token``; with registers: ``register_tokens``, and the class token's position is apart
 ``deit3``   LayerScale is called ``gamma_1``, ``gamma_2``
+``hf_*``    Hugging Face's transformers, see ``transformers_keys``
 ==========  ===================================================================================================
 
 Which network is taken from a file with several, and under which wrappers it is found, is told in ``finding``. The
@@ -30,7 +31,7 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
 from atdiag.core.text import shortlist
-from atdiag.networks.weights import finding
+from atdiag.networks.weights import finding, transformers_keys
 from atdiag.networks.weights.finding import Location
 from atdiag.networks.weights.sources import Branch, WeightsError
 
@@ -73,13 +74,18 @@ def convert(contents: Mapping[str, Any], branch: Branch = "weights") -> Converte
     choice = finding.choose(contents, branch)
     place = choice.place
     prefix, tensors = place.prefix, place.tensors
+    others = tuple(map(str, choice.others))
+    if place.transformers:
+        found, state, used = transformers_keys.converted(tensors, prefix)
+        dropped = tuple(key for key in tensors if key not in used)
+        return Converted(_renamed(found, state), found, str(place), dropped, choice.averages, others)
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     outside = [key for key in tensors if not key.startswith(prefix)]
     found = _format(place, state)
     inside = [key for key in state if re.match(_DROPPED[found], key)]
     state = _renamed(found, {key: value for key, value in state.items() if key not in inside})
     dropped = (*outside, *(prefix + key for key in inside))
-    return Converted(state, found, str(place), dropped, choice.averages, tuple(map(str, choice.others)))
+    return Converted(state, found, str(place), dropped, choice.averages, others)
 
 
 def _format(place: Location, state: Mapping[str, Tensor]) -> str:
@@ -102,14 +108,14 @@ def _format(place: Location, state: Mapping[str, Tensor]) -> str:
 
 
 def _renamed(found: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    if found == "beit":
+    if found in ("beit", "hf_beit") and _SHARED_TABLE in state:
         table = state.pop(_SHARED_TABLE)
         blocks = sorted({key.split(".")[1] for key in state if key.startswith("blocks.")}, key=int)
         # All blocks use the one table, so copy it to each block.
         state |= {f"blocks.{block}.attn.relative_position_bias_table": table for block in blocks}
     elif found == "deit3":
         state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key): value for key, value in state.items()}
-    elif found == "dinov2" and "register_tokens" in state and "cls_token" in state and "pos_embed" in state:
+    elif found in ("dinov2", "hf_dinov2") and "register_tokens" in state and "cls_token" in state and "pos_embed" in state:
         # With registers, timm has positions for patches alone: add the class token's to the token.
         position = state.pop("pos_embed")
         state["cls_token"] = state["cls_token"] + position[:, :1]

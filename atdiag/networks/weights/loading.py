@@ -198,6 +198,10 @@ def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module,
 
 
 def _check_format(found: Converted, source: Source, path: Path) -> None:
+    from atdiag.networks.weights import transformers_keys
+
+    if found.format.startswith(transformers_keys.PREFIX) and "timm" in (source.formats or ("timm",)):
+        return  # under timm's names now
     if source.formats is not None and found.format not in source.formats:
         raise WeightsError(
             f"{path} has the key layout {found.format!r}, and {source.name} is published as "

@@ -29,6 +29,9 @@ Branch = Literal["weights", "ema", "student", "teacher"]
 BRANCHES = ("ema", "student", "teacher")
 """Those that can be typed: ``FILE#student``."""
 
+FACTS = ("heads", "pixels", "act")
+"""What a file may not show and can be typed after its name: ``FILE#heads=6#pixels=imagenet``, see ``reading``."""
+
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar", ".bin")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weight files in timm's hub repositories, the preferred one first."""
@@ -66,6 +69,8 @@ class Source:
     """The file that the user named; no other is then looked for."""
     branch: Branch = "weights"
     """Which network of the file."""
+    image_size: int | None = None
+    """Its native resolution, in pixels; None: timm's for the model."""
     hub: str | None = None
     url: str | None = None
 
@@ -80,11 +85,25 @@ def split_reference(reference: str) -> tuple[str, Path | None, Branch]:
 
 def split_branch(typed: str) -> tuple[Path, Branch]:
     """Split ``FILE#ema`` into file and branch; an existing path is taken literally."""
-    file = Path(typed).expanduser()
-    path, mark, branch = typed.rpartition("#")
-    if mark and branch in BRANCHES and not file.exists():
-        return Path(path).expanduser(), cast(Branch, branch)
-    return file, "weights"
+    file, branch, _ = split_marks(typed)
+    return file, branch
+
+
+def split_marks(typed: str) -> tuple[Path, Branch, dict[str, str]]:
+    """Split ``FILE#heads=6#pixels=imagenet#ema`` into file, branch and facts; an existing path is taken literally."""
+    branch: Branch = "weights"
+    facts: dict[str, str] = {}
+    while not Path(typed).expanduser().exists():
+        path, mark, last = typed.rpartition("#")
+        key, equals, value = last.partition("=")
+        if mark and last in BRANCHES and branch == "weights":
+            branch = cast(Branch, last)
+        elif mark and equals and key in FACTS and key not in facts:
+            facts[key] = value
+        else:
+            break
+        typed = path
+    return Path(typed).expanduser(), branch, dict(reversed(facts.items()))
 
 
 # --- the cache folder ----------------------------------------------------------------------------------------------
@@ -122,9 +141,10 @@ def find(source: Source) -> Path | None:
 
 def near(file: Path) -> str:
     """Return a suggestion for a file that does not exist: another name in its folder, or another branch."""
-    path, mark, branch = file.name.rpartition("#")
+    path, mark, typed = file.name.partition("#")
     if mark and file.with_name(path).exists():
-        return suggest(branch, BRANCHES) or f" (after # comes one of {', '.join(BRANCHES)})"
+        marks = (*BRANCHES, *(f"{fact}=" for fact in FACTS))
+        return suggest(typed, marks) or f" (after # comes one of {', '.join(marks)})"
     try:
         return suggest(file.name, (one.name for one in file.parent.iterdir()))
     except OSError:

@@ -1,7 +1,7 @@
 """Read a network's architecture from its file: ``vit:NAME@FILE``, for networks that no timm model stands for.
 
 Keys and shapes tell patch, width, depth, the MLP's width, tokens, LayerScale, norms and biases. They do not tell heads
-(except by tables of relative positions), the activation and the norms' epsilon, nor how pixels are normalised. Those
+(except by tables of relative positions and norms of q), the activation and the norms' epsilon, nor how pixels are normalised. Those
 come from ``config.json`` and ``preprocessor_config.json`` of Hugging Face's transformers beside the file, or from the
 user: ``FILE#heads=6#pixels=imagenet``. What nothing tells is asked for, never assumed.
 """
@@ -61,7 +61,9 @@ def pixels(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and standard deviation of a named normalisation. Raises UserError for an unknown name."""
     known: dict[str, Any] = table()["pixels"]
     if name not in known:
-        raise UserError(f"unknown pixels {name!r}{suggest(name, known)}", f"type #pixels= and one of {', '.join(known)}")
+        raise UserError(
+            f"unknown pixels {name!r}{suggest(name, known)}", f"type #pixels= and one of {', '.join(known)}"
+        )
     return tuple(known[name]["mean"]), tuple(known[name]["std"])
 
 
@@ -132,15 +134,24 @@ def _preprocessor(path: Path) -> tuple[tuple[float, ...] | None, tuple[float, ..
 def sizes(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Return a timm model and the constructor arguments by which it has a network's keys and shapes.
 
-    state: under timm's names. ``num_heads`` is among the arguments if a table of relative positions shows it. Whether
-    all keys really fit is for the loader to check.
+    state: under timm's names. ``num_heads`` is among the arguments if a table of relative positions or a norm of q shows
+    it. Whether all keys really fit is for the loader to check.
 
     Raises WeightsError, naming the key, for a network without the parts of a plain ViT.
     """
-    for key in ("patch_embed.proj.weight", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"):
+    for key in (
+        "patch_embed.proj.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+    ):
         if key not in state:
             raise WeightsError(f"it has no {key!r}, so it is no plain ViT")
-    proj, fc1, fc2 = state["patch_embed.proj.weight"], state["blocks.0.mlp.fc1.weight"], state["blocks.0.mlp.fc2.weight"]
+    proj, fc1, fc2 = (
+        state["patch_embed.proj.weight"],
+        state["blocks.0.mlp.fc1.weight"],
+        state["blocks.0.mlp.fc2.weight"],
+    )
     if proj.ndim != 4 or proj.shape[2] != proj.shape[3] or fc1.ndim != 2 or fc2.ndim != 2:
         raise WeightsError("its patches are not square, or its MLP is not of two matrices, so it is no plain ViT")
     if proj.shape[1] != 3:
@@ -168,7 +179,7 @@ def _model(state: Mapping[str, Tensor], fc1: Tensor, fc2: Tensor) -> str:
 
 def _of_beit(state: Mapping[str, Tensor], bias_table: Tensor | None) -> dict[str, Any]:
     return {
-        "init_values": 1e-5 if "blocks.0.gamma_1" in state else None,
+        "init_values": 1e-5 if "blocks.0.gamma_1" in state else 0.0,  # timm takes None as not given
         "qkv_bias": "blocks.0.attn.q_bias" in state,
         "use_abs_pos_emb": "pos_embed" in state,
         "use_rel_pos_bias": bias_table is not None,
@@ -179,6 +190,8 @@ def _of_beit(state: Mapping[str, Tensor], bias_table: Tensor | None) -> dict[str
 
 def _of_vit(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the arguments of timm's ``VisionTransformer``; the initial value of LayerScale is DINOv2's."""
+    width = int(state["patch_embed.proj.weight"].shape[0])
+    norm = state.get("blocks.0.attn.q_norm.weight")  # over the channels of a head
     token, registers = "cls_token" in state, int(state["reg_token"].shape[1]) if "reg_token" in state else 0
     pool = "map" if "attn_pool.latent" in state else "avg" if not token or "fc_norm.weight" in state else "token"
     if "norm_pre.weight" in state and "norm.weight" not in state and "head.weight" in state:
@@ -186,12 +199,13 @@ def _of_vit(state: Mapping[str, Tensor]) -> dict[str, Any]:
     given: dict[str, Any] = {
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "proj_bias": "blocks.0.attn.proj.bias" in state,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
-        "init_values": 1e-5 if "blocks.0.ls1.gamma" in state else None,
+        "qk_norm": norm is not None,
+        "init_values": 1e-5 if "blocks.0.ls1.gamma" in state else 0.0,
         "pre_norm": "norm_pre.weight" in state,
         "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
         "fc_norm": "fc_norm.weight" in state,
         "global_pool": pool,
+        **({"num_heads": width // norm.shape[0]} if norm is not None and norm.ndim == 1 else {}),
     }
     if "dist_token" in state:  # its constructor sets the tokens
         return given
@@ -210,7 +224,9 @@ def _patches_alone(state: Mapping[str, Tensor], prefix: int) -> bool:
     length = int(state["pos_embed"].shape[1])
     whole, patches = _is_square(length - prefix), _is_square(length)
     if not whole and not patches:
-        raise WeightsError(f"pos_embed has {length} rows, which is no square grid, with or without {prefix} more tokens")
+        raise WeightsError(
+            f"pos_embed has {length} rows, which is no square grid, with or without {prefix} more tokens"
+        )
     return patches and (not whole or prefix > 1)  # a network with registers has, by timm's habit, positions of patches
 
 
@@ -231,9 +247,9 @@ def _is_square(number: int) -> bool:
 
 
 def possible_heads(width: int) -> Sequence[int]:
-    """Return the numbers of heads of usual widths (16 to 128 channels each), that with 64 channels first."""
+    """Return the numbers of heads of usual widths (16 to 128 channels each), that nearest to 64 channels first."""
     found = [heads for heads in range(1, width + 1) if width % heads == 0 and 16 <= width // heads <= 128]
-    return sorted(found, key=lambda heads: (width // heads != 64, heads)) or [1]
+    return sorted(found, key=lambda heads: abs(width // heads - 64)) or [1]
 
 
 # --- together ------------------------------------------------------------------------------------------------------
@@ -254,7 +270,6 @@ def source(file: Path, branch: Branch, facts: Mapping[str, str], found: Converte
     Raises UserError, with the line to type, for what nothing tells, and WeightsError for a file that can't be read or
     whose network is no plain ViT.
     """
-    from atdiag.networks.timm import architectures
     from atdiag.networks.weights import formats, transformers_keys
 
     if not file.is_file():
@@ -273,24 +288,17 @@ def source(file: Path, branch: Branch, facts: Mapping[str, str], found: Converte
         arguments["act_layer"] = known.act
     elif known.act not in (None, "gelu") and model != _GATED:
         raise UserError(f"{file} has the activation {known.act}, which timm's {model} does not take")
-    return architectures.timm_source(
-        model,
-        VIT + title(file),
-        file=file,
-        branch=branch,
-        arguments=arguments,
-        mean=known.mean,
-        std=known.std,
-        image_size=image_size(found.state, model, arguments),
-    )
+    size = image_size(found.state, model, arguments)
+    name = VIT + title(file)
+    return Source(name, model, arguments, known.mean, known.std, file=file, branch=branch, image_size=size)
 
 
 def _together(file: Path, arguments: Mapping[str, Any], config: Told, user: Told) -> Told:
     """Return what is known, of which pixels are the user's first. Raises UserError for contradictions."""
     shown = arguments.get("num_heads")
-    for told, where in ((shown, "its tables of relative positions"), (config.heads, "its config.json")):
+    for told, where in ((shown, "by its shapes"), (config.heads, "by its config.json")):
         if None not in (told, user.heads) and told != user.heads:
-            raise UserError(f"{file} has {told} heads, as {where} show{'' if told == shown else 's'}", "leave #heads out")
+            raise UserError(f"{file} has {told} heads {where}, not {user.heads}", "leave #heads out")
     heads = user.heads or shown or config.heads
     if heads and arguments["embed_dim"] % heads:
         raise UserError(
@@ -298,7 +306,7 @@ def _together(file: Path, arguments: Mapping[str, Any], config: Told, user: Told
             f"type #heads= and one of {', '.join(map(str, possible_heads(arguments['embed_dim'])))}",
         )
     if None not in (config.act, user.act) and config.act != user.act:
-        raise UserError(f"{file} has the activation {config.act}, as its config.json says", "leave #act out")
+        raise UserError(f"{file} has the activation {config.act} by its config.json", "leave #act out")
     whose = user if user.mean else config
     return replace(config, heads=heads, act=user.act or config.act, mean=whose.mean, std=whose.std)
 

@@ -196,7 +196,7 @@ def _unbuildable(state: Mapping[str, Tensor]) -> list[str]:
         model, arguments = reading.sizes(state)
         size = reading.image_size(state, model, arguments)
         heads = arguments.get("num_heads") or reading.possible_heads(arguments["embed_dim"])[0]
-        source = architectures.timm_source(model, arguments={**arguments, "num_heads": heads, "num_classes": 0})
+        source = sources.Source("it", model, {**arguments, "num_heads": heads, "num_classes": 0})
         built = architectures.build(source, size, meta=True).state_dict()
     except UserError as fault:
         return [str(fault)]

@@ -115,7 +115,12 @@ def _renamed(found: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state |= {f"blocks.{block}.attn.relative_position_bias_table": table for block in blocks}
     elif found == "deit3":
         state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key): value for key, value in state.items()}
-    elif found in ("dinov2", "hf_dinov2") and "register_tokens" in state and "cls_token" in state and "pos_embed" in state:
+    elif (
+        found in ("dinov2", "hf_dinov2")
+        and "register_tokens" in state
+        and "cls_token" in state
+        and "pos_embed" in state
+    ):
         # With registers, timm has positions for patches alone: add the class token's to the token.
         position = state.pop("pos_embed")
         state["cls_token"] = state["cls_token"] + position[:, :1]

@@ -138,7 +138,9 @@ def told(model, kind):
         return out.attentions, out.pooler_output
     if (last := getattr(out, "last_hidden_state", None)) is None:  # a classifier does not return it
         last = model.base_model(pixel_values=normalised()).last_hidden_state
-    after = next((n for n in AFTER if kind.model.startswith(("CLIP", "BeitForM")) and n in dict(model.named_modules())), "")
+    after = next(
+        (n for n in AFTER if kind.model.startswith(("CLIP", "BeitForM")) and n in dict(model.named_modules())), ""
+    )
     return out.attentions, model.get_submodule(after)(last) if after else last
 
 
@@ -171,3 +173,91 @@ def test_maps_and_output_are_the_librarys(name, form, tmp_path):
             torch.testing.assert_close(ours(IMAGES), output, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(computed(teacher, kind), output, rtol=TOLERANCE, atol=TOLERANCE)
     assert set(kind.dropped) <= set(ours.origin.dropped)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def refused(reference):
+    with pytest.raises(UserError) as fault:
+        teachers.teacher(str(reference), "small", SIZE)
+    assert "\n" not in str(fault.value)
+    return str(fault.value)
+
+
+@pytest.fixture
+def vit(tmp_path):
+    return folder(network(KINDS["vit"]), tmp_path / "own", "safetensors")
+
+
+def test_a_file_without_its_configuration_asks_for_what_it_told(vit):
+    (vit / "config.json").unlink()
+    (vit / "preprocessor_config.json").unlink()
+    said = refused(vit / "model.safetensors")
+    assert "does not show its heads (1, 2, 3 are possible) and how pixels are normalised" in said
+    found = teachers.teacher(f"{vit}/model.safetensors#heads=3#pixels=inception", "small", SIZE)
+    assert found.network.heads == 3 and set(found.network.mean) == {0.5} and found.network.norm_eps == 1e-12
+
+
+def test_contradictions_with_the_configuration_are_refused(vit):
+    assert "has 3 heads by its config.json, not 6: leave #heads out" in refused(f"{vit}#heads=6")
+    assert "has the activation gelu by its config.json" in refused(f"{vit}#act=quick_gelu")
+    assert teachers.teacher(f"{vit}#pixels=clip", "small", SIZE).network.mean[0] == 0.48145466
+    config = json.loads((vit / "config.json").read_text())
+    for change, said in (
+        ({"model_type": "swin"}, "is of 'swin', and the keys of"),
+        ({"hidden_act": "mish"}, "has the activation 'mish': known are gelu"),
+        ({"num_attention_heads": "many"}, "can't be read"),
+    ):
+        (vit / "config.json").write_text(json.dumps({**config, **change}))
+        assert said in refused(vit)
+
+
+def test_defaults_that_a_nested_configuration_leaves_out(tmp_path):
+    config = {"vision_config": {"model_type": "clip_vision_model", "hidden_size": 48}}
+    kind = KINDS["clip tower"]
+    wide = Kind(kind.model, kind.config, {**WIDE, "num_attention_heads": 12})
+    path = folder(network(wide), tmp_path / "own", "bin")
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "preprocessor_config.json").unlink()
+    found = teachers.teacher(str(path), "small", SIZE).network
+    assert (found.heads, found.norm_eps, found.mean[0]) == (12, 1e-5, 0.48145466)
+    assert "quick_gelu" in found.components
+
+
+def test_keys_that_a_layout_lacks_are_named(vit):
+    state = load_file(vit / "model.safetensors")
+    torch.save({**state, "vit.encoder.layer.0.adapter.weight": torch.ones(2)}, vit / "x.pth")
+    assert "transformers' vit does not have: vit.encoder.layer.0.adapter.weight" in refused(vit / "x.pth")
+    lost = {key: value for key, value in state.items() if key != "vit.encoder.layer.1.attention.attention.key.weight"}
+    torch.save(lost, vit / "x.pth")
+    with pytest.raises(WeightsError, match=r"missing: blocks\.1\.attn\.qkv\.weight"):
+        loading.load(teachers.teacher(str(vit / "x.pth"), "small", SIZE))
+    swin = {
+        "embeddings.patch_embeddings.projection.weight": torch.ones(4, 3, 2, 2),
+        "encoder.layers.0.blocks.0.x": torch.ones(1),
+    }
+    torch.save(swin, vit / "x.pth")
+    assert "its keys are of transformers, and of none of dinov2, deit, beit, vit, clip, siglip" in refused(
+        vit / "x.pth"
+    )
+
+
+def test_wrappers_and_averages_around_them(vit):
+    state = load_file(vit / "model.safetensors")
+    contents = {
+        "state_dict": {f"module.model.{key}": value for key, value in state.items()},
+        "state_dict_ema": {key: value + 1 for key, value in state.items()},
+    }
+    raw, mean = (formats.convert(contents, branch) for branch in ("weights", "ema"))
+    assert raw.format == mean.format == "hf_vit" and raw.branch == "state_dict: module.model.vit.*"
+    assert torch.equal(raw.state["head.weight"] + 1, mean.state["head.weight"])
+
+
+def test_a_registered_teacher_takes_its_familys_file(tmp_path):
+    sizes = {**SIZES, "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12}
+    config = transformers.CLIPVisionConfig(**sizes, intermediate_size=3072)
+    path = folder(transformers.CLIPVisionModel(config), tmp_path / "own", "bin")
+    with pytest.raises(WeightsError, match=r"does not fit clip_b.*missing: blocks\.1"):
+        loading.load(teachers.teacher(f"clip_b@{path}", "small", SIZE))
+    assert files.check(path / "pytorch_model.bin") == "zip"

@@ -31,7 +31,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegressionCV
 from torch import Tensor
 
-from atdiag.analysis import classifiers, images, probing, subjects
+from atdiag.analysis import images, probing, subjects
+from atdiag.training import classifiers
 from atdiag.core.spec import Data
 from atdiag.data import names
 from atdiag.training.provenance import environment

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from atdiag.analysis import classifiers, images, streaming, tracing
+from atdiag.analysis import images, streaming, tracing
 from atdiag.analysis.images import ImageSet
 from atdiag.analysis.outside import Outside
 from atdiag.analysis.sites import TracingError
@@ -38,6 +38,7 @@ from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
 from atdiag.data import sources
 from atdiag.networks.weights.classes import HeadRows
+from atdiag.training import classifiers
 
 Tokens = Literal["class", "patch", "both"]
 Probe = Literal["linear", "knn", "centroid", "head"]

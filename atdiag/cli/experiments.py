@@ -172,7 +172,9 @@ def check_classes(several: Sequence[Series], settings: Settings) -> None:
     """Raise UserError for a list of classes if no teacher's own head is measured."""
     from atdiag.core.errors import UserError
 
-    if settings.classes is not None and not any(study.reference for one in several for study in one.studies):
+    if settings.classes is not None and not any(
+        study.reference and not study.reference.probed for one in several for study in one.studies
+    ):
         raise UserError("`classes` has no effect here: no teacher's own head is measured", "leave it out")
 
 

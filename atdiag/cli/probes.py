@@ -205,7 +205,7 @@ def probe(
 
 def _regularised(held_out: int) -> str:
     """Describe how the linear probe's regularisation was chosen."""
-    from atdiag.analysis import classifiers
+    from atdiag.training import classifiers
 
     if held_out:
         return f"regularisation chosen on {held_out} of them, each class in proportion"

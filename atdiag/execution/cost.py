@@ -48,7 +48,8 @@ def seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND, tested: b
     if not tested:
         return cost
     validated = spec.recipe.epochs * sources.find(spec.data).validation_images(spec.data)
-    return cost + validated * _prediction(spec) / flops_per_second + testing_seconds(spec, flops_per_second)
+    seen = validated + spec.probe_images
+    return cost + seen * _prediction(spec) / flops_per_second + testing_seconds(spec, flops_per_second)
 
 
 def testing_seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND) -> float:

@@ -98,6 +98,7 @@ def _study(report: Report) -> dict[str, Any]:
             "runs": list(reference.runs),
             "head": None if (own := report.study.reference) is None or own.head is None else own.head.note,
             "head_warning": report.head_warning or None,
+            "probe": own is not None and own.probed,
         },
         "contrasts": [
             {"contrast": name, **_numbers(e, "value"), "seeds": e.seeds} for name, e in report.contrasts.items()

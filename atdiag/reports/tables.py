@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from atdiag.data import sources
-from atdiag.networks.weights import classes
 from atdiag.study import chance
 from atdiag.study.claims import Judged
 from atdiag.study.protocol import ArmResult, Reading, Report, Series
@@ -125,7 +124,8 @@ def _lines(reading: Reading, report: Report) -> list[list[str]]:
     lines = [_cells(row.arm, row, row.contrast, extra) for row in report.rows]
     if report.reference:
         cells = _cells(f"{report.study.teacher.label} itself", report.reference, None, extra)
-        told = "no better than chance" if report.head_warning else "its own head"
+        probed = report.study.reference is not None and report.study.reference.probed
+        told = "linear probe" if probed else "no better than chance" if report.head_warning else "its own head"
         lines.append([*cells[:2], told, *cells[3:-1], ""])
     return lines + [_cells(name, None, estimate, extra) for name, estimate in report.contrasts.items()]
 
@@ -334,24 +334,24 @@ def notes(reading: Reading) -> list[str]:
 
 
 def _own_head(report: Report) -> str:
-    """Return how the rows of the teacher's head are matched with the data set's classes, or why it is not shown."""
+    """Return how the teacher itself was measured: rows of its head, or a linear probe; or why it is not shown."""
     study = report.study
     if study.reference is not None:
-        if study.reference.head is None:
+        head = study.reference.head
+        if head is None:
             return ""
+        if study.reference.probed:
+            images = study.reference.specs[0].probe_images
+            why = "weights have no head" if study.teacher.network.classes == 1 else f"head is not used ({head.note})"
+            return f"{study.teacher.label} itself: a linear probe on {images:,} training images, since its {why}."
         warning = f" It is {report.head_warning}." if report.head_warning else ""
-        how = study.reference.head.note
-        return f"{study.teacher.label} itself: which row of its head is which class: {how}.{warning}"
-    spec = study.arms[0].specs[0]
-    head = classes.match(classes.of_teacher(study.teacher), spec.data)
-    if head.rows is not None:
+        return f"{study.teacher.label} itself: which row of its head is which class: {head.note}.{warning}"
+    if not study.teacher.network.differences:
         return ""  # the experiment does not measure it
-    why = f"its head is for another task than {spec.data.name}"
-    if study.teacher.network.classes == 1:
-        why = "its weights have no head; 'atdiag probe' measures what a linear classifier reads from its features"
-    elif study.teacher.network.classes == spec.network.classes:
-        why = f"the rows of its head are not known ({head.note})"
-    return f"{study.teacher.label}'s own accuracy is not shown: {why}."
+    return (
+        f"{study.teacher.label}'s own accuracy is not shown: it has {', '.join(study.teacher.network.differences)}, "
+        "which no network of ours has; 'atdiag probe' measures what a linear classifier reads from its features."
+    )
 
 
 def _corrected(reading: Reading) -> str:

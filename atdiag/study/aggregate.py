@@ -201,7 +201,8 @@ def _handicap(report: Report) -> str:
     """Return a note if the teacher is weaker than the baseline, which makes any transfer look like a failure."""
     if report.reference is None or report.reference.top1 >= report.rows[0].top1:
         return ""
+    how = ", linear probe" if report.study.reference is not None and report.study.reference.probed else ""
     return (
-        f"The teacher itself ({report.reference.top1:.1f} %) is below the baseline ({report.rows[0].top1:.1f} %): "
+        f"The teacher itself ({report.reference.top1:.1f} %{how}) is below the baseline ({report.rows[0].top1:.1f} %): "
         "a failure here may be the teacher's weakness and says nothing about its architecture."
     )

@@ -114,21 +114,36 @@ class Lab:
         return self.arm(BASELINE, self.student(teacher))
 
     def reference(self, teacher: Teacher) -> Arm | None:
-        """Return the teacher itself, with its own head, on the test images; None if its head is for another task.
+        """Return the teacher itself on the test images: with its own head, or with a linear probe's.
 
-        Only the head's rows for the data set's classes are used. Raises UserError if the user's list of classes does
+        Of its head, the rows for the data set's classes are used. Without a head for them, one is fitted (see
+        ``training.linear_head``). None for a network whose weights no student of ours can take. Raises UserError if the user's list of classes does
         not fit the head, or lacks classes of the data set.
         """
         data, network = self.settings.profile.data, teacher.network
         head = self._head(teacher)
-        if network.differences or head.rows is None:
+        if network.differences:
             return None
+        if head.rows is None:
+            return self._probed(teacher, head)
         rows = () if head.rows == tuple(range(network.classes)) else head.rows
         spec = RunSpec(
             network=network.model_copy(update={"classes": len(rows) or network.classes}),
             teacher=teacher,
             init=Init(source="teacher", head=True, head_rows=rows),
             data=data.only_tested(),  # it is not trained
+            recipe=Recipe(epochs=0, batch_size=1),
+            seed=Seed(data=0, model=0),
+        )
+        return Arm("teacher", (spec,), head)
+
+    def _probed(self, teacher: Teacher, head: HeadRows) -> Arm:
+        data = self.settings.profile.data
+        spec = RunSpec(
+            network=teacher.network.model_copy(update={"classes": sources.find(data).classes}),
+            teacher=teacher,
+            init=Init(source="teacher", probe=True),
+            data=data,
             recipe=Recipe(epochs=0, batch_size=1),
             seed=Seed(data=0, model=0),
         )

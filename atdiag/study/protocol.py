@@ -39,6 +39,11 @@ class Arm:
     head: HeadRows | None = None
     """For the teacher itself: the rows of its head that are the data set's classes, and how they were determined."""
 
+    @property
+    def probed(self) -> bool:
+        """Whether this is the teacher itself with a linear probe for a head."""
+        return self.specs[0].init.probe
+
 
 @dataclass(frozen=True)
 class Contrast:

@@ -27,7 +27,7 @@ from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import checkpoint as checkpoints
-from atdiag.training import evaluation, planted
+from atdiag.training import evaluation, linear_head, planted
 from atdiag.training.board import Board
 from atdiag.transfer import methods
 from atdiag.transfer.observation import Observation
@@ -62,6 +62,8 @@ class RunTrainer:
             assert isinstance(teacher, ViT)  # the spec rejects initialising from a foreign network
             self.start = students.start_from(self.student, teacher, spec.init)
         self.student.to(device).train()
+        if spec.init.probe:
+            linear_head.fit(self.student, spec, device)
         if spec.transfer.method == "copy" and spec.transfer.heads is None:
             for layer in spec.transfer.layers:
                 for parameter in self.student.blocks[layer].attn.unused_parameters(spec.transfer.tensor).values():

@@ -65,7 +65,8 @@ def test_published_teachers_can_be_planned_without_their_weights():
     assert study.teacher.sha256 is None
     assert (scratch.network.tokens, scratch.network.classes, scratch.network.components) == (257, 1000, ())
     assert copy.teacher.network.components == tuned.network.components == ("layer_scale",)
-    assert study.reference is None  # it has no head
+    assert study.reference.probed  # it has no head
+    assert study.reference.specs[0].network.classes == 1000 and study.reference.specs[0].probe_images == 10_000
     deit = benchmark(lab(profile="small"), "deit_s", "copy").reference.specs[0]
     assert deit.network.classes == 10 and deit.init.head_rows == (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
     assert benchmark(lab(profile="paper"), "deit_s", "copy").reference.specs[0].init.head_rows == ()

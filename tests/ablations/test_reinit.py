@@ -40,10 +40,13 @@ def test_reinit_states_how_layer_scale_is_handled():
     assert "LayerScale is folded into the projection that follows it, which is exact." in beit
 
 
-def test_the_teacher_s_head_is_a_reference_on_its_own_task_only():
-    assert reinit(lab(), "attn", "clip_b", "copy").reference is not None
+def test_the_teacher_itself_has_its_own_head_on_its_own_task_and_a_probe_on_others():
+    own = reinit(lab(), "attn", "clip_b", "copy").reference
+    assert own.specs[0].init.head and not own.probed
     study = reinit(lab("data.name=larger"), "attn", "clip_b", "copy")
-    assert study.reference is None
+    (spec,) = study.reference.specs
+    assert study.reference.probed and not spec.init.head and spec.recipe.epochs == 0
+    assert spec.data == study.arms[0].specs[0].data
     assert {spec.network.classes for spec in arms(study).values()} == {9}
 
 

@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
-from atdiag.analysis import classifiers, images, probing, subjects
+from atdiag.analysis import images, probing, subjects
+from atdiag.training import classifiers
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Transfer
 from atdiag.data import sources

@@ -151,20 +151,26 @@ def predicted(one, pictures):
         return [sorted(ROWS).index(ROWS[row]) for row in one.module(batch.pixels).argmax(-1)]
 
 
-@pytest.mark.parametrize("say", [inside, nothing])
-def test_the_teachers_row_in_an_experiment(here, state, folder, say):
-    how, settings = say(here, state), lab(folder)
-    teacher = settings.teacher("own_s")
-    copying = settings.transfer("copy", settings.student(teacher))
-    study = Study(
+def copying(settings, teacher):
+    """Return a small experiment with the teacher itself."""
+    student = settings.student(teacher)
+    copy = settings.arm("copy", student, teacher, transfer=settings.transfer("copy", student))
+    return Study(
         ablation="mine",
         teacher=teacher,
         options={},
-        arms=(settings.baseline(teacher), settings.arm("copy", settings.student(teacher), teacher, transfer=copying)),
+        arms=(settings.baseline(teacher), copy),
         contrasts=(),
         verdict=lambda report: "",
         reference=settings.reference(teacher),
     )
+
+
+@pytest.mark.parametrize("say", [inside, nothing])
+def test_the_teachers_row_in_an_experiment(here, state, folder, say):
+    how, settings = say(here, state), lab(folder)
+    teacher = settings.teacher("own_s")
+    study = copying(settings, teacher)
     store = Store(here / "runs")
     for specs in (study.specs[:2], study.specs[2:]):
         assert set(cohort.train(specs, store, loading.load, ExecutionOptions(device="cpu")).values()) == {"finished"}
@@ -178,6 +184,26 @@ def test_the_teachers_row_in_an_experiment(here, state, folder, say):
     assert told["head_warning"] == (None if known else SUSPECT)
     assert (SUSPECT in note) == ("no better than chance" in tables.markdown(reading)) == (not known)
     assert report.reference.top1 == told["top1"]
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_teacher_without_a_fitting_head_is_probed(here, state, folder, rows):
+    kept = {key: value[:rows] if key.startswith("head.") else value for key, value in state.items()}
+    torch.save({key: value for key, value in kept.items() if len(value)}, here / "own.pth")
+    settings = lab(folder)
+    teacher = settings.teacher(f"{here}/own.pth#heads={ARGUMENTS['num_heads']}#pixels=imagenet")
+    study = copying(settings, teacher)
+    (spec,) = study.reference.specs
+    assert study.reference.probed and spec.network.classes == 5 and spec.data.name == f"folder:{folder}"
+    store = Store(here / "runs")
+    for one in study.specs:
+        assert set(cohort.train([one], store, loading.load, ExecutionOptions(device="cpu")).values()) == {"finished"}
+    reading = aggregate.read(Series.join([study]), settings.settings, store)
+    told = document.as_json(reading)["studies"][0]["reference"]
+    assert told["probe"] and told["top1"] > 90 and told["head_warning"] is None
+    assert "| linear probe |" in tables.markdown(reading)
+    why = "its weights have no head" if not rows else r"its head is not used (it has 3 rows, and"
+    assert any(f"itself: a linear probe on 60 training images, since {why}" in one for one in tables.notes(reading))
 
 
 def test_students_never_learn_from_rows_in_the_wrong_order(here, state, folder):

@@ -27,6 +27,7 @@ from atdiag.core.spec.network import Network as Network
 from atdiag.core.spec.network import Teacher as Teacher
 from atdiag.core.spec.recipe import Recipe as Recipe
 from atdiag.core.spec.recipe import Seed as Seed
+from atdiag.core.spec.run import PROBE_IMAGES as PROBE_IMAGES
 from atdiag.core.spec.run import RunSpec as RunSpec
 from atdiag.core.spec.specimen import Operation as Operation
 from atdiag.core.spec.specimen import PlantedLosses as PlantedLosses

@@ -19,6 +19,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "teacher.network.differences": [],
     "teacher.branch": "weights",
     "init.head_rows": [],
+    "init.probe": False,
     "transfer.teacher_layers": [],
     "transfer.tensor": "map",
     "transfer.heads": None,

@@ -14,6 +14,9 @@ from atdiag.core.spec.transfer import Init, Transfer
 
 _SHARED = {"batch_size", "mixup", "cutmix", "rand_augment", "crop", "flip", "erase", "precision"}
 
+PROBE_IMAGES = 10_000
+"""Number of training images, spread evenly over them, on which a linear probe is fitted at most (``init.probe``)."""
+
 
 class RunSpec(Spec):
     """One arm with one seed: the unit that is trained, stored, and never trained twice."""
@@ -90,6 +93,8 @@ class RunSpec(Spec):
                     f"a student that starts from its teacher needs the teacher's {field} "
                     f"({getattr(teacher, field)}, not {getattr(student, field)})"
                 )
+        if self.init.probe and (self.init.head or self.recipe.epochs or self.transfer.method != "none"):
+            raise ValueError("a linear probe is the head of a network that is not trained: no head, epochs or transfer")
         if not self.init.head:
             return
         rows = self.init.head_rows
@@ -125,6 +130,11 @@ class RunSpec(Spec):
                 f"logit distillation needs a teacher with the student's classes "
                 f"(teacher {teacher.classes}, student {student.classes})"
             )
+
+    @property
+    def probe_images(self) -> int:
+        """The number of training images on which its head is fitted; 0 unless it is a linear probe."""
+        return min(self.data.train, PROBE_IMAGES) if self.init.probe else 0
 
     def _content(self) -> dict[str, Any]:
         """Return the content to hash. A user's folder counts by its fingerprint, wherever it is, in tars or not."""

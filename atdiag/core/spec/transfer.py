@@ -23,6 +23,9 @@ class Init(Spec):
     head_rows: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """With ``head``: the teacher's class for each of the student's, in order (for a data set of ten ImageNet classes).
     Empty: the same classes."""
+    probe: bool = False
+    """Whether the head is a linear probe, fitted to the frozen rest on training images: a teacher itself, whose own head
+    is for other classes or missing."""
     layer_scale: Literal["fold", "drop"] = "fold"
     """Treatment of a teacher's LayerScale in a student without it: fold it into the projection that follows (exact), or
     drop it."""
@@ -30,7 +33,7 @@ class Init(Spec):
     def canonical(self) -> dict[str, Any]:
         """Drop fields that do not apply: all of them from scratch, head rows if the head is not copied."""
         if self.source == "scratch":
-            return {"reinit": (), "head": False, "head_rows": (), "layer_scale": "fold"}
+            return {"reinit": (), "head": False, "head_rows": (), "probe": False, "layer_scale": "fold"}
         return {} if self.head else {"head_rows": ()}
 
 

@@ -32,9 +32,9 @@ from sklearn.linear_model import LogisticRegressionCV
 from torch import Tensor
 
 from atdiag.analysis import images, probing, subjects
-from atdiag.training import classifiers
 from atdiag.core.spec import Data
 from atdiag.data import names
+from atdiag.training import classifiers
 from atdiag.training.provenance import environment
 
 CLASSES = (2, 10, 50, 200)

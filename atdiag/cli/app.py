@@ -103,6 +103,15 @@ def _terminate(*_: Any) -> None:
     raise SystemExit(EXIT_TERMINATED)
 
 
+def _with_value(fault: Any) -> str:
+    """Return a usage error's message, with what was typed: pydantic's, by which Typer parses numbers, leaves it out."""
+    message: str = fault.format_message()
+    errors = getattr(fault.__cause__, "errors", None)
+    if errors is None:
+        return message
+    return message.replace(fault.message, f"{errors()[0]['input']!r} ({fault.message[:1].lower()}{fault.message[1:]})")
+
+
 def _explain(fault: Exception) -> int:
     """Report an error in one line, and return the exit code."""
     from atdiag.core.errors import UserError
@@ -116,7 +125,7 @@ def _explain(fault: Exception) -> int:
             return EXIT_USAGE
         context = getattr(fault, "ctx", None)
         hint = f" (see '{context.command_path} --help')" if context else ""
-        say(fault.format_message().replace("\n", " ").rstrip(".") + hint)
+        say(_with_value(fault).replace("\n", " ").rstrip(".") + hint)
         return EXIT_USAGE
     from atdiag.core.errors import FaultError, StoppedError
     from atdiag.core.runs import DamagedRunError

@@ -123,8 +123,9 @@ def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
 def references(text: str) -> tuple[str, ...]:
     """Split ``a,b`` into references to teachers, each once. An existing path is taken literally, including commas.
 
-    Raises UserError if there are none.
+    Raises UserError if there are none, and for a comma with nothing before or after it.
     """
+    from atdiag.core.errors import UserError
     from atdiag.core.selection import comma_separated
 
     rest = text.split(",")
@@ -135,6 +136,8 @@ def references(text: str) -> tuple[str, ...]:
         out.append(",".join(rest[:count]).strip())
         rest = rest[count:]
     found = tuple(dict.fromkeys(filter(None, out)))
+    if found and not all(out):
+        raise UserError(f"`teacher` {text!r} has a comma too many", f"type {','.join(found)}")
     return found or comma_separated(text, "teacher", "clip_b,deit_b")
 
 

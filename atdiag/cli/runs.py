@@ -203,10 +203,13 @@ def runs_diff(
     """Show how two runs differ: specs, then environments, then results."""
     from rich.table import Table
 
+    from atdiag.core.errors import UserError
     from atdiag.reports import run_table
 
     store = store_of(runs)
     one, other = store.find(a), store.find(b)
+    if one.id == other.id:
+        raise UserError(f"{a} and {b} are the same run, {one.id}", "name two; 'atdiag runs list' shows them")
     found = run_table.differences(one, other)
     if json_:
         typer.echo(json.dumps({"runs": [one.id, other.id], **found}))

@@ -189,12 +189,7 @@ def _dropped(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _which_weights(origin: Mapping[str, Any] | None) -> str:
     """Return which weights a run's teacher had, if its file holds several."""
-    if not origin or not (origin.get("averages") or origin.get("others")):
-        return ""
-    from atdiag.networks.weights.loading import Origin
-
-    lists: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in origin.items()}
-    return Origin(**lists).note
+    return str((origin or {}).get("note", ""))
 
 
 def _handicap(report: Report) -> str:

@@ -11,13 +11,12 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
 from atdiag.analysis import images, probing, subjects
-from atdiag.training import classifiers
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Transfer
 from atdiag.data import sources
 from atdiag.data.decoding import BrokenImageError
 from atdiag.networks.model import students
-from atdiag.training import evaluation
+from atdiag.training import classifiers, evaluation
 from atdiag.transfer import methods
 from atdiag.transfer.observation import CaptureRequest, of_teacher
 

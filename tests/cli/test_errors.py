@@ -21,6 +21,7 @@ from tests.commands import wrong
         ("layers --transfer none --teacher clip_b", "--transfer 'none'"),
         ("layers --k 13 --teacher clip_b", "--k 13 ... from 0 to 12"),
         ("layers --k -1 --teacher clip_b", "--k -1 ... from 0 to 12"),
+        ("layers --seeds two --teacher clip_b", "Invalid value for '--seeds': 'two'"),
         ("layers --k six --teacher clip_b", "--k 'six' ... such as 6 or 3,6,9"),
         ("layers --k 1.5 --teacher clip_b", "--k '1.5' ... such as 6 or 3,6,9"),
         ("layers --k 13 --sweep --teacher clip_b", "--k 13"),

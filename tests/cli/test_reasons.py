@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from atdiag.cli import experiments
+from atdiag.core.errors import UserError
 from atdiag.networks.weights import files, formats
 from atdiag.networks.weights.sources import WeightsError
 from tests.commands import wrong
@@ -41,7 +42,10 @@ def test_a_path_may_contain_a_comma(tmp_path):
     whole = f"timm:{MODEL}@{file}"
     assert experiments.references(f"clip_b,{whole},deit_b") == ("clip_b", whole, "deit_b")
     assert experiments.references(whole) == (whole,)
-    assert experiments.references("clip_b, deit_b,clip_b,") == ("clip_b", "deit_b")
+    assert experiments.references("clip_b, deit_b,clip_b") == ("clip_b", "deit_b")
+    for typed in ("clip_b,", ",clip_b", "clip_b,,deit_b"):
+        with pytest.raises(UserError, match=r"has a comma too many: type clip_b"):
+            experiments.references(typed)
     assert experiments.references("x@/no/a,b") == ("x@/no/a", "b")
     assert experiments.references(f"clip_b,{file},deit_b") == ("clip_b", str(file), "deit_b")
 

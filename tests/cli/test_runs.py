@@ -237,6 +237,11 @@ def test_diff_names_the_fields_that_differ(runs):
         assert word in out
 
 
+def test_diff_of_a_run_with_itself_is_refused(runs, capsys):
+    said = wrong(capsys, "runs", "diff", runs[0].id, runs[0].id[:8])
+    assert f"{runs[0].id} and {runs[0].id[:8]} are the same run" in said
+
+
 def test_diff_of_a_run_with_a_teacher_and_one_without(runs):
     found = {name: values for name, *values in run_table.differences(runs[0], runs[2])["spec"]}
     assert found["teacher.sha256"] == [None, "0" * 64]

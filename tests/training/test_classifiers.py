@@ -10,9 +10,9 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
 from atdiag.analysis import images, probing, subjects
-from atdiag.training import classifiers
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data
+from atdiag.training import classifiers
 
 
 def draw(seed=0, rows=120, width=9, classes=4, spread=2.0):

@@ -97,6 +97,30 @@ class Choice:
     others: tuple[Location, ...]
     """Other networks that are no averages."""
 
+    @property
+    def note(self) -> str:
+        """Which network was taken from a file that holds several; empty for other files."""
+        return "; ".join(filter(None, (self._of_averages(), self._of_pair())))
+
+    def _of_averages(self) -> str:
+        if not self.averages:
+            return ""
+        taken = " / ".join(self.place.containers) or self.place.prefix.rstrip(".") or "its top level"
+        if self.place.average:
+            return f"the moving average ({taken}) was taken, not the raw weights beside it"
+        average = self.averages[0]
+        return f"the raw weights ({taken}) were taken; the file also holds their moving average ({average}): FILE#ema"
+
+    def _of_pair(self) -> str:
+        for role, other in (("teacher", "student"), ("student", "teacher")):
+            beside = [place for place in self.others if place.role == other]
+            if self.place.role == role and beside:
+                return (
+                    f"the {role} network ({self.place}) was taken; the file also holds the {other} "
+                    f"({beside[0]}): FILE#{other}"
+                )
+        return ""
+
 
 def choose(contents: Mapping[str, Any], branch: Branch) -> Choice:
     """Return one of the networks in a checkpoint.

@@ -63,6 +63,8 @@ class Converted:
     """Names in the file that mark a moving average of the network's weights."""
     others: tuple[str, ...] = ()
     """Places of other networks in the file, which are no averages."""
+    note: str = ""
+    """Which network was taken from a file that holds several; empty for other files."""
 
 
 def convert(contents: Mapping[str, Any], branch: Branch = "weights") -> Converted:
@@ -78,14 +80,14 @@ def convert(contents: Mapping[str, Any], branch: Branch = "weights") -> Converte
     if place.transformers:
         found, state, used = transformers_keys.converted(tensors, prefix)
         dropped = tuple(key for key in tensors if key not in used)
-        return Converted(_renamed(found, state), found, str(place), dropped, choice.averages, others)
+        return Converted(_renamed(found, state), found, str(place), dropped, choice.averages, others, choice.note)
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     outside = [key for key in tensors if not key.startswith(prefix)]
     found = _format(place, state)
     inside = [key for key in state if re.match(_DROPPED[found], key)]
     state = _renamed(found, {key: value for key, value in state.items() if key not in inside})
     dropped = (*outside, *(prefix + key for key in inside))
-    return Converted(state, found, str(place), dropped, choice.averages, others)
+    return Converted(state, found, str(place), dropped, choice.averages, others, choice.note)
 
 
 def _format(place: Location, state: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,6 @@ cache. Reading a file's header needs no torch, so that planning stays fast.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,35 +61,8 @@ class Origin:
     others: tuple[str, ...] = ()
     """Places of other networks in the file."""
 
-    @property
-    def note(self) -> str:
-        """Which network was taken from a file that holds several; empty for other files."""
-        return "; ".join(filter(None, (self._of_averages(), self._of_pair())))
-
-    def _of_averages(self) -> str:
-        if not self.averages:
-            return ""
-        taken = self.branch.partition(":")[0] if ":" in self.branch else self.branch.removesuffix("*").rstrip(".")
-        taken = taken or "its top level"
-        if set(self.averages).intersection(self._names(self.branch)):
-            return f"the moving average ({taken}) was taken, not the raw weights beside it"
-        average = self.averages[0]
-        return f"the raw weights ({taken}) were taken; the file also holds their moving average ({average}): FILE#ema"
-
-    def _of_pair(self) -> str:
-        own = self._names(self.branch)
-        for role, other in (("teacher", "student"), ("student", "teacher")):
-            beside = [place for place in self.others if other in self._names(place)]
-            if role in own and beside:
-                return (
-                    f"the {role} network ({self.branch}) was taken; the file also holds the {other} "
-                    f"({beside[0]}): FILE#{other}"
-                )
-        return ""
-
-    @staticmethod
-    def _names(place: str) -> list[str]:
-        return re.split(r"[ :./*]+", place)
+    note: str = ""
+    """Which network was taken from a file that holds several; empty for other files."""
 
 
 def load(teacher: Teacher) -> ViT | Foreign:
@@ -120,6 +92,7 @@ def load(teacher: Teacher) -> ViT | Foreign:
         converted.dropped,
         converted.averages,
         converted.others,
+        converted.note,
     )
     return found
 

@@ -214,13 +214,15 @@ def test_of_a_student_and_a_teacher_either_can_be_chosen(state):
     assert torch.equal(taken["student"].state[key], state[key] + 1)
 
 
-def test_the_choice_of_a_pair_is_said():
-    origin = loading.Origin("f", "0", "dino", "teacher: backbone.*", (), (), ("student: module.backbone.*",))
-    assert origin.note == (
+def test_the_choice_of_a_pair_is_said(state):
+    contents = {"student": prefixed("module.backbone.", state), "teacher": prefixed("backbone.", headless(state))}
+    assert formats.convert(contents).note == (
         "the teacher network (teacher: backbone.*) was taken; "
         "the file also holds the student (student: module.backbone.*): FILE#student"
     )
-    assert not replace(origin, others=()).note
+    assert not formats.convert({"teacher": contents["teacher"]}).note
+    average = formats.convert({**contents, "teacher_ema": {"model_ema": prefixed("backbone.", state)}}, "ema")
+    assert average.note == "the moving average (teacher_ema / model_ema) was taken, not the raw weights beside it"
 
 
 def test_a_choice_of_the_default_is_the_default(state, tmp_path):

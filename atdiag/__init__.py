@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from atdiag.api.attaching import Pair as Pair
+    from atdiag.api.attaching import attach as attach
     from atdiag.core.errors import FaultError as FaultError
     from atdiag.core.errors import StoppedError as StoppedError
     from atdiag.core.errors import UserError as UserError
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from atdiag.study.verdicts import verb_phrase as verb_phrase
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "atdiag.api.attaching": ("Pair", "attach"),
     "atdiag.core.errors": ("FaultError", "StoppedError", "UserError"),
     "atdiag.core.options": ("ExecutionOptions",),
     "atdiag.core.runs": ("Run", "Store"),

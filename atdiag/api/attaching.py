@@ -14,20 +14,19 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from atdiag.core.errors import UserError
-from atdiag.core.selection import choose, indices
-from atdiag.core.spec import Network, Transfer, TransferMethod
+from atdiag.api.fitting import check, check_student, transfer_of
+from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Network, Transfer
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.registry import teachers
 from atdiag.networks.timm import conversion, inspection
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.networks.weights import loading
 from atdiag.study.protocol import METHODS
-from atdiag.study.settings import describe, profile_name
+from atdiag.study.settings import profile_name
 from atdiag.training import compiled, evaluation
 from atdiag.transfer import methods, observation, ops
 from atdiag.transfer.attention import AttentionOverride
@@ -86,10 +85,12 @@ def attach(
         raise UserError(f"{type(inner).__name__} can't be a student: {reason}")
     if ours and not mean is std is None:
         raise UserError("atdiag's own networks take images in [0, 1] and normalise them", "leave mean and std out")
+    if method not in METHODS:
+        raise UserError(f"method {method!r}{suggest(method, METHODS)}", f"give {' or '.join(METHODS)}")
     network = inspection.describe(inner, mean, std)
-    transfer = _transfer(
+    transfer = transfer_of(
         network,
-        method=choose(method, METHODS, "method"),
+        method=method,
         layers=layers,
         weight=weight,
         teacher_layers=tuple(teacher_layers or ()),
@@ -102,7 +103,7 @@ def attach(
     found = _teacher(teacher, network, profile)
     check(network, found.network, transfer)
     if not ours:
-        _check_student(inner)
+        check_student(inner)
         _renormalise(found, network)
     return Pair(inner, network, found, transfer)
 
@@ -307,69 +308,6 @@ def _under(record: AttentionRecord, given: AttentionOverride) -> Tensor:
     return torch.cat([ops.attend(value, v[:, part]), ops.attend(others, v[:, rest])], dim=1)[:, order]
 
 
-# --- what fits -----------------------------------------------------------------------------------------------------
-
-
-def check(student: Network, teacher: Network, transfer: Transfer) -> None:
-    """Raise UserError unless a transfer's maps of the teacher fit the student."""
-    facts = [(network.grid, network.class_token) for network in (student, teacher)]
-    if facts[0] != facts[1]:
-        raise UserError(
-            f"the token grids differ: the student has {_grid(student)}, the teacher {_grid(teacher)}",
-            "build one of them for another image size (img_size), or choose another teacher",
-        )
-    if student.image_size != teacher.image_size or student.channels != teacher.channels:
-        sizes = [f"{one.channels} x {one.image_size} x {one.image_size}" for one in (student, teacher)]
-        raise UserError(
-            f"the student sees images of {sizes[0]}, the teacher of {sizes[1]}", "both see the same: build one anew"
-        )
-    if student.registers > teacher.registers:
-        raise UserError(
-            f"the student has {student.registers} registers or distillation tokens, the teacher {teacher.registers}",
-            "a student may have fewer tokens than its teacher, and no more",
-        )
-    if student.heads != teacher.heads:
-        raise UserError(
-            f"the student has {student.heads} heads, the teacher {teacher.heads}", "build one with as many as the other"
-        )
-    if student.depth != teacher.depth and not transfer.teacher_layers:
-        raise UserError(
-            f"the student has {student.depth} blocks, the teacher {teacher.depth}",
-            "give layers=(...) and teacher_layers=(...), the teacher's block for each of them",
-        )
-    if max(transfer.sources, default=0) >= teacher.depth:
-        raise UserError(f"the teacher has {teacher.depth} blocks, and no block {max(transfer.sources)}")
-    if transfer.tensor != "map" and student.width != teacher.width:
-        raise UserError(
-            f"{transfer.tensor} passes only between equal widths: the student has {student.width}, the teacher "
-            f"{teacher.width}",
-            "leave tensor out: maps pass between any widths",
-        )
-
-
-def _grid(network: Network) -> str:
-    token = "a class token" if network.class_token else "no class token"
-    side = network.grid
-    return f"{side} x {side} patches ({network.image_size} px in steps of {network.patch_size}) and {token}"
-
-
-def _transfer(network: Network, *, layers: Any, heads: Any, weight: float | None, **fields: Any) -> Transfer:
-    """Return the transfer that the arguments describe. Raises UserError for contradictory ones."""
-    chosen = indices(layers if isinstance(layers, str | int | None) else tuple(layers), network.depth, "layers")
-    some = None if heads is None else indices(heads if isinstance(heads, str) else tuple(heads), network.heads, "heads")
-    method = cast(TransferMethod, fields.pop("method"))
-    if method == "copy" and (weight is not None or fields["loss"] is not None):
-        raise UserError("copy has no loss, so no weight either", "leave them out, or give method='distill'")
-    if method == "distill" and weight == 0:
-        raise UserError("a weight of 0 transfers nothing", "give a positive one")
-    if fields["average"] == "examples":
-        raise UserError("average='examples' needs the training images ahead of the training", "atdiag.run can do it")
-    try:
-        return Transfer(method=method, layers=chosen, heads=some, weight=weight, **fields)
-    except ValidationError as fault:
-        raise UserError(describe(fault)) from None
-
-
 def _teacher(asked: Reference, student: Network, profile: str | None) -> ViT | Foreign:
     """Return a frozen teacher of our own making, at the student's image size if it is named."""
     if isinstance(asked, nn.Module):
@@ -395,16 +333,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         if inner is None:
             return module
         module = inner
-
-
-def _check_student(student: nn.Module) -> None:
-    """Raise UserError for parts under which a timm student's tokens or maps are not the teacher's."""
-    drop = getattr(student, "patch_drop", None)
-    if drop is not None and not isinstance(drop, nn.Identity):
-        raise UserError("the student drops patches in training (patch_drop_rate)", "build it with patch_drop_rate=0")
-    drops = [getattr(module, "attn_drop", None) for module in student.modules()]
-    if any(drop.p for drop in drops if isinstance(drop, nn.Dropout)):
-        raise UserError("the student drops attention weights (attn_drop_rate)", "build it with attn_drop_rate=0")
 
 
 def _renormalise(teacher: ViT | Foreign, student: Network) -> None:

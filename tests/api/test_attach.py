@@ -319,7 +319,7 @@ def test_a_student_inside_distributed_data_parallel(tmp_path):
         ({"reg_tokens": 2}, {}, "the student has 2 registers"),
         ({"patch_drop_rate": 0.5}, {}, "drops patches"),
         ({"attn_drop_rate": 0.1}, {}, "drops attention weights"),
-        ({}, {"method": "kopy"}, "`method` 'kopy', did you mean 'copy'"),
+        ({}, {"method": "kopy"}, "method 'kopy', did you mean 'copy'"),
         ({}, {"method": "copy", "weight": 1.0}, "copy has no loss"),
         ({}, {"layers": (3,)}, "3 is out of range"),
         ({}, {"teacher_layers": (0, 1)}, "teacher_layers names 2 blocks for the 3"),

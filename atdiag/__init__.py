@@ -10,6 +10,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from atdiag.api.analyses import intervene as intervene
+    from atdiag.api.analyses import probe as probe
+    from atdiag.api.analyses import similarity as similarity
+    from atdiag.api.analyses import trace as trace
+    from atdiag.api.attaching import Pair as Pair
+    from atdiag.api.attaching import attach as attach
+    from atdiag.api.looks import attention_stats as attention_stats
+    from atdiag.api.looks import maps as maps
+    from atdiag.api.results import Result as Result
+    from atdiag.api.running import run as run
     from atdiag.core.errors import FaultError as FaultError
     from atdiag.core.errors import StoppedError as StoppedError
     from atdiag.core.errors import UserError as UserError
@@ -48,6 +58,11 @@ if TYPE_CHECKING:
     from atdiag.study.verdicts import verb_phrase as verb_phrase
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "atdiag.api.analyses": ("intervene", "probe", "similarity", "trace"),
+    "atdiag.api.attaching": ("Pair", "attach"),
+    "atdiag.api.looks": ("attention_stats", "maps"),
+    "atdiag.api.results": ("Result",),
+    "atdiag.api.running": ("run",),
     "atdiag.core.errors": ("FaultError", "StoppedError", "UserError"),
     "atdiag.core.options": ("ExecutionOptions",),
     "atdiag.core.runs": ("Run", "Store"),

@@ -19,7 +19,7 @@ from atdiag.core.spec import Data, Network, RunSpec, Teacher, Transfer
 from atdiag.data import sources as data_sets
 from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
-from atdiag.networks.registry import recognition, teachers
+from atdiag.networks.registry import recognition, stored, teachers
 from atdiag.networks.registry.published import TIMM
 from atdiag.networks.registry.reading import VIT
 from atdiag.networks.registry.specimens import specimens
@@ -260,7 +260,8 @@ def loaded(spec: Teacher, data: Data | None) -> Subject:
     body = evaluation.Predictor(found) if isinstance(found, ViT) else found
     # A published network is the same at any profile. A path is too long for a table, but two files differ in their
     # hash.
-    name, _, own = spec.name.removeprefix(TIMM).removeprefix(VIT).partition("@")
+    named = spec.name.removeprefix(TIMM).removeprefix(VIT).removeprefix(stored.FILE)
+    name, _, own = named.partition("@")
     branch = {"weights": "", "ema": " average", "student": " student"}[spec.branch]
     label = spec.label if teachers.is_shipped(spec) else f"{name} {spec.sha256[:6]}{branch}" if own else name
     return Subject(label, body, found.network, data, spec.weights, teacher=spec)

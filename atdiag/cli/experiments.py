@@ -6,31 +6,29 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from atdiag.api import experiments
+from atdiag.api.experiments import check as check
+from atdiag.api.experiments import check_classes as check_classes
+from atdiag.api.experiments import check_overrides as check_overrides
+from atdiag.api.experiments import references as references
+from atdiag.api.experiments import spread as spread
 from atdiag.cli import planning
 from atdiag.cli.messages import RESERVED, as_typed, say
 from atdiag.cli.options import EXPERIMENT, joined
-from atdiag.cli.session import ExperimentSession, open_session
-from atdiag.core import paths
 from atdiag.study import registry
 
 if TYPE_CHECKING:
-    from atdiag.core.runs import Store
-    from atdiag.core.spec import RunSpec
-    from atdiag.execution.plan import Plan
-    from atdiag.study.builder import Lab
-    from atdiag.study.protocol import Series, Study
-    from atdiag.study.settings import Settings
+    from collections.abc import Sequence
 
-    Make = partial[Study | Series]
-    """An ablation with its own options filled in; its remaining argument is the lab."""
+    from atdiag.api.experiments import Make
+    from atdiag.api.sessions import ExperimentSession
+    from atdiag.execution.plan import Plan
+    from atdiag.study.protocol import Series
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -48,14 +46,10 @@ def add_commands(app: typer.Typer) -> None:
 
 def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any) -> None:
     from atdiag.reports import console, document, writers
-    from atdiag.study.builder import Lab
 
-    session = open_session(set_=set_, **given)
-    series = spread(make, Lab(session.settings))
-    check_overrides(lambda lab: spread(make, lab).specs, series.specs, session.settings, set_)
-    check_classes([series], session.settings)
+    ready = experiments.prepare(make, set_, as_typed, **given)
+    series, plan, session = ready.series, ready.plan, ready.session
     folder = document.folder(series, session.settings.profile.name, out.expanduser() if out else None)
-    plan = session.plan(series.specs)
     if dry_run:
         planning.show(series, plan, session, json_)
         return
@@ -69,128 +63,7 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
         typer.echo(json.dumps({**document.as_json(reading), **written.record()}))
 
 
-def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:
-    """Raise UserError, before training, if something can't be trained or measured."""
-    from atdiag.execution import devices
-    from atdiag.study import pipeline
-
-    devices.resolve(plan.device)  # finished runs may still be measured
-    if plan.todo:
-        paths.fit_for_runs(session.store.root, "runs")
-    pipeline.check(series, plan.todo)
-
-
 def train(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:
-    """Train and measure what is missing, with progress bars."""
-    from atdiag.execution import devices
-    from atdiag.execution.run import execute
-    from atdiag.reports import console
-    from atdiag.study import pipeline
-
+    """Train and measure what is missing, after a line on how much that is."""
     planning.announce(plan, session.store)
-    if plan.todo:
-        with console.training(len(plan.specs), lambda: unfinished(plan, session.store)) as report:
-            execute(plan.specs, session.store, session.options, report)
-    with console.staged() as report:
-        pipeline.measure(series, session.store, devices.resolve(session.options.device), report)
-
-
-def unfinished(plan: Plan, store: Store) -> int:
-    """Return how many runs of a plan are currently unfinished."""
-    from atdiag.execution.plan import pending
-
-    return len(pending(plan.specs, store))
-
-
-def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
-    """Return an ablation's studies for the given teacher, for each of several (``a,b``), or for ``all``.
-
-    For all teachers (with ``leave_out``: for several), those that the ablation refuses are left out, with a note in the
-    series. Raises UserError for a refused teacher that was named, and if none is left.
-    """
-    from atdiag.study.protocol import Series
-
-    asked = make.keywords.get("teacher")
-    if not isinstance(asked, str) or (asked != "all" and "," not in asked):
-        return Series.join([make(lab)])
-    names = lab.teachers if asked == "all" else references(asked)
-    if len(names) == 1:
-        return Series.join([make(lab, teacher=names[0])])
-    series = Series.of_each(names, lambda name: make(lab, teacher=name), leave_out=leave_out or asked == "all")
-    return replace(series, notes=tuple(map(as_typed, series.notes)))  # why some teachers are left out
-
-
-def references(text: str) -> tuple[str, ...]:
-    """Split ``a,b`` into references to teachers, each once. An existing path is taken literally, including commas.
-
-    Raises UserError if there are none, and for a comma with nothing before or after it.
-    """
-    from atdiag.core.errors import UserError
-    from atdiag.core.selection import comma_separated
-
-    rest = text.split(",")
-    out: list[str] = []
-    while rest:
-        joined = (n for n in range(len(rest), 1, -1) if _is_file(",".join(rest[:n]).strip()))
-        count = next(joined, 1)
-        out.append(",".join(rest[:count]).strip())
-        rest = rest[count:]
-    found = tuple(dict.fromkeys(filter(None, out)))
-    if found and not all(out):
-        raise UserError(f"`teacher` {text!r} has a comma too many", f"type {','.join(found)}")
-    return found or comma_separated(text, "teacher", "clip_b,deit_b")
-
-
-def _is_file(reference: str) -> bool:
-    from atdiag.networks.weights.sources import split_branch, split_reference
-
-    name, file, _ = split_reference(reference)
-    named = "," not in name and file is not None and file.exists()  # else its first part is a reference of its own
-    return named or split_branch(reference)[0].exists()
-
-
-def check_overrides(
-    plan: Callable[[Lab], list[RunSpec]], specs: list[RunSpec], settings: Settings, sets: list[str]
-) -> None:
-    """Raise UserError for a setting given with --set that changes none of the planned runs (``specs``)."""
-    from atdiag.core.errors import UserError
-    from atdiag.study import settings as profiles
-    from atdiag.study.builder import Lab
-
-    ids = {spec.id for spec in specs}
-    for name in (item.partition("=")[0].strip() for item in sets):
-        plain = profiles.without(settings, name)
-        if plain is None or plain == settings.profile or _is_so(name, specs, settings):
-            continue  # required, or equal to the default
-        others = {key: value for key, value in settings.overrides.items() if key != name}
-        try:
-            without = plan(Lab(replace(settings, profile=plain, overrides=others)))
-        except UserError:
-            continue
-        if ids == {spec.id for spec in without}:
-            raise UserError(f"{name} has no effect here: it changes none of this experiment's runs", "leave it out")
-
-
-def check_classes(several: Sequence[Series], settings: Settings) -> None:
-    """Raise UserError for a list of classes if no teacher's own head is measured."""
-    from atdiag.core.errors import UserError
-
-    if settings.classes is not None and not any(
-        study.reference and not study.reference.probed for one in several for study in one.studies
-    ):
-        raise UserError("`classes` has no effect here: no teacher's own head is measured", "leave it out")
-
-
-def _is_so(name: str, specs: list[RunSpec], settings: Settings) -> bool:
-    """Return whether a setting under ``transfer.`` has the value that some transfer already has."""
-    section, _, field = name.partition(".")
-    if section != "transfer":
-        return False
-    for spec in (spec for spec in specs if spec.transfer.method != "none"):
-        own = spec.transfer
-        asked = settings.profile.transfer.transfer(own.method, spec.network.depth, spec.network.heads)
-        if getattr(own, field) is not None and getattr(asked, field) == getattr(own, field):
-            return True
-        if field == "heads" and own.heads is None is asked.heads and own.takes_attention:
-            return True
-    return False
+    experiments.train(series, plan, session)

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from atdiag.core.options import ExecutionOptions
 
 Runs = Annotated[
     Path | None, typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]")
@@ -81,7 +78,7 @@ EXECUTION: Common = {
     "deterministic": (_Deterministic, False),
     "data_dir": (DataDir, None),
 }
-"""Execution options: fields of :class:`ExecutionOptions` by name."""
+"""Execution options: fields of :class:`~atdiag.core.options.ExecutionOptions` by name."""
 
 EXPERIMENT: Common = {
     "profile": (Profile, None),
@@ -97,15 +94,6 @@ EXPERIMENT: Common = {
     **EXECUTION,
 }
 """Options common to all experiments."""
-
-
-def execution_options(given: Mapping[str, Any]) -> ExecutionOptions:
-    """Return the execution options among the given options."""
-    named = {field.name for field in fields(ExecutionOptions)}
-    values = {name: value for name, value in given.items() if name in named}
-    if values.get("data_dir") is not None:
-        values["data_dir"] = str(values["data_dir"])
-    return ExecutionOptions(**values)
 
 
 def joined(function: Callable[..., Any], common: Common, call: Callable[..., None]) -> Callable[..., None]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from atdiag.api import experiments
 from atdiag.core.spec.data import OF_SCENES
 from atdiag.core.text import count, duration
 from atdiag.reports import console
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from atdiag.cli.session import ExperimentSession
     from atdiag.core.runs import Store
-    from atdiag.core.spec import Data, Network, RunSpec, Teacher
+    from atdiag.core.spec import Data, Network, Teacher
     from atdiag.execution.plan import Plan
     from atdiag.study.protocol import Series, Study
     from atdiag.study.settings import Settings
@@ -102,7 +103,7 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
     table = Table(title=f"{series.ablation}: what would be run", title_justify="left")
     for name in ("arm", "seed", "run", "state", "thread-s"):
         table.add_column(name, justify="right" if name in ("seed", "thread-s") else "left", no_wrap=name != "arm")
-    planned = _planned(series)
+    planned = experiments.planned(series)
     for name, spec in planned:
         seconds = f"{cost.seconds(spec, plan.speed):.0f}"
         table.add_row(name, str(spec.seed.model), spec.id, store.run(spec).state, seconds)
@@ -133,17 +134,6 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
 def measures(series: Series) -> list[str]:
     """Return the names of the measurements of finished runs."""
     return list(dict.fromkeys(measure.name for study in series.studies for measure in study.measures))
-
-
-def _planned(series: Series) -> list[tuple[str, RunSpec]]:
-    """Return every run once, with the name of the first arm that contains it."""
-    several = len(series.studies) > 1
-    named: dict[str, tuple[str, RunSpec]] = {}
-    for study in series.studies:
-        for arm in [*study.arms, *([study.reference] if study.reference else [])]:
-            for spec in arm.specs:
-                named.setdefault(spec.id, (f"{study.label}: {arm.name}" if several else arm.name, spec))
-    return list(named.values())
 
 
 def _resolved(series: Series, settings: Settings) -> dict[str, dict[str, Any]]:

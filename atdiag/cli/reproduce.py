@@ -96,7 +96,10 @@ def _made(lab: Lab, quick: bool, ablations: Mapping[str, tuple[Any, registry.Pla
     for name, (ablation, placement) in ablations.items():
         options = placement.options(lab.settings.profile.name, quick)
         try:
-            parts = [experiments.spread(partial(ablation, **one), lab, leave_out=True) for one in combinations(options)]
+            parts = [
+                experiments.spread(partial(ablation, **one), lab, leave_out=True, spoken=as_typed)
+                for one in combinations(options)
+            ]
         except UserError as fault:
             refused[name] = UserError(as_typed(str(fault)))
         else:

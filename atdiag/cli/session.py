@@ -1,42 +1,34 @@
-"""Sessions of commands: settings, store and device; for commands that analyse networks, subjects and images.
+"""Options and output of the commands that analyse networks.
 
 Part of the command line: imports nothing heavy before a command is called.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import inspect
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atdiag.api.sessions import ExperimentSession as ExperimentSession
+from atdiag.api.sessions import open_session as open_session
+from atdiag.api.sessions import resolve as resolve
 from atdiag.cli.messages import as_typed
-from atdiag.cli.options import DataDir, Json, Profile, Runs, Set, execution_options, joined
-from atdiag.core import paths
-from atdiag.core.errors import UserError
+from atdiag.cli.options import DataDir, Json, Profile, Runs, Set, joined
 from atdiag.reports import console
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
     from rich.table import Table
 
-    from atdiag.analysis.images import ImageSet
-    from atdiag.analysis.subjects import Subject
-    from atdiag.core.options import ExecutionOptions
-    from atdiag.core.runs import Store
-    from atdiag.core.spec import RunSpec
-    from atdiag.execution.plan import Plan
-    from atdiag.networks.weights.classes import HeadRows
-    from atdiag.reports.writers import Written
-    from atdiag.study.protocol import Reading, Series
-    from atdiag.study.settings import Settings
+    from atdiag.api.results import Result
+
+Given = dict[str, Any]
+"""The common options of a command, as the functions in Python take them."""
+Shown = tuple["Result", "Sequence[Table]"]
+"""What a command shows: a result, and its tables for the terminal."""
 
 SUBJECT = "a teacher (clip_b), a run's id (start:ID: before its first step), a file of a run, or timm:MODEL[@FILE]"
 """Ways to name a network."""
@@ -75,261 +67,32 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class InspectionOptions:
-    """Options common to all commands that analyse networks, as typed."""
+def add(app: typer.Typer, name: str, function: Callable[..., Shown]) -> None:
+    """Add a function as a command: its own options, then the common ones of analyses that it does not replace.
 
-    label: Sequence[str] | None = None
-    skip_bad: bool = False
-    data: str | None = None
-    set_: Sequence[str] = ()
-    data_dir: Path | None = None
-    profile: str | None = None
-    runs: Path | None = None
-    device: str | None = None
-    out: Path | None = None
-    json_: bool = False
-
-    def names(self, count: int) -> list[str] | None:
-        """Return the given names of ``count`` subjects, if any. Raises UserError for another number, or equal names."""
-        if not self.label:
-            return None
-        if len(self.label) != count or len(set(self.label)) != count or not all(map(str.strip, self.label)):
-            told = f"there are {count} subjects" if count > 1 else "there is one subject"
-            raise UserError(f"--label {', '.join(map(repr, self.label))}: {told}", "give each a name of its own")
-        return list(self.label)
-
-    def folder(self, command: str) -> Path:
-        """Return the folder for tables and figures. Raises UserError if it can't be written."""
-
-        out = self.out.expanduser() if self.out else Path("results") / command
-        paths.writable(out, "out")
-        return out
-
-
-def add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
-    """Add a function as a command: its own options, then those of :class:`InspectionOptions` not replaced."""
+    function: takes the common options as the analyses in Python do; returns the result and its tables, to be printed.
+    """
     own = inspect.signature(function).parameters
-    common = {name: option for name, option in _COMMON.items() if name not in own}
+    common = {option: given for option, given in _COMMON.items() if option not in own}
 
-    def call(work: Callable[[InspectionOptions], None], **options: Any) -> None:
-        work(InspectionOptions(**options))
+    def call(work: Callable[[Given], Shown], json_: bool, **given: Any) -> None:
+        settings = given.pop("set_")
+        out = given.pop("out", None) or Path("results") / name
+        show(*work({**given, "out": out, "settings": settings, "spoken": as_typed}), json_)
 
     app.command(name)(joined(function, common, call))
 
 
-def resolve(given_data_dir: Path | None = None, **given: Any) -> Settings:
-    """Resolve settings from options as typed, and set the data folder that they name.
+def show(result: Result, tables: Sequence[Table], json_: bool) -> None:
+    """Print tables, notes and files, and the document as JSON if requested."""
+    from rich.console import Console
 
-    Raises UserError for any invalid setting.
-    """
-    from atdiag.study import settings as profiles
-
-    if given_data_dir is not None and not given_data_dir.expanduser().is_dir():
-        raise UserError(f"--data-dir {given_data_dir} is not a folder", "give the folder that holds the data sets")
-    settings = profiles.resolve(data_dir=given_data_dir, **given)
-    if settings.data_dir is not None:
-        paths.look_in(settings.data_dir)
-    return settings
-
-
-@dataclass(frozen=True)
-class ExperimentSession:
-    """Context of an experiment: resolved settings, the store of runs, and execution options."""
-
-    settings: Settings
-    store: Store
-    options: ExecutionOptions
-    equivalence: float | None = None
-
-    def reading(self, series: Series) -> Reading:
-        """Return the reading of a series, all of whose runs are finished and measured."""
-        from atdiag.study.aggregate import read
-
-        return read(series, self.settings, self.store, self.equivalence)
-
-    def plan(self, specs: Sequence[RunSpec]) -> Plan:
-        """Plan some runs: which are unfinished, and their cost."""
-        from atdiag.execution import plan
-
-        return plan.make(specs, self.store, self.options)
-
-
-def open_session(
-    profile: str | None,
-    set_: list[str],
-    seeds: int | None,
-    first_seed: int | None,
-    equivalence: float | None,
-    runs: Path | None,
-    data_dir: Path | None,
-    classes: Path | None = None,
-    **given: Any,
-) -> ExperimentSession:
-    """Resolve the options of an experiment. Raises UserError for any invalid one."""
-    from atdiag.core.runs import Store
-    from atdiag.execution import devices
-    from atdiag.training import compiled
-
-    if equivalence is not None and not 0 < equivalence < 100:
-        raise UserError(f"--equivalence {equivalence:g} is not a margin", "give points above 0, such as 0.5")
-    compiled.choice()
-    settings = resolve(
-        data_dir, profile=profile, seeds=seeds, first_seed=first_seed, sets=set_, runs=runs, classes=classes
-    )
-    options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
-    options = replace(options, device=devices.named(options.device or settings.profile.device))
-    if not paths.is_folder(settings.runs):  # an existing folder may be read-only: finished runs are only read
-        paths.writable(settings.runs, "runs")
-    return ExperimentSession(settings, Store(settings.runs), options, equivalence)
-
-
-class InspectionSession:
-    """Subjects by their references, and images for them."""
-
-    def __init__(self, references: Sequence[str], given: InspectionOptions, classes: Path | None = None) -> None:
-        """classes: the user's list of classes, for heads with as many rows."""
-        from atdiag.analysis import subjects
-        from atdiag.core.runs import Store
-        from atdiag.execution import devices
-
-        overrides = [*([f"data.name={given.data}"] if given.data is not None else []), *given.set_]
-        settings = resolve(
-            given.data_dir, profile=given.profile, sets=overrides, runs=given.runs, classes=classes, training=False
-        )
-        self.given = given
-        self.profile = settings.profile.name
-        self.store = Store(settings.runs)
-        self.device = devices.resolve(given.device)
-        asked = {item.partition("=")[0].strip() for item in overrides if item.startswith("data.")}
-        self.subjects, self.data = subjects.find_all(references, self.profile, settings.profile.data, self.store, asked)
-        names = given.names(len(references)) or [one.label for one in self.subjects]
-        self.subjects = [
-            replace(one, label=name).to(self.device) for one, name in zip(self.subjects, names, strict=True)
-        ]
-        if settings.classes is not None:
-            self.subjects = subjects.with_classes(self.subjects, settings.classes)
-
-    def pictures(self, images: Sequence[str] | None, default: int = 256) -> ImageSet:
-        """Return the given images, by default ``default`` of the data set's.
-
-        Raises UserError unless all subjects take images of the same format.
-        """
-        import numpy as np
-
-        from atdiag.analysis.images import choose
-        from atdiag.analysis.tracing import check_images
-
-        check_images(self.subjects)  # before opening images, which could fit none of them
-        network = self.subjects[0].network
-        if images:
-            return choose(list(images), self.data, network, self.given.skip_bad)
-        every = choose(0, self.data, network)
-        count = min(default, len(every))
-        return every.reordered(np.arange(count, dtype=np.int64) * len(every) // count)
-
-    def tell(
-        self, tables: Sequence[Table], notes: Sequence[str], written: Written, document: Any, pictures: ImageSet
-    ) -> None:
-        """Print tables, notes and files, and the document as JSON if requested."""
-        from rich.console import Console
-
-        terminal = Console()
-        for one in tables:
-            console.show_table(one)
-        taken = filter(None, (one.note for one in self.subjects))
-        for note in [*notes, *taken, *left_out(pictures), *self._elsewhere(pictures)]:
-            terminal.print(f"- {note}", style="dim", highlight=False)
-        console.show_files(written.files)
-        if self.given.json_:
-            typer.echo(json.dumps({**document, **written.record()}))
-
-    def _elsewhere(self, pictures: ImageSet) -> list[str]:
-        """Return notes on runs that were trained on another data set than these images come from."""
-        return [
-            f"{one.label} was trained on {one.data.name}"
-            for one in self.subjects
-            if one.spec is not None and one.data is not None
-            if pictures.data is not None and one.data.name != pictures.data.name
-        ]
-
-
-def chosen(text: str | None, count: int, argument: str) -> tuple[int, ...] | None:
-    """Parse blocks or heads; None for all. Raises UserError."""
-    from atdiag.core.selection import indices
-
-    return None if text is None else indices(text, count, argument)
-
-
-def chosen_of_all(text: str | None, subjects: Sequence[Subject]) -> tuple[int, ...] | None:
-    """Parse blocks that every subject has; None: all of each. Raises UserError."""
-    depths = sorted({one.network.depth for one in subjects})
-    if text is not None and len(depths) > 1 and ":" in text:
-        told = " and ".join(map(str, depths))
-        raise UserError(f"--layers {text}: the subjects have {told} blocks", "name blocks by number, as 0,5,11")
-    return chosen(text, depths[0], "layers")
-
-
-def layer_pairs(text: str | None) -> dict[int, int] | None:
-    """Parse ``0:0,5:11`` as a mapping. Raises UserError."""
-    from atdiag.core.errors import UserError
-
-    if text is None:
-        return None
-    out: dict[int, int] = {}
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", part)
-        if not found:
-            raise UserError(f"--layer-map {text!r} is not a list of pairs", "write it as 0:0,5:11")
-        if int(found[1]) in out:
-            raise UserError(
-                f"--layer-map {text!r} has layer {int(found[1])} of A twice", "each is compared with one of B's"
-            )
-        out[int(found[1])] = int(found[2])
-    return out
-
-
-def stem(*parts: str) -> str:
-    """Return a readable file name for the given parts, distinct from that of any others."""
-    words = [re.sub(r"[^\w.-]+", "_", part).strip("_")[:40] for part in parts[:2]]
-    return f"{'-'.join(words)}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:6]}"
-
-
-@contextlib.contextmanager
-def watched(**several: ImageSet) -> Iterator[None]:
-    """Show a progress bar on a terminal for each set of images, under its name."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with console.bar(*columns) as bar:
-        for name, pictures in several.items():
-            pictures.on_progress = _ticker(bar, bar.add_task(name.replace("_", " "), total=len(pictures)))
-        yield
-
-
-def _ticker(bar: Progress, task: TaskID) -> Callable[[int], None]:
-    return lambda done: bar.update(task, completed=done)
-
-
-def left_out(pictures: ImageSet, kind: str = "images") -> list[str]:
-    """Return a note on unreadable images, with the first few names; empty if there are none."""
-    names = list(pictures.skipped)
-    if not names:
-        return []
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    told = f"{', '.join(names[:_NAMED])}{more}"
-    return [f"{len(names)} of {len(pictures)} {kind} can't be read and are left out: {told}"]
-
-
-_NAMED = 10
-
-
-def head_record(head: HeadRows | None, warning: str) -> dict[str, str | None]:
-    """Return how the rows of a head were matched with classes, and the warning if that looks wrong, as a record."""
-    return {"rows": "" if head is None else as_typed(head.note), "warning": as_typed(warning) or None}
-
-
-def shown_on(pictures: ImageSet) -> str:
-    """Describe the images: ``256 test images of digits``."""
-    seen = len(pictures) - len(pictures.skipped)
-    return f"{seen} images" if pictures.data is None else f"{seen} test images of {pictures.data.name}"
+    terminal = Console()
+    for one in tables:
+        console.show_table(one)
+    for note in result.notes:
+        terminal.print(f"- {note}", style="dim", highlight=False)
+    assert result.written is not None
+    console.show_files(result.written.files)
+    if json_:
+        typer.echo(json.dumps({**result.document, **result.written.record()}))

@@ -53,10 +53,18 @@ def forward(
     wanted = observation.of_student(transfer) | CaptureRequest(logits=True)
     own = student.observe(images, wanted, given(transfer, teacher, student.network, images.device), keep)
     assert own.logits is not None
+    return Passed(own.logits, loss(transfer, teacher, own))
+
+
+def loss(transfer: Transfer, teacher: Observation, own: Observation) -> Tensor | None:
+    """Return the weighted transfer loss of a student's forward pass, a scalar; None if the transfer has no loss.
+
+    teacher: as in :func:`forward`. own: the student's observation for :func:`observation.of_student`.
+    """
     if transfer.weight is None:  # copy and none
-        return Passed(own.logits, None)
+        return None
     losses = torch.stack(_losses(transfer, teacher, own))
-    return Passed(own.logits, transfer.weight * (losses.mean() if transfer.reduce == "mean" else losses.sum()))
+    return transfer.weight * (losses.mean() if transfer.reduce == "mean" else losses.sum())
 
 
 def forward_test(student: Learner, transfer: Transfer, images: Tensor, teacher: Observation) -> Tensor:
@@ -110,8 +118,8 @@ def _losses(transfer: Transfer, teacher: Observation, own: Observation) -> list[
         assert own.logits is not None and teacher.logits is not None and transfer.temperature is not None
         return [hinton(teacher.logits, own.logits, transfer.temperature)]
     if transfer.method == "distill" and transfer.tensor == "map":
-        loss = map_loss_function(transfer.loss or DEFAULT_LOSS)
-        return [loss(one, _map(transfer, own.seen[layer])) for layer, one in _maps(transfer, teacher).items()]
+        divergence = map_loss_function(transfer.loss or DEFAULT_LOSS)
+        return [divergence(one, _map(transfer, own.seen[layer])) for layer, one in _maps(transfer, teacher).items()]
     pairs = zip(transfer.layers, transfer.sources, strict=True)
     if transfer.method == "features":
         return [feature_mse(teacher.features[source], own.features[layer]) for layer, source in pairs]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from atdiag.analysis import images, similarity, streaming, subjects
-from atdiag.cli import session
+from atdiag.api import sessions as session
 from atdiag.core.errors import UserError
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store

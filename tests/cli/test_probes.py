@@ -179,7 +179,7 @@ def test_wrong_input_is_one_line(capsys, tmp_path):
 
 
 def test_a_fixed_regularisation_is_reported():
-    from atdiag.cli.probes import _regularised
+    from atdiag.api.probed import regularised
 
-    assert _regularised(0).startswith("regularisation fixed (C = 1, scikit-learn's default): a class with a single")
-    assert _regularised(30) == "regularisation chosen on 30 of them, each class in proportion"
+    assert regularised(0).startswith("regularisation fixed (C = 1, scikit-learn's default): a class with a single")
+    assert regularised(30) == "regularisation chosen on 30 of them, each class in proportion"

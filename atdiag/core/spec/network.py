@@ -163,5 +163,6 @@ class Teacher(Spec):
         """Display name: ``clip_b (mini)``, ``deit_s (own file)``; the plain name at paper scale and of own teachers."""
         name, at, _ = self.name.partition("@")
         if at:
+            name = name.removeprefix("file:")  # a network of the user's own
             return f"{name} (own file{_BRANCHES[self.branch]})"
         return name if self.profile in ("paper", OWN) or ":" in name else f"{name} ({self.profile})"

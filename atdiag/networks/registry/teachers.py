@@ -11,6 +11,7 @@ A *reference* names a teacher:
 ``/path/file``             a weight file or folder that tells its model (see ``recognition``)
 ``hf-hub:NAME``            a folder in timm's layout or transformers', or one in the hub's cache
 ``vit:NAME@/path/file``    the network that keys, shapes and ``config.json`` tell (see ``reading``); NAME is for tables
+``file:NAME@/path/file``   a network that is stored with its architecture (see ``stored``); also the path alone
 =========================  ============================================================================================
 
 Users add their own teachers by :func:`register_teacher` or an entry point. Imports nothing heavy; timm is imported only
@@ -29,7 +30,7 @@ from typing import Any
 
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import OWN, Network, Teacher
-from atdiag.networks.registry import miniature, reading, recognition, specimens
+from atdiag.networks.registry import miniature, reading, recognition, specimens, stored
 from atdiag.networks.registry.published import TIMM, TeacherEntry, published, table
 from atdiag.networks.weights import adaptation, files, sources
 from atdiag.networks.weights.sources import Source
@@ -211,6 +212,8 @@ def miniature_network(name: str) -> Network:
 def source(reference: str) -> Source:
     """Return what a reference's published network is built from. Raises UserError if it names nothing."""
     name, at, typed = reference.partition("@")
+    if name.startswith(stored.FILE):
+        return Source(name=name.removeprefix(stored.FILE), model="", file=sources.split_reference(reference)[1])
     if at and not typed:
         raise UserError(f"{reference!r} names no file", f"type {name}@/path/to/file")
     file, branch, facts = sources.split_marks(typed) if at else (None, "weights", {})
@@ -256,12 +259,12 @@ def canonical(reference: str) -> str:
     Raises UserError for a path that does not exist, or whose architecture can't be told.
     """
     name = reference.partition("@")[0]
-    if name.startswith((TIMM, reading.VIT)) or name in registry():
+    if name.startswith((TIMM, reading.VIT, stored.FILE)) or name in registry():
         return reference
     typed = next((reference.removeprefix(p) for p in (HUB, "local-dir:") if reference.startswith(p)), reference)
     path, branch, facts = sources.split_marks(typed)
     if path.exists():
-        return recognition.reference(path, branch, facts)
+        return stored.reference(path) or recognition.reference(path, branch, facts)
     if reference.startswith(HUB):
         return recognition.reference(sources.hub_folder(typed))
     if "@" not in typed and ("/" in typed or typed.endswith(sources.SUFFIXES) or typed != reference):
@@ -284,6 +287,8 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         return specimens.teacher(reference, profile, image_size)
     reference = canonical(reference)
     name = reference.partition("@")[0]
+    if name.startswith(stored.FILE):
+        return _stored(reference, image_size)
     unlisted = name.startswith((TIMM, reading.VIT))
     published = not unlisted and is_published(row(name).name)
     if profile == "mini" and published and name == reference:
@@ -312,6 +317,22 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         sha256=None if path is None else sources.sha256(path),
         branch="weights" if origin.branch == "teacher" else origin.branch,
     )
+
+
+def _stored(reference: str, image_size: int | None) -> Teacher:
+    """Return the spec of a network that is stored with its architecture, at an image size (default: its own)."""
+    path = source(reference).file
+    assert path is not None
+    network = stored.network(path)
+    if network is None:
+        raise UserError(f"{path}: there is no such file, or no architecture in its header{sources.near(path)}")
+    if image_size is not None and image_size % network.patch_size:
+        raise UserError(
+            f"{path.stem} has patches of {network.patch_size} px, and {image_size} px is not a multiple of that",
+            f"add `data.image_size`={network.image_size}",
+        )
+    size = {"image_size": image_size or network.image_size}
+    return Teacher(name=reference, profile=OWN, network=network.model_copy(update=size), sha256=sources.sha256(path))
 
 
 def _absolute(reference: str) -> str:

@@ -74,6 +74,8 @@ def load(teacher: Teacher) -> ViT | Foreign:
     if teachers.is_shipped(teacher):
         return _load_shipped(teacher)
     path, source = _file(teacher)
+    if not source.model:
+        return _load_stored(teacher, path)
     model, converted = load_source(source, path, teacher.network.image_size)
     from atdiag.networks.timm import architectures, conversion
 
@@ -95,6 +97,21 @@ def load(teacher: Teacher) -> ViT | Foreign:
         converted.note,
     )
     return found
+
+
+def _load_stored(teacher: Teacher, path: Path) -> ViT:
+    """Load a network that is stored with its architecture, at the image size of the spec."""
+    from atdiag.networks.model.vit import ViT
+    from atdiag.networks.weights import files, formats
+
+    vit = ViT(teacher.network)
+    try:
+        vit.load_state_dict(formats.fit(files.tensors(path), vit))
+    except WeightsError as fault:
+        raise WeightsError(f"{path} does not fit the architecture in its header: {fault}") from None
+    vit.eval().requires_grad_(False)
+    vit.origin = Origin(str(path), str(teacher.sha256), "atdiag", "*", ())
+    return vit
 
 
 def _file(teacher: Teacher) -> tuple[Path, Source]:

@@ -1,0 +1,184 @@
+"""Experiments: plan an ablation over its teachers, check it, train what is missing, read the answer. Prints nothing.
+
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from atdiag.api.sessions import ExperimentSession, open_session
+from atdiag.core import paths
+from atdiag.core.errors import UserError
+
+if TYPE_CHECKING:
+    from atdiag.core.runs import Store
+    from atdiag.core.spec import RunSpec
+    from atdiag.execution.executor import Executor
+    from atdiag.execution.plan import Plan
+    from atdiag.study.builder import Lab
+    from atdiag.study.protocol import Series, Study
+    from atdiag.study.settings import Settings
+
+    Make = partial[Study | Series]
+    """An ablation with its own options filled in; its remaining argument is the lab."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A planned experiment: what it asks, which of its runs are unfinished, and where."""
+
+    series: Series
+    plan: Plan
+    session: ExperimentSession
+
+
+def prepare(make: Make, sets: Sequence[str], spoken: Callable[[str], str] = str, **given: Any) -> Prepared:
+    """Plan an experiment. Raises UserError for any invalid option.
+
+    sets: settings as ``NAME=VALUE``. spoken: spells the arguments that are named in notes. given: the other options of
+    :func:`~atdiag.api.sessions.open_session`.
+    """
+    from atdiag.study.builder import Lab
+
+    session = open_session(set_=list(sets), **given)
+    series = spread(make, Lab(session.settings), spoken=spoken)
+    check_overrides(lambda lab: spread(make, lab).specs, series.specs, session.settings, list(sets))
+    check_classes([series], session.settings)
+    return Prepared(series, session.plan(series.specs), session)
+
+
+def train(series: Sequence[Series], plan: Plan, session: ExperimentSession, executor: Executor | None = None) -> None:
+    """Train and measure what is missing, with progress bars."""
+    from atdiag.execution import devices
+    from atdiag.execution.run import execute
+    from atdiag.reports import console
+    from atdiag.study import pipeline
+
+    if plan.todo:
+        with console.training(len(plan.specs), lambda: unfinished(plan, session.store)) as report:
+            execute(plan.specs, session.store, session.options, report, executor)
+    with console.staged() as report:
+        pipeline.measure(series, session.store, devices.resolve(session.options.device), report)
+
+
+def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:
+    """Raise UserError, before training, if something can't be trained or measured."""
+    from atdiag.execution import devices
+    from atdiag.study import pipeline
+
+    devices.resolve(plan.device)  # finished runs may still be measured
+    if plan.todo:
+        paths.fit_for_runs(session.store.root, "runs")
+    pipeline.check(series, plan.todo)
+
+
+def spread(make: Make, lab: Lab, leave_out: bool = False, spoken: Callable[[str], str] = str) -> Series:
+    """Return an ablation's studies for the given teacher, for each of several (``a,b``), or for ``all``.
+
+    For all teachers (with ``leave_out``: for several), those that the ablation refuses are left out, with a note in the
+    series. Raises UserError for a refused teacher that was named, and if none is left.
+    """
+    from atdiag.study.protocol import Series
+
+    asked = make.keywords.get("teacher")
+    if not isinstance(asked, str | tuple) or (isinstance(asked, str) and asked != "all" and "," not in asked):
+        return Series.join([make(lab)])
+    names = asked if isinstance(asked, tuple) else lab.teachers if asked == "all" else references(asked)
+    if len(names) == 1:
+        return Series.join([make(lab, teacher=names[0])])
+    series = Series.of_each(names, lambda name: make(lab, teacher=name), leave_out=leave_out or asked == "all")
+    return replace(series, notes=tuple(map(spoken, series.notes)))  # why some teachers are left out
+
+
+def references(text: str) -> tuple[str, ...]:
+    """Split ``a,b`` into references to teachers, each once. An existing path is taken literally, including commas.
+
+    Raises UserError if there are none, and for a comma with nothing before or after it.
+    """
+    from atdiag.core.selection import comma_separated
+
+    rest = text.split(",")
+    out: list[str] = []
+    while rest:
+        joined = (n for n in range(len(rest), 1, -1) if _is_file(",".join(rest[:n]).strip()))
+        count = next(joined, 1)
+        out.append(",".join(rest[:count]).strip())
+        rest = rest[count:]
+    found = tuple(dict.fromkeys(filter(None, out)))
+    if found and not all(out):
+        raise UserError(f"`teacher` {text!r} has a comma too many", f"type {','.join(found)}")
+    return found or comma_separated(text, "teacher", "clip_b,deit_b")
+
+
+def _is_file(reference: str) -> bool:
+    from atdiag.networks.weights.sources import split_branch, split_reference
+
+    name, file, _ = split_reference(reference)
+    named = "," not in name and file is not None and file.exists()  # else its first part is a reference of its own
+    return named or split_branch(reference)[0].exists()
+
+
+def check_overrides(
+    plan: Callable[[Lab], list[RunSpec]], specs: list[RunSpec], settings: Settings, sets: list[str]
+) -> None:
+    """Raise UserError for a setting given with --set that changes none of the planned runs (``specs``)."""
+    from atdiag.study import settings as profiles
+    from atdiag.study.builder import Lab
+
+    ids = {spec.id for spec in specs}
+    for name in (item.partition("=")[0].strip() for item in sets):
+        plain = profiles.without(settings, name)
+        if plain is None or plain == settings.profile or _is_so(name, specs, settings):
+            continue  # required, or equal to the default
+        others = {key: value for key, value in settings.overrides.items() if key != name}
+        try:
+            without = plan(Lab(replace(settings, profile=plain, overrides=others)))
+        except UserError:
+            continue
+        if ids == {spec.id for spec in without}:
+            raise UserError(f"{name} has no effect here: it changes none of this experiment's runs", "leave it out")
+
+
+def check_classes(several: Sequence[Series], settings: Settings) -> None:
+    """Raise UserError for a list of classes if no teacher's own head is measured."""
+    if settings.classes is not None and not any(
+        study.reference and not study.reference.probed for one in several for study in one.studies
+    ):
+        raise UserError("`classes` has no effect here: no teacher's own head is measured", "leave it out")
+
+
+def _is_so(name: str, specs: list[RunSpec], settings: Settings) -> bool:
+    """Return whether a setting under ``transfer.`` has the value that some transfer already has."""
+    section, _, field = name.partition(".")
+    if section != "transfer":
+        return False
+    for spec in (spec for spec in specs if spec.transfer.method != "none"):
+        own = spec.transfer
+        asked = settings.profile.transfer.transfer(own.method, spec.network.depth, spec.network.heads)
+        if getattr(own, field) is not None and getattr(asked, field) == getattr(own, field):
+            return True
+        if field == "heads" and own.heads is None is asked.heads and own.takes_attention:
+            return True
+    return False
+
+
+def unfinished(plan: Plan, store: Store) -> int:
+    """Return how many runs of a plan are currently unfinished."""
+    from atdiag.execution.plan import pending
+
+    return len(pending(plan.specs, store))
+
+
+def planned(series: Series) -> list[tuple[str, RunSpec]]:
+    """Return every run once, with the name of the first arm that contains it."""
+    several = len(series.studies) > 1
+    named: dict[str, tuple[str, RunSpec]] = {}
+    for study in series.studies:
+        for arm in [*study.arms, *([study.reference] if study.reference else [])]:
+            for spec in arm.specs:
+                named.setdefault(spec.id, (f"{study.label}: {arm.name}" if several else arm.name, spec))
+    return list(named.values())

@@ -6,6 +6,8 @@ import io
 import pytest
 
 from atdiag.cli import app
+from atdiag.execution import run
+from atdiag.execution.inprocess import InProcessExecutor
 
 TINY = ("data.train=64", "recipe.epochs=1", "recipe.warmup_epochs=0.5", "data.test_per_source=1")
 SETS = [word for item in TINY for word in ("--set", item)]
@@ -14,6 +16,11 @@ LINES = {
     "layers": ["layers", "--from", "top", "--k", "6", "--teacher", "clip_b"],
     "rescue": ["rescue", "--teacher", "clip_b"],
 }
+
+
+def in_this_process(patch: pytest.MonkeyPatch) -> None:
+    """Train in this process from now on: most of a worker's time goes into its imports."""
+    patch.setattr(run, "LocalExecutor", InProcessExecutor)
 
 
 def ran(*arguments) -> tuple[int, str]:

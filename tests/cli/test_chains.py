@@ -13,8 +13,7 @@ import timm
 from PIL import Image
 from safetensors.torch import save_file
 
-from atdiag.execution import devices
-from tests.commands import SETS, atdiag, wrong
+from tests.commands import SETS, atdiag, in_this_process, wrong
 
 LOOK = ("--layers", "11", "--images", "40", "--train", "60", "--device", "cpu", "--json")
 
@@ -28,7 +27,7 @@ def home(tmp_path_factory):
         "benchmark": ["benchmark", "--teacher", "deit_s,dinov2_s", "--methods", "copy", "--seeds", "1"],
     }
     with contextlib.chdir(here), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "available_cores", lambda: 1)  # most of a worker's time goes into imports
+        in_this_process(patch)
         patch.setenv("ATDIAG_DATA", "")
         answers = {name: json.loads(atdiag(*line, *SETS, "--json").splitlines()[-1]) for name, line in lines.items()}
     return here, answers

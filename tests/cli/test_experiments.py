@@ -16,7 +16,7 @@ from atdiag.core.runs import Store
 from atdiag.execution import devices, local
 from atdiag.networks.weights import loading
 from atdiag.stats.contrasts import Outcomes, estimate
-from tests.commands import LINES, SETS, ran, wrong
+from tests.commands import LINES, SETS, in_this_process, ran, wrong
 
 
 def test_a_dry_run_creates_nothing(folder):
@@ -45,11 +45,12 @@ def home(tmp_path_factory):
     """Run the three experiments in a folder: its path, and what each printed."""
     here = tmp_path_factory.mktemp("home")
     with contextlib.chdir(here), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "available_cores", lambda: 1)  # most of a worker's time goes into imports
+        patch.setattr(devices, "available_cores", lambda: 1)
         printed = {}
-        for name, line in LINES.items():
+        for name, line in LINES.items():  # the first with a worker process, as users have it
             code, printed[name] = ran(*line, *SETS, "--seeds", "2", "--json")
             assert code == 0
+            in_this_process(patch)
     return here, printed
 
 
@@ -179,7 +180,7 @@ def test_a_dry_run_afterwards_says_finished(home, at_home):
 
 
 def test_another_module_keeps_the_files_of_the_first(home, at_home, monkeypatch):
-    monkeypatch.setattr(devices, "available_cores", lambda: 1)
+    in_this_process(monkeypatch)
     files = {path: path.read_bytes() for path in map(Path, answer(home[1]["reinit"])["files"])}
     code, printed = ran("reinit", "--module", "mlp", *SETS, "--seeds", "2", "--json")
     assert code == 0

@@ -10,9 +10,9 @@ import pytest
 
 from ablations import claims
 from atdiag.core.runs import Store
-from atdiag.execution import devices, local
+from atdiag.execution import local
 from atdiag.study import registry
-from tests.commands import ran, wrong
+from tests.commands import in_this_process, ran, wrong
 
 SETS = ("--set", "data.train=64", "--set", "recipe.epochs=1", "--set", "data.test_per_source=1", "--seeds", "2")
 FEW = {
@@ -34,7 +34,7 @@ def home(tmp_path_factory):
     """Reproduce a few analyses in a folder; keep what was printed."""
     here = tmp_path_factory.mktemp("home")
     with contextlib.chdir(here), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "available_cores", lambda: 1)
+        in_this_process(patch)
         patch.setattr(registry, "placed", few)
         plan = ran("reproduce", "--quick", *SETS, "--dry-run")
         assert plan[0] == 0 and not list(here.iterdir())

@@ -23,6 +23,7 @@ def script(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_kills_of_training():
     out = script("kills", "--kills", "1", "--commands", "0", "--lanes", "1")
     assert "training: 1 of 1 kills survived" in out
@@ -40,6 +41,7 @@ def test_kills_of_the_command_line():
     assert "command line: 3 of 3 kills survived" in out
 
 
+@pytest.mark.slow
 def test_malformed_inputs():
     out = script("fuzz", "--cases", "11", "--lanes", "1")
     assert out.splitlines()[-1].endswith("malformed inputs: a clear error or a correct result")

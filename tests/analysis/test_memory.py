@@ -100,7 +100,9 @@ WORK = {
 }
 
 
-@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize(
+    "name", [name if name == "trace" else pytest.param(name, marks=pytest.mark.slow) for name in WORK]
+)
 def test_memory_does_not_grow_with_the_number_of_images(subject, name):
     a, b = subject(0), subject(1)
     few, many = (peak(lambda n=n: WORK[name](a, b, made(a.network, n)))[0] for n in (FEW, MANY))

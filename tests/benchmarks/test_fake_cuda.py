@@ -168,9 +168,10 @@ def tensors(observation):
         yield observation.logits
 
 
-@pytest.mark.parametrize(
-    ("pair", "amp"), [*((pair, True) for pair in PAIRS), ("plain to plain", False), ("both to native", False)]
-)
+OTHERS = [pytest.param(pair, True, marks=pytest.mark.slow) for pair in PAIRS if pair != "both to native"]
+
+
+@pytest.mark.parametrize(("pair", "amp"), [("both to native", True), ("both to native", False), *OTHERS])
 def test_every_tensor_has_the_right_device_and_dtype(pair, amp, a_device):
     source, target = PAIRS[pair]
     wide = torch.bfloat16 if amp else torch.float32
@@ -304,7 +305,7 @@ GRAPHS = {name: one for name, one in TRANSFERS.items() if one.average != "exampl
 MANY = [pytest.param(pair, marks=pytest.mark.slow) for pair in PAIRS if "both" not in pair]
 
 
-@pytest.mark.parametrize("pair", ["both to native", "both to standard", *MANY])
+@pytest.mark.parametrize("pair", ["both to native", pytest.param("both to standard", marks=pytest.mark.slow), *MANY])
 def test_blocks_have_no_graph_break(pair):
     """What Dynamo traces of a block is one graph, for every transfer; ``compile_blocks`` makes a break an error."""
     source, target = PAIRS[pair]

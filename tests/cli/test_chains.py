@@ -118,6 +118,7 @@ def package(tmp_path):
     return atdiag_there
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_package_is_listed_and_keeps_its_name_and_classes(package, tmp_path):
     for profile in ("mini", "paper"):
         listed = package("teachers", "--profile", profile)

@@ -22,6 +22,7 @@ def same_weights(one: Store, other: Store, specs) -> None:
         assert all(torch.equal(here[name], there[name]) for name in here)
 
 
+@pytest.mark.slow
 def test_weights_equal_those_of_the_local_executor(tmp_path, one_worker):
     specs = study("recipe.epochs=1").specs
     here, there, told = Store(tmp_path / "here"), Store(tmp_path / "there"), []

@@ -65,6 +65,7 @@ def until(condition) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_killed_then_terminated_then_completed(tmp_path, one_worker):
     planned = study(LONGER)
     specs = [arm.specs[0] for arm in planned.arms]

@@ -60,6 +60,7 @@ def test_faults_of_single_runs(tmp_path, one_worker):
     assert not (tmp_path / "last-fault.log").exists()
 
 
+@pytest.mark.slow
 def test_two_concurrent_commands_train_every_run_once(tmp_path, one_worker, monkeypatch):
     (tmp_path / "torch.py").write_text("raise ImportError('what lies in the working folder is not ours')")
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,10 @@
 """Read a network's architecture from its file: ``vit:NAME@FILE``, for networks that no timm model stands for.
 
 Keys and shapes tell patch, width, depth, the MLP's width, tokens, LayerScale, norms and biases. They do not tell heads
-(except by tables of relative positions and norms of q), the activation and the norms' epsilon, nor how pixels are normalised. Those
-come from ``config.json`` and ``preprocessor_config.json`` of Hugging Face's transformers beside the file, or from the
-user: ``FILE#heads=6#pixels=imagenet``. What nothing tells is asked for, never assumed.
+(except by tables of relative positions and norms of q), the activation, the norms' epsilon, nor how pixels are
+normalised. Those come from ``config.json`` and ``preprocessor_config.json`` of Hugging Face's transformers beside the
+file, or from the user: ``FILE#heads=6#pixels=imagenet``. Heads and pixels that nothing tells are asked for, and a
+pre-norm network's activation (CLIPs differ in it); any other plain ViT is taken to have GELU and timm's epsilon.
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ def _preprocessor(path: Path) -> tuple[tuple[float, ...] | None, tuple[float, ..
 def sizes(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Return a timm model and the constructor arguments by which it has a network's keys and shapes.
 
-    state: under timm's names. ``num_heads`` is among the arguments if a table of relative positions or a norm of q shows
-    it. Whether all keys really fit is for the loader to check.
+    state: under timm's names. ``num_heads`` is among the arguments if a table of relative positions or a norm of q
+    shows it. Whether all keys really fit is for the loader to check.
 
     Raises WeightsError, naming the key, for a network without the parts of a plain ViT.
     """

@@ -10,6 +10,7 @@ pre-norm network's activation (CLIPs differ in it); any other plain ViT is taken
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -233,18 +234,18 @@ def _patches_alone(state: Mapping[str, Tensor], prefix: int) -> bool:
 
 def image_size(state: Mapping[str, Tensor], model: str, arguments: Mapping[str, Any]) -> int:
     """Return the resolution of a network's positions, in pixels; without positions, about 224."""
-    patch: int = arguments["patch_size"]
+    patch = int(arguments["patch_size"])
     if "pos_embed" in state:
         prefix = 2 if model == _DISTILLED else int(arguments.get("class_token", True)) + arguments.get("reg_tokens", 0)
         patches = int(state["pos_embed"].shape[1]) - (0 if arguments.get("no_embed_class") else prefix)
-        return patch * round(patches**0.5)
+        return patch * math.isqrt(patches)
     if (bias_table := state.get("blocks.0.attn.relative_position_bias_table")) is not None:
-        return patch * ((round((bias_table.shape[0] - 3) ** 0.5) + 1) // 2)
+        return patch * ((math.isqrt(int(bias_table.shape[0]) - 3) + 1) // 2)
     return patch * max(224 // patch, 1)
 
 
 def _is_square(number: int) -> bool:
-    return number > 0 and round(number**0.5) ** 2 == number
+    return number > 0 and math.isqrt(number) ** 2 == number
 
 
 def possible_heads(width: int) -> Sequence[int]:

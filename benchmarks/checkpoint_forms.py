@@ -248,7 +248,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['form']} | | refused | {row['refused']} |")
         else:
             head = row["classes"] or "none"
-            lines.append(f"| {row['form']} | {head} | {row['difference']:.0e} | {row['said']} |")
+            lines.append(
+                f"| {row['form']} | {head} | {row['difference'] and format(row['difference'], '.0e')} | {row['said']} |"
+            )
     return "\n".join(lines)
 
 

@@ -50,7 +50,6 @@ def rows(names: Iterable[str]) -> Iterator[dict[str, Any]]:
             continue
         signature = recognition.signature(model.state_dict())
         alike = network.model_dump_json(exclude={"image_size", "classes", "layer_scale_init"})
-        alike += type(getattr(model, "rope", None)).__name__  # the description does not tell rotary embeddings apart
         yield {
             "model": name,
             "signature": signature,

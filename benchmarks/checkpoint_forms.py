@@ -248,9 +248,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['form']} | | refused | {row['refused']} |")
         else:
             head = row["classes"] or "none"
-            lines.append(
-                f"| {row['form']} | {head} | {row['difference'] and format(row['difference'], '.0e')} | {row['said']} |"
-            )
+            by = format(row["difference"], ".0e") if row["difference"] else "0"
+            lines.append(f"| {row['form']} | {head} | {by} | {row['said']} |")
     return "\n".join(lines)
 
 

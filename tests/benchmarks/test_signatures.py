@@ -11,13 +11,7 @@ from benchmarks import signatures
 SAMPLE = (
     *("beit_base_patch16_224", "beit_base_patch16_384", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224"),
     *("vit_small_patch16_rope_224", "vit_small_patch16_rope_mixed_224", "eva02_tiny_patch14_224"),
-    *(
-        "eva02_tiny_patch14_336",
-        "deit_tiny_patch16_224",
-        "vit_small_patch16_dinov3",
-        "vit_tiny_patch16_224",
-        "vit_tiny_patch16_384",
-    ),
+    *("eva02_tiny_patch14_336", "deit_tiny_patch16_224", "vit_small_patch16_dinov3", "vit_tiny_patch16_224"),
 )
 
 

@@ -146,13 +146,17 @@ def folders(write: Writer) -> Iterator[Form]:
 
 
 def drawn(model: str, **arguments: Any) -> torch.nn.Module:
-    """Return a random network of timm, in which all weights matter."""
+    """Return a random network of timm."""
     torch.manual_seed(0)
-    net = timm.create_model(model, **arguments).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return net
+    return stirred(timm.create_model(model, **arguments), 0.05)
+
+
+@torch.no_grad()
+def stirred(net: Any, by: float) -> Any:
+    """Return a network in eval mode, with noise on every weight: fresh ones give maps that are nearly uniform."""
+    for parameter in net.parameters():
+        parameter.add_(by * torch.randn_like(parameter))
+    return net.eval()
 
 
 def random_networks(write: Writer) -> Iterator[Form]:
@@ -196,7 +200,7 @@ def transformers_networks(write: Writer) -> Iterator[Form]:
     ):
         cls = getattr(transformers, name)
         torch.manual_seed(0)
-        model = cls(cls.config_class(**options)).eval()
+        model = stirred(cls(cls.config_class(**options)), 0.1)
         path = write.folder / name
         model.save_pretrained(path)
         normal = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -244,7 +248,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['form']} | | refused | {row['refused']} |")
         else:
             head = row["classes"] or "none"
-            lines.append(f"| {row['form']} | {head} | {row['difference']:.0e} | {row['said']} |")
+            by = format(row["difference"], ".0e") if row["difference"] else "0"
+            lines.append(f"| {row['form']} | {head} | {by} | {row['said']} |")
     return "\n".join(lines)
 
 

@@ -28,8 +28,8 @@ COLUMNS = ("model", "signature", "function", "patch", "width", "depth", "heads",
 
 
 def models() -> list[str]:
-    """Return the names of timm's networks in these files."""
-    return sorted({name for module in MODULES for name in timm.list_models(module=module)})
+    """Return the names of timm's networks in these files, in whose order a user is shown those that fit."""
+    return [name for module in MODULES for name in timm.list_models(module=module)]
 
 
 def rows(names: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -117,8 +117,9 @@ class Lab:
         """Return the teacher itself on the test images: with its own head, or with a linear probe's.
 
         Of its head, the rows for the data set's classes are used. Without a head for them, one is fitted (see
-        ``training.linear_head``). None for a network whose weights no student of ours can take. Raises UserError if the user's list of classes does
-        not fit the head, or lacks classes of the data set.
+        ``training.linear_head``). None for a network whose weights no student of ours can take.
+
+        Raises UserError if the user's list of classes does not fit the head, or lacks classes of the data set.
         """
         data, network = self.settings.profile.data, teacher.network
         head = self._head(teacher)

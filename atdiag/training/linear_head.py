@@ -24,7 +24,7 @@ BATCH = 256
 
 @torch.no_grad()
 def fit(vit: ViT, spec: RunSpec, device: torch.device) -> None:
-    """Replace the weights of a network's head by a linear probe's, on up to ``PROBE_IMAGES`` of its run's training images.
+    """Replace the weights of a network's head by a linear probe's, on up to ``PROBE_IMAGES`` training images of a run.
 
     Raises ValueError if the network has no linear head to fit.
     """

@@ -24,7 +24,7 @@ class Init(Spec):
     """With ``head``: the teacher's class for each of the student's, in order (for a data set of ten ImageNet classes).
     Empty: the same classes."""
     probe: bool = False
-    """Whether the head is a linear probe, fitted to the frozen rest on training images: a teacher itself, whose own head
+    """Whether the head is a linear probe, fitted to the frozen rest on training images: a teacher itself whose own head
     is for other classes or missing."""
     layer_scale: Literal["fold", "drop"] = "fold"
     """Treatment of a teacher's LayerScale in a student without it: fold it into the projection that follows (exact), or

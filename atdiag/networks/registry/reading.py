@@ -1,14 +1,16 @@
 """Read a network's architecture from its file: ``vit:NAME@FILE``, for networks that no timm model stands for.
 
 Keys and shapes tell patch, width, depth, the MLP's width, tokens, LayerScale, norms and biases. They do not tell heads
-(except by tables of relative positions and norms of q), the activation and the norms' epsilon, nor how pixels are normalised. Those
-come from ``config.json`` and ``preprocessor_config.json`` of Hugging Face's transformers beside the file, or from the
-user: ``FILE#heads=6#pixels=imagenet``. What nothing tells is asked for, never assumed.
+(except by tables of relative positions and norms of q), the activation, the norms' epsilon, nor how pixels are
+normalised. Those come from ``config.json`` and ``preprocessor_config.json`` of Hugging Face's transformers beside the
+file, or from the user: ``FILE#heads=6#pixels=imagenet``. Heads and pixels that nothing tells are asked for, and a
+pre-norm network's activation (CLIPs differ in it); any other plain ViT is taken to have GELU and timm's epsilon.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -134,8 +136,8 @@ def _preprocessor(path: Path) -> tuple[tuple[float, ...] | None, tuple[float, ..
 def sizes(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Return a timm model and the constructor arguments by which it has a network's keys and shapes.
 
-    state: under timm's names. ``num_heads`` is among the arguments if a table of relative positions or a norm of q shows
-    it. Whether all keys really fit is for the loader to check.
+    state: under timm's names. ``num_heads`` is among the arguments if a table of relative positions or a norm of q
+    shows it. Whether all keys really fit is for the loader to check.
 
     Raises WeightsError, naming the key, for a network without the parts of a plain ViT.
     """
@@ -232,18 +234,18 @@ def _patches_alone(state: Mapping[str, Tensor], prefix: int) -> bool:
 
 def image_size(state: Mapping[str, Tensor], model: str, arguments: Mapping[str, Any]) -> int:
     """Return the resolution of a network's positions, in pixels; without positions, about 224."""
-    patch: int = arguments["patch_size"]
+    patch = int(arguments["patch_size"])
     if "pos_embed" in state:
         prefix = 2 if model == _DISTILLED else int(arguments.get("class_token", True)) + arguments.get("reg_tokens", 0)
         patches = int(state["pos_embed"].shape[1]) - (0 if arguments.get("no_embed_class") else prefix)
-        return patch * round(patches**0.5)
+        return patch * math.isqrt(patches)
     if (bias_table := state.get("blocks.0.attn.relative_position_bias_table")) is not None:
-        return patch * ((round((bias_table.shape[0] - 3) ** 0.5) + 1) // 2)
+        return patch * ((math.isqrt(int(bias_table.shape[0]) - 3) + 1) // 2)
     return patch * max(224 // patch, 1)
 
 
 def _is_square(number: int) -> bool:
-    return number > 0 and round(number**0.5) ** 2 == number
+    return number > 0 and math.isqrt(number) ** 2 == number
 
 
 def possible_heads(width: int) -> Sequence[int]:

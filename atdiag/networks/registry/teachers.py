@@ -267,7 +267,8 @@ def canonical(reference: str) -> str:
         return stored.reference(path) or recognition.reference(path, branch, facts)
     if reference.startswith(HUB):
         return recognition.reference(sources.hub_folder(typed))
-    if "@" not in typed and ("/" in typed or typed.endswith(sources.SUFFIXES) or typed != reference):
+    marked = "#" in typed and Path(typed.partition("#")[0]).expanduser().exists()  # a mark that there is not
+    if "@" not in typed and (marked or "/" in typed or typed.endswith(sources.SUFFIXES) or typed != reference):
         raise UserError(
             f"{path}: there is no such file{sources.near(path)}", "a teacher is a name, or an existing file"
         )

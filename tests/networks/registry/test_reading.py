@@ -125,12 +125,14 @@ def test_what_is_not_shown_is_asked_for_in_one_line_that_works(file):
     assert teachers.canonical(f"{file}#pixels=clip#heads=3") == f"vit:mine@{file}#pixels=clip#heads=3"
 
 
-def test_wrong_facts_are_refused(file):
+def test_wrong_facts_are_refused(file, monkeypatch):
     assert "5 heads do not divide the width" in refused(f"{file}#heads=5#pixels=clip")
     assert "#heads=x is no number of heads" in refused(f"{file}#heads=x#pixels=clip")
     assert "unknown pixels 'imagnet', did you mean 'imagenet'?" in refused(f"{file}#heads=3#pixels=imagnet")
     assert "unknown activation 'gellu', did you mean 'gelu'?" in refused(f"{file}#act=gellu")
     assert "did you mean 'heads='?" in refused(f"{file}#head=3")
+    monkeypatch.chdir(file.parent)
+    assert "did you mean 'heads='?" in refused("mine.safetensors#head=3")
     assert "leave #heads=3 out" in refused(f"timm:vit_tiny_patch16_224@{file}#heads=3")
 
 

@@ -36,12 +36,13 @@ def load(teacher=None):
 '''
 
 
-def export_model(run: Run, folder: Path, experiment: Path | None = None) -> tuple[Path, ...]:
+def export_model(run: Run | str | Path, folder: str | Path, experiment: str | Path | None = None) -> tuple[Path, ...]:
     """Write a finished run's student with a model card into a new folder; return the files.
 
-    experiment: the ``.json`` of an experiment that has the run, for its contrast. Where timm builds the same function,
-    the folder is in timm's layout (:data:`TIMM_FILES`), so that ``timm.create_model("local-dir:DIR", pretrained=True)``
-    gives the same logits; this is checked before anything is written. Else it holds :data:`OWN_FILES`.
+    run: a run or its directory, such as one of :attr:`~atdiag.api.results.Result.runs`. experiment: the ``.json`` of an
+    experiment that has the run, for its contrast. Where timm builds the same function, the folder is in timm's layout
+    (:data:`TIMM_FILES`), so that ``timm.create_model("local-dir:DIR", pretrained=True)`` gives the same logits; this is
+    checked before anything is written. Else it holds :data:`OWN_FILES`.
 
     Raises UserError, with nothing written, for an unfinished run, a teacher as it is, a folder that holds something,
     and an experiment that does not have the run; DamagedRunError for weights that are not those that were trained.
@@ -51,7 +52,8 @@ def export_model(run: Run, folder: Path, experiment: Path | None = None) -> tupl
     from atdiag.api import cards
     from atdiag.training import evaluation
 
-    folder = folder.expanduser()
+    run = run if isinstance(run, Run) else Run(Path(run).expanduser().absolute())
+    folder = Path(folder).expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"`out` {folder} is there already", "name a new folder, or an empty one")
     paths.writable(folder, "out")
@@ -65,7 +67,7 @@ def export_model(run: Run, folder: Path, experiment: Path | None = None) -> tupl
             f"run {run.id} copies maps averaged over its training images, which no file here holds",
             "choose a run with another transfer.average",
         )
-    contrast = None if experiment is None else cards.contrast(experiment, run.id)
+    contrast = None if experiment is None else cards.contrast(Path(experiment), run.id)
     student = evaluation.load_subject(run, _no_teacher).network
     timms = None if spec.transfer.method == "copy" else as_timms(student)
     card = cards.card(run, contrast, timms is not None)

@@ -67,7 +67,7 @@ class NotebookBar:
         bar = self.tasks[task].bar
         if total is not None and total != bar.total:
             bar.reset(total=total)
-        if description is not None:
-            bar.set_description(" ".join(filter(None, (description, rate))), refresh=False)
         if completed is not None:
             bar.update(completed - bar.n)
+        if description is not None:
+            bar.set_description(" ".join(filter(None, (description, rate))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,6 @@ def contrast(experiment: Path, run: str) -> str:
 
 def card(run: Run, contrast: str | None, timms: bool) -> str:
     """Return the README.md of an exported student; timms: whether the folder is in timm's layout."""
-    from atdiag import __version__
-
     spec, result = run.spec, run.result()
     network = spec.network
     facts = {
@@ -88,10 +87,17 @@ def card(run: Run, contrast: str | None, timms: bool) -> str:
         "",
         "These weights were trained on the data, and with the teacher, named above, whose terms may bind their use.",
         "",
-        f"Written by atdiag {plain(__version__)}.",
+        f"Written by atdiag {plain(_version())}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _version() -> str:
+    try:
+        return version("atdiag")
+    except PackageNotFoundError:
+        return "(unknown version)"
 
 
 def plain(text: str) -> str:
@@ -114,7 +120,7 @@ def _use(spec: RunSpec, timms: bool) -> list[str]:
             'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # the folder of this file',
             "```",
             "",
-            "It takes images that are normalised by the mean and std in `config.json`.",
+            "It takes images that are normalised by the mean and std in config.json.",
         ]
     why = (
         "The student copies its teacher's attention, so it works only together with its teacher, whose weights are not "
@@ -123,7 +129,7 @@ def _use(spec: RunSpec, timms: bool) -> list[str]:
         else "timm has no class for this combination of components."
     )
     return [
-        f"{why} `loader.py` loads it with atdiag; it takes images in [0, 1]:",
+        f"{why} loader.py loads it with atdiag; it takes images in [0, 1]:",
         "",
         "```python",
         "from loader import load",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from atdiag.api.analyses import trace as trace
     from atdiag.api.attaching import Pair as Pair
     from atdiag.api.attaching import attach as attach
+    from atdiag.api.exported import load_student as load_student
+    from atdiag.api.exporting import export_model as export_model
     from atdiag.api.looks import attention_stats as attention_stats
     from atdiag.api.looks import maps as maps
     from atdiag.api.results import Result as Result
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
 _HOMES: dict[str, tuple[str, ...]] = {
     "atdiag.api.analyses": ("intervene", "probe", "similarity", "trace"),
     "atdiag.api.attaching": ("Pair", "attach"),
+    "atdiag.api.exported": ("load_student",),
+    "atdiag.api.exporting": ("export_model",),
     "atdiag.api.looks": ("attention_stats", "maps"),
     "atdiag.api.results": ("Result",),
     "atdiag.api.running": ("run",),

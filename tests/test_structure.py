@@ -54,6 +54,11 @@ HEAVY = {
 LIGHT = (
     "atdiag/__init__.py",
     "atdiag/__main__.py",
+    *(
+        f"atdiag/api/{name}.py"
+        for name in ("analyses", "cards", "experiments", "exporting", "given", "looks", "probed")
+    ),
+    *(f"atdiag/api/{name}.py" for name in ("results", "running", "sessions")),
     "atdiag/cli/*.py",
     "atdiag/core/**/*.py",
     "atdiag/execution/*.py",
@@ -61,7 +66,7 @@ LIGHT = (
     *(f"atdiag/data/{name}.py" for name in ("catalogue", "datasets", "embedded", "folder_sets", "image_folders")),
     *(f"atdiag/data/{name}.py" for name in ("sources", "testsets")),
     *(f"atdiag/networks/{name}/__init__.py" for name in ("registry", "weights", "timm")),
-    *(f"atdiag/networks/registry/{name}.py" for name in ("listing", "teachers")),
+    *(f"atdiag/networks/registry/{name}.py" for name in ("listing", "stored", "teachers")),
     *(f"atdiag/networks/weights/{name}.py" for name in ("files", "loading", "pull", "sources")),
     "atdiag/networks/model/acting.py",
     "atdiag/networks/timm/architectures.py",

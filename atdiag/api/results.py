@@ -63,18 +63,18 @@ class Result:
     def __str__(self) -> str:
         """Return verdict, table and notes as text."""
         notes = "\n".join(f"- {note}" for note in self.notes)
-        return "\n\n".join(filter(None, (self.verdict, self._short().to_string(index=False), notes)))
+        return "\n\n".join(filter(None, (self.verdict, self._short().to_string(index=False, na_rep=""), notes)))
 
     def _short(self) -> pd.DataFrame:
         """Return the table without columns that say the same in each of several rows, or which runs they are from."""
         told = [name for name in self.table if len(self.table) < 2 or self.table[name].astype(str).nunique() > 1]
-        return self.table[[name for name in told if name != "runs"]].round(3).fillna("")
+        return self.table[[name for name in told if name != "runs"]].round(3)
 
     def _repr_html_(self) -> str:
         from atdiag.reports import drawing, writers
 
         parts = [f"<p><b>{html.escape(self.verdict)}</b></p>"] if self.verdict else []
-        parts.append(self._short().to_html(index=False, max_rows=40, border=0))
+        parts.append(self._short().to_html(index=False, na_rep="", max_rows=40, border=0))
         parts += [f"<small>{html.escape(note)}</small><br>" for note in self.notes]
         figures = self.figures
         with drawing.defaults():

@@ -162,7 +162,7 @@ def _made(ablation: str, function: Callable[..., Any], options: Mapping[str, Any
 def _as_typed(value: Any, annotation: Any) -> Any:
     """Return a value as the command line would pass it: several as ``a,b``, a number as text where text is wanted."""
     kind = annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if str not in kinds or isinstance(value, str | bool | None) or _is_teachers(value):
         return value
     return ",".join(map(str, value)) if isinstance(value, list | tuple | range) else str(value)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from atdiag.core.spec import RunSpec
     from atdiag.execution.plan import Plan
     from atdiag.networks.weights.classes import HeadRows
+    from atdiag.reports.notebook import NotebookBar
     from atdiag.study.protocol import Reading, Series
     from atdiag.study.settings import Settings
 
@@ -256,7 +257,7 @@ def watched(**several: ImageSet) -> Iterator[None]:
         yield
 
 
-def _ticker(bar: Progress, task: TaskID) -> Callable[[int], None]:
+def _ticker(bar: Progress | NotebookBar, task: TaskID) -> Callable[[int], None]:
     return lambda done: bar.update(task, completed=done)
 
 

@@ -263,3 +263,25 @@ def runs_export(
         typer.echo(f"{count(len(rows), 'run')}\n  {out}")
     if damaged := sum(row["state"] == "damaged" for row in rows):
         say(f"{count(damaged, 'run')} can't be read: 'atdiag runs verify' says why")
+
+
+@app.command("export-model")
+def runs_export_model(
+    run: Annotated[str, typer.Argument(help="A run's id, or its first digits.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder, new or empty.")],
+    experiment: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The .json of its experiment, for the contrast in the card.")
+    ] = None,
+    runs: Runs = None,
+    json_: Json = False,
+) -> None:
+    """Write a trained student with a model card, for timm.create_model("local-dir:DIR", pretrained=True).
+
+    Where timm has no class of the same function (a student that copies needs its teacher), a small loader comes along.
+    """
+    from atdiag.api.exporting import export_model
+
+    files = export_model(store_of(runs).find(run), out, experiment)
+    console.show_files(files)
+    if json_:
+        typer.echo(json.dumps({"files": [str(path) for path in files], "timm": files[0].name == "model.safetensors"}))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from atdiag.core.progress import OnProgress, Progress
 from atdiag.reports import tables
+from atdiag.reports.notebook import NotebookBar
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -22,12 +23,14 @@ _REFRESH = 0.5
 """Seconds between two counts of the finished runs, which read the state of each."""
 
 
-def bar(*columns: ProgressColumn) -> Bar:
-    """Return a progress bar on standard error that is transient, and hidden if that is not a terminal."""
+def bar(*columns: ProgressColumn) -> Bar | NotebookBar:
+    """Return a progress bar on standard error that is transient, and hidden if that is not a terminal or a notebook."""
     from rich.console import Console
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
+    if console.is_jupyter:
+        return NotebookBar(console)
     return Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -82,7 +85,7 @@ def training(runs: int, unfinished: Callable[[], int]) -> Iterator[OnProgress]:
             rate = f"{now.images / elapsed:.0f} images/s" if now.images and elapsed else ""
             text = f"{runs - unfinished()}/{runs} runs" if now.total else now.doing
             shown.update(task, completed=now.done, total=now.total or None, rate=rate, description=text)
-            if not shown.console.is_terminal and text != said:
+            if not (shown.console.is_terminal or shown.console.is_jupyter) and text != said:
                 said = text
                 shown.console.print(f"{text} {rate}".rstrip(), highlight=False)
 

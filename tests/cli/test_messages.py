@@ -82,7 +82,7 @@ def test_notes_on_skipped_teachers_name_options(tmp_path):
         return reinit(lab, teacher=teacher)
 
     lab = Lab(settings.resolve("mini", 2, environment={}, folder=tmp_path))
-    series = spread(partial(ablation, teacher="clip_b,deit_s"), lab, leave_out=True)
+    series = spread(partial(ablation, teacher="clip_b,deit_s"), lab, leave_out=True, spoken=as_typed)
     assert "Left out: deit_s is too small: use --profile small." in series.notes
 
 

@@ -20,6 +20,7 @@ from atdiag.cli.messages import (
     EXIT_TERMINATED,
     EXIT_USAGE,
     RESERVED,
+    TYPED,
     as_typed,
     say,
     stopped,
@@ -85,6 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the console script. Wrong input: one line, exit 2. A fault at run time: one line, exit 1."""
     signal.signal(signal.SIGTERM, _terminate)
     code: Any
+    TYPED.set(tuple(sys.argv[1:] if arguments is None else arguments))
     try:
         _complete(app)
         # Run in a copied context, so that what a command sets, such as the data folder, ends with it.

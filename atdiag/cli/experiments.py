@@ -5,6 +5,7 @@ Part of the command line: imports nothing heavy before a command is called.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from atdiag.cli import planning
+from atdiag.cli import planning, settling
 from atdiag.cli.messages import RESERVED, as_typed, say
-from atdiag.cli.options import EXPERIMENT, joined
+from atdiag.cli.options import BUDGET, EXPERIMENT, joined
 from atdiag.cli.session import ExperimentSession, open_session
 from atdiag.core import paths
+from atdiag.core.errors import UserError
 from atdiag.study import registry
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from atdiag.core.spec import RunSpec
     from atdiag.execution.plan import Plan
     from atdiag.study.builder import Lab
+    from atdiag.study.own import Budget
     from atdiag.study.protocol import Series, Study
     from atdiag.study.settings import Settings
 
@@ -43,14 +46,31 @@ def add_commands(app: typer.Typer) -> None:
             say(f"the experiment {one.name!r} of {one.source} can't be loaded ({one.fault})")
         else:
             taken.add(one.name)
-            app.command(one.name)(joined(one.function, EXPERIMENT, _run))
+            own = inspect.signature(one.function).parameters  # ``datasets`` has a ``--data`` of its own
+            common = {name: option for name, option in {**EXPERIMENT, **BUDGET}.items() if name not in own}
+            app.command(one.name)(joined(one.function, common, _run))
 
 
-def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any) -> None:
+def _run(
+    make: Make,
+    dry_run: bool,
+    json_: bool,
+    out: Path | None,
+    set_: list[str],
+    budget: str | None = None,
+    gpu: str | None = None,
+    **given: Any,
+) -> None:
     from atdiag.reports import console, document, writers
     from atdiag.study.builder import Lab
+    from atdiag.study.own import Budget
 
+    wanted = Budget.parse(budget, gpu)
+    if gpu is not None:
+        given["device"] = given.get("device") or "cuda"
     session = open_session(set_=set_, **given)
+    glance(make, session.settings)
+    session = fitted(make, session, wanted)
     series = spread(make, Lab(session.settings))
     check_overrides(lambda lab: spread(make, lab).specs, series.specs, session.settings, set_)
     check_classes([series], session.settings)
@@ -60,13 +80,44 @@ def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[st
         planning.show(series, plan, session, json_)
         return
     check([series], plan, session)
-    planning.header(series, session.settings)
+    planning.header(series, session)
     train([series], plan, session)
     reading = session.reading(series)
     written = writers.write_reading(reading, folder)
-    console.show_reading(reading, written.files, as_typed)
+    steps = settling.steps(lambda settings: spread(make, Lab(settings)), reading, session)
+    console.show_reading(reading, written.files, as_typed, [str(step) for step in steps])
     if json_:
-        typer.echo(json.dumps({**document.as_json(reading), **written.record()}))
+        record = {**document.as_json(reading), "settle": [step.record() for step in steps], **written.record()}
+        typer.echo(json.dumps(record))
+
+
+def glance(make: Make, settings: Settings) -> None:
+    """Raise UserError for a teacher that can't be meant, before anything is loaded that takes seconds."""
+    from atdiag.networks.registry import teachers
+
+    asked = make.keywords.get("teacher")
+    if isinstance(asked, str) and asked != "all":
+        for reference in references(asked):
+            teachers.glance(reference, settings.profile.name, settings.profile.data.image_size)
+
+
+def fitted(make: Make, session: ExperimentSession, budget: Budget | None) -> ExperimentSession:
+    """Return the session with what is chosen for its teacher and its budget, if it has one of each."""
+    from atdiag.study import own
+    from atdiag.study.builder import Lab
+
+    asked = make.keywords.get("teacher")
+    if isinstance(asked, str) and asked != "all" and len(names := references(asked)) == 1:
+        session = replace(session, settings=own.suited(session.settings, names[0]))
+    if budget is None:
+        return session
+
+    def planned(settings: Settings) -> list[RunSpec]:
+        series = spread(make, Lab(settings))
+        return series.specs
+
+    settings, choice = own.within(session.settings, budget, planned, session.store, session.options)
+    return replace(session, settings=settings, choice=choice)
 
 
 def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:
@@ -74,6 +125,8 @@ def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> N
     from atdiag.execution import devices
     from atdiag.study import pipeline
 
+    if session.choice is not None and session.choice.gpu and not devices.is_here(plan.device):
+        raise UserError(f"there is no {plan.device} device on this machine", "add `dry_run` to plan for one elsewhere")
     devices.resolve(plan.device)  # finished runs may still be measured
     if plan.todo:
         paths.fit_for_runs(session.store.root, "runs")
@@ -87,7 +140,7 @@ def train(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> N
     from atdiag.reports import console
     from atdiag.study import pipeline
 
-    planning.announce(plan, session.store)
+    planning.announce(plan, session)
     if plan.todo:
         with console.training(len(plan.specs), lambda: unfinished(plan, session.store)) as report:
             execute(plan.specs, session.store, session.options, report)
@@ -112,11 +165,13 @@ def spread(make: Make, lab: Lab, leave_out: bool = False) -> Series:
 
     asked = make.keywords.get("teacher")
     if not isinstance(asked, str) or (asked != "all" and "," not in asked):
-        return Series.join([make(lab)])
+        return Series.join([make(lab if asked is None else lab.suited(asked))])
     names = lab.teachers if asked == "all" else references(asked)
     if len(names) == 1:
-        return Series.join([make(lab, teacher=names[0])])
-    series = Series.of_each(names, lambda name: make(lab, teacher=name), leave_out=leave_out or asked == "all")
+        return Series.join([make(lab.suited(names[0]), teacher=names[0])])
+    series = Series.of_each(
+        names, lambda name: make(lab.suited(name), teacher=name), leave_out=leave_out or asked == "all"
+    )
     return replace(series, notes=tuple(map(as_typed, series.notes)))  # why some teachers are left out
 
 
@@ -150,7 +205,6 @@ def check_overrides(
     plan: Callable[[Lab], list[RunSpec]], specs: list[RunSpec], settings: Settings, sets: list[str]
 ) -> None:
     """Raise UserError for a setting given with --set that changes none of the planned runs (``specs``)."""
-    from atdiag.core.errors import UserError
     from atdiag.study import settings as profiles
     from atdiag.study.builder import Lab
 
@@ -170,8 +224,6 @@ def check_overrides(
 
 def check_classes(several: Sequence[Series], settings: Settings) -> None:
     """Raise UserError for a list of classes if no teacher's own head is measured."""
-    from atdiag.core.errors import UserError
-
     if settings.classes is not None and not any(study.reference for one in several for study in one.studies):
         raise UserError("`classes` has no effect here: no teacher's own head is measured", "leave it out")
 

@@ -6,6 +6,9 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Mapping
+from contextvars import ContextVar
 
 import typer
 
@@ -51,6 +54,34 @@ def as_typed(text: str) -> str:
 
 def _option(name: str) -> str:
     return f"--set {name}" if "." in name else f"--{name.strip('_').replace('_', '-')}"
+
+
+TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
+"""The command line as typed, without the program's name."""
+
+
+def retyped(changes: Mapping[str, str | None], settings: Mapping[str, str | None]) -> str:
+    """Return the command line as typed, with other options: ``--seeds`` -> its value, or None to leave it out.
+
+    settings: the same for settings by dotted name. Quoted for a shell.
+    """
+    words, kept = list(TYPED.get()), list[str]()
+    while words:
+        word = words.pop(0)
+        name, sign, value = word.partition("=")
+        if name in changes:
+            if not sign and words:
+                words.pop(0)
+            continue
+        if name == "--set":
+            given = value if sign else words.pop(0) if words else ""
+            if given.partition("=")[0].strip() not in settings:
+                kept += ["--set", given]
+            continue
+        kept.append(word)
+    kept += [word for name, value in changes.items() if value is not None for word in (name, value)]
+    kept += [word for name, value in settings.items() if value is not None for word in ("--set", f"{name}={value}")]
+    return shlex.join(["atdiag", *kept])
 
 
 def say(text: str) -> None:

@@ -20,7 +20,9 @@ Runs = Annotated[
     Path | None, typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")]
-Profile = Annotated[str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]")]
+Profile = Annotated[
+    str | None, typer.Option(help="The scale: mini, small, paper or own. [default: own with --data FOLDER, else mini]")
+]
 Set = Annotated[
     list[str],
     typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
@@ -38,6 +40,26 @@ Classes = Annotated[
     ),
 ]
 
+_Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FOLDER",
+        help="Your images: train/CLASS/IMAGE and val/CLASS/IMAGE, or CLASS/IMAGE alone, or images with labels.csv "
+        "(columns file, label). Also a name that 'atdiag data' lists.",
+    ),
+]
+_Split = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Hold out test images where the folder has none: a share, as 0.2, or a number."),
+]
+_Budget = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Train for as many epochs as fit this time, as 20m or 3h, all runs together."),
+]
+_Gpu = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The GPU that --budget is meant for: h100 or h200. [default: here]")
+]
 _Seeds = Annotated[int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]")]
 _FirstSeed = Annotated[
     int | None,
@@ -83,7 +105,11 @@ EXECUTION: Common = {
 }
 """Execution options: fields of :class:`ExecutionOptions` by name."""
 
+BUDGET: Common = {"budget": (_Budget, None), "gpu": (_Gpu, None)}
+
 EXPERIMENT: Common = {
+    "data": (_Data, None),
+    "split": (_Split, None),
     "profile": (Profile, None),
     "set_": (Set, []),
     "seeds": (_Seeds, None),
@@ -96,7 +122,7 @@ EXPERIMENT: Common = {
     "runs": (Runs, None),
     **EXECUTION,
 }
-"""Options common to all experiments."""
+"""Options common to all experiments; ``BUDGET`` only to single ones."""
 
 
 def execution_options(given: Mapping[str, Any]) -> ExecutionOptions:

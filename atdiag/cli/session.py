@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from atdiag.execution.plan import Plan
     from atdiag.networks.weights.classes import HeadRows
     from atdiag.reports.writers import Written
+    from atdiag.study.own import Choice
     from atdiag.study.protocol import Reading, Series
     from atdiag.study.settings import Settings
 
@@ -141,6 +142,8 @@ class ExperimentSession:
     store: Store
     options: ExecutionOptions
     equivalence: float | None = None
+    choice: Choice | None = None
+    """The training length chosen for a budget."""
 
     def reading(self, series: Series) -> Reading:
         """Return the reading of a series, all of whose runs are finished and measured."""
@@ -152,7 +155,8 @@ class ExperimentSession:
         """Plan some runs: which are unfinished, and their cost."""
         from atdiag.execution import plan
 
-        return plan.make(specs, self.store, self.options)
+        made = plan.make(specs, self.store, self.options)
+        return made if self.choice is None else replace(made, speed=self.choice.flops_per_second)
 
 
 def open_session(
@@ -164,6 +168,8 @@ def open_session(
     runs: Path | None,
     data_dir: Path | None,
     classes: Path | None = None,
+    data: str | None = None,
+    split: float | None = None,
     **given: Any,
 ) -> ExperimentSession:
     """Resolve the options of an experiment. Raises UserError for any invalid one."""
@@ -175,7 +181,15 @@ def open_session(
         raise UserError(f"--equivalence {equivalence:g} is not a margin", "give points above 0, such as 0.5")
     compiled.choice()
     settings = resolve(
-        data_dir, profile=profile, seeds=seeds, first_seed=first_seed, sets=set_, runs=runs, classes=classes
+        data_dir,
+        profile=profile,
+        seeds=seeds,
+        first_seed=first_seed,
+        sets=set_,
+        runs=runs,
+        classes=classes,
+        data=data,
+        split=split,
     )
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))

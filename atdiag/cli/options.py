@@ -49,7 +49,7 @@ _Data = Annotated[
         "(columns file, label). Also a name that 'atdiag data' lists.",
     ),
 ]
-_Split = Annotated[
+Split = Annotated[
     float | None,
     typer.Option(metavar="SHARE", help="Hold out test images where the folder has none: a share, as 0.2, or a number."),
 ]
@@ -109,7 +109,7 @@ BUDGET: Common = {"budget": (_Budget, None), "gpu": (_Gpu, None)}
 
 EXPERIMENT: Common = {
     "data": (_Data, None),
-    "split": (_Split, None),
+    "split": (Split, None),
     "profile": (Profile, None),
     "set_": (Set, []),
     "seeds": (_Seeds, None),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atdiag.cli.messages import as_typed
-from atdiag.cli.options import DataDir, Json, Profile, Runs, Set, execution_options, joined
+from atdiag.cli.options import DataDir, Json, Profile, Runs, Set, Split, execution_options, joined
 from atdiag.core import paths
 from atdiag.core.errors import UserError
 from atdiag.reports import console
@@ -51,7 +51,11 @@ Images = Annotated[
 ]
 Layers = Annotated[str | None, typer.Option(help="Blocks, such as 0,5,11 or 3-5 or top:4. [default: all]")]
 _DataName = Annotated[
-    str | None, typer.Option("--data", help="The data set. [default: the one that a run was trained on, else mini's]")
+    str | None,
+    typer.Option(
+        "--data",
+        help="A folder of images, or a data set's name. [default: the one that a run was trained on, else mini's]",
+    ),
 ]
 _SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that can't be read, and count them.")]
 _Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the best that is here]")]
@@ -66,6 +70,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "label": (_Label, None),
     "skip_bad": (_SkipBad, False),
     "data": (_DataName, None),
+    "split": (Split, None),
     "set_": (Set, []),
     "data_dir": (DataDir, None),
     "profile": (Profile, None),
@@ -83,6 +88,7 @@ class InspectionOptions:
     label: Sequence[str] | None = None
     skip_bad: bool = False
     data: str | None = None
+    split: float | None = None
     set_: Sequence[str] = ()
     data_dir: Path | None = None
     profile: str | None = None
@@ -203,19 +209,33 @@ class InspectionSession:
 
     def __init__(self, references: Sequence[str], given: InspectionOptions, classes: Path | None = None) -> None:
         """classes: the user's list of classes, for heads with as many rows."""
-        from atdiag.analysis import subjects
         from atdiag.core.runs import Store
         from atdiag.execution import devices
 
-        overrides = [*([f"data.name={given.data}"] if given.data is not None else []), *given.set_]
-        settings = resolve(
-            given.data_dir, profile=given.profile, sets=overrides, runs=given.runs, classes=classes, training=False
+        settings = resolve(  # and all else that is quickly refused, before anything heavy is loaded
+            given.data_dir,
+            profile=given.profile,
+            sets=given.set_,
+            runs=given.runs,
+            classes=classes,
+            training=False,
+            data=given.data,
+            split=given.split,
         )
+        for reference in references:
+            _check_exists(reference)
+        from atdiag.analysis import subjects
+        from atdiag.study import own
+
+        if (first := next(filter(subjects.is_teacher, references), None)) is not None:
+            settings = own.suited(settings, first)
         self.given = given
         self.profile = settings.profile.name
         self.store = Store(settings.runs)
         self.device = devices.resolve(given.device)
-        asked = {item.partition("=")[0].strip() for item in overrides if item.startswith("data.")}
+        typed = {"data.name": given.data, "data.split": given.split}
+        asked = {name for name, value in typed.items() if value is not None}
+        asked |= {name for item in given.set_ if (name := item.partition("=")[0].strip()).startswith("data.")}
         self.subjects, self.data = subjects.find_all(references, self.profile, settings.profile.data, self.store, asked)
         names = given.names(len(references)) or [one.label for one in self.subjects]
         self.subjects = [
@@ -266,6 +286,20 @@ class InspectionSession:
             if one.spec is not None and one.data is not None
             if pictures.data is not None and one.data.name != pictures.data.name
         ]
+
+
+def _check_exists(reference: str) -> None:
+    """Raise UserError for a reference that is, or ends with, the path of a file that does not exist."""
+    from atdiag.networks.weights import sources
+
+    path, _ = sources.split_branch(reference)
+    if path.exists():
+        return
+    name, file, _ = sources.split_reference(reference)
+    if file is not None and not file.exists():
+        raise UserError(f"{file}: there is no such file (weights of {name}){sources.near(file)}")
+    if file is None and ":" not in reference and ("/" in reference or reference.endswith(sources.SUFFIXES)):
+        raise UserError(f"there is no file {path}{sources.near(path)}", f"what can be named is {SUBJECT}")
 
 
 def chosen(text: str | None, count: int, argument: str) -> tuple[int, ...] | None:

@@ -31,6 +31,10 @@ _RISE = 1.0
 """Points of validation accuracy in the last quarter of a training, above which it was too short."""
 
 
+_SHORT = 10
+"""Epochs below which no longer training is proposed."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A line to type, with the reason for it and the time that its unfinished runs take."""
@@ -80,7 +84,7 @@ def _step(
 ) -> Step:
     """Return a step to another number of seeds or epochs. Raises UserError for settings that are not possible."""
     from atdiag.core.spec import Seed
-    from atdiag.study.settings import changed
+    from atdiag.study.settings import overriding
 
     settings = session.settings
     options: dict[str, str | None] = {}
@@ -90,17 +94,21 @@ def _step(
         settings = replace(settings, seeds=tuple(Seed(data=i, model=i) for i in range(first, first + seeds)))
         options["--seeds"] = str(seeds)
     if epochs is not None:
-        settings = changed(settings, "recipe.epochs", epochs)
-        values["recipe.epochs"] = str(epochs)
+        values = _length(session, epochs) or {"recipe.epochs": epochs}
+        settings = overriding(settings, values)
     return Step(why, _typed(session, options, values), session.plan(planned(settings).specs).seconds)
 
 
-def _length(session: ExperimentSession) -> dict[str, str | None]:
-    """Return the settings that a budget chose: for other seeds it would choose others, and nothing could be shared."""
+def _length(session: ExperimentSession, epochs: int | None = None) -> dict[str, Any]:
+    """Return the settings that a budget chose: for other seeds it would choose others, and nothing could be shared.
+
+    epochs: another length. Empty without a budget.
+    """
     if session.choice is None:
         return {}
-    own = session.settings.overrides
-    return {name: str(value) for name, value in session.choice.settings.items() if name not in own}
+    own, choice = session.settings.overrides, session.choice
+    settings = replace(choice, epochs=epochs or choice.epochs).settings
+    return {name: value for name, value in settings.items() if name not in own}
 
 
 def _typed(session: ExperimentSession, options: Mapping[str, str | None], settings: Mapping[str, str | None]) -> str:
@@ -109,12 +117,13 @@ def _typed(session: ExperimentSession, options: Mapping[str, str | None], settin
 
 
 def _longer(make: Callable[..., Step], why: str, session: ExperimentSession) -> Step | None:
-    """Return the step to twice the epochs; None where the experiment sets them itself."""
+    """Return the step to twice the epochs, at least ten; None where the experiment sets them itself."""
     lengths = {recipe.epochs for recipe in session.settings.profile.recipe.values()}
     if len(lengths) > 1:
         return None
+    epochs = max(2 * max(lengths), _SHORT)
     try:
-        return make(f"{why}, for {2 * max(lengths)} epochs in place of {max(lengths)}", epochs=2 * max(lengths))
+        return make(f"{why}, for {epochs} epochs in place of {max(lengths)}", epochs=epochs)
     except UserError:
         return None
 

@@ -16,8 +16,10 @@ from atdiag.execution import cost, devices, plan
 
 _SECONDS = 8.0
 """Duration of the measurement, after a first step that is not counted."""
+_STEP = 50e9
+"""Work of a run's step on a CPU, in floating-point operations: that of a large network's whole batch takes too long."""
 _SMALL_BATCH = 8
-"""Images in a batch on a CPU, whose FLOP/s hardly depend on it: a step of a large one would take too long."""
+"""Images in a batch, at least."""
 
 
 class _EnoughError(Exception):
@@ -83,8 +85,11 @@ class _Clock:
 
 
 def _short(spec: RunSpec, device: str) -> RunSpec:
-    """Return a run for the measurement: long enough for it, in small batches on a CPU, validated and tested never."""
-    batch = min(_SMALL_BATCH, spec.recipe.batch_size) if device == "cpu" else spec.recipe.batch_size
+    """Return a run for the measurement: long enough for it, in smaller batches on a CPU, validated and tested never."""
+    batch = spec.recipe.batch_size
+    if device == "cpu":
+        one = cost.seconds(spec, 1.0, tested=False) / _steps(spec) / batch
+        batch = min(batch, max(_SMALL_BATCH, int(_STEP / one)))
     recipe = spec.recipe.model_copy(update={"batch_size": batch, "epochs": 1000, "warmup_epochs": 0.0})
     data = spec.data.model_copy(update={"validation": None})
     return spec.model_copy(update={"recipe": recipe, "data": data})

@@ -33,7 +33,9 @@ Plan = Callable[[Settings], list[RunSpec]]
 _MOST_EPOCHS = 300
 """Longer trainings are not chosen: DeiT's length."""
 _FEW = 10
-"""Epochs of the shorter experiment that is proposed where a budget is too small."""
+"""Epochs of the smaller experiment that is proposed where a budget is too small."""
+_FEWEST_IMAGES = 500
+"""Training images that such an experiment has at least."""
 
 
 def suited(settings: Settings, teacher: str) -> Settings:
@@ -169,7 +171,7 @@ def _chosen(
     while epochs > 1 and seconds(planned(_long(settings, epochs, budget))) > budget.seconds:
         epochs -= 1
     if epochs < 1:
-        raise _too_little(settings, budget, planned, seconds, rest + each, len(specs[2]))
+        raise _too_little(settings, budget, planned, seconds, rest + each, specs[2])
     taken = seconds(planned(_long(settings, epochs, budget)))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Choice(epochs, round(speed), round(taken), str(budget), budget.gpu, now)
@@ -181,26 +183,32 @@ def _too_little(
     planned: Plan,
     seconds: Callable[[Sequence[RunSpec]], float],
     needed: float,
-    runs: int,
+    specs: Sequence[RunSpec],
 ) -> UserError:
-    """Return the refusal of a budget for less than one epoch, with fewer images for which it is enough."""
-    fewer = ""
+    """Return the refusal of a budget for less than one epoch, with fewer or smaller images for which it is enough."""
+    network = specs[0].network
+    half = max(network.grid // 2, 1) * network.patch_size
+    classes, fewer = network.classes, ""
+    for size in (network.image_size, half):
 
-    def spent(images: int) -> float:
-        sizes = {"data.per_class": images, "data.test_per_class": images}
-        return seconds(planned(_long(settings, _FEW, budget, sizes)))
+        def spent(images: int, size: int = size) -> float:
+            sizes = {"data.per_class": images, "data.test_per_class": images, "data.image_size": size}
+            return seconds(planned(_long(profiles.overriding(settings, sizes), _FEW, budget)))
 
-    try:
-        start, end = spent(100), spent(200)
-        images = int(100 + (budget.seconds - start) / max((end - start) / 100, 1e-9))
-        images = images // 10 * 10 if images > 20 else images
-        if images > 1 and spent(images) <= budget.seconds:
-            fewer = f", or `data.per_class`={images} `data.test_per_class`={images}, which leave time for {_FEW} epochs"
-    except UserError:
-        pass  # the folder has fewer images than that
+        smaller = "" if size == network.image_size else f"`data.image_size`={size} "
+        try:
+            start, end = spent(100), spent(200)
+            images = int(100 + (budget.seconds - start) / (end - start) * 100)
+            images = min(images // 10 * 10 if images > 20 else images, specs[0].data.train // classes)
+            if images * classes >= _FEWEST_IMAGES and spent(images) <= budget.seconds:
+                sizes = f"{smaller}`data.per_class`={images} `data.test_per_class`={images}"
+                fewer = f", or add {sizes}, which leaves time for {_FEW} epochs"
+                break
+        except UserError:  # a batch of more images than these, or a size that the user's own settings exclude
+            continue
     minutes = -(-needed // 60)
     return UserError(
-        f"`budget` {budget} is too little for one epoch of {count(runs, 'run')} and their tests "
+        f"`budget` {budget} is too little for one epoch of {count(len(specs), 'run')} and their tests "
         f"(about {duration(needed)})",
         f"give `budget` {minutes:.0f}m{fewer}",
     )

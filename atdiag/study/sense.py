@@ -73,5 +73,5 @@ def check_training(profile: Profile) -> None:
             raise UserError(
                 f"recipe.batch_size={short(recipe.batch_size)} is larger than the training set "
                 f"(data.train={data.train})",
-                "make one smaller or the other larger",
+                f"give at most `recipe.batch_size`={data.train}, or more images",
             )

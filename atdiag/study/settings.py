@@ -132,6 +132,11 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in below.items() if _general(name) not in above} | dict(above)
 
 
+def overriding(settings: Settings, more: Mapping[str, Any]) -> Settings:
+    """Return the settings with further overrides, as if the user had typed them. Raises UserError if they clash."""
+    return _again(settings, {**settings.overrides, **more}, settings.varied, settings.chosen)
+
+
 def leaving_out(settings: Settings, name: str) -> Settings:
     """Return the settings without one of the user's overrides. Raises UserError if the others then contradict."""
     others = {key: value for key, value in settings.overrides.items() if key != name}

@@ -101,15 +101,17 @@ def which(settings: Settings) -> str:
 
 def announce(plan: Plan, session: ExperimentSession) -> None:
     """Print how much is to be trained, and the estimated time."""
-    store, seeds = session.store, f"{count(len(session.settings.seeds), 'seed')}{which(session.settings)}"
+    store, settings = session.store, session.settings
+    own = settings.profile.name == OWN_PROFILE  # otherwise said before
+    seeds = f"{count(len(settings.seeds), 'seed')}{which(settings)}: " if own else ""
     if not plan.todo:
-        typer.echo(f"{seeds}: {count(len(plan.specs), 'run')}, all finished before: nothing to train")
+        typer.echo(f"{seeds}{count(len(plan.specs), 'run')}, all finished before: nothing to train")
         return
     begun = sum(store.run(spec).checkpoint.exists() for spec in plan.todo)
     go_on = f" ({begun} go on from their checkpoints)" if begun else ""
     where = f"in {count(min(plan.processes, len(plan.todo)), 'process')} on {plan.device}"
     typer.echo(
-        f"{seeds}: {count(len(plan.specs), 'run')}, {len(plan.specs) - len(plan.todo)} finished before; "
+        f"{seeds}{count(len(plan.specs), 'run')}, {len(plan.specs) - len(plan.todo)} finished before; "
         f"{len(plan.todo)} to do{go_on} {where}: about {duration(plan.seconds)}"
     )
 
@@ -122,6 +124,9 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
 
     settings, store = session.settings, session.store
     header(series, session)
+    own = settings.profile.name == OWN_PROFILE
+    if own:
+        announce(plan, session)
     table = Table(title=f"{series.ablation}: what would be run", title_justify="left")
     for name in ("arm", "seed", "run", "state", "thread-s"):
         table.add_column(name, justify="right" if name in ("seed", "thread-s") else "left", no_wrap=name != "arm")
@@ -130,10 +135,11 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
         seconds = f"{cost.seconds(spec, plan.speed):.0f}"
         table.add_row(name, str(spec.seed.model), spec.id, store.run(spec).state, seconds)
     console.show_table(table)
-    typer.echo(
-        f"{count(len(plan.specs), 'run')}, {len(plan.todo)} to do, about {duration(plan.seconds)} in "
-        f"{count(plan.processes, 'process')} on {plan.device}."
-    )
+    if not own:
+        typer.echo(
+            f"{count(len(plan.specs), 'run')}, {len(plan.todo)} to do, about {duration(plan.seconds)} in "
+            f"{count(plan.processes, 'process')} on {plan.device}."
+        )
     for measure in measures(series):
         typer.echo(f"Then, of finished runs: {measure}.")
     for note in dict.fromkeys([*series.notes, *(note for study in series.studies for note in study.notes)]):

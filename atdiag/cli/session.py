@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,7 +120,11 @@ def add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
     own = inspect.signature(function).parameters
     common = {name: option for name, option in _COMMON.items() if name not in own}
 
-    def call(work: Callable[[InspectionOptions], None], **options: Any) -> None:
+    def call(work: partial[None], **options: Any) -> None:
+        for parameter in ("subject", "subjects", "others"):
+            given = work.keywords.get(parameter) or ()
+            for reference in [given] if isinstance(given, str) else given:
+                _check_exists(reference)
         work(InspectionOptions(**options))
 
     app.command(name)(joined(function, common, call))
@@ -212,7 +217,7 @@ class InspectionSession:
         from atdiag.core.runs import Store
         from atdiag.execution import devices
 
-        settings = resolve(  # and all else that is quickly refused, before anything heavy is loaded
+        settings = resolve(  # before anything heavy is loaded
             given.data_dir,
             profile=given.profile,
             sets=given.set_,
@@ -222,8 +227,6 @@ class InspectionSession:
             data=given.data,
             split=given.split,
         )
-        for reference in references:
-            _check_exists(reference)
         from atdiag.analysis import subjects
         from atdiag.study import own
 

@@ -6,6 +6,7 @@ Their normalisation is part of its network. Imports timm on first use, and nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isqrt
 
 from atdiag.networks.registry import teachers
@@ -27,6 +28,13 @@ class Preprocessing:
 
 def of(reference: str) -> Preprocessing:
     """Return the preprocessing of the teacher that a reference names. Raises UserError if it names nothing."""
+    path, _ = sources.split_branch(reference.rpartition("@")[2])
+    about = path.stat() if path.exists() else None
+    return _of(reference, None if about is None else (about.st_size, about.st_mtime_ns))
+
+
+@lru_cache(maxsize=64)
+def _of(reference: str, _stamp: tuple[int, int] | None) -> Preprocessing:
     import timm
 
     from atdiag.networks.timm import architectures

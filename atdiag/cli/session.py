@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from atdiag.execution.plan import Plan
     from atdiag.networks.weights.classes import HeadRows
     from atdiag.reports.writers import Written
-    from atdiag.study.own import Choice
+    from atdiag.study.own import Length
     from atdiag.study.protocol import Reading, Series
     from atdiag.study.settings import Settings
 
@@ -153,7 +153,7 @@ class ExperimentSession:
     store: Store
     options: ExecutionOptions
     equivalence: float | None = None
-    choice: Choice | None = None
+    choice: Length | None = None
     """The training length chosen for a budget."""
 
     def reading(self, series: Series) -> Reading:

@@ -88,7 +88,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Length:
     """A training length that was chosen for a budget."""
 
     epochs: int
@@ -111,7 +111,7 @@ class Choice:
 
 def within(
     settings: Settings, budget: Budget, planned: Plan, store: Store, options: ExecutionOptions
-) -> tuple[Settings, Choice]:
+) -> tuple[Settings, Length]:
     """Return settings with as many epochs as fit a budget, and the choice: the stored one, or a new one.
 
     For a new one, training is timed for some seconds. Raises UserError if the user sets the epochs, too, or if not one
@@ -130,7 +130,7 @@ def within(
 
 
 def _long(settings: Settings, epochs: int, budget: Budget, more: Mapping[str, Any] | None = None) -> Settings:
-    length = Choice(epochs, 0, 0, str(budget), budget.gpu, "").settings
+    length = Length(epochs, 0, 0, str(budget), budget.gpu, "").settings
     return profiles.choosing(settings, {**length, **(more or {})})
 
 
@@ -140,10 +140,10 @@ def _key(specs: Sequence[RunSpec], budget: Budget) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _stored(path: Path) -> Choice | None:
+def _stored(path: Path) -> Length | None:
     """Read a stored choice; None if there is none. Raises UserError for a file that is no such choice."""
     try:
-        return Choice(**json.loads(small_file(path)))
+        return Length(**json.loads(small_file(path)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as fault:
@@ -152,7 +152,7 @@ def _stored(path: Path) -> Choice | None:
 
 def _chosen(
     settings: Settings, budget: Budget, planned: Plan, specs: Mapping[int, list[RunSpec]], options: ExecutionOptions
-) -> Choice:
+) -> Length:
     if budget.gpu:
         processes = 1
         speed = cost.gpu_speed(budget.gpu, min(spec.network.width for spec in specs[2]))
@@ -174,7 +174,7 @@ def _chosen(
         raise _too_little(settings, budget, planned, seconds, rest + each, specs[2])
     taken = seconds(planned(_long(settings, epochs, budget)))
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Choice(epochs, round(speed), round(taken), str(budget), budget.gpu, now)
+    return Length(epochs, round(speed), round(taken), str(budget), budget.gpu, now)
 
 
 def _too_little(

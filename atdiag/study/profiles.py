@@ -98,7 +98,7 @@ PROFILES: dict[str, Profile] = {
     ),
     OWN_PROFILE: Profile(
         name=OWN_PROFILE,
-        summary="your own images, by --data; what the images look like to a network comes from the teacher",
+        summary="your own images, at the size and crop that the teacher expects; minutes to days, as you like",
         data=Data(name="folder:", train=1, image_size=224, validation=0.1),
         recipe=_recipes(_SHORT, finetune_lr=1e-4),
         seeds=3,

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,3 +281,11 @@ def test_undecided_ends_in_a_line_that_goes_on(place, tmp_path):
     words = step["line"].split()
     assert words[0] == "atdiag" and words[-2:] == ["--set", "recipe.epochs=10"] and "recipe.epochs=1" not in words
     assert ran(*words[1:], "--dry-run")[0] == 0
+
+
+def test_the_page_is_short_and_its_line_plans(quick):
+    page = (Path(__file__).parents[2] / "docs" / "own.md").read_text()
+    assert len(page.split()) <= 700
+    (line,) = re.findall(r"^\$ atdiag (.*)$", page, re.MULTILINE)
+    line = line.replace("deit_tiny_patch16_224.fb_in1k.safetensors", "mine.pth").replace("imagenette-128", "pics")
+    assert ran(*line.split(), "--dry-run")[0] == 0

@@ -12,6 +12,7 @@ import typer
 
 from ablations import claims, gains
 from atdiag.core.selection import comma_separated
+from atdiag.data import sources
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import Series
 from atdiag.study.registry import ablation
@@ -38,7 +39,8 @@ def datasets(
     methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy",
 ) -> Series:
     """Transfer on several data sets, each beside its own baseline: does the outcome persist?"""
-    wanted = comma_separated(USUAL[lab.settings.profile.name] if data is None else data, "data", "digits,larger")
+    given = USUAL.get(lab.settings.profile.name, "") if data is None else data
+    wanted = [sources.named(name) for name in comma_separated(given, "data", "digits,larger")]
     passed = comma_separated(methods, "methods", "copy,distill")
     studies = tuple(
         gains.study(

@@ -84,7 +84,9 @@ def ood(
 ) -> Series:
     """Evaluate transfer on other test sets: does the outcome persist out of distribution?"""
     wanted = testsets.expand(
-        comma_separated(USUAL[lab.settings.profile.name] if on is None else on, "on", "imagenet-r,gaussian_noise:5")
+        comma_separated(
+            USUAL.get(lab.settings.profile.name, _CORRUPTED) if on is None else on, "on", "imagenet-r,gaussian_noise:5"
+        )
     )
     passed = comma_separated(methods, "methods", "copy,finetune")
     studies = []

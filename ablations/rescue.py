@@ -44,7 +44,9 @@ def rescue(
         )
     if not own:
         raise UserError(
-            f"{source.label} has no native component, so there is nothing to add", "choose another, such as clip_b"
+            f"{source.label} has no native component, so there is nothing to add: "
+            "its standard student is its native one",
+            "the same line with 'benchmark' for 'rescue' shows whether its attention transfers",
         )
     standard, native = lab.student(source), lab.student(source, own)
     passed = lab.transfer(transfer, standard)

@@ -63,17 +63,17 @@ LIGHT = (
     "atdiag/core/**/*.py",
     "atdiag/execution/*.py",
     "atdiag/reports/*.py",
-    *(f"atdiag/data/{name}.py" for name in ("catalogue", "datasets", "embedded", "folder_sets", "image_folders")),
-    *(f"atdiag/data/{name}.py" for name in ("sources", "testsets")),
+    *(f"atdiag/data/{name}.py" for name in ("catalogue", "datasets", "embedded", "files", "folder_sets", "listed")),
+    *(f"atdiag/data/{name}.py" for name in ("image_folders", "sources", "testsets")),
     *(f"atdiag/networks/{name}/__init__.py" for name in ("registry", "weights", "timm")),
-    *(f"atdiag/networks/registry/{name}.py" for name in ("listing", "stored", "teachers")),
+    *(f"atdiag/networks/registry/{name}.py" for name in ("listing", "preprocessing", "stored", "teachers")),
     *(f"atdiag/networks/weights/{name}.py" for name in ("files", "loading", "pull", "sources")),
     "atdiag/networks/model/acting.py",
     "atdiag/networks/timm/architectures.py",
     *(f"atdiag/study/{name}.py" for name in ("aggregate", "builder", "claims", "judging", "matching", "pipeline")),
     *(
         f"atdiag/study/{name}.py"
-        for name in ("protocol", "registry", "settings", "profiles", "transfer_settings", "verdicts")
+        for name in ("own", "profiles", "protocol", "registry", "sense", "settings", "transfer_settings", "verdicts")
     ),
     *(f"atdiag/training/{name}.py" for name in ("audit", "predictions")),
     "ablations/*.py",

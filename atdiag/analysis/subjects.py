@@ -151,7 +151,7 @@ def find_all(
     there is no run. asked: settings of ``data`` given by the user, such as ``data.image_size``, which a run does not
     change. Raises UserError as :func:`find` does, and for runs that see images of different sizes.
     """
-    found = {one: find(one, profile, data, store) for one in references if not _is_teacher(one)}
+    found = {one: find(one, profile, data, store) for one in references if not is_teacher(one)}
     runs = [one for one in found.values() if one.spec is not None]
     for one in runs[1:]:
         sizes = [f"{run.label} sees images of {run.network.image_size} px" for run in (runs[0], one)]
@@ -165,7 +165,8 @@ def find_all(
     return [found[one] for one in references], data
 
 
-def _is_teacher(reference: str) -> bool:
+def is_teacher(reference: str) -> bool:
+    """Return whether a reference names a teacher, rather than a run or a file of one."""
     name = reference.partition("@")[0]
     named = name in teachers.registry() or name in specimens() or reference.startswith((TIMM, VIT, teachers.HUB))
     return named or recognition.is_foreign(reference)
@@ -188,7 +189,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     data: the images that it will see, unless the reference implies them. Raises UserError, with suggestions, for a
     reference that names nothing.
     """
-    if _is_teacher(reference):
+    if is_teacher(reference):
         return _teacher(reference, profile, data)
     word, colon, rest = reference.partition(":")
     there = Path(reference).expanduser().exists()

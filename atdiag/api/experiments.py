@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from atdiag.execution.executor import Executor
     from atdiag.execution.plan import Plan
     from atdiag.study.builder import Lab
+    from atdiag.study.own import Budget
     from atdiag.study.protocol import Series, Study
     from atdiag.study.settings import Settings
 
@@ -36,19 +37,66 @@ class Prepared:
     session: ExperimentSession
 
 
-def prepare(make: Make, sets: Sequence[str], spoken: Callable[[str], str] = str, **given: Any) -> Prepared:
+def prepare(
+    make: Make,
+    sets: Sequence[str],
+    spoken: Callable[[str], str] = str,
+    budget: str | None = None,
+    gpu: str | None = None,
+    **given: Any,
+) -> Prepared:
     """Plan an experiment. Raises UserError for any invalid option.
 
-    sets: settings as ``NAME=VALUE``. spoken: spells the arguments that are named in notes. given: the other options of
+    sets: settings as ``NAME=VALUE``. spoken: spells the arguments that are named in notes. budget: a time such as
+    ``20m`` that chooses the epochs; gpu: the kind of GPU that it is meant for. given: the other options of
     :func:`~atdiag.api.sessions.open_session`.
     """
     from atdiag.study.builder import Lab
+    from atdiag.study.own import Budget
 
+    wanted = Budget.parse(budget, gpu)
+    if gpu is not None:
+        given["device"] = given.get("device") or "cuda"
     session = open_session(set_=list(sets), **given)
+    glance(make, session.settings)
+    session = fitted(make, session, wanted)
     series = spread(make, Lab(session.settings), spoken=spoken)
     check_overrides(lambda lab: spread(make, lab).specs, series.specs, session.settings, list(sets))
     check_classes([series], session.settings)
     return Prepared(series, session.plan(series.specs), session)
+
+
+def glance(make: Make, settings: Settings) -> None:
+    """Raise UserError for a teacher that can't be meant, before anything is loaded that takes seconds."""
+    from atdiag.networks.registry import teachers
+
+    for reference in _named(make):
+        teachers.glance(reference, settings.profile.name, settings.profile.data.image_size)
+
+
+def fitted(make: Make, session: ExperimentSession, budget: Budget | None) -> ExperimentSession:
+    """Return the session with what is chosen for its teacher and its budget, if it has one of each."""
+    from atdiag.study import own
+    from atdiag.study.builder import Lab
+
+    if len(names := _named(make)) == 1:
+        session = replace(session, settings=own.suited(session.settings, names[0]))
+    if budget is None:
+        return session
+
+    def planned(settings: Settings) -> list[RunSpec]:
+        return spread(make, Lab(settings)).specs
+
+    settings, choice = own.within(session.settings, budget, planned, session.store, session.options)
+    return replace(session, settings=settings, choice=choice)
+
+
+def _named(make: Make) -> tuple[str, ...]:
+    """Return the references of the teachers that are asked for; none for ``all``, and where an ablation chooses."""
+    asked = make.keywords.get("teacher")
+    if isinstance(asked, tuple):
+        return asked
+    return references(asked) if isinstance(asked, str) and asked != "all" else ()
 
 
 def train(series: Sequence[Series], plan: Plan, session: ExperimentSession, executor: Executor | None = None) -> None:
@@ -70,6 +118,8 @@ def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> N
     from atdiag.execution import devices
     from atdiag.study import pipeline
 
+    if session.choice is not None and session.choice.gpu and not devices.is_here(plan.device):
+        raise UserError(f"there is no {plan.device} device on this machine", "add `dry_run` to plan for one elsewhere")
     devices.resolve(plan.device)  # finished runs may still be measured
     if plan.todo:
         paths.fit_for_runs(session.store.root, "runs")
@@ -86,11 +136,13 @@ def spread(make: Make, lab: Lab, leave_out: bool = False, spoken: Callable[[str]
 
     asked = make.keywords.get("teacher")
     if not isinstance(asked, str | tuple) or (isinstance(asked, str) and asked != "all" and "," not in asked):
-        return Series.join([make(lab)])
+        return Series.join([make(lab if asked is None else lab.suited(asked))])
     names = asked if isinstance(asked, tuple) else lab.teachers if asked == "all" else references(asked)
     if len(names) == 1:
-        return Series.join([make(lab, teacher=names[0])])
-    series = Series.of_each(names, lambda name: make(lab, teacher=name), leave_out=leave_out or asked == "all")
+        return Series.join([make(lab.suited(names[0]), teacher=names[0])])
+    series = Series.of_each(
+        names, lambda name: make(lab.suited(name), teacher=name), leave_out=leave_out or asked == "all"
+    )
     return replace(series, notes=tuple(map(spoken, series.notes)))  # why some teachers are left out
 
 

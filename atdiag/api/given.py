@@ -32,6 +32,8 @@ class CommonOptions(TypedDict, total=False):
     """Leave out images that can't be read, and count them."""
     data: str | Path | Mapping[str, Any] | None
     """The data set: a name, a folder, or settings. Default: the one that a run was trained on, else the profile's."""
+    split: float | None
+    """The share of a folder's images to hold out for the test, if it has no test part."""
     settings: Mapping[str, Any] | Sequence[str] | None
     """Other settings, such as ``{"data.clutter": 6}``."""
     data_dir: Path | None
@@ -50,7 +52,10 @@ def open_analysis(references: Sequence[Any], common: CommonOptions, classes: Pat
     if not references:
         raise UserError("no subject is named", "give a teacher, a run, a file or a network")
     given: dict[str, Any] = {**common}
-    sets = [*data_sets(given.pop("data", None)), *as_sets(given.pop("settings", None))]
+    data = given.pop("data", None)
+    if isinstance(data, str | Path):
+        given["data"], data = str(data), None
+    sets = [*data_sets(data), *as_sets(given.pop("settings", None))]
     for name in ("data_dir", "runs", "out"):
         given[name] = None if given.get(name) is None else Path(given[name])
     label = given.get("label")

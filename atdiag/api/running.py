@@ -30,6 +30,9 @@ def run(
     teacher: str | Path | nn.Module | Sequence[str | Path | nn.Module] | None = None,
     data: str | Path | Mapping[str, Any] | None = None,
     *,
+    split: float | None = None,
+    budget: str | None = None,
+    gpu: str | None = None,
     profile: str | None = None,
     seeds: int | None = None,
     first_seed: int | None = None,
@@ -55,7 +58,8 @@ def run(
     command line names the same runs.
 
     ablation: the name of its command. teacher: a name, a weight file, a network of timm's or ours, or several of these.
-    data: a data set's name, a folder, or settings (``{"name": "imagenette", "image_size": 128}``). options: the
+    data: a data set's name, a folder, or settings (``{"name": "imagenette", "image_size": 128}``). split: the share of
+    a folder's images to hold out for the test. budget: a time such as ``20m`` that chooses the epochs. options: the
     experiment's own, named as on the command line (``module``, ``from_``, ``k=(3, 6)``). settings: others by dotted
     name (``{"recipe.epochs": 2}``). runs: the folder of runs. out: a folder for tables and figures; default: none are
     written. executor: None for processes on this machine. dry_run: train nothing, and return the plan. The others are
@@ -67,14 +71,18 @@ def run(
     """
     function = _function(ablation)
     sets = as_sets(settings)
+    named: str | None = None
     if data is not None and "data" in inspect.signature(function).parameters:
         options["data"] = data
+    elif isinstance(data, str | Path):
+        named = str(data)
     else:
         sets = [*data_sets(data), *sets]
     places = {"runs": runs, "data_dir": data_dir, "classes": classes}
     given: dict[str, Any] = {name: None if path is None else Path(path) for name, path in places.items()}
     given |= {"profile": profile, "seeds": seeds, "first_seed": first_seed, "equivalence": equivalence}
     given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic}
+    given |= {"data": named, "split": split, "budget": budget, "gpu": gpu}
     if teacher is not None:
         options["teacher"] = _references(teacher, given["runs"])
     ready = experiments.prepare(_made(ablation, function, options), sets, **given)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from atdiag.execution.plan import Plan
     from atdiag.networks.weights.classes import HeadRows
     from atdiag.reports.notebook import NotebookBar
+    from atdiag.study.own import Length
     from atdiag.study.protocol import Reading, Series
     from atdiag.study.settings import Settings
 
@@ -65,6 +66,8 @@ class ExperimentSession:
     store: Store
     options: ExecutionOptions
     equivalence: float | None = None
+    choice: Length | None = None
+    """The training length chosen for a budget."""
 
     def reading(self, series: Series) -> Reading:
         """Return the reading of a series, all of whose runs are finished and measured."""
@@ -76,7 +79,8 @@ class ExperimentSession:
         """Plan some runs: which are unfinished, and their cost."""
         from atdiag.execution import plan
 
-        return plan.make(specs, self.store, self.options)
+        made = plan.make(specs, self.store, self.options)
+        return made if self.choice is None else replace(made, speed=self.choice.flops_per_second)
 
 
 def open_session(
@@ -88,6 +92,8 @@ def open_session(
     runs: Path | None,
     data_dir: Path | None,
     classes: Path | None = None,
+    data: str | None = None,
+    split: float | None = None,
     **given: Any,
 ) -> ExperimentSession:
     """Resolve the options of an experiment. Raises UserError for any invalid one."""
@@ -99,7 +105,15 @@ def open_session(
         raise UserError(f"`equivalence` {equivalence:g} is not a margin", "give points above 0, such as 0.5")
     compiled.choice()
     settings = resolve(
-        data_dir, profile=profile, seeds=seeds, first_seed=first_seed, sets=set_, runs=runs, classes=classes
+        data_dir,
+        profile=profile,
+        seeds=seeds,
+        first_seed=first_seed,
+        sets=set_,
+        runs=runs,
+        classes=classes,
+        data=data,
+        split=split,
     )
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))
@@ -115,6 +129,7 @@ class InspectionOptions:
     label: Sequence[str] | None = None
     skip_bad: bool = False
     data: str | None = None
+    split: float | None = None
     set_: Sequence[str] = ()
     """Settings, as ``NAME=VALUE``."""
     data_dir: Path | None = None
@@ -151,19 +166,34 @@ class InspectionSession:
         self, references: Sequence[str | nn.Module], given: InspectionOptions, classes: Path | None = None
     ) -> None:
         """classes: the user's list of classes, for heads with as many rows."""
-        from atdiag.analysis import modules, subjects
         from atdiag.core.runs import Store
         from atdiag.execution import devices
 
-        overrides = [*([f"data.name={given.data}"] if given.data is not None else []), *given.set_]
-        settings = resolve(
-            given.data_dir, profile=given.profile, sets=overrides, runs=given.runs, classes=classes, training=False
+        named = [one for one in references if isinstance(one, str)]
+        for reference in named:
+            check_exists(reference)
+        settings = resolve(  # before anything heavy is loaded
+            given.data_dir,
+            profile=given.profile,
+            sets=given.set_,
+            runs=given.runs,
+            classes=classes,
+            training=False,
+            data=given.data,
+            split=given.split,
         )
+        from atdiag.analysis import modules, subjects
+        from atdiag.study import own
+
+        if (first := next(filter(subjects.is_teacher, named), None)) is not None:
+            settings = own.suited(settings, first)
         self.given = given
         self.profile = settings.profile.name
         self.store = Store(settings.runs)
         self.device = devices.resolve(given.device)
-        asked = {item.partition("=")[0].strip() for item in overrides if item.startswith("data.")}
+        typed = {"data.name": given.data, "data.split": given.split}
+        asked = {name for name, value in typed.items() if value is not None}
+        asked |= {name for item in given.set_ if (name := item.partition("=")[0].strip()).startswith("data.")}
         self.subjects, self.data = modules.find_among(
             references, self.profile, settings.profile.data, self.store, asked
         )
@@ -204,6 +234,24 @@ class InspectionSession:
             if one.spec is not None and one.data is not None
             if pictures.data is not None and one.data.name != pictures.data.name
         ]
+
+
+SUBJECT = "a teacher (clip_b), a run's id (start:ID: before its first step), a file of a run, or timm:MODEL[@FILE]"
+"""Ways to name a network."""
+
+
+def check_exists(reference: str) -> None:
+    """Raise UserError for a reference that is, or ends with, the path of a file that does not exist."""
+    from atdiag.networks.weights import sources
+
+    path, _ = sources.split_branch(reference)
+    if path.exists():
+        return
+    name, file, _ = sources.split_reference(reference)
+    if file is not None and not file.exists():
+        raise UserError(f"{file}: there is no such file (weights of {name}){sources.near(file)}")
+    if file is None and ":" not in reference and ("/" in reference or reference.endswith(sources.SUFFIXES)):
+        raise UserError(f"there is no file {path}{sources.near(path)}", f"what can be named is {SUBJECT}")
 
 
 def chosen(text: str | None, count: int, argument: str) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import os
+import re
 import signal
 import sys
 from typing import Annotated, Any
@@ -20,7 +21,9 @@ from atdiag.cli.messages import (
     EXIT_TERMINATED,
     EXIT_USAGE,
     RESERVED,
+    TYPED,
     as_typed,
+    instead,
     say,
     stopped,
 )
@@ -85,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the console script. Wrong input: one line, exit 2. A fault at run time: one line, exit 1."""
     signal.signal(signal.SIGTERM, _terminate)
     code: Any
+    TYPED.set(tuple(sys.argv[1:] if arguments is None else arguments))
     try:
         _complete(app)
         # Run in a copied context, so that what a command sets, such as the data folder, ends with it.
@@ -124,6 +128,10 @@ def _explain(fault: Exception) -> int:
             typer.echo(fault.format_message(), err=True)
             return EXIT_USAGE
         context = getattr(fault, "ctx", None)
+        said = fault.format_message().replace("\n", " ").rstrip(".")
+        if context and (better := _better(fault, said, context)):
+            say(f"{said.partition(' (Possible')[0]}: type {better}")
+            return EXIT_USAGE
         hint = f" (see '{context.command_path} --help')" if context else ""
         say(_with_value(fault).replace("\n", " ").rstrip(".") + hint)
         return EXIT_USAGE
@@ -146,6 +154,19 @@ def _explain(fault: Exception) -> int:
         raise fault
     say(f"{type(fault).__name__}: {fault} (this is a bug in atdiag; ATDIAG_DEBUG=1 shows where)")
     return EXIT_FAULT
+
+
+def _better(fault: Any, said: str, context: Any) -> str:
+    """Return what to type in place of an unknown option, or of a file without one; empty if that can't be told."""
+    known = [name for parameter in context.command.params for name in parameter.opts]
+    if option := getattr(fault, "option_name", None):
+        return instead(option, known)
+    found = re.fullmatch(r"Got unexpected extra arguments? ?\(?s?\)? ?\((.+)\)", said)
+    if found is None or "--teacher" not in known:
+        return ""
+    word = found[1].split()[0]
+    name = "--data" if os.path.isdir(word) and "--data" in known else "--teacher"  # noqa: PTH112 - no other need of Path
+    return f"{name} {word}"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Part of the command line: imports nothing heavy before a command is called.
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,9 @@ from atdiag.api.experiments import check_classes as check_classes
 from atdiag.api.experiments import check_overrides as check_overrides
 from atdiag.api.experiments import references as references
 from atdiag.api.experiments import spread as spread
-from atdiag.cli import planning
+from atdiag.cli import planning, settling
 from atdiag.cli.messages import RESERVED, as_typed, say
-from atdiag.cli.options import EXPERIMENT, joined
+from atdiag.cli.options import BUDGET, EXPERIMENT, joined
 from atdiag.study import registry
 
 if TYPE_CHECKING:
@@ -41,29 +42,44 @@ def add_commands(app: typer.Typer) -> None:
             say(f"the experiment {one.name!r} of {one.source} can't be loaded ({one.fault})")
         else:
             taken.add(one.name)
-            app.command(one.name)(joined(one.function, EXPERIMENT, _run))
+            own = inspect.signature(one.function).parameters  # ``datasets`` has a ``--data`` of its own
+            common = {name: option for name, option in {**EXPERIMENT, **BUDGET}.items() if name not in own}
+            app.command(one.name)(joined(one.function, common, _run))
 
 
-def _run(make: Make, dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any) -> None:
+def _run(
+    make: Make,
+    dry_run: bool,
+    json_: bool,
+    out: Path | None,
+    set_: list[str],
+    budget: str | None = None,
+    gpu: str | None = None,
+    **given: Any,
+) -> None:
     from atdiag.reports import console, document, writers
 
-    ready = experiments.prepare(make, set_, as_typed, **given)
+    ready = experiments.prepare(make, set_, as_typed, budget=budget, gpu=gpu, **given)
     series, plan, session = ready.series, ready.plan, ready.session
     folder = document.folder(series, session.settings.profile.name, out.expanduser() if out else None)
     if dry_run:
         planning.show(series, plan, session, json_)
         return
     check([series], plan, session)
-    planning.header(series, session.settings)
+    planning.header(series, session)
     train([series], plan, session)
     reading = session.reading(series)
     written = writers.write_reading(reading, folder)
-    console.show_reading(reading, written.files, as_typed)
+    from atdiag.study.builder import Lab
+
+    steps = settling.steps(lambda settings: spread(make, Lab(settings)), reading, session)
+    console.show_reading(reading, written.files, as_typed, [str(step) for step in steps])
     if json_:
-        typer.echo(json.dumps({**document.as_json(reading), **written.record()}))
+        record = {**document.as_json(reading), "settle": [step.record() for step in steps], **written.record()}
+        typer.echo(json.dumps(record))
 
 
 def train(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:
     """Train and measure what is missing, after a line on how much that is."""
-    planning.announce(plan, session.store)
+    planning.announce(plan, session)
     experiments.train(series, plan, session)

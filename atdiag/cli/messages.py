@@ -6,6 +6,9 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Collection, Mapping
+from contextvars import ContextVar
 
 import typer
 
@@ -51,6 +54,65 @@ def as_typed(text: str) -> str:
 
 def _option(name: str) -> str:
     return f"--set {name}" if "." in name else f"--{name.strip('_').replace('_', '-')}"
+
+
+_GUESSES = {
+    "--teacher FILE": ("--model", "--checkpoint", "--ckpt", "--weights", "--pretrained", "--resume", "--file"),
+    "--data FOLDER": ("--dataset", "--data-path", "--data-folder", "--folder", "--train-dir", "--root", "--images"),
+    "--split 0.2": ("--val-split", "--test-split", "--test-size", "--val-size", "--holdout"),
+    "--budget 20m": ("--time", "--hours", "--minutes", "--max-time"),
+    "--set data.image_size=N": ("--img-size", "--input-size", "--size", "--resolution", "--imgsz"),
+    "--set recipe.batch_size=N": ("--batch", "--bs"),
+    "--set recipe.epochs=N": ("--num-epochs", "--epoch"),
+    "--set recipe.lr=N": ("--learning-rate",),
+    "--seeds N": ("--seed", "--runs-per-arm"),
+    "--out FOLDER": ("--output", "--output-dir", "--save-dir", "--log-dir"),
+}
+"""What to type -> what other programs call it."""
+
+
+def instead(option: str, known: Collection[str]) -> str:
+    """Return what to type for an option that does not exist, among the ``known`` ones; empty if nothing is alike.
+
+    >>> instead("--epochs", ["--set"]), instead("--ckpt", ["--teacher"]), instead("--ckpt", [])
+    ('--set recipe.epochs=N', '--teacher FILE', '')
+    """
+    from atdiag.core.spec import Data, Recipe
+
+    asked = option.lower().replace("_", "-")
+    field = asked.lstrip("-").removeprefix("no-").replace("-", "_")
+    sections = {"recipe": Recipe.model_fields, "data": Data.model_fields}
+    found = [f"--set {section}.{field}=N" for section, fields in sections.items() if field in fields]
+    found += [line for line, names in _GUESSES.items() if asked in names]
+    return next((line for line in found if line.split()[0] in known), "")
+
+
+TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
+"""The command line as typed, without the program's name."""
+
+
+def retyped(changes: Mapping[str, str | None], settings: Mapping[str, object]) -> str:
+    """Return the command line as typed, with other options: ``--seeds`` -> its value, or None to leave it out.
+
+    settings: the same for settings by dotted name. Quoted for a shell.
+    """
+    words, kept = list(TYPED.get()), list[str]()
+    while words:
+        word = words.pop(0)
+        name, sign, value = word.partition("=")
+        if name in changes:
+            if not sign and words:
+                words.pop(0)
+            continue
+        if name == "--set":
+            given = value if sign else words.pop(0) if words else ""
+            if given.partition("=")[0].strip() not in settings:
+                kept += ["--set", given]
+            continue
+        kept.append(word)
+    kept += [word for name, value in changes.items() if value is not None for word in (name, value)]
+    kept += [word for name, value in settings.items() if value is not None for word in ("--set", f"{name}={value}")]
+    return shlex.join(["atdiag", *kept])
 
 
 def say(text: str) -> None:

@@ -17,7 +17,9 @@ Runs = Annotated[
     Path | None, typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")]
-Profile = Annotated[str | None, typer.Option(help="The scale: mini, small or paper. [default: mini]")]
+Profile = Annotated[
+    str | None, typer.Option(help="The scale: mini, small, paper or own. [default: own with --data FOLDER, else mini]")
+]
 Set = Annotated[
     list[str],
     typer.Option("--set", metavar="NAME=VALUE", help="Override a setting, such as recipe.epochs=40. Repeatable."),
@@ -35,6 +37,26 @@ Classes = Annotated[
     ),
 ]
 
+_Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FOLDER",
+        help="Your images: train/CLASS/IMAGE and val/CLASS/IMAGE, or CLASS/IMAGE alone, or images with labels.csv "
+        "(columns file, label). Also a name that 'atdiag data' lists.",
+    ),
+]
+Split = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Hold out test images where the folder has none: a share, as 0.2, or a number."),
+]
+_Budget = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Train for as many epochs as fit this time, as 20m or 3h, all runs together."),
+]
+_Gpu = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The GPU that --budget is meant for: h100 or h200. [default: here]")
+]
 _Seeds = Annotated[int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]")]
 _FirstSeed = Annotated[
     int | None,
@@ -80,7 +102,11 @@ EXECUTION: Common = {
 }
 """Execution options: fields of :class:`~atdiag.core.options.ExecutionOptions` by name."""
 
+BUDGET: Common = {"budget": (_Budget, None), "gpu": (_Gpu, None)}
+
 EXPERIMENT: Common = {
+    "data": (_Data, None),
+    "split": (Split, None),
     "profile": (Profile, None),
     "set_": (Set, []),
     "seeds": (_Seeds, None),
@@ -93,7 +119,7 @@ EXPERIMENT: Common = {
     "runs": (Runs, None),
     **EXECUTION,
 }
-"""Options common to all experiments."""
+"""Options common to all experiments; ``BUDGET`` only to single ones."""
 
 
 def joined(function: Callable[..., Any], common: Common, call: Callable[..., None]) -> Callable[..., None]:

@@ -14,30 +14,41 @@ from atdiag.api import experiments
 from atdiag.core.spec.data import OF_SCENES
 from atdiag.core.text import count, duration
 from atdiag.reports import console
+from atdiag.study.profiles import OWN_PROFILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from atdiag.cli.session import ExperimentSession
-    from atdiag.core.runs import Store
     from atdiag.core.spec import Data, Network, Teacher
     from atdiag.execution.plan import Plan
     from atdiag.study.protocol import Series, Study
     from atdiag.study.settings import Settings
 
 
-def header(series: Series, settings: Settings) -> None:
-    """Print what an experiment is about, and its scale."""
+def header(series: Series, session: ExperimentSession) -> None:
+    """Print what an experiment is about, and its scale; of a user's own images what was chosen, and why."""
     from atdiag.reports import tables
 
+    settings = session.settings
+    if settings.profile.name == OWN_PROFILE:
+        from atdiag.cli import chosen
+
+        for line in chosen.lines(series, session):
+            typer.echo(line)
+        _warnings(series.studies, settings)
+        return
     typer.echo(f"atdiag {series.ablation}: {tables.subject(series)}")
     scale(series.studies, settings)
+    if session.choice is not None:
+        from atdiag.cli import chosen
+
+        typer.echo(chosen.length(series, session))
 
 
 def scale(studies: tuple[Study, ...], settings: Settings) -> None:
     """Print the data, the training length, and the origin of the teachers."""
-    from atdiag.data import folder_sets, sources
-    from atdiag.networks.registry import specimens, teachers
+    from atdiag.data import sources
 
     def images(one: Data) -> str:
         held = sources.find(one).validation_images(one)
@@ -48,8 +59,17 @@ def scale(studies: tuple[Study, ...], settings: Settings) -> None:
     epochs = sorted({spec.recipe.epochs for spec in arms})
     length = count(epochs[0], "epoch") if len(epochs) == 1 else f"{' or '.join(map(str, epochs))} epochs"
     typer.echo(
-        f"profile {settings.profile.name}: {data} x {length}, {count(len(settings.seeds), 'seed')}{_which(settings)}"
+        f"profile {settings.profile.name}: {data} x {length}, {count(len(settings.seeds), 'seed')}{which(settings)}"
     )
+    _warnings(studies, settings)
+
+
+def _warnings(studies: tuple[Study, ...], settings: Settings) -> None:
+    """Print what a reader must not overlook: files left out, stand-ins for teachers, missing weights, overrides."""
+    from atdiag.data import folder_sets
+    from atdiag.networks.registry import specimens, teachers
+
+    arms = [arm.specs[0] for study in studies for arm in study.arms]
     for name in dict.fromkeys(spec.data.name for spec in arms):
         if note := folder_sets.left_out(name):
             typer.echo(f"{name}: {note}")
@@ -66,11 +86,13 @@ def scale(studies: tuple[Study, ...], settings: Settings) -> None:
             typer.echo(f"its weights are not on this machine: {teachers.how_to_get(missing[0])}")
         else:
             typer.echo(f"the weights of {names(missing)} are not on this machine: {teachers.how_to_get(missing[0])}")
-    if settings.overrides:
-        typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(settings.overrides.items())))
+    own = settings.profile.name == OWN_PROFILE  # whose first lines name the folder and its division
+    told = {k: v for k, v in settings.overrides.items() if not (own and k in ("data.name", "data.split"))}
+    if told:
+        typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(told.items())))
 
 
-def _which(settings: Settings) -> str:
+def which(settings: Settings) -> str:
     """Name the seeds where they do not begin at 0."""
     first, last = settings.seeds[0].data, settings.seeds[-1].data
     if not first:
@@ -78,16 +100,19 @@ def _which(settings: Settings) -> str:
     return f" ({first})" if first == last else f" ({first} to {last})"
 
 
-def announce(plan: Plan, store: Store) -> None:
+def announce(plan: Plan, session: ExperimentSession) -> None:
     """Print how much is to be trained, and the estimated time."""
+    store, settings = session.store, session.settings
+    own = settings.profile.name == OWN_PROFILE  # otherwise said before
+    seeds = f"{count(len(settings.seeds), 'seed')}{which(settings)}: " if own else ""
     if not plan.todo:
-        typer.echo(f"{count(len(plan.specs), 'run')}, all finished before: nothing to train")
+        typer.echo(f"{seeds}{count(len(plan.specs), 'run')}, all finished before: nothing to train")
         return
     begun = sum(store.run(spec).checkpoint.exists() for spec in plan.todo)
     go_on = f" ({begun} go on from their checkpoints)" if begun else ""
     where = f"in {count(min(plan.processes, len(plan.todo)), 'process')} on {plan.device}"
     typer.echo(
-        f"{count(len(plan.specs), 'run')}, {len(plan.specs) - len(plan.todo)} finished before; "
+        f"{seeds}{count(len(plan.specs), 'run')}, {len(plan.specs) - len(plan.todo)} finished before; "
         f"{len(plan.todo)} to do{go_on} {where}: about {duration(plan.seconds)}"
     )
 
@@ -99,7 +124,10 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
     from atdiag.execution import cost
 
     settings, store = session.settings, session.store
-    header(series, settings)
+    header(series, session)
+    own = settings.profile.name == OWN_PROFILE
+    if own:
+        announce(plan, session)
     table = Table(title=f"{series.ablation}: what would be run", title_justify="left")
     for name in ("arm", "seed", "run", "state", "thread-s"):
         table.add_column(name, justify="right" if name in ("seed", "thread-s") else "left", no_wrap=name != "arm")
@@ -108,10 +136,11 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
         seconds = f"{cost.seconds(spec, plan.speed):.0f}"
         table.add_row(name, str(spec.seed.model), spec.id, store.run(spec).state, seconds)
     console.show_table(table)
-    typer.echo(
-        f"{count(len(plan.specs), 'run')}, {len(plan.todo)} to do, about {duration(plan.seconds)} in "
-        f"{count(plan.processes, 'process')} on {plan.device}."
-    )
+    if not own:
+        typer.echo(
+            f"{count(len(plan.specs), 'run')}, {len(plan.todo)} to do, about {duration(plan.seconds)} in "
+            f"{count(plan.processes, 'process')} on {plan.device}."
+        )
     for measure in measures(series):
         typer.echo(f"Then, of finished runs: {measure}.")
     for note in dict.fromkeys([*series.notes, *(note for study in series.studies for note in study.notes)]):

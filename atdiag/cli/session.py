@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atdiag.api.sessions import SUBJECT as SUBJECT
 from atdiag.api.sessions import ExperimentSession as ExperimentSession
 from atdiag.api.sessions import open_session as open_session
 from atdiag.api.sessions import resolve as resolve
 from atdiag.cli.messages import as_typed
-from atdiag.cli.options import DataDir, Json, Profile, Runs, Set, joined
+from atdiag.cli.options import DataDir, Json, Profile, Runs, Set, Split, joined
 from atdiag.reports import console
 
 if TYPE_CHECKING:
@@ -30,9 +31,6 @@ Given = dict[str, Any]
 Shown = tuple["Result", "Sequence[Table]"]
 """What a command shows: a result, and its tables for the terminal."""
 
-SUBJECT = "a teacher (clip_b), a run's id (start:ID: before its first step), a file of a run, or timm:MODEL[@FILE]"
-"""Ways to name a network."""
-
 Images = Annotated[
     list[str] | None,
     typer.Option(
@@ -42,7 +40,11 @@ Images = Annotated[
 ]
 Layers = Annotated[str | None, typer.Option(help="Blocks, such as 0,5,11 or 3-5 or top:4. [default: all]")]
 _DataName = Annotated[
-    str | None, typer.Option("--data", help="The data set. [default: the one that a run was trained on, else mini's]")
+    str | None,
+    typer.Option(
+        "--data",
+        help="A folder of images, or a data set's name. [default: the one that a run was trained on, else mini's]",
+    ),
 ]
 _SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that can't be read, and count them.")]
 _Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the best that is here]")]
@@ -57,6 +59,7 @@ _COMMON: dict[str, tuple[Any, Any]] = {
     "label": (_Label, None),
     "skip_bad": (_SkipBad, False),
     "data": (_DataName, None),
+    "split": (Split, None),
     "set_": (Set, []),
     "data_dir": (DataDir, None),
     "profile": (Profile, None),

@@ -17,7 +17,7 @@ from PIL import Image
 from atdiag.core import randomness
 from atdiag.core.spec import Recipe
 from atdiag.data.catalogue import IMAGENET_MEAN
-from atdiag.data.decoding import to_array, to_picture
+from atdiag.data.decoding import resampling, to_array, to_picture
 from atdiag.data.splits import Split
 
 ATTEMPTS = 10
@@ -71,11 +71,12 @@ def erase_box(height: int, width: int, draws: NDArray[np.float64]) -> Box | None
 class Augment:
     """A recipe's augmentation of training images under a data seed."""
 
-    def __init__(self, recipe: Recipe, seed: int, size: int, real: bool) -> None:
+    def __init__(self, recipe: Recipe, seed: int, size: int, real: bool, interpolation: str = "bicubic") -> None:
         self.recipe, self.seed, self.size = recipe, seed, size
+        self.resampling = resampling(interpolation)
         self._rand_augment: Callable[[Image.Image], Image.Image] | None = None
         if recipe.rand_augment:
-            self._rand_augment = _rand_augment(recipe.rand_augment, size, real)
+            self._rand_augment = _rand_augment(recipe.rand_augment, size, self.resampling if real else None)
 
     def __call__(self, images: Split, epoch: int, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return training views of some images of a split, uint8 [b, C, S, S]. Raises BrokenImageError."""
@@ -107,7 +108,7 @@ class Augment:
             picture = images.picture(sample)
             top, left, height, width = crop_box(picture.height, picture.width, self.recipe.crop, draws)
             cut = picture.crop((left, top, left + width, top + height))
-            picture = cut.resize((self.size, self.size), Image.Resampling.BICUBIC)
+            picture = cut.resize((self.size, self.size), self.resampling)
         if self._rand_augment is not None:
             mode = picture.mode
             with randomness.isolated(self.seed, "augment", epoch, sample):
@@ -127,13 +128,13 @@ class Augment:
                 area[...] = noise.integers(0, 256, area.shape, dtype=np.uint8)
 
 
-def _rand_augment(config: str, size: int, real: bool) -> Callable[[Image.Image], Image.Image]:
+def _rand_augment(config: str, size: int, real: Image.Resampling | None) -> Callable[[Image.Image], Image.Image]:
     from timm.data.auto_augment import posterize, rand_augment_transform
 
     settings: dict[str, Any] = {"translate_const": int(size * 0.45), "img_mean": (0, 0, 0)}  # scenes: black background
-    if real:
+    if real is not None:
         settings["img_mean"] = tuple(min(255, round(255 * value)) for value in IMAGENET_MEAN)
-        settings["interpolation"] = Image.Resampling.BICUBIC
+        settings["interpolation"] = real
     transform = rand_augment_transform(config, settings)
     for operation in transform.ops:
         if operation.aug_fn is posterize:

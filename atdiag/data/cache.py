@@ -23,7 +23,7 @@ from PIL import Image
 from atdiag.core import paths
 from atdiag.core.resources import available_cores
 from atdiag.data.decoding import FORMATS, RULE, BrokenImageError, load
-from atdiag.data.image_folders import Files
+from atdiag.data.files import Files
 
 MOST = 4 * 2**30
 """Maximum bytes of pixels cached for one split (CIFAR-10: 0.15 GB; Imagenette-128: 0.47 GB)."""

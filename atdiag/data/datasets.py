@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Network
 from atdiag.core.text import count
-from atdiag.data.image_folders import Files, SplitName
+from atdiag.data.files import Files, SplitName
 
 if TYPE_CHECKING:
     from atdiag.data.splits import Split

@@ -42,8 +42,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from atdiag.core.spec import Data
 from atdiag.data import endings
-from atdiag.data.image_folders import Files, Stored
+from atdiag.data.files import Files, Stored
 
 RULE = 2
 """Version of the rule above; the decoded cache's file names hold it. 1: Pillow's own conversion, which clips I;16."""
@@ -170,13 +171,20 @@ def load(stored: Stored) -> Image.Image:
 
 @dataclass(frozen=True)
 class View:
-    """The test view of an image: resize the shorter side to ``size / share`` (bicubic), then crop the centre.
+    """The test view of an image: resize the shorter side to ``size / share``, then crop the centre.
 
-    An image stored as ``size x size`` is used unchanged.
+    An image stored as ``size x size`` is used unchanged. interpolation: as Pillow names it.
     """
 
     size: int
     share: float
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def of(cls, data: Data, share: float) -> View:
+        """Return the view of a spec of real images; ``share``: its data set's, unless the spec has its own."""
+        assert data.image_size is not None
+        return cls(data.image_size, data.crop_share or share, data.interpolation)
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         """Return the view, ``size x size``."""
@@ -188,9 +196,14 @@ class View:
             width, height = short, int(short * height / width)
         else:
             width, height = int(short * width / height), short
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        picture = picture.resize((width, height), resampling(self.interpolation))
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return picture.crop((left, top, left + self.size, top + self.size))
+
+
+def resampling(name: str) -> Image.Resampling:
+    """Return Pillow's way of resizing, by its name in lower case."""
+    return Image.Resampling[name.upper()]
 
 
 def to_array(picture: Image.Image) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from atdiag.core.spec.data import OF_SCENES
 from atdiag.data import validation
 from atdiag.data.catalogue import CANVAS
 from atdiag.data.datasets import check_fit
-from atdiag.data.image_folders import Files, SplitName
+from atdiag.data.files import Files, SplitName
 
 if TYPE_CHECKING:
     from atdiag.data.scenes import Scenes

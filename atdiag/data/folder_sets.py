@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from atdiag.core.spec import Data, Network
 from atdiag.data import image_folders, validation
 from atdiag.data.catalogue import ANY_FOLDER, FACTS, IMAGENET_MEAN, IMAGENET_STD, Facts, crop_share, synsets
 from atdiag.data.datasets import check_fit
-from atdiag.data.image_folders import SPLITS, Files, SplitName
+from atdiag.data.files import Files, SplitName
 from atdiag.data.tars import TIMM
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class FolderSet:
 
     def usual(self, beside: Data) -> Data:
         """Return the spec of all images, at the profile's image size if it has one."""
-        return Data(name=self.name, train=beside.train, image_size=beside.image_size or self.image_size)
+        size = beside.image_size or self.image_size
+        return Data(name=self.name, train=beside.train, image_size=size, validation=beside.validation)
 
     def complete(self, data: Data, train: int | None = None) -> Data:
         """Return the spec with the actual ``train``, ``image_size`` and fingerprint.
@@ -111,7 +113,8 @@ class FolderSet:
         facts = self.facts
         if facts is None and data.image_size is None:
             raise UserError(f"{self.name} needs `data.image_size`", "say which, such as `data.image_size`=224")
-        have = facts.train if facts else len(image_folders.read(self.name, "train"))
+        self._check_split(data)
+        have = facts.train if facts else len(self._available(data))
         chosen = self.classes * data.per_class if data.per_class else have
         have = chosen - (held := validation.size(data.validation, chosen))
         if have < 1:
@@ -128,9 +131,23 @@ class FolderSet:
         values = {
             "train": have if train is None else train,
             "image_size": data.image_size or self.image_size,
+            "crop_share": None if data.crop_share == crop_share(self.name) else data.crop_share,
             "fingerprint": fingerprint,
         }
         return Data.model_validate({**data.model_dump(), **values})
+
+    def _check_split(self, data: Data) -> None:
+        """Raise UserError for a folder without test images and without a split, or with both."""
+        if (len(image_folders.parts(self.name)) > 1) == (data.split is None):
+            return
+        if data.split is None:
+            root = image_folders.read(self.name, "train").root  # first, for any other fault of the folder
+            hint = "hold some out by adding `split` 0.2"
+            if root.name == "train" and image_folders.test_folder(root.parent):
+                hint = f"give {root.parent}, which has some, or {hint}"
+            raise UserError(f"{root} has no test images (no folder val or test, no column split)", hint)
+        where = self.name.removeprefix(ANY_FOLDER)
+        raise UserError(f"`split` {data.split:g}: {where} has test images of its own", "leave `split` out")
 
     def resized(self, data: Data, size: int) -> Data:
         """Return the spec with another size of the crop."""
@@ -150,7 +167,10 @@ class FolderSet:
         """Return the approximate number of test images of a spec; for a user's own folder a guess."""
         if data.test_per_class:
             return self.classes * data.test_per_class
-        return self.facts.test if self.facts else data.train // 5
+        if data.split is not None and data.split >= 1:
+            return int(data.split)
+        share = 0.2 if data.split is None else data.split / (1 - data.split)
+        return self.facts.test if self.facts else round(share * data.train / (1 - min(data.validation or 0, 0.5)))
 
     def validation_images(self, data: Data) -> int:
         """Return the number of images a spec holds out; a guess for a share of all images in a user's folder."""
@@ -172,8 +192,9 @@ class FolderSet:
         classes, empty classes, numbers of images, fingerprint); ValueError for a network that does not fit it.
         """
         check_fit(self, data, network)
+        self._check_split(data)
         files = self.files()
-        train, test = files["train"], files["test"]
+        train, test = self._available(data, files["train"]), self._tests(data, files)
         for part, wanted in ((train, data.per_class), (test, data.test_per_class)):
             if wanted and (fewest := min(part.counts)) < wanted:
                 name = part.classes[part.counts.index(fewest)]
@@ -191,7 +212,7 @@ class FolderSet:
         if data.fingerprint is None:
             if self.facts is None:
                 raise UserError(f"{self.name} needs a fingerprint in its spec", "sources.complete gives it")
-        elif (now := image_folders.fingerprint_of([train, test])) != data.fingerprint:
+        elif (now := image_folders.fingerprint_of(files.values())) != data.fingerprint:
             raise UserError(
                 f"the files in {train.root} are not those that the spec means "
                 f"(fingerprint {now[:12]}, not {data.fingerprint[:12]})"
@@ -202,8 +223,10 @@ class FolderSet:
         return image_folders.found(self.name)
 
     def files(self) -> dict[SplitName, Files]:
-        """Return the images of both splits. Raises UserError if the folder contradicts the name."""
-        files = {split: image_folders.read(self.name, split) for split in SPLITS}
+        """Return the images of both splits, or of the only one. Raises UserError if the folder contradicts the name."""
+        files = {split: image_folders.read(self.name, split) for split in image_folders.parts(self.name)}
+        if len(files) == 1:
+            return files
         train, test = files["train"], files["test"]
         if train.classes != test.classes:
             odd = sorted(set(train.classes) ^ set(test.classes))
@@ -219,20 +242,31 @@ class FolderSet:
 
     def train_split(self, data: Data, seed: int) -> ImageFolder:
         """Return the training images of the spec, the same for every data seed."""
-        left, _ = self._parts(data, image_folders.read(self.name, "train"))
+        left, _ = self._parts(data, self._available(data))
         return self._images(data, left.subset(total=data.train))
 
     def validation_split(self, data: Data, seed: int) -> ImageFolder | None:
         """Return the images held out for validation, the same for every data seed; None if there are none."""
         if data.validation is None:
             return None
-        _, held = self._parts(data, image_folders.read(self.name, "train"))
+        _, held = self._parts(data, self._available(data))
         assert held is not None
         return self._images(data, held)
 
     def test_split(self, data: Data) -> ImageFolder:
         """Return the test images of the spec."""
-        return self._images(data, image_folders.read(self.name, "test").subset(data.test_per_class))
+        return self._images(data, self._tests(data).subset(data.test_per_class))
+
+    def _available(self, data: Data, train: Files | None = None) -> Files:
+        """Return the images to train on and validate with: all but the test images. train: those in the folder."""
+        train = image_folders.read(self.name, "train") if train is None else train
+        return train if data.split is None else validation.test_part(train, data.split, data.split_seed)[0]
+
+    def _tests(self, data: Data, files: Mapping[SplitName, Files] | None = None) -> Files:
+        """Return the test images. files: those in the folder, if already read."""
+        split: SplitName = "test" if data.split is None else "train"
+        images = image_folders.read(self.name, split) if files is None else files[split]
+        return images if data.split is None else validation.test_part(images, data.split, data.split_seed)[1]
 
     def _parts(self, data: Data, files: Files) -> tuple[Files, Files | None]:
         """Return the images available for training, and those held out."""
@@ -243,8 +277,7 @@ class FolderSet:
         from atdiag.data import cache
         from atdiag.data.decoding import ImageFolder, View
 
-        _, size = self.shape(data)
-        return ImageFolder(files, View(size, crop_share(self.name)), cache.decoded(files))
+        return ImageFolder(files, View.of(data, crop_share(self.name)), cache.decoded(files))
 
 
 def left_out(name: str) -> str:
@@ -253,7 +286,7 @@ def left_out(name: str) -> str:
     The catalogue's sets are complete or refused, since their numbers of images are known.
     """
     own = name.startswith((ANY_FOLDER, TIMM))
-    return image_folders.left_out(image_folders.read(name, split) for split in SPLITS) if own else ""
+    return image_folders.left_out(image_folders.read(name, split) for split in image_folders.parts(name)) if own else ""
 
 
 def _check_count(data: Data, have: int, number: int) -> None:

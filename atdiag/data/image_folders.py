@@ -5,6 +5,9 @@
     $ATDIAG_DATA/cifar10/train/<class>/<image>
     $ATDIAG_DATA/cifar10/test/<class>/<image>
 
+A user's own folder (``folder:PATH``) may also have one part only: a folder for each class, with or without ``train``
+around them, or images with a table of their labels (:mod:`~atdiag.data.listed`).
+
 Names that begin with a dot are ignored: file systems create them. Everything else in a class folder is an image,
 refused, or another file that is counted and named (:mod:`~atdiag.data.endings`). Imports nothing heavy, not even NumPy:
 planning asks for the number of classes.
@@ -13,122 +16,17 @@ planning asks for the number of classes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from atdiag.core import paths
-from atdiag.core.errors import UserError
-from atdiag.core.resources import GIB, small_file
+from atdiag.core.errors import UserError, suggest
 from atdiag.core.text import count, printable, shortlist
-from atdiag.data import endings, tars
+from atdiag.data import endings, listed, tars
 from atdiag.data.catalogue import ANY_FOLDER, FACTS, OWN_TESTS, Facts, TestFacts, is_class
-
-SplitName = Literal["train", "test"]
-SPLITS: tuple[SplitName, SplitName] = ("train", "test")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Location of an image: ``size`` bytes of ``file`` from ``offset``; by default the whole file.
-
-    path: the image's name, either the file or, in a tar, "train.tar/cat/0001.jpg".
-    """
-
-    path: Path
-    file: Path
-    offset: int = 0
-    size: int = -1
-
-    def read(self) -> bytes:
-        """Read the image's bytes. Raises OSError."""
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-@dataclass(frozen=True)
-class Files:
-    """The images of one split, sorted by class and then by name.
-
-    files: paths below ``root``; keys: name of each image by class and file ("cat/0001.jpg") wherever it is stored;
-    labels: indices into ``classes``; spans: for images in tars, each one's tar (path below ``root``), offset and size;
-    others: files in class folders that are not images and are left out (paths below ``root``).
-    """
-
-    root: Path
-    split: SplitName
-    classes: tuple[str, ...]
-    files: tuple[str, ...]
-    keys: tuple[str, ...]
-    labels: tuple[int, ...]
-    spans: tuple[tuple[str, int, int], ...] = ()
-    others: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @property
-    def counts(self) -> list[int]:
-        """Number of images in each class."""
-        seen = Counter(self.labels)
-        return [seen[label] for label in range(len(self.classes))]
-
-    def keep(self, chosen: Iterable[int]) -> Files:
-        """Return a subset of the images, in the same order."""
-        rows = sorted(chosen)
-        return replace(
-            self,
-            files=tuple(self.files[i] for i in rows),
-            keys=tuple(self.keys[i] for i in rows),
-            labels=tuple(self.labels[i] for i in rows),
-            spans=tuple(self.spans[i] for i in rows) if self.spans else (),
-        )
-
-    def stored(self, index: int) -> Stored:
-        """Return the location of an image."""
-        path = self.root / self.files[index]
-        if not self.spans:
-            return Stored(path, path)
-        tar, offset, size = self.spans[index]
-        return Stored(path, self.root / tar, offset, size)
-
-    def subset(self, per_class: int | None = None, total: int | None = None) -> Files:
-        """Return the first ``per_class`` images of each class, or ``total`` of all, by sha256 of their key.
-
-        The selection is therefore the same on every machine, and does not change when images of other classes are
-        added.
-        """
-        if per_class is None and (total is None or total >= len(self)):
-            return self
-        order = sorted(range(len(self)), key=lambda i: hashlib.sha256(self.keys[i].encode()).digest())
-        if per_class is None:
-            return self.keep(order[:total])
-        taken: Counter[int] = Counter()
-        chosen = []
-        for i in order:
-            taken[self.labels[i]] += 1
-            if taken[self.labels[i]] <= per_class:
-                chosen.append(i)
-        return self.keep(chosen)
-
-    def fingerprint(self, with_times: bool = False) -> str:
-        """Return the sha256 of the list of images and sizes in bytes; ``with_times`` includes modification times."""
-        digest = hashlib.sha256()
-        spans = self.spans or ((file, 0, -1) for file in self.files)
-        last = ""
-        for (file, _, size), key in zip(spans, self.keys, strict=True):
-            if file != last:
-                status = os.stat(f"{self.root}/{file}")  # noqa: PTH116 - a Path for each of 60,000 files takes longer
-                last = file
-            time = f"\t{status.st_mtime_ns}" if with_times else ""
-            digest.update(f"{self.split}/{key}\t{status.st_size if size < 0 else size}{time}\n".encode())
-        return digest.hexdigest()
+from atdiag.data.files import SPLITS, Files, SplitName
 
 
 def find(name: str) -> Path:
@@ -137,9 +35,18 @@ def find(name: str) -> Path:
         tars.check(name)
         folder = Path(name.partition(":")[2]).expanduser()
         if not folder.is_dir():
-            raise UserError(f"{name}: there is no folder {folder.absolute()}")
+            raise UserError(f"{name}: there is no folder {folder.absolute()}{_near(folder)}")
         return folder.absolute()
     return search(name, FACTS[name].folders)
+
+
+def _near(folder: Path) -> str:
+    """Return a suggestion for a folder that does not exist: another in the same place."""
+    try:
+        found = suggest(folder.name, (entry.name for entry in folder.absolute().parent.iterdir() if entry.is_dir()))
+    except OSError:
+        return ""
+    return found
 
 
 def data_folder(name: str, wanted: tuple[str, ...]) -> Path:
@@ -186,18 +93,20 @@ def read(name: str, split: SplitName) -> Files:
         stem = "train" if split == "train" else "val"
         annotations = root / f"{stem}{facts.annotations}.json"
         if annotations.is_file():
-            return _annotated(root, split, annotations)
+            return listed.annotated(root, split, annotations)
+    if facts is None and (table := _table(root)) is not None:
+        return _mostly_read(listed.labelled(root, split, table))
     folder = _split_folder(name, root, split, facts)
     classes = class_folders(name, folder, facts)
     files: list[str] = []
     keys: list[str] = []
     labels: list[int] = []
     others: list[str] = []
-    prefix = folder.relative_to(root).as_posix()
+    prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
     for label, cls in enumerate(classes):
         here, left_out = class_files(folder / cls)
-        others += [f"{prefix}/{cls}/{file}" for file in left_out]
-        files += [f"{prefix}/{cls}/{file}" for file in here]
+        others += [f"{prefix}{cls}/{file}" for file in left_out]
+        files += [f"{prefix}{cls}/{file}" for file in here]
         keys += [f"{cls}/{file}" for file in here]
         labels += [label] * len(here)
     out = Files(root, split, classes, tuple(files), tuple(keys), tuple(labels), others=tuple(others))
@@ -226,12 +135,47 @@ def left_out(splits: Iterable[Files]) -> str:
     return f"{count(len(others), 'file')} in class folders left out, no images by the ending: {named}"
 
 
+def parts(name: str) -> tuple[SplitName, ...]:
+    """Return the parts of a data set: training and test images, or the training images alone.
+
+    Only a user's own folder may have one part: the test images are then held out by ``data.split``.
+    """
+    if not name.startswith(ANY_FOLDER):
+        return SPLITS
+    root = find(name)
+    if (table := _table(root)) is not None:
+        return SPLITS if listed.has_test(table) else SPLITS[:1]
+    return SPLITS if (root / "train").is_dir() and test_folder(root) is not None else SPLITS[:1]
+
+
+def test_folder(root: Path) -> str | None:
+    """Return the name of the folder of test images in a user's own folder; None if there is none."""
+    return next((alias for alias in OWN_TESTS if (root / alias).is_dir()), None)
+
+
+def _table(root: Path) -> Path | None:
+    """Return the table of labels of a user's own folder, a CSV file; None in a folder of class folders.
+
+    Raises UserError if there are several, of which none is ``labels.csv``.
+    """
+    tables = [name for name in _names(root) if name.lower().endswith(".csv")]
+    if not tables or (root / "train").is_dir():
+        return None
+    if "labels.csv" in tables:
+        return root / "labels.csv"
+    if _holds_classes(root):  # a table of something else beside them
+        return None
+    if len(tables) > 1:
+        raise UserError(f"{root} holds {len(tables)} tables: {shortlist(tables)}", "call that of the labels labels.csv")
+    return root / tables[0]
+
+
 def fingerprint(name: str) -> str:
-    """Return the sha256 of the list of both splits' images and sizes, which identifies ``folder:PATH`` under any path.
+    """Return the sha256 of the list of all images and sizes, which identifies ``folder:PATH`` under any path.
 
     For ``timm:PATH`` it equals that of a folder with the same images.
     """
-    return fingerprint_of([read(name, split) for split in SPLITS])
+    return fingerprint_of([read(name, split) for split in parts(name)])
 
 
 def fingerprint_of(splits: Iterable[Files]) -> str:
@@ -241,9 +185,9 @@ def fingerprint_of(splits: Iterable[Files]) -> str:
 
 def class_names(name: str) -> tuple[str, ...]:
     """Return the class folders of a data set's training images, in the order of the labels."""
-    if name.startswith(tars.TIMM):
-        return read(name, "train").classes
     root, facts = find(name), FACTS.get(name)
+    if name.startswith(tars.TIMM) or (facts is None and _table(root) is not None):
+        return read(name, "train").classes
     return class_folders(name, _split_folder(name, root, "train", facts), facts)
 
 
@@ -252,11 +196,33 @@ def _split_folder(name: str, root: Path, split: SplitName, facts: Facts | None) 
     for alias in wanted:
         if (root / alias).is_dir():
             return root / alias
+    if facts is None and split == "train":
+        if _holds_classes(root):
+            return root
+        inner = [entry.name for entry in _entries(root) if entry.is_dir()]
+        if good := next((one for one in sorted(inner) if _is_data_set(root / one)), None):
+            raise UserError(f"{root} has neither a folder 'train' nor classes of images", f"give {root / good}")
+        raise UserError(
+            f"{root} holds no images in folders of classes, but {shortlist(_names(root))}",
+            "give a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, with CLASS/IMAGE, or with images and labels.csv",
+        )
     what = "training" if split == "train" else "test"
     raise UserError(
         f"{root} has no folder {_either(wanted)} with the {what} images of {name}",
         f"it holds {shortlist(_names(root))}",
     )
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Return whether a folder holds folders with images in them."""
+    inner = (entry.path for entry in _entries(folder) if entry.is_dir())
+    return any(endings.is_image(one.name) for path in inner for one in _entries(Path(path)))
+
+
+def _is_data_set(folder: Path) -> bool:
+    """Return whether a folder has one of the layouts of a user's own data set, looking at names only."""
+    table = any(one.name.lower().endswith(".csv") for one in _entries(folder))
+    return (folder / "train").is_dir() or table or _holds_classes(folder)
 
 
 def class_folders(name: str, folder: Path, facts: Facts | TestFacts | None) -> tuple[str, ...]:
@@ -307,35 +273,6 @@ def _in_tars(root: Path, split: SplitName) -> Files:
         tuple((image.tar, image.offset, image.size) for image in images),
         tuple(others),
     )
-
-
-def _annotated(root: Path, split: SplitName, path: Path) -> Files:
-    """Read iNaturalist's published layout: a JSON file in COCO's format beside the images."""
-    try:
-        document = json.loads(small_file(path, 4 * GIB))
-        names = {int(image["id"]): str(image["file_name"]) for image in document["images"]}
-        pairs = sorted((int(a["category_id"]), names[int(a["image_id"])]) for a in document["annotations"])
-        ids = sorted(int(category["id"]) for category in document["categories"])
-    except (ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise UserError(
-            f"{path} is not an annotation file of this data set ({type(fault).__name__}: {fault})"
-        ) from None
-    index = {category: label for label, category in enumerate(ids)}
-    if outside := [file for _, file in pairs if file.startswith("/") or ".." in Path(file).parts]:
-        raise UserError(f"{path} names files outside of its folder: {shortlist(outside)}")
-    if unknown := sorted({str(category) for category, _ in pairs if category not in index}):
-        raise UserError(f"{path} has annotations of categories that it does not list: {shortlist(unknown)}")
-    out = Files(
-        root,
-        split,
-        tuple(map(str, ids)),
-        tuple(file for _, file in pairs),
-        tuple(f"{category}/{Path(file).name}" for category, file in pairs),
-        tuple(index[category] for category, _ in pairs),
-    )
-    if empty := [cls for cls, count in zip(out.classes, out.counts, strict=True) if count == 0]:
-        raise UserError(f"{len(empty)} of the {len(ids)} categories in {path} have no images: {shortlist(empty)}")
-    return out
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

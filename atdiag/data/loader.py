@@ -110,7 +110,8 @@ class Stream:
         self.steps_per_epoch = len(self.images) // recipe.batch_size
         self._augment: Augment | None = None
         if augments(recipe):
-            self._augment = Augment(recipe, seed, self.images.size, isinstance(self.images, ImageFolder))
+            real = isinstance(self.images, ImageFolder)
+            self._augment = Augment(recipe, seed, self.images.size, real, data.interpolation)
         self._epoch: tuple[int, NDArray[np.int64]] | None = None
 
     def _order(self, epoch: int) -> NDArray[np.int64]:

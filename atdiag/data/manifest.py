@@ -17,7 +17,7 @@ from pathlib import Path
 from atdiag.core import paths, resources
 from atdiag.data import image_folders, sources
 from atdiag.data.decoding import BrokenImageError, decode
-from atdiag.data.image_folders import SPLITS, Files, SplitName, Stored
+from atdiag.data.files import Files, SplitName, Stored
 
 _CHUNK = 32
 
@@ -52,7 +52,7 @@ def read(
     report: progress callback (done, total).
     """
     root = splits["train"].root
-    every = [splits[split].stored(i) for split in SPLITS for i in range(len(splits[split]))]
+    every = [files.stored(i) for files in splits.values() for i in range(len(files))]
     state = _state(splits)
     lines, broken = [], []
     remarked: dict[str, list[Path]] = {}
@@ -83,7 +83,7 @@ def read(
     sound = max(len(lines), 1)
     return Scan(
         root,
-        {split: len(splits[split]) for split in SPLITS},
+        {split: len(files) for split, files in splits.items()},
         len(splits["train"].classes),
         tuple(broken),
         (width / sound, height / sound),
@@ -108,7 +108,7 @@ def recorded(name: str) -> str | None:
 
 
 def _state(splits: Mapping[SplitName, Files]) -> str:
-    parts = [str(splits["train"].root), *(splits[split].fingerprint(with_times=True) for split in SPLITS)]
+    parts = [str(splits["train"].root), *(files.fingerprint(with_times=True) for files in splits.values())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

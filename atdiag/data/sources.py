@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import Data
@@ -67,6 +68,42 @@ def find(name: Data | str) -> DataSet:
         f"unknown data set {name!r}{_near(name, everything)}",
         f"known: {', '.join(everything)}, {ANY_FOLDER}PATH, {TIMM}PATH",
     )
+
+
+def named(typed: str) -> str:
+    """Return the name of a data set as typed by a user: a known name, or a folder by its path.
+
+    A name without a path is a known one before it is a folder. Raises UserError for neither.
+    """
+    if typed in REGISTERED or typed in FACTS or typed.startswith((ANY_FOLDER, TIMM)):
+        return find(typed).name
+    folder = Path(typed).expanduser()
+    if folder.is_dir():
+        return f"{ANY_FOLDER}{folder.absolute()}"
+    if folder.exists():
+        raise UserError(f"{typed} is a file", f"give the folder of the images, such as {folder.parent}")
+    if not any(mark in typed for mark in "/\\~") and find_or_none(typed):
+        return typed
+    beside = [one.name for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
+    if near := suggest(folder.name, beside):
+        raise UserError(f"there is no folder {typed}{near}")
+    raise UserError(
+        f"there is no folder and no data set {typed}{suggest(typed, (*REGISTERED, *FACTS))}",
+        "give a folder of images, or a name that 'atdiag data' lists",
+    )
+
+
+def find_or_none(name: str) -> DataSet | None:
+    """Look up a data set by its name; None for an unknown one."""
+    try:
+        return find(name)
+    except UserError:
+        return None
+
+
+def is_real(name: str) -> bool:
+    """Return whether a data set is of real images, whose size is free."""
+    return isinstance(find(name), FolderSet)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import Data, Network
 from atdiag.data import image_folders, sources
 from atdiag.data.catalogue import CORRUPTIONS, SEVERITIES, SMALLEST, TEST_SETS, crop_share, synsets
-from atdiag.data.image_folders import Files
+from atdiag.data.files import Files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -178,6 +178,6 @@ def open_images(test_set: TestSet, data: Data) -> Opened:
         return Opened(Corrupted(own, test_set.corruption, test_set.severity))
     assert data.image_size is not None
     files = read(test_set.name)
-    images = ImageFolder(files, View(data.image_size, crop_share(data.name)), cache.decoded(files))
+    images = ImageFolder(files, View.of(data, crop_share(data.name)), cache.decoded(files))
     classes = np.unique(images.labels)
     return Opened(images, None if len(classes) == len(files.classes) else classes, files.fingerprint())

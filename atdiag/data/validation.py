@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from atdiag.core.errors import UserError
 from atdiag.core.text import shortlist
-from atdiag.data.image_folders import Files
+from atdiag.data.files import Files
 
 
 def size(validation: float | None, images: int) -> int:
@@ -45,16 +45,32 @@ def divide(chosen: Files, validation: float | None) -> tuple[Files, Files]:
 
     Raises UserError if a class, or the whole set, would have nothing left.
     """
-    count = size(validation, len(chosen))
-    if count >= len(chosen):
+    return _divided(chosen, validation, "", "data.validation")
+
+
+def test_part(images: Files, split: float, seed: int) -> tuple[Files, Files]:
+    """Divide a folder without test images: into training and test images, by the sha256 of ``seed:class/file``.
+
+    Raises UserError if a class would have no training or no test image.
+    """
+    left, held = _divided(images, split, f"{seed}:", "data.split")
+    if empty := [name for name, number in zip(held.classes, held.counts, strict=True) if not number]:
+        raise UserError(f"`data.split`={split:g} leaves no test image of {shortlist(empty)}", "give a larger one")
+    return left, held
+
+
+def _divided(images: Files, share: float | None, salt: str, setting: str) -> tuple[Files, Files]:
+    count = size(share, len(images))
+    if count >= len(images):
         raise UserError(
-            f"`data.validation`={validation:g} holds back all of {len(chosen):,} training images", "give a smaller one"
+            f"`{setting}`={share:g} holds back all of {len(images):,} training images", "give a smaller one"
         )
-    order = sorted(range(len(chosen)), key=lambda i: hashlib.sha256(chosen.keys[i].encode()).digest())
-    held = set(stratified(chosen.labels, order, count))
-    left = chosen.keep(i for i in range(len(chosen)) if i not in held)
-    if empty := [name for name, images in zip(left.classes, left.counts, strict=True) if not images]:
-        raise UserError(
-            f"`data.validation`={validation:g} leaves no training image of {shortlist(empty)}", "give a smaller one"
-        )
-    return left, chosen.keep(held)
+
+    def digest(index: int) -> bytes:
+        return hashlib.sha256(f"{salt}{images.keys[index]}".encode()).digest()
+
+    held = set(stratified(images.labels, sorted(range(len(images)), key=digest), count))
+    left = images.keep(i for i in range(len(images)) if i not in held)
+    if empty := [name for name, number in zip(left.classes, left.counts, strict=True) if not number]:
+        raise UserError(f"`{setting}`={share:g} leaves no training image of {shortlist(empty)}", "give a smaller one")
+    return left, images.keep(held)

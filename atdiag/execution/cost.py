@@ -69,6 +69,22 @@ def _of_teacher(spec: RunSpec) -> float:
     return 2 * macs(spec.teacher.network) * (spec.transfer.layers[-1] + 1) / spec.teacher.network.depth
 
 
+WIDE = 768
+"""Width of the networks for which the FLOP/s of a GPU were measured."""
+
+GPUS = {"h100": 326e12, "h200": 354e12}
+"""GPU -> FLOP/s of training a ViT-B there: batch 128, bfloat16, compiled, images already on the device
+(``benchmarks/results/gpu``)."""
+
+
+def gpu_speed(gpu: str, width: int) -> float:
+    """Return the FLOP/s assumed of a GPU: as measured for a ViT-B, and in proportion less for narrower networks.
+
+    That proportion is a guess, and so is that images come fast enough.
+    """
+    return GPUS[gpu] * min(1.0, width / WIDE)
+
+
 def measured_speed(store: Store, device: str, newest: int = 30) -> float:
     """Return the FLOP/s of a training process on this device: the newest finished runs' median, or the default."""
     found = []

@@ -27,14 +27,15 @@ def resolve(wanted: str | None) -> str:
     Raises UserError for an unknown device, and for one that is not on this machine.
     """
     if named(wanted) is None:
-        return next(device for device in KNOWN if _is_here(device))
+        return next(device for device in KNOWN if is_here(device))
     assert wanted is not None
-    if not _is_here(wanted):
+    if not is_here(wanted):
         raise UserError(f"there is no {wanted} device on this machine", f"leave `device` out to use {resolve(None)}")
     return wanted
 
 
-def _is_here(device: str) -> bool:
+def is_here(device: str) -> bool:
+    """Return whether a device seems to be on this machine."""
     if device == "cuda":
         nvidia = Path("/proc/driver/nvidia/gpus")
         found = (nvidia.is_dir() and any(nvidia.iterdir())) or (sys.platform == "win32" and bool(which("nvidia-smi")))

@@ -117,8 +117,13 @@ def show_table(table: Table, highlight: bool = True) -> None:
     Console(width=max(fitting.width, needed)).print(table, highlight=highlight)
 
 
-def show_reading(reading: Reading, files: Sequence[Path], spoken: Callable[[str], str] = str) -> None:
-    """Print a reading's table, claims, notes, verdict and files; ``spoken`` spells out the arguments named in texts."""
+def show_reading(
+    reading: Reading, files: Sequence[Path], spoken: Callable[[str], str] = str, steps: Sequence[str] = ()
+) -> None:
+    """Print a reading's table, claims, notes, verdict and files; ``spoken`` spells out the arguments named in texts.
+
+    steps: lines after the verdict, on what would settle what is undecided.
+    """
     from rich.console import Console
 
     console = Console()
@@ -128,6 +133,10 @@ def show_reading(reading: Reading, files: Sequence[Path], spoken: Callable[[str]
     for note in tables.notes(reading):
         console.print(f"- {spoken(note)}", style="dim", highlight=False)
     console.print(f"\n[bold]Verdict[/bold]  {spoken(reading.verdict)}\n", highlight=False)
+    for step in steps:
+        console.print(step, highlight=False, markup=False, soft_wrap=True)
+    if steps:
+        console.print()
     show_files(files)
 
 

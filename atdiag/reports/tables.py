@@ -361,26 +361,36 @@ def _corrected(reading: Reading) -> str:
 
 def _power(reading: Reading) -> list[str]:
     """Return how many seeds would settle the undecided contrasts if the effects are as estimated."""
-    from atdiag.stats.contrasts import FEWEST_SEEDS, seeds_needed
+    from atdiag.stats.contrasts import FEWEST_SEEDS
 
     least = min(e.seeds for report in reading.reports for _, e in report.estimates)
     few = f"Verdicts begin at three seeds, and here {'is one' if least == 1 else 'are two'}: `seeds`=3 trains the rest."
     begin = [few] if least < FEWEST_SEEDS else []
-    open_ = [
-        (" ".join(filter(None, (report.study.label if len(reading.reports) > 1 else "", name))), estimate)
-        for report in reading.reports
-        for name, estimate in report.estimates
-        if estimate.seeds > 1 and not (estimate.clear or estimate.undertrained) and estimate.within is None
+    said = [
+        f"{name}: {'more than 1,000' if seeds is None else f'about {seeds}'}" for name, _, seeds in unsettled(reading)
     ]
-    said = []
-    for name, estimate in open_:
-        # Settled contrasts no longer count among Holm's hypotheses.
-        strict = replace(estimate, level=1 - (1 - estimate.level) / len(open_))
-        needed = seeds_needed(strict)
-        said.append(f"{name}: {'more than 1,000' if needed is None else f'about {needed}'}")
     if not said:
         return begin
     return [
         *begin,
         f"Seeds that would settle undecided contrasts (80 % power, effects as estimated): {'; '.join(said)}.",
     ]
+
+
+def unsettled(reading: Reading) -> list[tuple[str, Estimate, int | None]]:
+    """Return the undecided contrasts with the number of seeds that would settle each (None: more than 1,000).
+
+    With 80 % power, if the effects are as estimated. Contrasts of one seed, and of undertrained studies, are left out.
+    """
+    from atdiag.stats.contrasts import seeds_needed
+
+    several = len(reading.reports) > 1
+    open_ = [
+        (f"{report.study.label} {name}" if several else name, estimate)
+        for report in reading.reports
+        for name, estimate in report.estimates
+        if estimate.seeds > 1 and not (estimate.clear or estimate.undertrained) and estimate.within is None
+    ]
+    # Settled contrasts no longer count among Holm's hypotheses.
+    strict = [replace(estimate, level=1 - (1 - estimate.level) / len(open_)) for _, estimate in open_]
+    return [(name, estimate, seeds_needed(one)) for (name, estimate), one in zip(open_, strict, strict=True)]

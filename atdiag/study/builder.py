@@ -15,6 +15,7 @@ from atdiag.data import sources
 from atdiag.networks.registry import teachers
 from atdiag.networks.weights import classes
 from atdiag.networks.weights.classes import HeadRows
+from atdiag.study import own
 from atdiag.study.protocol import BASELINE, METHODS, Arm
 from atdiag.study.settings import Settings, changed, describe
 
@@ -31,6 +32,10 @@ class Lab:
         Raises UserError for a contradiction.
         """
         return Lab(changed(self.settings, name, value))
+
+    def suited(self, teacher: str) -> Lab:
+        """Return the lab with images as a teacher expects them, at the profile of a user's own images; else itself."""
+        return Lab(own.suited(self.settings, teacher))
 
     @property
     def teachers(self) -> tuple[str, ...]:

@@ -50,6 +50,23 @@ distillation, so that a contrast measures the transfer. The papers' recipes diff
 ``recipe.copy.lr`` etc. to follow them."""
 
 
+_SHORT = Recipe(
+    epochs=30,
+    batch_size=64,
+    lr=5e-4,
+    warmup_epochs=1,
+    betas=(0.9, 0.999),
+    label_smoothing=0.1,
+    crop=0.35,
+    flip=True,
+)
+"""For trainings of minutes to hours on a user's own images: DeiT's optimiser with the augmentation that does not need
+hundreds of epochs (no Mixup, CutMix, RandAugment, erasing or stochastic depth)."""
+
+OWN_PROFILE = "own"
+"""The profile of a user's own images."""
+
+
 def _recipes(recipe: Recipe, finetune_lr: float) -> dict[str, Recipe]:
     """Return a recipe for each method: all equal, except that fine-tuning uses a smaller learning rate."""
     return dict.fromkeys(METHODS, recipe) | {"finetune": recipe.model_copy(update={"lr": finetune_lr})}
@@ -77,6 +94,13 @@ PROFILES: dict[str, Profile] = {
         summary="published teachers on ImageNet-1k; many GPUs, days",
         data=Data(name="imagenet", train=1, image_size=224),
         recipe=_recipes(_DEIT.model_copy(update={"batch_size": 1024}), finetune_lr=1e-4),
+        seeds=3,
+    ),
+    OWN_PROFILE: Profile(
+        name=OWN_PROFILE,
+        summary="your own images, at the size and crop that the teacher expects; minutes to days, as you like",
+        data=Data(name="folder:", train=1, image_size=224, validation=0.1),
+        recipe=_recipes(_SHORT, finetune_lr=1e-4),
         seeds=3,
     ),
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,8 +21,9 @@ from atdiag.core.errors import UserError, suggest
 from atdiag.core.resources import small_file
 from atdiag.core.spec import Data, Recipe, Seed
 from atdiag.data import sources
-from atdiag.data.datasets import check_classes
-from atdiag.study.profiles import METHODS, PROFILES, Profile
+from atdiag.study import sense
+from atdiag.study.profiles import METHODS, OWN_PROFILE, PROFILES, Profile
+from atdiag.study.sense import short
 from atdiag.study.transfer_settings import TransferSettings
 
 SEEDS = 1_000_000
@@ -45,6 +45,8 @@ class Settings:
     """The user's list of the classes of the teacher's head, one for each row."""
     varied: dict[str, Any] = field(default_factory=dict)
     """Settings varied by the experiment on top of these, likewise."""
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """Settings that were chosen for the user (:mod:`atdiag.study.own`), likewise; the user's own override them."""
 
 
 def resolve(
@@ -58,23 +60,33 @@ def resolve(
     classes: Path | None = None,
     training: bool = True,
     first_seed: int | None = None,
+    data: str | None = None,
+    split: float | None = None,
 ) -> Settings:
     """Resolve a command's settings. Raises UserError for any invalid one.
+
+    data: a data set by name, or a folder of images by its path. If it is of real images, and no profile is given
+    anywhere, the profile is ``own``. split: the same as ``data.split``.
 
     training: whether the command may train on the data; otherwise ten images, or one class, are enough.
     first_seed: the first of ``seeds`` seeds in a row; by default 0.
     """
     path = folder / "atdiag.toml"
     file = _read_file(path)
-    name = _name(profile, environment, path, file)
+    line = _typed({"data.name": ("data", data and sources.named(data)), "data.split": ("split", split)}, sets)
+    named = str(line.get("data.name", ""))
+    own = bool(data) and sources.is_real(named)
+    name = _name(profile, environment, path, file, OWN_PROFILE if own else "mini")
+    if name == OWN_PROFILE and not named and training:
+        raise UserError("profile own is for your own images", "name them by `data` FOLDER")
     given = data_dir or environment.get(paths.DATA) or file.get("data_dir")
     place = None if given is None else Path(given).expanduser().absolute()
-    overrides = _overrides(path, file.get("set", {}), sets)
+    overrides = _overrides(path, file.get("set", {}), line)
     with paths.looking_in(place):
         try:
             resolved = _apply(PROFILES[name], overrides, training)
         except UserError as fault:
-            raise UserError(f"{_culprit(PROFILES[name], path, overrides, sets)}{fault}") from None
+            raise UserError(f"{_culprit(PROFILES[name], path, overrides, line)}{fault}") from None
     count = seeds if seeds is not None else file.get("seeds", resolved.seeds)
     if not 1 <= count <= 1000:
         asked = f"`seeds` {count}" if seeds is not None else f"{path}: seeds = {count}"
@@ -97,18 +109,44 @@ def changed(settings: Settings, name: str, value: Any) -> Settings:
 
     Raises UserError if it contradicts the others.
     """
-    varied = settings.varied | {name: value}
-    others = {key: given for key, given in settings.overrides.items() if _general(key) != name}
+    return _again(settings, settings.overrides, settings.varied | {name: value}, settings.chosen)
+
+
+def choosing(settings: Settings, chosen: Mapping[str, Any]) -> Settings:
+    """Return the settings with further values that were chosen for the user; the user's own override them.
+
+    Raises UserError if they contradict the others.
+    """
+    return _again(settings, settings.overrides, settings.varied, {**settings.chosen, **chosen})
+
+
+def _again(settings: Settings, overrides: dict[str, Any], varied: dict[str, Any], chosen: dict[str, Any]) -> Settings:
+    applied = _over(_over(chosen, overrides), varied)
     with paths.looking_in(settings.data_dir):
-        return replace(settings, profile=_apply(PROFILES[settings.profile.name], others | varied), varied=varied)
+        profile = _apply(PROFILES[settings.profile.name], applied)
+    return replace(settings, profile=profile, overrides=overrides, varied=varied, chosen=chosen)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both sets of overrides; a general setting above replaces those below for single methods, too."""
+    return {name: value for name, value in below.items() if _general(name) not in above} | dict(above)
+
+
+def overriding(settings: Settings, more: Mapping[str, Any]) -> Settings:
+    """Return the settings with further overrides, as if the user had typed them. Raises UserError if they clash."""
+    return _again(settings, {**settings.overrides, **more}, settings.varied, settings.chosen)
+
+
+def leaving_out(settings: Settings, name: str) -> Settings:
+    """Return the settings without one of the user's overrides. Raises UserError if the others then contradict."""
+    others = {key: value for key, value in settings.overrides.items() if key != name}
+    return _again(settings, others, settings.varied, settings.chosen)
 
 
 def without(settings: Settings, name: str) -> Profile | None:
     """Return the profile without one of the user's overrides; None if the others then contradict each other."""
-    others = {key: value for key, value in settings.overrides.items() if key != name}
     try:
-        with paths.looking_in(settings.data_dir):
-            return _apply(PROFILES[settings.profile.name], others | settings.varied)
+        return leaving_out(settings, name).profile
     except UserError:
         return None
 
@@ -119,14 +157,16 @@ def profile_name(profile: str | None = None, environment: Mapping[str, str] = os
     return _name(profile, environment, path, _read_file(path))
 
 
-def _name(profile: str | None, environment: Mapping[str, str], path: Path, file: Mapping[str, Any]) -> str:
+def _name(
+    profile: str | None, environment: Mapping[str, str], path: Path, file: Mapping[str, Any], usual: str = "mini"
+) -> str:
     name, origin = next(
         (value, origin)
         for value, origin in (
             (profile, "`profile`"),
             (environment.get("ATDIAG_PROFILE") or None, "ATDIAG_PROFILE"),
             (file.get("profile"), str(path)),
-            ("mini", ""),
+            (usual, ""),
         )
         if value is not None
     )
@@ -167,11 +207,11 @@ def _read_file(path: Path) -> dict[str, Any]:
         if key in _FILE_KEYS:
             wanted, example = _FILE_KEYS[key]
             if not isinstance(value, wanted) or isinstance(value, bool):
-                raise UserError(f"{path}: {key} = {_short(value)} has the wrong type", f"write it as '{example}'")
+                raise UserError(f"{path}: {key} = {short(value)} has the wrong type", f"write it as '{example}'")
             out[key] = value
         elif key in _FILE_TABLES:
             if not isinstance(value, dict):
-                raise UserError(f"{path}: {key} = {_short(value)} is not a table", f"write its fields under '[{key}]'")
+                raise UserError(f"{path}: {key} = {short(value)} is not a table", f"write its fields under '[{key}]'")
             out["set"] |= {f"{key}.{name}": v for name, v in _flatten(value).items()}
         else:
             known = [*_FILE_KEYS, *_FILE_TABLES]
@@ -187,14 +227,21 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _overrides(path: Path, file: Mapping[str, Any], sets: Sequence[str]) -> dict[str, Any]:
-    """Return the overrides from the file and from ``--set`` by dotted name; ``--set`` wins, for one method or all."""
-    line: dict[str, Any] = {}
+def _typed(options: Mapping[str, tuple[str, Any]], sets: Sequence[str]) -> dict[str, Any]:
+    """Return the overrides of a command line by dotted name: from options of their own, and from ``--set``."""
+    line = {name: value for name, (_, value) in options.items() if value is not None}
     for item in sets:
         name, value = _parse(item)
+        if name in line and (name not in options or options[name][1] is None):
+            raise UserError(f"{name} is given twice ({short(line[name])} and {short(value)})", "give it once")
         if name in line:
-            raise UserError(f"{name} is given twice ({_short(line[name])} and {_short(value)})", "give it once")
+            raise UserError(f"{name} is given twice, by `{options[name][0]}` and by `{name}`", "give it once")
         line[name] = value
+    return line
+
+
+def _overrides(path: Path, file: Mapping[str, Any], line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides from the file and the command line; the line wins, for one method or all."""
     for origin, given in ((f"{path}: ", file), ("", line)):
         for name in given:
             if name not in _SETTINGS:
@@ -202,12 +249,11 @@ def _overrides(path: Path, file: Mapping[str, Any], sets: Sequence[str]) -> dict
                     f"{origin}{name!r} is not a setting{_near(name)}",
                     "'atdiag reinit --dry-run' lists the settings",
                 )
-    return {name: value for name, value in file.items() if _general(name) not in line} | line
+    return _over(file, line)
 
 
-def _culprit(profile: Profile, path: Path, overrides: Mapping[str, Any], sets: Sequence[str]) -> str:
+def _culprit(profile: Profile, path: Path, overrides: Mapping[str, Any], line: Mapping[str, Any]) -> str:
     """Return the file's name with a colon if the settings are invalid because of the file alone; else empty."""
-    line = {_parse(item)[0] for item in sets}
     typed = {name: value for name, value in overrides.items() if name in line}
     if typed == overrides:
         return ""
@@ -234,7 +280,7 @@ def _parse(item: str) -> tuple[str, Any]:
     """Split ``recipe.epochs=40`` into name and value (parsed as JSON if possible, else a string)."""
     name, sign, text = item.partition("=")
     if not sign or not name.strip():
-        raise UserError(f"{_short(item)} is not NAME=VALUE", "write it as `recipe.epochs`=40")
+        raise UserError(f"{short(item)} is not NAME=VALUE", "write it as `recipe.epochs`=40")
     try:
         return name.strip(), json.loads(text, parse_float=_number)
     except (ValueError, RecursionError):  # a number of 5,000 digits is a ValueError, too
@@ -268,9 +314,9 @@ def _apply(profile: Profile, overrides: Mapping[str, Any], training: bool = True
         raise UserError(describe(fault, overrides)) from None
     completed = sources.complete(applied.data, overrides.get("data.train"))
     applied = applied.model_copy(update={"data": completed})
-    _check_sense(applied)
+    sense.check(applied)
     if training:
-        _check_training(applied)
+        sense.check_training(applied)
     return applied
 
 
@@ -299,69 +345,4 @@ def describe(fault: ValidationError, given: Collection[str] = ()) -> str:
             parts[-1] += f"[{entry}]"
     elif first["type"] == "tuple_type":
         message = "write a list, as [0.9,0.95]"
-    return f"{'.'.join(parts)}={_short(value)}: {message[0].lower()}{message[1:]}"
-
-
-def _short(value: Any) -> str:
-    """Format a value as one short line; null, true and lists as they are typed."""
-    text = json.dumps(value, default=str) if value is None or isinstance(value, bool | list | tuple) else repr(value)
-    return text if len(text) <= 60 else f"{text[:40]} ... {text[-10:]}"
-
-
-_MOST = {"data.train": 10_000_000, "data.test_per_source": 1_000, "recipe.epochs": 100_000}
-"""Limits beyond which a typing error is more likely than intent; memory or time would run out long before."""
-
-_RAND_AUGMENT = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?|-tweights)*")
-"""timm's configuration string, which timm itself parses only when training starts."""
-
-
-def _check_sense(profile: Profile) -> None:
-    """Raise UserError for settings that are valid alone but contradict each other or can't be trained with."""
-    data = profile.data
-    if profile.transfer.weight == 0:
-        raise UserError("transfer.weight=0 transfers nothing", "give a positive weight")
-    for recipe in profile.recipe.values():
-        values = {
-            "data.train": data.train,
-            "data.test_per_source": data.test_per_source,
-            "recipe.epochs": recipe.epochs,
-        }
-        for name, value in values.items():
-            if value > _MOST[name]:
-                raise UserError(f"{name}={_short(value)} is too large", f"give at most {_MOST[name]}")
-        if recipe.lr == 0:
-            raise UserError("recipe.lr=0 trains nothing", "give a positive rate")
-        if recipe.min_lr > recipe.lr:
-            raise UserError(
-                f"recipe.min_lr={recipe.min_lr:g} is above recipe.lr={recipe.lr:g}", "give a smaller min_lr"
-            )
-        if recipe.epochs == 0:
-            raise UserError("recipe.epochs=0 trains nothing", "give at least 1")
-        if recipe.warmup_epochs > recipe.epochs:
-            raise UserError(
-                f"recipe.warmup_epochs={recipe.warmup_epochs:g} is longer than recipe.epochs={recipe.epochs}",
-                f"give at most {recipe.epochs}",
-            )
-        if max(recipe.mixup, recipe.cutmix) > 1e6:
-            raise UserError(
-                "recipe.mixup or recipe.cutmix is too large for the alpha of a beta distribution",
-                "give at most 1e6",
-            )
-        if recipe.rand_augment is not None and not _RAND_AUGMENT.fullmatch(recipe.rand_augment):
-            raise UserError(
-                f"recipe.rand_augment={_short(recipe.rand_augment)} is not one of timm's configurations",
-                "write it as 'rand-m9-mstd0.5-inc1'",
-            )
-
-
-def _check_training(profile: Profile) -> None:
-    """Raise UserError for data that can't be trained on."""
-    data = profile.data
-    check_classes(data.name, sources.find(data).classes)
-    for recipe in profile.recipe.values():
-        if recipe.batch_size > data.train:
-            raise UserError(
-                f"recipe.batch_size={_short(recipe.batch_size)} is larger than the training set "
-                f"(data.train={data.train})",
-                "make one smaller or the other larger",
-            )
+    return f"{'.'.join(parts)}={short(value)}: {message[0].lower()}{message[1:]}"

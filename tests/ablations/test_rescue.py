@@ -161,7 +161,10 @@ def test_a_teacher_without_components_is_refused(monkeypatch):
     plain = lab().teacher("clip_b")
     plain = plain.model_copy(update={"name": "deit_b", "network": lab().student(plain)})
     monkeypatch.setattr(Lab, "teacher", lambda self, name: plain)
-    with pytest.raises(UserError, match=r"deit_b \(mini\) has no native component, so there is nothing to add: choose"):
+    with pytest.raises(
+        UserError,
+        match=r"deit_b \(mini\) has no native component.*'benchmark' for 'rescue'",
+    ):
         rescue(lab(), "deit_b", "copy")
 
 

@@ -53,7 +53,7 @@ from tests.commands import wrong
         ("reinit --set data.name=imagenette", "clip_b (mini) ... --profile small"),
         (
             "reinit --teacher timm:vit_tiny_patch16_224",
-            "--set data.name=imagenette, or --profile small",
+            "add --data FOLDER with images of yours, or --profile small",
         ),
         ("data check cifr10", "'cifr10' ... did you mean 'cifar10'?"),
         ("data check", "Missing argument"),

@@ -27,7 +27,9 @@ def test_teachers_that_an_ablation_refuses_are_named():
     assert refused
     assert {study.teacher.name for study in series.studies} == set(teachers.miniatures()) - set(refused)
     assert [note for note in series.notes if note.startswith("Left out: ")] == [
-        f"Left out: {name} (mini) has no native component, so there is nothing to add: choose another, such as clip_b."
+        f"Left out: {name} (mini) has no native component, so there is nothing to add: "
+        "its standard student is its native one: the same line with 'benchmark' for 'rescue' shows whether its "
+        "attention transfers."
         for name in refused
     ]
     with pytest.raises(UserError, match="has no native component"):

@@ -194,7 +194,7 @@ def test_infinite_and_absurd_values_are_refused(name, value):
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        (["recipe.batch_size=64", "data.train=32"], "=64 is larger than the training set (data.train=32): make one"),
+        (["recipe.batch_size=64", "data.train=32"], "larger than the training set (data.train=32): give at most"),
         (["recipe.copy.batch_size=99999"], "recipe.batch_size=99999 is larger than the training set"),
         (["recipe.warmup_epochs=5", "recipe.epochs=4"], "_epochs=5 is longer than recipe.epochs=4: give at most 4"),
         (["recipe.epochs=0"], "recipe.epochs=0 trains nothing: give at least 1"),
@@ -233,7 +233,7 @@ def test_first_seeds_out_of_range(first, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("mnii", "unknown profile 'mnii', did you mean 'mini'? (known: mini, small, paper)"),
+        ("mnii", "unknown profile 'mnii', did you mean 'mini'? (known: mini, small, paper, own)"),
         ("", "unknown profile ''"),
     ],
 )

@@ -49,6 +49,15 @@ class Data(Spec):
     """Real images: number of training images of each class, selected by a hash of the file name; None: all."""
     test_per_class: Positive | None = None
     """Real images: number of test images of each class, likewise."""
+    split: Annotated[float, Field(gt=0), AfterValidator(_share_or_number)] | None = None
+    """Images of a user's folder without test images that become the test images: a share (below 1) or a number.
+    Stratified by class, those whose ``split_seed:class/file`` has the smallest sha256."""
+    split_seed: int = Field(default=0, ge=0)
+    """Which such division: another seed gives other test images."""
+    crop_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Real images: the share of the shorter side that a test image's central crop keeps; None: the data set's."""
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"] = "bicubic"
+    """Real images: how they are resized, as Pillow names it."""
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Real images in a user's folder, or of a data set that exists in several forms: sha256 of the list of files and
     sizes, because the path or name does not determine the images."""
@@ -58,11 +67,14 @@ class Data(Spec):
         return self.model_copy(update={"train": 1, "per_class": None, "validation": None})
 
     def canonical(self) -> dict[str, Any]:
-        """Reset fields that apply only to scenes to their defaults if images are real."""
+        """Reset fields that apply only to scenes to their defaults if images are real, and a seed without a split."""
         fields = type(self).model_fields
-        return {} if self.image_size is None else {name: fields[name].default for name in OF_SCENES}
+        seed = {"split_seed": 0} if self.split is None else {}
+        return seed if self.image_size is None else {name: fields[name].default for name in OF_SCENES} | seed
 
     def check(self) -> None:
         """Raise ValueError for fields of real images without an image size."""
         if self.image_size is None and (self.per_class or self.test_per_class or self.fingerprint):
             raise ValueError("per_class, test_per_class and fingerprint are for real images: give an image_size, too")
+        if self.image_size is None and (self.split or self.crop_share or self.interpolation != "bicubic"):
+            raise ValueError("split, crop_share and interpolation are for real images: give an image_size, too")

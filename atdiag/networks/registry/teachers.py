@@ -275,6 +275,34 @@ def canonical(reference: str) -> str:
     return reference
 
 
+def glance(reference: str, profile: str, image_size: int | None) -> None:
+    """Raise UserError for a reference that can't be meant: :func:`teacher`'s first checks, without reading a file."""
+    name, at, _ = reference.partition("@")
+    known = name in registry() or reference in specimens.specimens()
+    if name.startswith(TIMM) or known:
+        _, file, _ = sources.split_reference(reference)
+        if file is not None and not file.exists():
+            raise UserError(f"{file}: there is no such file (weights of {name}){sources.near(file)}")
+    elif not _existing(reference):
+        canonical(reference)
+        row(name)
+    if image_size is None and (at or not known or not (is_published(name) or reference in specimens.specimens())):
+        raise _needs_images(reference)
+
+
+def _existing(reference: str) -> bool:
+    """Return whether a reference is an existing path, or one of the hub's."""
+    typed = next((reference.removeprefix(p) for p in (HUB, "local-dir:") if reference.startswith(p)), reference)
+    return reference.startswith(HUB) or sources.split_branch(typed)[0].exists()
+
+
+def _needs_images(reference: str) -> UserError:
+    return UserError(
+        f"{reference} needs real images, and the data set has none",
+        "add `data` FOLDER with images of yours, or `profile` small for Imagenette",
+    )
+
+
 def teacher(reference: str, profile: str, image_size: int | None = None) -> Teacher:
     """Return the spec of a teacher at a profile: its network and its weights' hash.
 
@@ -302,10 +330,7 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
     except sources.WeightsMissingError as fault:
         raise UserError(str(fault)) from None
     if image_size is None:
-        raise UserError(
-            f"{reference} needs real images, and the data set has none",
-            "add `data.name`=imagenette, or `profile` small",
-        )
+        raise _needs_images(reference)
     from atdiag.networks.timm import architectures
 
     if path is not None:

@@ -150,7 +150,7 @@ def test_a_teacher_without_a_miniature_names_the_nearest(name, use):
         ("timm:vit_small_patch16_224.dinno", 224, "did you mean 'vit_small_patch16_224.dino'?"),
         ("timm:resnet18", 224, "timm:resnet18 can't be a teacher: it has no self-attention"),
         ("timm:swin_tiny_patch4_window7_224", 224, "its attention stays within windows"),
-        ("timm:vit_tiny_patch16_224", None, "needs real images, and the data set has none: add `data.name`=imagenette"),
+        ("timm:vit_tiny_patch16_224", None, "needs real images, and the data set has none: add `data` FOLDER"),
         ("deit_s@/nowhere/x.pth", 224, "/nowhere/x.pth: there is no such file"),
         ("deit_s@", 224, "'deit_s@' names no file: type deit_s@/path/to/file"),
         (

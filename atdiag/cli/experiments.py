@@ -61,6 +61,7 @@ def _run(
     gpu: str | None = None,
     **given: Any,
 ) -> None:
+    from atdiag.execution import devices
     from atdiag.reports import console, document, writers
     from atdiag.study.builder import Lab
     from atdiag.study.own import Budget
@@ -79,6 +80,8 @@ def _run(
     if dry_run:
         planning.show(series, plan, session, json_)
         return
+    if gpu is not None and not devices.is_here(plan.device):
+        raise UserError(f"there is no {plan.device} device on this machine", "add `dry_run` to plan for one elsewhere")
     check([series], plan, session)
     planning.header(series, session)
     train([series], plan, session)
@@ -125,8 +128,6 @@ def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> N
     from atdiag.execution import devices
     from atdiag.study import pipeline
 
-    if session.choice is not None and session.choice.gpu and not devices.is_here(plan.device):
-        raise UserError(f"there is no {plan.device} device on this machine", "add `dry_run` to plan for one elsewhere")
     devices.resolve(plan.device)  # finished runs may still be measured
     if plan.todo:
         paths.fit_for_runs(session.store.root, "runs")

@@ -231,7 +231,7 @@ class InspectionSession:
         from atdiag.study import own
 
         if (first := next(filter(subjects.is_teacher, references), None)) is not None:
-            settings = own.suited(settings, first)
+            settings = own.suited(settings, first, training=False)
         self.given = given
         self.profile = settings.profile.name
         self.store = Store(settings.runs)

@@ -112,12 +112,8 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def data_sets(data: str | Path | Mapping[str, Any] | None) -> list[str]:
-    """Return the settings of a data set: a name, a folder, or settings such as ``{"name": "larger", "train": 500}``."""
-    if data is None:
-        return []
-    if isinstance(data, Mapping):
-        return as_sets({name if name.startswith("data.") else f"data.{name}": value for name, value in data.items()})
-    if isinstance(data, Path) or (("/" in data or Path(data).is_dir()) and ":" not in data):
-        data = f"folder:{Path(data).expanduser().absolute()}"
-    return [f"data.name={data}"]
+def data_sets(data: Mapping[str, Any] | None) -> list[str]:
+    """Return the settings of a data set, such as ``{"name": "larger", "train": 500}``."""
+    return as_sets(
+        {name if name.startswith("data.") else f"data.{name}": value for name, value in (data or {}).items()}
+    )

@@ -186,7 +186,7 @@ class InspectionSession:
         from atdiag.study import own
 
         if (first := next(filter(subjects.is_teacher, named), None)) is not None:
-            settings = own.suited(settings, first)
+            settings = own.suited(settings, first, training=False)
         self.given = given
         self.profile = settings.profile.name
         self.store = Store(settings.runs)

@@ -57,6 +57,7 @@ def _run(
     gpu: str | None = None,
     **given: Any,
 ) -> None:
+    from atdiag.execution import devices
     from atdiag.reports import console, document, writers
 
     ready = experiments.prepare(make, set_, as_typed, budget=budget, gpu=gpu, **given)
@@ -65,6 +66,8 @@ def _run(
     if dry_run:
         planning.show(series, plan, session, json_)
         return
+    if gpu is not None and not devices.is_here(plan.device):
+        raise UserError(f"there is no {plan.device} device on this machine", "add `dry_run` to plan for one elsewhere")
     check([series], plan, session)
     planning.header(series, session)
     train([series], plan, session)

@@ -38,11 +38,11 @@ _FEWEST_IMAGES = 500
 """Training images that such an experiment has at least."""
 
 
-def suited(settings: Settings, teacher: str) -> Settings:
+def suited(settings: Settings, teacher: str, training: bool = True) -> Settings:
     """Return settings with images as a teacher expects them, where the user says nothing else.
 
-    Only at the profile of a user's own images; otherwise the settings are returned unchanged. Raises UserError for a
-    reference that names no teacher.
+    Only at the profile of a user's own images; otherwise the settings are returned unchanged. training: as in
+    :func:`atdiag.study.settings.resolve`. Raises UserError for a reference that names no teacher.
     """
     if settings.profile.name != OWN_PROFILE:
         return settings
@@ -54,6 +54,7 @@ def suited(settings: Settings, teacher: str) -> Settings:
             "data.crop_share": view.crop_share,
             "data.interpolation": view.interpolation,
         },
+        training,
     )
 
 

@@ -112,18 +112,18 @@ def changed(settings: Settings, name: str, value: Any) -> Settings:
     return _again(settings, settings.overrides, settings.varied | {name: value}, settings.chosen)
 
 
-def choosing(settings: Settings, chosen: Mapping[str, Any]) -> Settings:
+def choosing(settings: Settings, chosen: Mapping[str, Any], training: bool = True) -> Settings:
     """Return the settings with further values that were chosen for the user; the user's own override them.
 
-    Raises UserError if they contradict the others.
+    training: as in :func:`resolve`. Raises UserError if they contradict the others.
     """
-    return _again(settings, settings.overrides, settings.varied, {**settings.chosen, **chosen})
+    return _again(settings, settings.overrides, settings.varied, {**settings.chosen, **chosen}, training)
 
 
 def _again(settings: Settings, overrides: dict[str, Any], varied: dict[str, Any], chosen: dict[str, Any]) -> Settings:
     applied = _over(_over(chosen, overrides), varied)
     with paths.looking_in(settings.data_dir):
-        profile = _apply(PROFILES[settings.profile.name], applied)
+        profile = _apply(PROFILES[settings.profile.name], applied, training)
     return replace(settings, profile=profile, overrides=overrides, varied=varied, chosen=chosen)
 
 

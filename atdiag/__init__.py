@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from atdiag.analysis import patching as patching
+    from atdiag.analysis.hooks.model import hooked as hooked
     from atdiag.core.errors import FaultError as FaultError
     from atdiag.core.errors import StoppedError as StoppedError
     from atdiag.core.errors import UserError as UserError
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from atdiag.study.verdicts import verb_phrase as verb_phrase
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "atdiag.analysis": ("patching",),
+    "atdiag.analysis.hooks.model": ("hooked",),
     "atdiag.core.errors": ("FaultError", "StoppedError", "UserError"),
     "atdiag.core.options": ("ExecutionOptions",),
     "atdiag.core.runs": ("Run", "Store"),
@@ -80,7 +84,8 @@ def __getattr__(name: str) -> Any:
             return "unknown"
     if name not in _HOME:
         raise AttributeError(f"module 'atdiag' has no attribute {name!r}")
-    found = getattr(import_module(_HOME[name]), name)
+    home = import_module(_HOME[name])
+    found = getattr(home, name) if hasattr(home, name) else import_module(f"{_HOME[name]}.{name}")
     globals()[name] = found
     return found
 

@@ -201,7 +201,7 @@ class _Maker:
 
     def _unknown(self) -> None:
         """Add what any block has: its modules' outputs, and its own."""
-        self._attention_site(self.full())
+        self._other_attention(getattr(self.block, "attn", self.block))
         for name in ("attn", "mlp"):
             if isinstance(getattr(self.block, name, None), nn.Module):
                 self.out.add(Direct(self.full(f"{name}.hook_out"), f"{self.path}.{name}"), self.stream)
@@ -256,6 +256,9 @@ class _Maker:
         """Add q and k before norm and rotary embedding, what is at the attention itself, and the heads' results."""
         network, block = self.subject.network, self.block
         attn = block if self.parallel else block.attn
+        if not (self.parallel or isinstance(attn, inspection.ATTENTION)):
+            self._other_attention(attn)
+            return
         path = self.path if self.parallel else f"{self.path}.attn"
         heads: Shape = ("batch", network.tokens, network.heads, self._head_width(attn))
         few = int(getattr(attn, "num_kv_heads", network.heads))
@@ -282,6 +285,15 @@ class _Maker:
         self.miss(("attn.hook_rot_q", "attn.hook_rot_k"), "it has no rotary embedding")
         self._attention_site(self.full(*(f"attn.hook_{name}" for name in (*leaves, "pattern", "z"))), heads)
         self._results(proj, gamma)
+
+    def _other_attention(self, attn: Any) -> None:
+        """Add what can be read of attention of an unknown kind: its one operation, if it has one."""
+        network = self.subject.network
+        leaves = ("v", "score_q", "score_k", "attn_scores", "pattern", "z")
+        heads: Shape = ("batch", network.tokens, network.heads, "d_head")
+        self._attention_site(self.full(*(f"attn.hook_{name}" for name in leaves)), heads)
+        told = f"its attention ({type(attn).__name__}) is of no known kind"
+        self.miss(tuple(leaf for leaf in _LEAVES if leaf.startswith("attn.") and leaf != "attn.hook_out"), told)
 
     def _attention_site(self, names: tuple[str, ...], heads: Shape = ()) -> None:
         site, why = sites.locate(self.block, self.root.get(self.path))

@@ -176,7 +176,9 @@ class HookedViT:
             images = images.detach().requires_grad_()  # else a frozen network has no gradients
         taker.leaves.append(images)
         given = self.subject.given(images)
-        return self._runner.run(images, taker, given, self._stop(stop_at_layer))
+        out = self._runner.run(images, taker, given, self._stop(stop_at_layer))
+        assert out is not None
+        return out
 
     def _ready(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():

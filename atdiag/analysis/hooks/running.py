@@ -50,10 +50,11 @@ class Runner:
         taker: Taker,
         given: Mapping[int, AttentionOverride] | None = None,
         stop: int | None = None,
-    ) -> Tensor:
+        output: bool = True,
+    ) -> Tensor | None:
         """Run images [B, channels, S, S] in [0, 1]; return the logits, or the tokens that enter block ``stop``.
 
-        given: overrides of our network's attention. Raises TracingError naming the layer for a place that is not
+        output: whether to return anything; if not, the pass ends as soon as all before ``stop`` is taken. given: overrides of our network's attention. Raises TracingError naming the layer for a place that is not
         reached.
         """
         given = given or {}
@@ -64,7 +65,7 @@ class Runner:
             places = places[: self.layout.block_ends[stop - 1] if stop else self.layout.first]
         call = (pixels, dict(given)) if given else (pixels,)
         entry = f"{self._prefix}blocks.{stop}" if stop != self.subject.network.depth else f"{self._prefix}norm"
-        root, found = self.root, []
+        root, found = self.root, list[Tensor]()
         blocks = [self._block(layer) for layer in on.unfused]
         switched = [module for block in blocks if (module := sites.unfused(block)) is not None]
         try:
@@ -74,18 +75,16 @@ class Runner:
             with root.trace(*call) as tracer:
                 for place in places:
                     place.visit(on)
-                if stop is None:
-                    found.append(root.output)
-                else:
-                    found.append(root.get(entry).input)
+                if output:
+                    found.append(root.output if stop is None else root.get(entry).input)
+                if stop is not None:
                     tracer.stop()
         except instrument.out_of_order() as fault:
             raise TracingError(instrument.translated(fault)) from None
         finally:
             for module in switched:
                 module.fused_attn = False  # type: ignore[assignment]
-        out: Tensor = found[0]
-        return out
+        return found[0] if found else None
 
     @property
     def _prefix(self) -> str:

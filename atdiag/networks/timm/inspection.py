@@ -30,7 +30,7 @@ _NETWORKS = (
 BLOCKS = (Block, vision_transformer.Block, beit.Block, eva.EvaBlock)
 POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
 PARALLEL = (vision_transformer.ParallelScalingBlock,)
-_ATTENTION = (Attention, TimmAttention, AttentionRope, beit.Attention, eva.EvaAttention)
+ATTENTION = (Attention, TimmAttention, AttentionRope, beit.Attention, eva.EvaAttention)
 
 _ATTENTION_NAMES = ("attention", "attn", "mhsa", "gpsa", "xca", "litemla")
 """Lower-case fragments of timm's names for modules that attend."""
@@ -120,7 +120,7 @@ def why_not(model: Any) -> str | None:
     for block in model.blocks:
         if not isinstance(block, BLOCKS + POST_NORM + PARALLEL):
             return f"its blocks ({type(block).__name__}) are not of a kind whose maps atdiag can read"
-        if not isinstance(block, PARALLEL) and not isinstance(block.attn, _ATTENTION):
+        if not isinstance(block, PARALLEL) and not isinstance(block.attn, ATTENTION):
             return f"its attention ({type(block.attn).__name__}) has no single softmax map for each head"
     return None
 

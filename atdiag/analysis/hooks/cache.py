@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from atdiag.analysis.hooks import places
+from atdiag.analysis.hooks import parts
 from atdiag.analysis.hooks.names import act_name
+from atdiag.analysis.hooks.places import Norm
 from atdiag.analysis.hooks.readout import readout
 from atdiag.core.errors import UserError, suggest
 
@@ -158,18 +159,18 @@ class ActivationCache:
         those of the run.
         """
         layer, depth = self._layer(layer), self.model.cfg.n_layers
-        parts, labels = [], []
+        entries, labels = [], []
         for i in range(layer + 1):
             if i == depth:
-                parts.append(self["resid_post", depth - 1])
+                entries.append(self["resid_post", depth - 1])
                 labels.append("final_post")
                 continue
-            parts.append(self["resid_pre", i])
+            entries.append(self["resid_pre", i])
             labels.append(f"{i}_pre")
             if (incl_mid and i < layer) or (mlp_input and i == layer):
-                parts.append(self["resid_mid", i])
+                entries.append(self["resid_mid", i])
                 labels.append(f"{i}_mid")
-        stack = torch.stack([sliced(part, pos_slice, -2) for part in parts])
+        stack = torch.stack([sliced(one, pos_slice, -2) for one in entries])
         if apply_ln:
             stack = self.apply_ln_to_stack(
                 stack, layer, mlp_input, pos_slice, recompute_ln=layer == self.model.cfg.n_layers
@@ -227,7 +228,9 @@ class ActivationCache:
             if any(
                 not isinstance(getattr(attn, part, None), torch.nn.Identity | None) for part in ("norm", "gate")
             ):  # then the projection does not see z itself
-                raise UserError(f"{name} is not in the cache", "cache it with names_filter, or set_use_attn_result(True)")
+                raise UserError(
+                    f"{name} is not in the cache", "cache it with names_filter, or set_use_attn_result(True)"
+                )
             self.cache_dict[name] = torch.einsum("...nhd,hdc->...nhc", self["z", i], self._w_o[i])
 
     @property
@@ -250,9 +253,9 @@ class ActivationCache:
         layer = self._layer(layer)
         self.compute_head_results()
         stream = self["resid_post", layer - 1] if layer else self["resid_pre", 0]
-        parts = [self["result", i].movedim(-2, 0) for i in range(layer)]
+        found = [self["result", i].movedim(-2, 0) for i in range(layer)]
         labels = [f"L{i}H{h}" for i in range(layer) for h in range(self.model.cfg.n_heads)]
-        stack = torch.cat(parts) if parts else stream.new_zeros(0, *stream.shape)
+        stack = torch.cat(found) if found else stream.new_zeros(0, *stream.shape)
         if incl_remainder:
             stack = torch.cat([stack, (stream - stack.sum(0))[None]])
             labels.append("remainder")
@@ -289,15 +292,15 @@ class ActivationCache:
         if norm is None:
             return residual_stack
         if recompute_ln and final:
-            centred, scale = places.normalised(norm, residual_stack)
-            return places.affine(norm, centred / scale)
+            centred, scale = parts.normalised(norm, residual_stack)
+            return parts.affine(norm, centred / scale)
         scale = self[f"{name}.hook_scale"]
         if scale.ndim == self.has_batch_dim + 1:  # of the pooled vector: for all positions
             scale = scale if isinstance(pos_slice, int) else scale[..., None, :]
         else:
             scale = sliced(scale, pos_slice, -2)
         stack = residual_stack
-        if places.centres(norm):
+        if parts.centres(norm):
             stack = stack - stack.mean(-1, keepdim=True)
         out: Tensor = stack / scale
         return out if norm.weight is None else out * norm.weight
@@ -310,7 +313,7 @@ class ActivationCache:
         name = f"blocks.{layer}.ln{2 if mlp_input else 1}"
         self.model.check(f"{name}.hook_scale")
         place = self.model.place(f"{name}.hook_scale")
-        assert isinstance(place, places.Norm)
+        assert isinstance(place, Norm)
         return place.norm, name
 
     def logit_attrs(
@@ -335,16 +338,14 @@ class ActivationCache:
             direction = direction - self._direction(read.weight, incorrect_tokens)
         cache = self if batch_slice is None else self.apply_slice_to_batch_dim(batch_slice)
         whole = cache.apply_ln_to_stack(residual_stack, -1, pos_slice=pos_slice)
-        if direction.ndim == 3:  # a class for each image
+        one = isinstance(pos_slice, int)  # then the stack has no axis of positions
+        if direction.ndim == 3:  # a class for each image: [heads, B, C]
             direction = sliced(direction, batch_slice, -2)
-            direction = direction if isinstance(pos_slice, int) else direction[:, :, None]
-        shares = sliced(read.shares, pos_slice, -1)
-        if isinstance(pos_slice, int):
-            shares = shares[:, None]
-        out = whole.new_zeros(whole.shape[:-1])
-        for share, own in zip(shares, direction, strict=True):
-            out = out + (whole * own).sum(-1) * (share.squeeze(0) if isinstance(pos_slice, int) else share)
-        return out
+            direction = direction if one else direction.unsqueeze(-2)
+        else:
+            direction = direction[:, None] if not one else direction
+        shares = sliced(read.shares.detach(), pos_slice, -1)
+        return torch.stack([(whole * own).sum(-1) * share for share, own in zip(shares, direction, strict=True)]).sum(0)
 
     def bias_attrs(self, tokens: Classes, incorrect_tokens: Classes | None = None) -> Tensor:
         """Return what the last norm's bias and the head's add to the logit of a class: one number for each class given.

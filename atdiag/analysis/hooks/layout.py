@@ -2,8 +2,8 @@
 
 Made from the network's modules alone, for our ViT and for timm's; no part of a network is re-implemented. Names and
 shapes follow TransformerLens 3.9 (``names``); of our own are ``hook_full_embed`` (as in TransformerLens's encoder),
-``ln_pre``, ``attn.hook_score_q/k``, ``attn.hook_out``, ``mlp.hook_out``, ``ls1.hook_in``, ``ls2.hook_in``, ``hook_cls``,
-``hook_registers``, ``ln_pooled``, ``hook_pooled`` and ``hook_logits``.
+``ln_pre``, ``attn.hook_score_q``, ``attn.hook_score_k``, ``attn.hook_out``, ``mlp.hook_out``, ``ls1.hook_in``,
+``ls2.hook_in``, ``hook_cls``, ``hook_registers``, ``ln_pooled``, ``hook_pooled`` and ``hook_logits``.
 """
 
 from __future__ import annotations
@@ -195,9 +195,7 @@ class _Maker:
         return ("batch", self.stream[1], int(width))
 
     def _norm(self, n: int, name: str) -> None:
-        _norm(
-            self.out, getattr(self.block, name), f"blocks.{self.layer}.ln{n}", f"{self.path}.{name}", self.stream
-        )
+        _norm(self.out, getattr(self.block, name), f"blocks.{self.layer}.ln{n}", f"{self.path}.{name}", self.stream)
 
     def _unknown(self) -> None:
         """Add what any block has: its modules' outputs, and its own."""
@@ -217,9 +215,7 @@ class _Maker:
             self._norm(1, "norm1")
         path = f"{self.path}.{'ls1' if self.ours else 'drop_path1'}"
         self.out.add(Direct(self.full("hook_attn_out"), path, total=f"{self.layer}.results"), self.stream)
-        self.out.add(
-            Middle(self.full("hook_resid_mid"), f"{self.path}.{'mlp' if self.post else 'norm2'}"), self.stream
-        )
+        self.out.add(Middle(self.full("hook_resid_mid"), f"{self.path}.{'mlp' if self.post else 'norm2'}"), self.stream)
         if not self.post:
             self._norm(2, "norm2")
         self._mlp()
@@ -276,7 +272,9 @@ class _Maker:
             self.out.add(Direct(self.full("attn.hook_q"), f"{path}.q_norm", "input", swapped=swapped), heads)
             self.out.add(Direct(self.full("attn.hook_k"), f"{path}.k_norm", "input", swapped=swapped), grouped)
         elif isinstance(attn, Attention) and attn.qk_hooks:
-            told = f"they pass through {', '.join(attn.qk_hooks)} within the attention; read hook_score_q and hook_score_k"
+            told = (
+                f"they pass through {', '.join(attn.qk_hooks)} within the attention; read hook_score_q and hook_score_k"
+            )
             self.miss(("attn.hook_q", "attn.hook_k"), told)
         else:
             leaves = ["q", "k", *leaves]
@@ -378,4 +376,3 @@ def points_by_leaf(found: Layout) -> Mapping[str, tuple[list[int], Shape]]:
         if name.startswith("blocks."):
             layers.append(int(name.split(".")[1]))
     return out
-

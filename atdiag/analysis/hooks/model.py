@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from atdiag.analysis import subjects
 from atdiag.analysis.hooks import weights
 from atdiag.analysis.hooks.cache import ActivationCache
+from atdiag.analysis.hooks.collecting import Collector
 from atdiag.analysis.hooks.names import NamesFilter, predicate
 from atdiag.analysis.hooks.places import Place
 from atdiag.analysis.hooks.points import Direction, HookFunction, HookPoint
@@ -169,9 +170,9 @@ class HookedViT:
 
     forward = __call__
 
-    def _run(self, images: Tensor, stop_at_layer: int | None, collector: _Collector | None = None) -> Tensor:
+    def _run(self, images: Tensor, stop_at_layer: int | None, collector: Collector | None = None) -> Tensor:
         images = self._ready(images)
-        taker = collector or _Collector(self.hook_dict)
+        taker = collector or Collector(self.hook_dict)
         if taker.backward and torch.is_grad_enabled() and not images.requires_grad:
             images = images.detach().requires_grad_()  # else a frozen network has no gradients
         taker.leaves.append(images)
@@ -239,7 +240,7 @@ class HookedViT:
         if incl_bwd and not torch.is_grad_enabled():
             raise UserError("incl_bwd needs gradients: call it outside torch.no_grad")
         with self.hooks(fwd_hooks, bwd_hooks):
-            collector = _Collector(self.hook_dict, wanted, device, incl_bwd)
+            collector = Collector(self.hook_dict, wanted, device, incl_bwd)
             out = self._run(images, stop_at_layer, collector)
             if incl_bwd:
                 value = out if metric is None else metric(out)
@@ -279,7 +280,9 @@ class HookedViT:
         else:
             names = [one for one in self.hook_dict if name(one)]
             if not names:
-                raise UserError(f"the filter matches no hook point of {self.subject.label}", "'atdiag hooks' lists them")
+                raise UserError(
+                    f"the filter matches no hook point of {self.subject.label}", "'atdiag hooks' lists them"
+                )
         if not callable(hook):
             raise UserError(f"the hook on {names[0]} is no function but {type(hook).__name__}")
         for one in names:
@@ -325,46 +328,6 @@ class HookedViT:
     def hook_points(self) -> list[HookPoint]:
         """Return all points, in the order of execution."""
         return list(self.hook_dict.values())
-
-
-class _Collector:
-    """Runs the hooks of each point, and caches values and gradients."""
-
-    def __init__(
-        self,
-        points: dict[str, HookPoint],
-        wanted: frozenset[str] = frozenset(),
-        device: torch.device | str | None = None,
-        gradients: bool = False,
-    ) -> None:
-        self.points, self.wanted, self.device, self.gradients = points, wanted, device, gradients
-        self.cache: dict[str, Tensor] = {}
-        self.leaves: list[Tensor] = []
-        self.backward = gradients or any(point.bwd_hooks for point in points.values())
-        self._asked = wanted | {name for name, point in points.items() if point.has_hooks()}
-
-    def wants(self, name: str) -> bool:
-        return name in self._asked
-
-    def take(self, name: str, value: Tensor) -> Tensor:
-        point = self.points[name]
-        value = point.run_forward(value)
-        cached = name in self.wanted
-        backward = torch.is_grad_enabled() and (bool(point.bwd_hooks) or (cached and self.gradients))
-        if backward:
-            if not value.requires_grad:  # nothing before it has a gradient, as for position embeddings
-                value = value.detach().requires_grad_()
-                self.leaves.append(value)
-            value = value.view_as(value)
-            point.watch(value)
-            if cached and self.gradients:
-                value.register_hook(lambda grad: self._keep(f"{name}_grad", grad))
-        if cached:
-            self._keep(name, value)
-        return value
-
-    def _keep(self, name: str, value: Tensor) -> None:
-        self.cache[name] = value.detach().to(self.device or value.device)
 
 
 def _config(subject: Subject, model: Any) -> HookedConfig:

@@ -1,7 +1,7 @@
 """Places of a network where hook points are read and written during a pass, through nnsight.
 
-A :class:`Place` is one location in the order of execution, and serves one or several points. A :class:`Taker` is whoever
-looks: it says which points it wants, gets each value, and returns the value to go on with. Tracing, caching, hooks and
+A :class:`Place` is one location in the order of execution, and serves one or several points. A :class:`Taker` is
+whoever looks: it says which points it wants, gets each value, and returns the value to go on with. Tracing, caching, hooks and
 patching are takers; where a point is, is written here and in ``layout`` alone.
 
 Shapes: B images, N tokens, C width, H heads, d head width.
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atdiag.analysis import sites
+from atdiag.analysis.hooks.parts import affine, learned_tokens, normalised, positions
 from atdiag.analysis.sites import Site
 from atdiag.core.spec import Network
 from atdiag.transfer import ops
@@ -132,21 +132,6 @@ class Embedding:
         setattr(on.root.get(self.stream), self.side, embed if position is None else embed + position)
 
 
-def learned_tokens(model: Any) -> list[Tensor]:
-    """Return a network's class token, registers and distillation token, [1, n, C] each, in the order of the sequence."""
-    tokens = (getattr(model, name, None) for name in ("cls_token", "reg_token", "dist_token"))
-    return [token for token in tokens if token is not None]
-
-
-def positions(model: Any) -> Tensor:
-    """Return a network's position embedding for all tokens [1, N, C]: zero for those that have none."""
-    own: Tensor = model.pos_embed
-    prefix = sum(token.shape[1] for token in learned_tokens(model))
-    patches = int(model.patch_embed.num_patches)
-    missing = prefix + patches - own.shape[1]
-    return F.pad(own, (0, 0, missing, 0)) if missing else own
-
-
 @dataclass(frozen=True)
 class Norm:
     """A norm: its scale, and its value before weight and bias."""
@@ -167,27 +152,6 @@ class Norm:
         value = on.take(self.points[1], value)
         if scale is not first or value is not before:
             envoy.output = affine(self.norm, value).to(x.dtype)
-
-
-def centres(norm: nn.Module) -> bool:
-    """Return whether a norm subtracts the mean (LayerNorm), or not (RMSNorm)."""
-    return isinstance(norm, nn.LayerNorm)
-
-
-def normalised(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a norm divides, and what it divides by, in float32 or better."""
-    x = x if x.dtype == torch.float64 else x.float()
-    if centres(norm):
-        x = x - x.mean(-1, keepdim=True)
-    return x, (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-
-
-def affine(norm: Any, x: Tensor) -> Tensor:
-    """Apply a norm's weight and bias, where it has them."""
-    if norm.weight is not None:
-        x = x * norm.weight
-    bias = getattr(norm, "bias", None)
-    return x if bias is None else x + bias
 
 
 @dataclass(frozen=True)
@@ -310,7 +274,7 @@ class Results:
             return
         weight = self.linear.weight if self.scale is None else self.scale[:, None] * self.linear.weight
         z = on.root.get(self.path).input.unflatten(-1, (self.heads, -1))
-        parts = torch.einsum("bnhd,chd->bnhc", z, weight.unflatten(-1, (self.heads, -1)))
+        parts = torch.einsum("bnhd,chd->bnhc", z, weight.view(len(weight), self.heads, -1))
         new = on.taker.take(name, parts)
         if new is parts:
             return

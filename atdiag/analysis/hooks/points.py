@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,6 +25,11 @@ class HookHandle:
     user_hook: HookFunction
     is_permanent: bool = False
     context_level: int | None = None
+
+
+def on_gradient(value: Tensor, call: Callable[[Tensor], Tensor | None]) -> None:
+    """Have a function called with the gradient to a value when it is taken; what it returns takes its place."""
+    value.register_hook(call)  # type: ignore[no-untyped-call]
 
 
 class HookPoint:
@@ -100,7 +106,7 @@ class HookPoint:
     def watch(self, value: Tensor) -> None:
         """Have the backward functions called with the gradient to a value, when it is taken."""
         for one in list(self.bwd_hooks):
-            value.register_hook(lambda grad, one=one: self._backward(one, grad))
+            on_gradient(value, partial(self._backward, one))
 
     def _backward(self, one: HookHandle, grad: Tensor) -> Tensor | None:
         out = one.user_hook(grad, hook=self)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atdiag.analysis.hooks.places import learned_tokens
+from atdiag.analysis.hooks.parts import learned_tokens
 from atdiag.core.errors import UserError
 from atdiag.networks.timm import inspection
 
@@ -78,7 +78,7 @@ def readout(model: Any, label: str) -> Readout:
         first = 0 if getattr(model, "pool_include_prefix", False) else prefix
         shares[0, first:] = 1 / (tokens - first)
     weight = torch.stack([head.weight.T for head in heads])
-    biases = [like.new_zeros(like.shape[0]) if head.bias is None else head.bias for head in heads]
+    biases: list[Tensor] = [like.new_zeros(like.shape[0]) if head.bias is None else head.bias for head in heads]
     bias = torch.stack(biases).mean(0)
     norm = norms[0] if norms else None
     return Readout(shares, weight, bias, norm, norm is not None and norm is not model.norm)

@@ -18,6 +18,22 @@ from atdiag.networks.model.vit import ViT
 from atdiag.transfer.attention import AttentionOverride
 
 
+class Nobody:
+    """Takes nothing."""
+
+    def wants(self, name: str) -> bool:
+        """Return False."""
+        return False
+
+    def take(self, name: str, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+
+def _mapped(given: Mapping[int, AttentionOverride]) -> frozenset[int]:
+    return frozenset(layer for layer, one in given.items() if one.tensor == "map")
+
+
 class Runner:
     """A subject under nnsight, with the layout of its points; :meth:`close` leaves the network as it was."""
 
@@ -25,8 +41,8 @@ class Runner:
         self.subject = subject
         self.instrument = Instrument(subject.module)
         self.layout: Layout = layout(subject, self.root)
-        self.images = 0
-        """Number of images in the user's own trace (``TracedModel.trace``)."""
+        self.own = Pass(self.root, Nobody(), 0)
+        """The user's own trace (``TracedModel.trace``)."""
 
     @property
     def root(self) -> Any:
@@ -54,12 +70,12 @@ class Runner:
     ) -> Tensor | None:
         """Run images [B, channels, S, S] in [0, 1]; return the logits, or the tokens that enter block ``stop``.
 
-        output: whether to return anything; if not, the pass ends as soon as all before ``stop`` is taken. given: overrides of our network's attention. Raises TracingError naming the layer for a place that is not
+        output: whether to return anything; if not, the pass ends as soon as all before ``stop`` is taken.
+        given: overrides of our network's attention. Raises TracingError naming the layer for a place that is not
         reached.
         """
         given = given or {}
-        mapped = frozenset(layer for layer, one in given.items() if one.tensor == "map")
-        on = Pass(self.root, taker, len(pixels), self._unfused(taker), mapped)
+        on = Pass(self.root, taker, len(pixels), self._unfused(taker), _mapped(given))
         places = self.layout.places
         if stop is not None:
             places = places[: self.layout.block_ends[stop - 1] if stop else self.layout.first]
@@ -85,6 +101,14 @@ class Runner:
             for module in switched:
                 module.fused_attn = False  # type: ignore[assignment]
         return found[0] if found else None
+
+    def begin(self, pixels: Tensor) -> tuple[Any, ...]:
+        """Return the arguments of the module for the user's own trace of images, and note it as ``own``."""
+        self.check_images(pixels)
+        pixels = pixels.to(self.subject.device)
+        given = self.subject.given(pixels)
+        self.own = Pass(self.root, Nobody(), len(pixels), frozenset(), _mapped(given))
+        return (pixels, given) if given else (pixels,)
 
     @property
     def _prefix(self) -> str:

@@ -1,20 +1,23 @@
 """A network under nnsight with hook points by name.
 
     with model.nnsight.trace(images):
-        pattern = model.nnsight["blocks.5.attn.hook_pattern"].output
+        pattern = model.nnsight.save(model.nnsight["pattern", 5].output)
         model.nnsight["blocks.6.attn.hook_z"].output = torch.zeros(...)
+        logits = model.nnsight.save(model.nnsight.output)
 
-Points must be read in the order of execution, as everything under nnsight.
+As everything under nnsight, points are read in the order of execution, and what is to outlive the trace is saved.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from atdiag.analysis import instrument
 from atdiag.analysis.hooks.names import act_name
-from atdiag.analysis.hooks.places import Middle, Pass, Place, Results
+from atdiag.analysis.hooks.places import Middle, Place, Results
 from atdiag.analysis.hooks.running import Runner
 from atdiag.core.errors import UserError
 
@@ -49,7 +52,7 @@ class TracedPoint:
                 return value if out is None else out
 
         wanted = self.name
-        self._place.visit(Pass(self._runner.root, Only(), self._runner.images))
+        self._place.visit(replace(self._runner.own, taker=Only()))
 
 
 class TracedModel:
@@ -65,9 +68,11 @@ class TracedModel:
 
     def trace(self, images: Tensor, **options: Any) -> Any:
         """Return nnsight's tracing context for images [B, channels, S, S] in [0, 1]."""
-        self._runner.check_images(images)
-        self._runner.images = len(images)
-        return self._runner.root.trace(images.to(self._runner.subject.device), **options)
+        return self._runner.root.trace(*self._runner.begin(images), **options)
+
+    def save(self, value: Any) -> Any:
+        """Keep a value of a trace beyond its end; return it."""
+        return instrument.nnsight().save(value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner.root, name)

@@ -15,7 +15,7 @@ import torch
 from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
-from atdiag.analysis.hooks.places import positions
+from atdiag.analysis.hooks.parts import positions
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Network
 from atdiag.networks.model import components
@@ -68,15 +68,12 @@ def _projection(block: Any, network: Network, n: str) -> tuple[Tensor, Tensor | 
 
 def _branch(block: Any, network: Network, linear: nn.Linear, branch: int, kind: str, heads: int = 0) -> Tensor:
     """Return the weight [M, C] (of heads: [H, d, C]) or the bias [C] of a branch's last layer, LayerScale folded in."""
-    if isinstance(block, inspection.POST_NORM):
-        scale = None
-    else:
-        scale = components.branch_scales(block)[branch]
+    scale = None if isinstance(block, inspection.POST_NORM) else components.branch_scales(block)[branch]
     if kind == "b":
         bias = _or_zero(linear.bias, linear.weight[:, 0])
         return bias if scale is None else scale * bias
     weight = linear.weight if scale is None else scale[:, None] * linear.weight
-    return weight.T.unflatten(0, (heads, -1)) if heads else weight.T
+    return weight.T.reshape(heads, -1, len(weight)) if heads else weight.T
 
 
 def _mlp(block: Any, network: Network, kind: str, of: str) -> Tensor:
@@ -117,9 +114,7 @@ def _position(model: Any) -> Tensor:
 
 _OUTSIDE: dict[str, Callable[[Any, Network], Tensor]] = {
     "W_E": lambda model, network: model.patch_embed.proj.weight.flatten(1).T,
-    "b_E": lambda model, network: _or_zero(
-        model.patch_embed.proj.bias, model.patch_embed.proj.weight.flatten(1)[:, 0]
-    ),
+    "b_E": lambda model, network: _or_zero(model.patch_embed.proj.bias, model.patch_embed.proj.weight.flatten(1)[:, 0]),
     "W_pos": lambda model, network: _position(model),
     "W_U": lambda model, network: _head(model).weight.T,
     "b_U": lambda model, network: _or_zero(_head(model).bias, _head(model).weight[:, 0]),

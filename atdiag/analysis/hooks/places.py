@@ -1,8 +1,8 @@
 """Places of a network where hook points are read and written during a pass, through nnsight.
 
 A :class:`Place` is one location in the order of execution, and serves one or several points. A :class:`Taker` is
-whoever looks: it says which points it wants, gets each value, and returns the value to go on with. Tracing, caching, hooks and
-patching are takers; where a point is, is written here and in ``layout`` alone.
+whoever looks: it says which points it wants, gets each value, and returns the value to go on with. Tracing, caching,
+hooks and patching are takers; where a point is, is written here and in ``layout`` alone.
 
 Shapes: B images, N tokens, C width, H heads, d head width.
 """
@@ -205,13 +205,14 @@ class AttentionPlace:
     def _name(self, leaf: str) -> str:
         return f"blocks.{self.layer}.attn.hook_{leaf}"
 
-    def _taken(self, on: Pass, leaves: Sequence[str], x: Tensor) -> Tensor:
-        """Take the same value [B, H, N, d] as several points [B, N, H, d], where this place has them."""
-        seen = first = x.transpose(1, 2)
-        for name in map(self._name, leaves):
-            if name in self.points:
-                seen = on.take(name, seen)
-        return x if seen is first else seen.transpose(1, 2)
+    def _taken(self, on: Pass, leaf: str, x: Tensor) -> Tensor:
+        """Take a value [B, H, N, d] as a point [B, N, H, d], if it is one of this place's."""
+        name = self._name(leaf)
+        if name not in self.points or not on.taker.wants(name):
+            return x
+        seen = x.transpose(1, 2)
+        new: Tensor = on.taker.take(name, seen)
+        return x if new is seen else new.transpose(1, 2)
 
     @staticmethod
     def _formula(record: AttentionRecord) -> Tensor:
@@ -222,12 +223,12 @@ class AttentionPlace:
     def _operands(self, on: Pass, own: AttentionRecord) -> AttentionRecord:
         assert own.v is not None
         if not isinstance(own.map, QK):
-            v = self._taken(on, ("v",), own.v)
+            v = self._taken(on, "v", own.v)
             return own if v is own.v else AttentionRecord(own.map, v)
-        q = self._taken(on, ("q",), own.map.q)
-        k = self._taken(on, ("k",), own.map.k)
-        v = self._taken(on, ("v",), own.v)
-        q, k = (self._taken(on, (f"rot_{n}", f"score_{n}"), x) for n, x in (("q", q), ("k", k)))
+        q, k, v = own.map.q, own.map.k, own.v
+        for kind in ("", "rot_", "score_"):
+            q, k = self._taken(on, f"{kind}q", q), self._taken(on, f"{kind}k", k)
+            v = v if kind else self._taken(on, "v", v)
         if q is own.map.q and k is own.map.k and v is own.v:
             return own
         return AttentionRecord(own.map._replace(q=q, k=k), v)

@@ -162,7 +162,9 @@ def test_edited_sums_are_exact(mini, images):
         torch.testing.assert_close(cache["q", 3], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("point", ["hook_resid_pre", "hook_attn_out", "attn.hook_z", "attn.hook_pattern", "mlp.hook_post"])
+@pytest.mark.parametrize(
+    "point", ["hook_resid_pre", "hook_attn_out", "attn.hook_z", "attn.hook_pattern", "mlp.hook_post"]
+)
 def test_patching_a_run_with_its_own_values_changes_nothing(point, mini, images):
     model = mini("beitv2_b")
     some = images(model)
@@ -181,7 +183,11 @@ def test_stopping_returns_the_stream_and_runs_nothing_after_it(mini, images):
     with torch.no_grad():
         _, cache = model.run_with_cache(some)
         ran.clear()
-        for stop, expected in ((0, "hook_full_embed"), (3, "blocks.3.hook_resid_pre"), (-1, "blocks.11.hook_resid_pre")):
+        for stop, expected in (
+            (0, "hook_full_embed"),
+            (3, "blocks.3.hook_resid_pre"),
+            (-1, "blocks.11.hook_resid_pre"),
+        ):
             out, part = model.run_with_cache(some, stop_at_layer=stop)
             assert torch.equal(out, cache[expected])
             assert list(ran) == list(range(stop % 12))

@@ -90,7 +90,13 @@ def seen(subject, model, images):
             found[f"{at}.hook_{name}"] = x.transpose(1, 2)
     for name in [name for name in found if name.endswith(("ln1", "ln2"))]:
         x = found.pop(name)
-        eps = subject.network.norm_eps
+        block = model.blocks[int(name.split(".")[1])]
+        norm = block.in_norm if hasattr(block, "in_norm") else block.norm1
+        eps = norm.eps
+        if "Rms" in type(norm).__name__:
+            found[f"{name}.hook_scale"] = (x.square().mean(-1, keepdim=True) + eps).sqrt()
+            found[f"{name}.hook_normalized"] = F.rms_norm(x, x.shape[-1:], eps=eps)
+            continue
         found[f"{name}.hook_scale"] = (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
         found[f"{name}.hook_normalized"] = F.layer_norm(x, x.shape[-1:], eps=eps)
     for i in range(len(model.blocks)):

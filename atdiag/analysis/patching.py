@@ -19,7 +19,7 @@ analysis); how to choose runs and metrics: Zhang and Nanda 2024 (Towards best pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,21 +124,36 @@ def generic_activation_patch(
     else:
         rows = [tuple(map(int, row)) for row in index_df.itertuples(index=False)]
         shape = [len(rows)]
-    for layer in sorted({row[0] for row in rows}):
-        _check(model, clean_cache, act_name(activation_name, layer), corrupted_images)
-    values = []
-    for row in _shown(rows, progress):
-        name = act_name(activation_name, row[0])
-        hook = partial(_put, setter=patch_setter, index=row, clean=clean_cache[name])
-        with torch.no_grad():
-            logits = model.run_with_hooks(corrupted_images, fwd_hooks=[(name, hook)])
-            values.append(float(patching_metric(logits)))
+    runs = each_patch(model, corrupted_images, clean_cache, patch_setter, activation_name, rows, progress)
+    values = [float(patching_metric(logits)) for logits in runs]
     out = torch.tensor(values).reshape(shape)
     if not return_index_df:
         return out
     import pandas as pd
 
     return out, index_df if index_df is not None else pd.DataFrame(rows, columns=list(index_axis_names or ()))
+
+
+@torch.no_grad()
+def each_patch(
+    model: HookedViT,
+    images: Tensor,
+    clean_cache: ActivationCache,
+    setter: Setter,
+    activation_name: str,
+    rows: Sequence[Sequence[int]],
+    progress: bool = False,
+) -> Iterator[Tensor]:
+    """Yield the logits [B, classes] of a run for each patch, whose index (the layer first) is a row.
+
+    Raises UserError for a cache that does not fit.
+    """
+    for layer in sorted({row[0] for row in rows}):
+        _check(model, clean_cache, act_name(activation_name, layer), images)
+    for row in _shown(rows, progress):
+        name = act_name(activation_name, row[0])
+        hook = partial(_put, setter=setter, index=row, clean=clean_cache[name])
+        yield model.run_with_hooks(images, fwd_hooks=[(name, hook)])
 
 
 def _put(value: Tensor, hook: Any, setter: Setter, index: Sequence[int], clean: Tensor) -> Tensor:

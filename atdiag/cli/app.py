@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from atdiag.cli import data, doctor, experiments, inspect, looks, probes, reproduce, runs, teachers
+from atdiag.cli import data, doctor, experiments, hooked, inspect, looks, probes, reproduce, runs, teachers
 from atdiag.cli.messages import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -72,6 +72,7 @@ def _complete(app: typer.Typer) -> None:
     experiments.add_commands(app)
     reproduce.add_commands(app)
     inspect.add_commands(app)
+    hooked.add_commands(app)
     probes.add_commands(app)
     looks.add_commands(app)
     app.command("pretrain")(teachers.pretrain)

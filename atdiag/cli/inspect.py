@@ -19,6 +19,7 @@ from atdiag.cli.session import (
     Images,
     InspectionOptions,
     InspectionSession,
+    LayerMap,
     Layers,
     add,
     chosen,
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from atdiag.analysis.similarity import Similarity
 
 Heads = Annotated[str | None, typer.Option(help="Heads, such as 0,2. [default: all]")]
-LayerMap = Annotated[
-    str | None, typer.Option(help="Which blocks belong together in networks of different depth: 0:0,5:11.")
-]
 
 
 # --- trace ---------------------------------------------------------------------------------------------------------

@@ -49,6 +49,9 @@ Images = Annotated[
     ),
 ]
 Layers = Annotated[str | None, typer.Option(help="Blocks, such as 0,5,11 or 3-5 or top:4. [default: all]")]
+LayerMap = Annotated[
+    str | None, typer.Option(help="Which blocks belong together in networks of different depth: 0:0,5:11.")
+]
 _DataName = Annotated[
     str | None, typer.Option("--data", help="The data set. [default: the one that a run was trained on, else mini's]")
 ]

@@ -3,7 +3,7 @@
 Made from the network's modules alone, for our ViT and for timm's; no part of a network is re-implemented. Names and
 shapes follow TransformerLens 3.9 (``names``); of our own are ``hook_full_embed`` (as in TransformerLens's encoder),
 ``ln_pre``, ``attn.hook_score_q``, ``attn.hook_score_k``, ``attn.hook_out``, ``mlp.hook_out``, ``ls1.hook_in``,
-``ls2.hook_in``, ``hook_cls``, ``hook_registers``, ``ln_pooled``, ``hook_pooled`` and ``hook_logits``.
+``ls2.hook_in``, ``hook_cls``, ``hook_registers`` and ``ln_pooled``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LEAVES = (
 _OUTSIDE = (
     *("hook_embed", "hook_pos_embed", "hook_full_embed"),
     *(f"{ln}.hook_{kind}" for ln in ("ln_pre", "ln_final", "ln_pooled") for kind in ("scale", "normalized")),
-    *("hook_pooled", "hook_logits"),
+    *("unembed.hook_in", "unembed.hook_out"),
 )
 
 
@@ -134,11 +134,11 @@ def _end(out: Layout, model: Any, prefix: str, subject: Subject) -> None:
     for name, path in zip(("ln_final", "ln_pooled"), there, strict=False):
         _norm(out, norms[path], name, f"{prefix}{path}", stream if path == "norm" else pooled)
     if isinstance(model.head, nn.Linear) and inspection.distilled(model):
-        out.missing["hook_pooled"] = "it has two heads, of the class token and of the distillation token"
+        out.missing["unembed.hook_in"] = "it has two heads, of the class token and of the distillation token"
     elif isinstance(model.head, nn.Linear):
-        out.add(Direct(("hook_pooled",), f"{prefix}head", "input"), pooled)
+        out.add(Direct(("unembed.hook_in",), f"{prefix}head", "input"), pooled)
     classes = network.classes if isinstance(model.head, nn.Linear) else network.width
-    out.add(Direct(("hook_logits",), ""), ("batch", classes))
+    out.add(Direct(("unembed.hook_out",), ""), ("batch", classes))
 
 
 @dataclass

@@ -5,7 +5,7 @@
     >>> model = hooked("clip_b")
     >>> logits, cache = model.run_with_cache(torch.rand(2, 1, 20, 20))
     >>> cache["pattern", 5].shape, cache["resid_post", -1].shape
-    (torch.Size([2, 2, 26, 26]), torch.Size([2, 26, 32]))
+    (torch.Size([2, 3, 26, 26]), torch.Size([2, 26, 48]))
     >>> def without_head_1(z, hook):
     ...     z[:, :, 1] = 0
     ...     return z

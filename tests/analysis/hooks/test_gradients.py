@@ -15,7 +15,7 @@ def test_cached_gradients_equal_autograd(mini, images):
     model = mini("dinov2_s")
     some = images(model)
     names = ["hook_pos_embed", "hook_full_embed", "blocks.2.hook_resid_mid", "blocks.2.attn.hook_pattern"]
-    names += ["blocks.2.attn.hook_z", "blocks.2.mlp.hook_post", "blocks.2.ln1.hook_scale", "hook_logits"]
+    names += ["blocks.2.attn.hook_z", "blocks.2.mlp.hook_post", "blocks.2.ln1.hook_scale", "unembed.hook_out"]
     logits, cache = model.run_with_cache(some, names, incl_bwd=True, metric=metric)
     assert set(cache) == {*names, *(f"{name}_grad" for name in names)}
     for name in names:
@@ -27,7 +27,7 @@ def test_cached_gradients_equal_autograd(mini, images):
 
         metric(model.run_with_hooks(some, fwd_hooks=[(name, leaf)])).backward()
         torch.testing.assert_close(cache[f"{name}_grad"], kept["x"].grad, rtol=1e-3, atol=1e-6)
-    assert torch.equal(cache["hook_logits_grad"], F.one_hot(torch.tensor([3, 3]), 10).float())
+    assert torch.equal(cache["unembed.hook_out_grad"], F.one_hot(torch.tensor([3, 3]), 10).float())
     assert all(parameter.grad is None for parameter in model.module.parameters())
     assert cache["pattern", 2].abs().sum() > 0 and not cache["pattern", 2].requires_grad
 

@@ -119,9 +119,9 @@ EDITS = {
     "blocks.1.mlp.hook_pre": "blocks.1.mlp.hook_post",
     "blocks.1.mlp.hook_post": "blocks.1.mlp.hook_out",
     "blocks.1.hook_mlp_out": "blocks.1.hook_resid_post",
-    "blocks.1.hook_cls": "hook_logits",
-    "ln_final.hook_normalized": "hook_pooled",
-    "hook_pooled": "hook_logits",
+    "blocks.1.hook_cls": "unembed.hook_out",
+    "ln_final.hook_normalized": "unembed.hook_in",
+    "unembed.hook_in": "unembed.hook_out",
 }
 """Point -> one after it that must change with it."""
 
@@ -137,7 +137,7 @@ def test_edits_reach_what_comes_after_and_nothing_before(name, mini, network, im
             logits, cache = model.run_with_cache(some, fwd_hooks=hook)
             assert torch.equal(cache[point], 2 * clean[point]), point
             assert not torch.equal(cache[after], clean[after]), (point, after)
-            assert not torch.equal(logits, clean["hook_logits"])
+            assert not torch.equal(logits, clean["unembed.hook_out"])
             for earlier in list(model.hook_dict)[: list(model.hook_dict).index(point)]:
                 if earlier not in ("blocks.1.attn.hook_k",):
                     assert torch.equal(cache[earlier], clean[earlier]), (point, earlier)

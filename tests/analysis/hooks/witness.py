@@ -61,7 +61,7 @@ def seen(subject, model, images):
             hook = module.register_forward_hook(lambda _, args, out: found.__setitem__(name, form(out.detach())))
         handles.append(hook)
 
-    keep(model.head, "hook_pooled", "input")
+    keep(model.head, "unembed.hook_in", "input")
     for i, block in enumerate(model.blocks):
         at = f"blocks.{i}"
         keep(block, f"{at}.hook_resid_pre", "input")
@@ -104,5 +104,5 @@ def seen(subject, model, images):
         if f"{at}resid_mid" in found:
             found[f"{at}attn_out"] = found[f"{at}resid_mid"] - found[f"{at}resid_pre"]
             found[f"{at}mlp_out"] = found[f"{at}resid_post"] - found[f"{at}resid_mid"]
-    found["hook_logits"] = out
+    found["unembed.hook_out"] = out
     return found, out

@@ -38,7 +38,7 @@ def effects(found: Patched) -> Figure:
     axes.grid(visible=False)
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=14)
     bar.set_label(f"change of {_UNITS[found.measure]}")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     style.describe(figure, title)
     return figure
 
@@ -51,7 +51,7 @@ def _line(found: Patched, title: str) -> Figure:
     axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
     axes.set_xticks(found.layers[:: -(-len(found.layers) // 14)])
     axes.set_xlabel("block")
-    axes.set_ylabel(f"change of {_UNITS[found.measure]} [95 %]")
+    axes.set_ylabel(f"change of\n{_UNITS[found.measure]} [95 %]")
     axes.grid(visible=False, axis="x")
     style.describe(figure, title)
     return figure

@@ -8,8 +8,8 @@
     >>> found.change.shape
     (2, 2)
 
-One network's values (a teacher's, say) are put into another's run on the same images, or a network's own values on other
-images into its run; the rest of the network then runs on. Places, names and checks are those of ``patching`` and of
+One network's values (a teacher's, say) are put into another's run on the same images, or a network's own values on
+other images into its run; the rest of the network then runs on. Places, names and checks are those of ``patching`` and of
 interventions, which replace whole maps and measure accuracy.
 """
 
@@ -46,8 +46,8 @@ By = Literal["layer", "head", "position"]
 BY: tuple[By, ...] = get_args(By)
 Measure = Literal["margin", "top1", "loss"]
 """``margin``: the class's logit minus the mean of the others; ``top1``: share of correct predictions, in per cent;
-``loss``: cross-entropy, in nats. The class is the image's, or where the head's classes are unknown the prediction of the
-unchanged network."""
+``loss``: cross-entropy, in nats. The class is the image's, or where the head's classes are unknown the prediction of
+the unchanged network."""
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 _HEADS = ("z", "q", "k", "v", "score_q", "score_k", "rot_q", "rot_k", "result")
@@ -104,7 +104,7 @@ class Patched:
         lines = []
         for (i, layer), j in product(enumerate(self.layers), range(self.after.shape[1])):
             change, low, high = paired(self.after[i, j] - self.before, self.clusters)
-            place = {} if self.by == "layer" else {self.by: j}
+            place: dict[str, int] = {} if self.by == "layer" else {self.by: j}
             values = {"before": float(self.before.mean()), "after": float(self.after[i, j].mean())}
             interval = {"change": change, "ci_low": low, "ci_high": high}
             lines.append({"a": self.a, "b": self.b, "what": self.what, "layer": layer, **place, **values, **interval})
@@ -240,7 +240,9 @@ def _clean(
     wanted = {act_name(name, other) for _, other in pairs}
     _, cache = theirs.run_with_cache(pixels, sorted(wanted))
     fitted = patching.aligned(cache, mine)
-    return ActivationCache({act_name(name, own): fitted.cache_dict[act_name(name, other)] for own, other in pairs}, mine)
+    return ActivationCache(
+        {act_name(name, own): fitted.cache_dict[act_name(name, other)] for own, other in pairs}, mine
+    )
 
 
 def _score(measure: Measure, classes: Tensor) -> Callable[[Tensor], Tensor]:

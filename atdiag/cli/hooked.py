@@ -166,7 +166,9 @@ def patch(
     asked = [found.what, by, measure, str(found.layers), *pictures.names, *(others.names if others else ())]
     name = stem(a.label, b.label, a.id, b.id, *asked)
     written = writers.write(folder, name, {"csv": frame.to_csv(index=False)}, document, {"": effects})
-    notes = [f"{shown_on(pictures)}; {_explained(found)}; 95 % intervals over images (by cluster), not over the patches"]
+    notes = [
+        f"{shown_on(pictures)}; {_explained(found)}; 95 % intervals over images (by cluster), not over the patches"
+    ]
     if found.labelled:
         notes.append(f"which row of its head is which class: {head['rows']}")
     else:

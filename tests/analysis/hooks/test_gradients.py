@@ -16,7 +16,7 @@ def test_cached_gradients_equal_autograd(mini, images):
     some = images(model)
     names = ["hook_pos_embed", "hook_full_embed", "blocks.2.hook_resid_mid", "blocks.2.attn.hook_pattern"]
     names += ["blocks.2.attn.hook_z", "blocks.2.mlp.hook_post", "blocks.2.ln1.hook_scale", "unembed.hook_out"]
-    logits, cache = model.run_with_cache(some, names, incl_bwd=True, metric=metric)
+    _, cache = model.run_with_cache(some, names, incl_bwd=True, metric=metric)
     assert set(cache) == {*names, *(f"{name}_grad" for name in names)}
     for name in names:
         kept = {}
@@ -95,7 +95,7 @@ def test_no_grad_is_respected(mini, images):
         assert not model.run_with_hooks(
             some, fwd_hooks=[(lambda name: True, lambda value, hook: value * 1)]
         ).requires_grad
-        with pytest.raises(UserError, match="outside torch.no_grad"):
+        with pytest.raises(UserError, match="outside torch"):
             model.run_with_cache(some, incl_bwd=True, metric=metric)
     assert torch.is_grad_enabled()
     with pytest.raises(UserError, match="give a metric"):

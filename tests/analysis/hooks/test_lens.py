@@ -12,9 +12,9 @@ from atdiag.networks.model import students
 
 pytest.importorskip("transformer_lens", reason="TransformerLens is not installed: pip install 'atdiag[lens]'")
 
-import transformer_lens as lens  # noqa: E402
-from transformer_lens import patching as lens_patching  # noqa: E402
-from transformer_lens.utilities import get_act_name  # noqa: E402
+import transformer_lens as lens
+from transformer_lens import patching as lens_patching
+from transformer_lens.utilities import get_act_name
 
 NETWORK = Network(image_size=20, patch_size=4, channels=1, width=24, depth=2, heads=3, classes=10)
 
@@ -44,8 +44,8 @@ def both():
     vit.eval().requires_grad_(False)
     mine = hooked(vit, label="mine")
     config = lens.HookedTransformerConfig(
-        n_layers=2, d_model=24, n_heads=3, d_head=8, d_mlp=96, n_ctx=26, d_vocab=10, act_fn="gelu", eps=NETWORK.norm_eps,
-        normalization_type="LN", attention_dir="bidirectional", device="cpu", init_weights=False,
+        n_layers=2, d_model=24, n_heads=3, d_head=8, d_mlp=96, n_ctx=26, d_vocab=10, act_fn="gelu", device="cpu",
+        eps=NETWORK.norm_eps, normalization_type="LN", attention_dir="bidirectional", init_weights=False,
     )  # fmt: skip
     logging.disable(logging.WARNING)
     theirs = lens.HookedTransformer(config)
@@ -197,7 +197,10 @@ def test_patching(name, both):
 
 
 BY_POSITION = ["resid_pre"]
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("attn_out", "mlp_out", "attn_head_q_by_pos", "attn_head_pattern_by_pos")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("attn_out", "mlp_out", "attn_head_q_by_pos", "attn_head_pattern_by_pos")
+]
 
 
 @pytest.mark.parametrize("name", [*BY_POSITION, *SLOW])

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atdiag.analysis import patching as patching  # type: ignore[attr-defined] # mypy: a cycle
+    from atdiag.analysis import patching as patching  # type: ignore[attr-defined,unused-ignore] # a cycle
     from atdiag.analysis.hooks.model import hooked as hooked
     from atdiag.core.errors import FaultError as FaultError
     from atdiag.core.errors import StoppedError as StoppedError

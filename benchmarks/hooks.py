@@ -3,7 +3,8 @@
     python benchmarks/hooks.py [--model vit_small_patch16_224] [--batch 8] [--repeats 5] [--device cpu] [--json FILE]
 
 The network has random weights: what it computes does not matter here. A forward pass with explicit attention forms the
-same patterns and throws them away. Medians; the variants take turns, so that a busy machine slows all of them. Memory
+same patterns and throws them away. Medians, on a CPU of the process's time; the variants
+take turns. Memory
 is the peak of a process of its own that averages all patterns over its images, batch by batch.
 """
 
@@ -72,15 +73,17 @@ def measure(name: str, batch: int, repeats: int, device: str) -> dict[str, float
         EDITED: plain(lambda: model.run_with_hooks(images, [(_patterns, lambda value, hook: value.mul_(1.0))])),
         GRADIENTS: gradients,
     }
+    # On a CPU the process's own time: other programs on the machine then count little.
+    clock = time.process_time if device == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {one: [] for one in work}
     for turn in range(repeats + 1):
         for one, run in work.items():
             _wait(device)
-            begin = time.perf_counter()
+            begin = clock()
             run()
             _wait(device)
             if turn:  # the first turn is a warm-up
-                times[one].append(time.perf_counter() - begin)
+                times[one].append(clock() - begin)
     return {one: statistics.median(values) for one, values in times.items()}
 
 

@@ -9,8 +9,8 @@
     (2, 2)
 
 One network's values (a teacher's, say) are put into another's run on the same images, or a network's own values on
-other images into its run; the rest of the network then runs on. Places, names and checks are those of ``patching`` and of
-interventions, which replace whole maps and measure accuracy.
+other images into its run; the rest of the network then runs on. Places, names and checks are those of ``patching`` and
+of interventions, which replace whole maps and measure accuracy.
 """
 
 from __future__ import annotations

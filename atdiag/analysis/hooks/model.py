@@ -17,11 +17,12 @@ Shapes: B images, S pixels on a side, H heads, N tokens, C width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,9 @@ from atdiag.analysis.hooks.running import Runner
 from atdiag.analysis.hooks.traced import TracedModel
 from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError
+from atdiag.core.runs import Store
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm import inspection
-
-if TYPE_CHECKING:
-    from atdiag.core.runs import Store
 
 Hooks = Sequence[tuple[str | Callable[[str], bool], HookFunction]]
 """Points (a name, or a function of a name) and what is called with the value of each."""
@@ -358,19 +357,28 @@ def _config(subject: Subject, model: Any) -> HookedConfig:
 
 
 def hooked(
-    subject: str | Path | Subject | nn.Module, *, profile: str = "mini", label: str = "", store: Store | None = None
+    subject: str | Path | Subject | nn.Module,
+    *,
+    profile: str = "mini",
+    label: str = "",
+    runs: str | Path | None = None,
+    device: torch.device | str | None = None,
 ) -> HookedViT:
     """Return a network with TransformerLens's hook points.
 
     subject: what every command takes (a teacher's name, a file, a run's id, ``timm:MODEL``), a subject, or a network: a
-    ViT of ours or of timm, which is set to eval mode. profile: that of a teacher's name. store: where runs are found;
-    None: that of the profile. Raises UserError, saying why, for what can't be looked into.
+    ViT of ours or of timm, which is set to eval mode. profile: that of a teacher's name. label: its name in messages.
+    runs: the folder of runs; None: ``ATDIAG_RUNS``, or ``runs`` in the working directory. device: where it is moved to.
+    Raises UserError, saying why, for what can't be looked into.
     """
     if isinstance(subject, Subject):
-        return HookedViT(subject)
-    if isinstance(subject, nn.Module):
-        return HookedViT(subjects.of(subject, label or type(subject).__name__))
-    if not isinstance(subject, str | Path):
+        found = subject
+    elif isinstance(subject, nn.Module):
+        found = subjects.of(subject, label or type(subject).__name__)
+    elif isinstance(subject, str | Path):
+        store = Store(Path(runs or os.environ.get("ATDIAG_RUNS") or "runs").expanduser())
+        found = subjects.find(str(subject), profile, None, store)
+    else:
         raise UserError(f"{type(subject).__name__} is no network", "give a name, a file, a run's id or a timm model")
-    found = subjects.find(str(subject), profile, None, store)
-    return HookedViT(replace(found, label=label) if label else found)
+    model = HookedViT(replace(found, label=label) if label else found)
+    return model if device is None else model.to(device)

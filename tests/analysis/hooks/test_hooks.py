@@ -116,7 +116,7 @@ def test_filters_choose_points(names, mini, images):
         (lambda m, x: m.run_with_cache(x, [Z, "hook_embedd"]), "did you mean 'hook_embed'"),
         (lambda m, x: m.run_with_cache(x, lambda name: False), "the filter matches no hook point"),
         (lambda m, x: m.run_with_hooks(x, [(lambda name: False, print)]), "the filter matches no hook point"),
-        (lambda m, x: m.run_with_hooks(x, [(Z, lambda value, hook: value[:, 1:])]), r"shape \[2, 25, 2, 16\], and the point's is \[2, 26"),
+        (lambda m, x: m.run_with_hooks(x, [(Z, lambda value, hook: value[:, 1:])]), r"shape \[2, 25, 2, 16\], and the"),
         (lambda m, x: m.run_with_hooks(x, [(Z, lambda value, hook: value.double())]), "dtype torch.float64"),
         (lambda m, x: m.run_with_hooks(x, [(Z, lambda value, hook: value.to("meta"))]), "device meta"),
         (lambda m, x: m.run_with_hooks(x, [(Z, lambda value, hook: 3)]), "returned int: return a tensor"),

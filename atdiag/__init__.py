@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from atdiag.analysis import patching as patching  # type: ignore[attr-defined,unused-ignore] # a cycle
+    from atdiag.analysis.hooks.model import hooked as hooked
     from atdiag.api.analyses import intervene as intervene
     from atdiag.api.analyses import probe as probe
     from atdiag.api.analyses import similarity as similarity
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from atdiag.api.exporting import export_model as export_model
     from atdiag.api.looks import attention_stats as attention_stats
     from atdiag.api.looks import maps as maps
+    from atdiag.api.points import hooks as hooks
+    from atdiag.api.points import patch as patch
     from atdiag.api.results import Result as Result
     from atdiag.api.running import run as run
     from atdiag.core.errors import FaultError as FaultError
@@ -65,8 +69,11 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "atdiag.api.exported": ("load_student",),
     "atdiag.api.exporting": ("export_model",),
     "atdiag.api.looks": ("attention_stats", "maps"),
+    "atdiag.api.points": ("hooks", "patch"),
     "atdiag.api.results": ("Result",),
     "atdiag.api.running": ("run",),
+    "atdiag.analysis": ("patching",),
+    "atdiag.analysis.hooks.model": ("hooked",),
     "atdiag.core.errors": ("FaultError", "StoppedError", "UserError"),
     "atdiag.core.options": ("ExecutionOptions",),
     "atdiag.core.runs": ("Run", "Store"),
@@ -99,7 +106,8 @@ def __getattr__(name: str) -> Any:
             return "unknown"
     if name not in _HOME:
         raise AttributeError(f"module 'atdiag' has no attribute {name!r}")
-    found = getattr(import_module(_HOME[name]), name)
+    home = import_module(_HOME[name])
+    found = getattr(home, name) if hasattr(home, name) else import_module(f"{_HOME[name]}.{name}")
     globals()[name] = found
     return found
 

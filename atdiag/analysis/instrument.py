@@ -4,10 +4,33 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-PLANTED = ("forward", "__nnsight__")
+if TYPE_CHECKING:
+    from torch import nn
+
+_PLANTED = ("forward", "__nnsight__")
 """Attributes that nnsight leaves on a module whose source it has read."""
+
+
+class Instrument:
+    """A module under nnsight.
+
+    nnsight replaces the forward of every module whose source it reads, and leaves it replaced: :meth:`restore` undoes
+    this.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = {m: {k: m.__dict__[k] for k in _PLANTED if k in m.__dict__} for m in module.modules()}
+        self.root: Any = nnsight().NNsight(module)
+
+    def restore(self) -> None:
+        """Leave the modules as they were."""
+        for module, had in self._before.items():
+            for name in _PLANTED:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(had)
+        self._before, self.root = {}, None
 
 
 def nnsight() -> Any:

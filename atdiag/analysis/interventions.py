@@ -77,23 +77,32 @@ class Outcome:
         """
         if self.labels is None:
             return None
-        from scipy.stats import t
-
         difference = (self.after == self.labels).astype(float) - (self.before == self.labels)
-        clusters = np.arange(self.images) if self.clusters is None else self.clusters
-        _, index = np.unique(clusters, return_inverse=True)
-        value, count = difference.mean(), index.max() + 1
-        if count < 2:
-            return 100 * float(value), math.nan, math.nan
-        sums = np.bincount(index, difference - value)
-        error = math.sqrt(count / (count - 1) * (sums**2).sum()) / self.images
-        half = float(t.ppf(0.975, count - 1)) * error
-        return 100 * float(value), 100 * (float(value) - half), 100 * (float(value) + half)
+        value, low, high = paired(difference, self.clusters)
+        return 100 * value, 100 * low, 100 * high
 
     @property
     def flips(self) -> float:
         """Share of predictions that changed, in per cent."""
         return float(100 * np.mean(self.before != self.after))
+
+
+def paired(difference: NDArray[np.float64], clusters: NDArray[np.int64] | None) -> tuple[float, float, float]:
+    """Return the mean of differences between two runs, [n] by image, with its 95 % interval (NaN for one cluster).
+
+    Sums by cluster (None: each image is one), Student's t with one degree of freedom fewer than clusters.
+    """
+    from scipy.stats import t
+
+    images = len(difference)
+    _, index = np.unique(np.arange(images) if clusters is None else clusters, return_inverse=True)
+    value, count = difference.mean(), index.max() + 1
+    if count < 2:
+        return float(value), math.nan, math.nan
+    sums = np.bincount(index, difference - value)
+    error = math.sqrt(count / (count - 1) * (sums**2).sum()) / images
+    half = float(t.ppf(0.975, count - 1)) * error
+    return float(value), float(value) - half, float(value) + half
 
 
 def frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:

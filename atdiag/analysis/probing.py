@@ -22,14 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from atdiag.analysis import images, streaming, tracing
+from atdiag.analysis.hooks.readout import has_lens, pre_logits
 from atdiag.analysis.images import ImageSet
 from atdiag.analysis.outside import Outside
 from atdiag.analysis.sites import TracingError
@@ -195,17 +197,8 @@ def _joined(parts: list[_Part]) -> Features:
 
 def _early_exit(subject: Subject) -> Callable[[Tensor], Tensor] | None:
     """Return the function from residual stream [b, N, C] to the head's logits; None if the network has no such path."""
-    module: Any = subject.module.model if isinstance(subject.module, Outside) else subject.module
-    norm, head = getattr(module, "norm", None), getattr(module, "forward_head", None)
-    if not isinstance(norm, nn.Module) or head is None:
-        return None
-
-    @torch.no_grad()
-    def leave(stream: Tensor) -> Tensor:
-        out: Tensor = head(norm(stream))
-        return out
-
-    return leave
+    model: Any = subject.module.model if isinstance(subject.module, Outside) else subject.module
+    return torch.no_grad()(partial(pre_logits, model)) if has_lens(model) else None
 
 
 def _check_exit(subject: Subject, early: Tensor, said: Tensor) -> None:

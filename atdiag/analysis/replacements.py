@@ -15,6 +15,7 @@ from atdiag.analysis.sites import joined
 from atdiag.analysis.subjects import Subject
 from atdiag.analysis.tracing import Layer, Traced
 from atdiag.core.errors import UserError, suggest
+from atdiag.core.spec import Network
 from atdiag.transfer import ops
 from atdiag.transfer.attention import AttentionOverride, Heads, split_heads
 from atdiag.transfer.ops import QK, Averaged, Map
@@ -106,7 +107,7 @@ def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
         layers = tracing.request(subject, (), one.layers).layers
         pairs = tuple((layer, layer) for layer in layers)
     else:
-        _check_tokens(subject, source)
+        check_tokens(subject, source)
         theirs = source.network
         width = theirs.width // theirs.heads
         if one.part != "map" and width != network.width // network.heads:
@@ -121,7 +122,7 @@ def check(subject: Subject, one: Replacement) -> tuple[tuple[int, int], ...]:
     return pairs
 
 
-def _check_tokens(subject: Subject, source: Subject) -> None:
+def check_tokens(subject: Subject, source: Subject) -> None:
     """Raise UserError unless two networks have the same heads and compatible tokens."""
     mine, theirs = subject.network, source.network
     wanted = f"{mine.heads} heads, {mine.grid} x {mine.grid} patches, {'a' if mine.class_token else 'no'} class token"
@@ -202,13 +203,17 @@ def givens(
     return out
 
 
+def kept_tokens(theirs: Network, mine: Network) -> list[int] | None:
+    """Return the indices of a network's tokens that another also has, which may lack its registers; None: all."""
+    if theirs.registers <= mine.registers:
+        return None
+    return [*range(int(theirs.class_token)), *range(theirs.prefix_tokens, theirs.tokens)]
+
+
 def _fitted(layer: Layer, one: Replacement, subject: Subject) -> Map | Tensor:
     """Restrict another network's map, q, k or v to this one's tokens: extra registers are sliced off before softmax."""
     assert isinstance(one.source, Subject)
-    theirs = one.source.network
-    kept = None
-    if theirs.registers > subject.network.registers:
-        kept = [*range(int(theirs.class_token)), *range(theirs.prefix_tokens, theirs.tokens)]
+    kept = kept_tokens(one.source.network, subject.network)
     if one.part != "map":
         tensor = layer.tensor(one.part)
         return tensor if kept is None else tensor[:, :, kept]

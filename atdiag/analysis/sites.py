@@ -1,4 +1,4 @@
-"""Locate a block's attention in the source of its forward, and convert the traced values to an attention record."""
+"""Locate a block's attention in the source of its forward, and read and write it there."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ class TracingError(UserError):
     """A traced value is not what it should be; the message names the layer."""
 
 
-Kind = Literal["ours", "fused", "explicit"]
+Kind = Literal["ours", "given", "fused"]
 
-_NODES: dict[Kind, str] = {
-    "ours": r"^self_see_\d+$",
-    "fused": r"scaled_dot_product_attention_\d+$",
-    "explicit": r"^attn_softmax_\d+$",
-}
-"""Kind of attention -> pattern of nnsight's name for the node where its map can be read."""
+_NODES: dict[Kind, str] = {"ours": r"^self_see_\d+$", "fused": r"scaled_dot_product_attention_\d+$"}
+"""Kind of attention -> pattern of nnsight's name for the node in its forward where its map can be read."""
+
+_INSIDE: dict[Kind, str] = {"ours": "ops_attend_0", "given": "self__under_0"}
+"""Kind of our attention -> the node within that node where q, k and v meet: its own map, or one that it is given."""
 
 
 @dataclass(frozen=True)
@@ -42,45 +41,83 @@ class Site:
     kind: Kind
 
 
-def locate(module: nn.Module, names: Sequence[str]) -> tuple[Kind, list[str]]:
-    """Return how a module attends, and the nodes in its source (nnsight's names) that match; normally exactly one."""
+def locate(block: nn.Module, envoy: Any) -> tuple[Site | None, str]:
+    """Return where a block attends, by nnsight's names of the nodes in its source; or None, and why not."""
+    attn = getattr(block, "attn", None)
+    inside = isinstance(attn, nn.Module)
+    module: nn.Module = attn if isinstance(attn, nn.Module) else block
     kind: Kind = "ours" if isinstance(module, Attention) else "fused"
-    if kind == "fused" and not getattr(module, "fused_attn", True):
-        kind = "explicit"
-    return kind, [name for name in names if re.search(_NODES[kind], name)]
+    names: Sequence[str] = (envoy.attn if inside else envoy).source.names
+    found = [name for name in names if re.search(_NODES[kind], name)]
+    if len(found) == 1:
+        return Site(inside, found[0], kind), ""
+    how = "no softmax attention that can be read" if not found else f"attention in {len(found)} places"
+    return None, f"({type(module).__name__}) has {how}"
 
 
-def seen(site: Site, node: Any, network: Network, images: int, layer: int) -> AttentionRecord:
+def unfused(block: Any) -> nn.Module | None:
+    """Return the module of a block whose attention is by the explicit formula, if it is."""
+    for module in (getattr(block, "attn", None), block):
+        if isinstance(module, nn.Module) and not getattr(module, "fused_attn", True):
+            return module
+    return None
+
+
+def node(site: Site, block: Any) -> Any:
+    """Return nnsight's node of a site, of the envoy of its block; for our attention, only during a pass."""
+    found = getattr((block.attn if site.inside else block).source, site.node)
+    return found if site.kind == "fused" else getattr(found.source, _INSIDE[site.kind])
+
+
+def read(site: Site, node: Any, network: Network, images: int, layer: int) -> AttentionRecord:
     """Return the map and the values at a site. Raises TracingError for attention that is not a map over all tokens."""
-    arguments, output = node
+    if site.kind == "given":
+        (_, given, v), _ = node.inputs
+        return AttentionRecord(_whole(given, node), v)
+    args, kwargs = node.inputs
     if site.kind == "ours":
-        given = arguments[0][1] if len(arguments[0]) > 1 else arguments[1].get("given")
-        seen = _ours(output[1], given)
-        if isinstance(seen.map, Averaged):  # one map for all images, heads or queries: broadcast it
-            whole = images, network.heads, network.tokens, network.tokens
-            seen = AttentionRecord(Averaged(seen.map.p.expand(whole)), seen.v)
-        return seen
-    if site.kind == "explicit":
-        seen = AttentionRecord(Averaged(output))
-        shape = output.shape
-    else:
-        try:
-            seen = record_of_sdpa(*arguments[0], **arguments[1])
-        except UnreadableAttentionError as fault:
-            raise TracingError(f"layer {layer}: {fault}") from None
-        shape = (*seen.qk.q.shape[:3], seen.qk.k.shape[2])
+        return AttentionRecord(*args)
+    try:
+        seen = record_of_sdpa(*args, **kwargs)
+    except UnreadableAttentionError as fault:
+        raise TracingError(f"layer {layer}: {fault}") from None
+    shape = (*seen.qk.q.shape[:3], seen.qk.k.shape[2])
     expected = (images, network.heads, network.tokens, network.tokens)
     if tuple(shape) != expected:
         raise TracingError(f"layer {layer}: its map is {tuple(shape)}, and one over all tokens is {expected}")
     return seen
 
 
-def _ours(seen: AttentionRecord, given: AttentionOverride | None) -> AttentionRecord:
-    """Return our module's record; if some heads were overridden, merge both groups of heads into one map."""
-    if given is None or given.tensor != "map" or given.heads is None:
-        return AttentionRecord(*seen)
+def _whole(given: AttentionOverride, node: Any) -> Map:
+    """Return the map in use under a given one: merged with the module's own where only some heads are given."""
     assert not isinstance(given.value, Tensor)
-    return AttentionRecord(joined(given.value, seen.map, given.heads), seen.v)
+    return given.value if given.heads is None else joined(given.value, node.output[0], given.heads)
+
+
+def output(site: Site, node: Any) -> Tensor:
+    """Return the attention's output [B, H, N, d] at a site."""
+    out: Tensor = node.output[1] if site.kind == "given" else node.output
+    return out
+
+
+def write_output(site: Site, node: Any, out: Tensor) -> None:
+    """Have the block go on with another attention output [B, H, N, d]."""
+    node.output = (node.output[0], out) if site.kind == "given" else out
+
+
+def write_operands(site: Site, node: Any, record: AttentionRecord) -> Tensor | None:
+    """Have the operation use other q, k, v; where that is not possible, return the output that they give."""
+    assert record.v is not None
+    if site.kind == "given":
+        return ops.attend(record.map, record.v)
+    if site.kind == "ours":
+        node.inputs = ((record.map, record.v), {})
+    else:
+        args, kwargs = node.inputs
+        names = ("query", "key", "value")
+        kwargs = {name: value for name, value in kwargs.items() if name not in names}
+        node.inputs = ((record.qk.q, record.qk.k, record.v, *args[3:]), kwargs)
+    return None
 
 
 def joined(part: Map, rest: Map, heads: Heads) -> Map:

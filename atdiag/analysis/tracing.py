@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from atdiag.analysis import instrument, sites
-from atdiag.analysis.sites import Site, TracingError
+from atdiag.analysis import sites
+from atdiag.analysis.hooks.names import TRACED
+from atdiag.analysis.hooks.running import Runner
+from atdiag.analysis.sites import TracingError
 from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import Network
@@ -23,19 +24,17 @@ from atdiag.networks.model.vit import ViT
 from atdiag.transfer import ops
 from atdiag.transfer.attention import AttentionOverride
 from atdiag.transfer.observation import AttentionRecord
-from atdiag.transfer.ops import QK, Map
+from atdiag.transfer.ops import QK, Averaged, Map
 
 What = Literal["map", "logits", "q", "k", "v", "attn", "mlp", "residual"]
-"""``map`` [B, H, N, N], its ``logits`` before softmax [B, H, N, N]; ``q``, ``k``, ``v`` [B, H, N, d] as they enter the
-product; ``attn`` and ``mlp``, the outputs of the block's two modules, before LayerScale [B, N, C]; ``residual``, the
-residual stream at the block's output [B, N, C]."""
+"""Short names of hook points (``hooks.names.TRACED``): ``map`` [B, H, N, N], its ``logits`` before softmax [B, H, N,
+N]; ``q``, ``k``, ``v`` [B, H, N, d] as they enter the product; ``attn`` and ``mlp``, the outputs of the block's two
+modules, before LayerScale [B, N, C]; ``residual``, the residual stream at the block's output [B, N, C]."""
 
 WHAT: tuple[What, ...] = get_args(What)
 PER_HEAD: frozenset[What] = frozenset({"map", "logits", "q", "k", "v"})
 _OF_QK: frozenset[What] = frozenset({"logits", "q", "k"})
 """Quantities available only if a map is given by its queries and keys."""
-
-_SWITCH = "set fused_attn of its attention to True"
 
 BATCH = 64
 """Images traced at a time, unless one layer's maps would then exceed ``_MOST`` elements."""
@@ -133,24 +132,16 @@ class Reader:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self._before: dict[nn.Module, dict[str, Any]] = {}
-        self._sites: dict[int, Site] = {}
-        self._nnsight = instrument.nnsight()
-        self._root: Any = None
+        self._runner: Runner | None = None
 
     def __enter__(self) -> Reader:
-        module = self.subject.module
-        # nnsight replaces the forward of every module whose source it reads, and leaves it replaced.
-        self._before = {m: {k: m.__dict__[k] for k in instrument.PLANTED if k in m.__dict__} for m in module.modules()}
-        self._root = self._nnsight.NNsight(module)
+        self._runner = Runner(self.subject)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module, had in self._before.items():
-            for name in instrument.PLANTED:
-                module.__dict__.pop(name, None)
-            module.__dict__.update(had)
-        self._before, self._sites, self._root = {}, {}, None
+        assert self._runner is not None
+        self._runner.close()
+        self._runner = None
 
     @torch.no_grad()
     def __call__(
@@ -161,124 +152,70 @@ class Reader:
         given: overrides by block; by default those from the subject's teacher. Raises UserError for a block without
         softmax attention, TracingError naming the layer for a block that did not run or produced a NaN.
         """
-        network = self.subject.network
-        if pixels.shape[1:] != (network.channels, network.image_size, network.image_size):
-            sees = f"{network.image_size} x {network.image_size} x {network.channels}"
-            raise UserError(f"{self.subject.label} sees images of {sees}, and these are {list(pixels.shape[1:])}")
+        runner = self._runner
+        assert runner is not None
+        runner.check_images(pixels)
         given = self.subject.given(pixels) if given is None else given
-        read = want.layers if want.what & PER_HEAD else ()
         put = {} if isinstance(self.subject.module, ViT) else given  # our ViT takes overrides as an argument
-        where = {layer: self._site(layer) for layer in sorted({*read, *put})}
-        self._check_explicit(where, want, put)
-        nodes, outputs, logits = self._run(pixels, want, where, {} if put else given, put)
+        seen = _Seen(want, put)
+        for layer, name in seen.names:
+            if why := runner.layout.missing.get(name):
+                raise UserError(f"layer {layer} of {self.subject.label} {why}")
+        stop = None if want.logits else max(want.layers, default=-1) + 1
+        logits = runner.run(pixels, seen, {} if put else given, stop, output=want.logits)
         layers: dict[int, Layer] = {}
         for layer in want.layers:
-            seen = self._seen(where[layer], nodes, len(pixels), layer) if layer in read else None
-            if seen is not None and not isinstance(seen.map, QK) and (lost := sorted(want.what & _OF_QK)):
+            record = seen.records.get(layer)
+            if record is None and want.what & PER_HEAD:
+                raise TracingError(f"layer {layer} of {self.subject.label}: the pass never came to its attention")
+            if record is not None and not isinstance(record.map, QK) and (lost := sorted(want.what & _OF_QK)):
                 raise TracingError(
                     f"layer {layer} of {self.subject.label} has no {', '.join(lost)}: its map was given from outside"
                 )
-            layers[layer] = Layer(seen and seen.map, seen and seen.v, **outputs[layer])
+            if record is not None:
+                record = _for_all_images(record, self.subject.network, len(pixels))
+            layers[layer] = Layer(record and record.map, record and record.v, **seen.outputs[layer])
         _check_finite(layers, self.subject.label)
         return Traced(layers, pixels, None, None, logits)
 
-    def _check_explicit(
-        self, where: Mapping[int, Site], want: TraceRequest, put: Mapping[int, AttentionOverride]
-    ) -> None:
-        """Raise UserError for quantities that explicit attention does not expose: there only the map can be read."""
-        lost = sorted(want.what & {*_OF_QK, "v"})
-        for layer, site in where.items():
-            if site.kind != "explicit":
-                continue
-            off = f"layer {layer} of {self.subject.label} has its fused attention off"
-            if layer in put:
-                raise UserError(f"{off}: nothing can be put in there", _SWITCH)
-            if lost and layer in want.layers:
-                raise UserError(f"{off}: its map can be read there, its {', '.join(lost)} can't", _SWITCH)
 
-    def _seen(self, site: Site, nodes: Mapping[int, Any], images: int, layer: int) -> AttentionRecord:
-        if layer not in nodes:
-            raise TracingError(f"layer {layer} of {self.subject.label}: the forward pass never came to its attention")
-        return sites.seen(site, nodes[layer], self.subject.network, images, layer)
+class _Seen:
+    """What a reader takes: the record of each block's attention, and outputs of its parts."""
 
-    def _run(
-        self,
-        pixels: Tensor,
-        want: TraceRequest,
-        where: Mapping[int, Site],
-        given: Mapping[int, AttentionOverride],
-        put: Mapping[int, AttentionOverride],
-    ) -> tuple[dict[int, Any], dict[int, dict[str, Any]], Tensor | None]:
-        """Run one pass; return each layer's value at its site, its modules' outputs, and the network's output.
-
-        given: overrides passed to the network as an argument; put: overrides written at the attention's site during the
-        pass.
-        """
-        root, save = self._root, self._nnsight.save
-        names = [name for name in ("attn", "mlp") if name in want.what]
-        for name, layer in product(names, want.layers):
-            if not isinstance(getattr(self._blocks[layer], name, None), nn.Module):
-                raise UserError(f"layer {layer} of {self.subject.label} has no {name} module, whose output to read")
-        envoys = {layer: self._envoy(layer) for layer in sorted({*want.layers, *where})}
-        network, images = self.subject.network, len(pixels)
-        call = (pixels, dict(given)) if given else (pixels,)
-        try:
-            # Read everything in the order in which the network computes it: nnsight can't go back.
-            with root.trace(*call) as tracer:
-                nodes: dict[int, Any] = save({})
-                outputs: dict[int, dict[str, Any]] = save({layer: {} for layer in want.layers})
-                logits: list[Any] = save([])
-                for layer, block in envoys.items():
-                    if layer in where:
-                        site = where[layer]
-                        node = getattr((block.attn if site.inside else block).source, site.node)
-                        arguments = node.inputs if site.kind != "explicit" else None
-                        if layer in put:
-                            own = sites.seen(site, (arguments, None), network, images, layer)
-                            node.output = sites.attended(put[layer], own)
-                        nodes[layer] = (arguments, node.output if site.kind != "fused" else None)
-                    if layer not in outputs:
-                        continue
-                    for name in names:
-                        outputs[layer][name] = getattr(block, name).output
-                    if "residual" in want.what:
-                        outputs[layer]["residual"] = block.output
-                if want.logits:
-                    logits.append(root.output)
-                else:
-                    tracer.stop()
-        except instrument.out_of_order() as fault:
-            raise TracingError(instrument.translated(fault)) from None
-        return nodes, outputs, logits[0] if logits else None
+    def __init__(self, want: TraceRequest, put: Mapping[int, AttentionOverride]) -> None:
+        self.put = put
+        self.records: dict[int, AttentionRecord] = {}
+        self.outputs: dict[int, dict[str, Tensor]] = {layer: {} for layer in want.layers}
+        attended = set(want.layers if want.what & PER_HEAD else ())
+        self._records = {f"blocks.{layer}.attn.record": layer for layer in sorted(attended | set(put))}
+        whats = sorted(want.what - PER_HEAD)
+        self._outputs = {f"blocks.{layer}.{TRACED[what]}": (layer, what) for layer in want.layers for what in whats}
 
     @property
-    def _blocks(self) -> list[nn.Module]:
-        return list(self.subject.module.get_submodule(self._path).children())
+    def names(self) -> list[tuple[int, str]]:
+        """Block and name of everything wanted, by block."""
+        found = [(layer, name) for name, layer in self._records.items()]
+        return sorted([*found, *((layer, name) for name, (layer, _) in self._outputs.items())])
 
-    @property
-    def _path(self) -> str:
-        """The attribute path of the blocks; a foreign network is nested one level deeper."""
-        return "blocks" if hasattr(self.subject.module, "blocks") else "model.blocks"
+    def wants(self, name: str) -> bool:
+        return name in self._records or name in self._outputs
 
-    def _envoy(self, layer: int) -> Any:
-        envoy = self._root
-        for name in self._path.split("."):
-            envoy = getattr(envoy, name)
-        return envoy[layer]
+    def take(self, name: str, value: Any) -> Any:
+        if name in self._outputs:
+            layer, what = self._outputs[name]
+            self.outputs[layer][what] = value
+            return value
+        layer = self._records[name]
+        self.records[layer] = value
+        return sites.attended(self.put[layer], value) if layer in self.put else value
 
-    def _site(self, layer: int) -> Site:
-        """Return where a block's map can be read in the source of its attention. Raises UserError if nowhere."""
-        block = self._blocks[layer]
-        attn = getattr(block, "attn", None)
-        inside = isinstance(attn, nn.Module)
-        module: nn.Module = attn if isinstance(attn, nn.Module) else block
-        envoy = self._envoy(layer)
-        names: Sequence[str] = (envoy.attn if inside else envoy).source.names
-        kind, found = sites.locate(module, names)
-        if len(found) != 1:
-            how = "no softmax attention that can be read" if not found else f"attention in {len(found)} places"
-            raise UserError(f"layer {layer} of {self.subject.label} ({type(module).__name__}) has {how}")
-        return Site(inside, found[0], kind)
+
+def _for_all_images(record: AttentionRecord, network: Network, images: int) -> AttentionRecord:
+    """Return a record whose map, if it is a tensor, is there for every image, head and query."""
+    if isinstance(record.map, QK):
+        return record
+    whole = images, network.heads, network.tokens, network.tokens
+    return AttentionRecord(Averaged(record.map.p.expand(whole)), record.v)
 
 
 def _check_finite(layers: Mapping[int, Layer], label: str) -> None:

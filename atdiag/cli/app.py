@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from atdiag.cli import data, doctor, experiments, inspect, looks, probes, reproduce, runs, teachers
+from atdiag.cli import data, doctor, experiments, hooked, inspect, looks, probes, reproduce, runs, teachers
 from atdiag.cli.messages import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -75,6 +75,7 @@ def _complete(app: typer.Typer) -> None:
     experiments.add_commands(app)
     reproduce.add_commands(app)
     inspect.add_commands(app)
+    hooked.add_commands(app)
     probes.add_commands(app)
     looks.add_commands(app)
     app.command("pretrain")(teachers.pretrain)

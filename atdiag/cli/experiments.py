@@ -21,6 +21,7 @@ from atdiag.api.experiments import spread as spread
 from atdiag.cli import planning, settling
 from atdiag.cli.messages import RESERVED, as_typed, say
 from atdiag.cli.options import BUDGET, EXPERIMENT, joined
+from atdiag.core.errors import UserError
 from atdiag.study import registry
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atdiag.cli.options import Classes
-from atdiag.cli.session import SUBJECT, Given, Images, Layers, Shown, add
+from atdiag.cli.session import SUBJECT, Given, Images, LayerMap, Layers, Shown, add
 from atdiag.reports.console import table
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from atdiag.analysis.similarity import Similarity
 
 Heads = Annotated[str | None, typer.Option(help="Heads, such as 0,2. [default: all]")]
-LayerMap = Annotated[
-    str | None, typer.Option(help="Which blocks belong together in networks of different depth: 0:0,5:11.")
-]
 
 
 # --- trace ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import typer
 
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
 
-LOOKING = ("trace", "similarity", "intervene", "probe", "attention-stats", "maps")
+LOOKING = ("hooks", "trace", "similarity", "intervene", "patch", "probe", "attention-stats", "maps")
 """Commands that analyse networks: they train nothing, and write their files at the end."""
 
 RESERVED = (

@@ -39,6 +39,9 @@ Images = Annotated[
     ),
 ]
 Layers = Annotated[str | None, typer.Option(help="Blocks, such as 0,5,11 or 3-5 or top:4. [default: all]")]
+LayerMap = Annotated[
+    str | None, typer.Option(help="Which blocks belong together in networks of different depth: 0:0,5:11.")
+]
 _DataName = Annotated[
     str | None,
     typer.Option(
@@ -95,7 +98,8 @@ def show(result: Result, tables: Sequence[Table], json_: bool) -> None:
         console.show_table(one)
     for note in result.notes:
         terminal.print(f"- {note}", style="dim", highlight=False)
-    assert result.written is not None
-    console.show_files(result.written.files)
+    if result.written is not None:
+        console.show_files(result.written.files)
     if json_:
-        typer.echo(json.dumps({**result.document, **result.written.record()}))
+        files = {} if result.written is None else result.written.record()
+        typer.echo(json.dumps({**result.document, **files}))

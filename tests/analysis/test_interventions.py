@@ -158,8 +158,8 @@ def test_replacements_reach_timms_networks_where_they_attend(name, pictures):
     assert found.logits > 1e-4
     assert found.logits == pytest.approx(float((after - before).abs().max()), rel=1e-3)
     assert (found.after == after.argmax(-1).numpy()).all()
-    with pytest.raises(UserError, match="fused attention"):
-        run(one, some, Replacement("uniform"))
+    (explicit,) = run(one, some, Replacement("uniform", layers=(1,), heads=(0,)))  # now with fused attention off
+    assert explicit.logits == pytest.approx(found.logits, rel=1e-3) and not model.blocks[1].attn.fused_attn
 
 
 def copying(subject, **form):

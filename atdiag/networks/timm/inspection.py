@@ -27,10 +27,10 @@ _NETWORKS = (
 )
 """Exactly these classes are supported: a subclass may change what its parts can't show."""
 
-_BLOCKS = (Block, vision_transformer.Block, beit.Block, eva.EvaBlock)
-_POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
-_PARALLEL = (vision_transformer.ParallelScalingBlock,)
-_ATTENTION = (Attention, TimmAttention, AttentionRope, beit.Attention, eva.EvaAttention)
+BLOCKS = (Block, vision_transformer.Block, beit.Block, eva.EvaBlock)
+POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
+PARALLEL = (vision_transformer.ParallelScalingBlock,)
+ATTENTION = (Attention, TimmAttention, AttentionRope, beit.Attention, eva.EvaAttention)
 
 _ATTENTION_NAMES = ("attention", "attn", "mhsa", "gpsa", "xca", "litemla")
 """Lower-case fragments of timm's names for modules that attend."""
@@ -89,7 +89,7 @@ def _describe(model: Any, mean: Sequence[float] | None, std: Sequence[float] | N
         norm_eps=norms[0].eps if norms else PLAIN_NORM_EPS,
         mean=_channel_values(model, "mean", mean),
         std=_channel_values(model, "std", std),
-        components=(*found, *(["registers"] if _distilled(model) else [])),
+        components=(*found, *(["registers"] if distilled(model) else [])),
         layer_scale_init=_scale_init(model.blocks[0]) if "layer_scale" in found else None,
         registers=sum(token.shape[1] for token in _extra_tokens(model)),
         differences=tuple(differences),
@@ -118,9 +118,9 @@ def why_not(model: Any) -> str | None:
     if patch.img_size[0] % patch.patch_size[0]:
         return f"its image size {patch.img_size[0]} is not a multiple of its patch size {patch.patch_size[0]}"
     for block in model.blocks:
-        if not isinstance(block, _BLOCKS + _POST_NORM + _PARALLEL):
+        if not isinstance(block, BLOCKS + POST_NORM + PARALLEL):
             return f"its blocks ({type(block).__name__}) are not of a kind whose maps atdiag can read"
-        if not isinstance(block, _PARALLEL) and not isinstance(block.attn, _ATTENTION):
+        if not isinstance(block, PARALLEL) and not isinstance(block.attn, ATTENTION):
             return f"its attention ({type(block.attn).__name__}) has no single softmax map for each head"
     return None
 
@@ -128,11 +128,11 @@ def why_not(model: Any) -> str | None:
 def _block_facts(block: Any) -> tuple[int, int, frozenset[str]]:
     """Return a block's heads, MLP width (of an equivalent plain MLP) and differences; usually equal for all blocks."""
     differences: set[str] = set()
-    if isinstance(block, _PARALLEL):  # attention and MLP share one projection instead of being separate modules
+    if isinstance(block, PARALLEL):  # attention and MLP share one projection instead of being separate modules
         if not isinstance(block.q_norm, nn.Identity):
             differences.add("qk_norm")
         return int(block.num_heads), int(block.in_split[0]), frozenset(differences | {"parallel_blocks"})
-    if isinstance(block, _POST_NORM):
+    if isinstance(block, POST_NORM):
         differences.add("post_norm")
     elif [scale is None for scale in components.branch_scales(block)] in ([True, False], [False, True]):
         differences.add("one_layer_scale")
@@ -194,7 +194,7 @@ def _network_differences(model: Any) -> Iterator[str]:
         yield "rope"
     if _is_there(model.patch_embed, "norm"):
         yield "patch_norm"
-    if _distilled(model):
+    if distilled(model):
         yield "distillation_token"
     ours = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     if len({norm.eps for norm in ours}) > 1:
@@ -249,7 +249,8 @@ def _is_layer_norm(norm: nn.Module) -> bool:
     return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
-def _distilled(model: Any) -> bool:
+def distilled(model: Any) -> bool:
+    """Return whether a network has a distillation token with a head of its own."""
     return getattr(model, "dist_token", None) is not None
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from atdiag.cli import data, doctor, experiments, inspect, looks, probes, reproduce, runs, teachers
+from atdiag.cli import data, diagnose, doctor, experiments, inspect, looks, probes, reproduce, runs, teachers
 from atdiag.cli.messages import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -70,6 +70,7 @@ def _options(
 def _complete(app: typer.Typer) -> None:
     """Add the commands of other modules and other packages."""
     experiments.add_commands(app)
+    diagnose.add_commands(app)
     reproduce.add_commands(app)
     inspect.add_commands(app)
     probes.add_commands(app)

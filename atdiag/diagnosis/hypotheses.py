@@ -82,7 +82,8 @@ class Names:
 
     def given(self, components: Iterable[str]) -> str:
         """Return the name of the student with some of the components, and transfer."""
-        chosen = tuple(name for name in self.components if name in set(components))
+        wanted = set(components)
+        chosen = tuple(name for name in self.components if name in wanted)
         if not chosen:
             return self.standard
         return self.native if chosen == self.components else f"{', '.join(chosen)} + {self.transfer}"

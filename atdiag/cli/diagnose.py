@@ -6,10 +6,11 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,9 +26,12 @@ from atdiag.reports import console
 from atdiag.study.builder import Lab  # light: every ablation imports it
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from atdiag.core.spec import RunSpec
-    from atdiag.diagnosis.planning import Plan
-    from atdiag.diagnosis.words import Said
+    from atdiag.diagnosis.first_look import Sign
+    from atdiag.diagnosis.planning import AnalysisPlan
+    from atdiag.diagnosis.words import Advice, Said
 
 _Teacher = Annotated[str, typer.Argument(metavar="TEACHER", help="A teacher, as every experiment takes it.")]
 _Transfer = Annotated[str, typer.Option(help="The transfer that is diagnosed: copy or distill.")]
@@ -46,14 +50,14 @@ class Asked:
     looks: str
     margin: float
 
-    def plan(self, session: ExperimentSession) -> Plan:
+    def plan(self, session: ExperimentSession) -> AnalysisPlan:
         """Plan the diagnosis. Raises UserError for any option that makes no sense."""
         from atdiag.diagnosis import arms, planning
 
         seeds = _numbers(self.looks)
         lab = planning.lab(session.settings, seeds)
-        subject = arms.subject(lab, self.teacher, self.transfer, self.margin)
-        return planning.make(subject, session.store, session.options, seeds)
+        case = arms.case(lab, self.teacher, self.transfer, self.margin)
+        return planning.make(case, session.store, session.options, seeds)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -96,20 +100,22 @@ def _numbers(text: str) -> list[int]:
 def _diagnose(
     make: partial[Asked], dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any
 ) -> None:
-    from atdiag.diagnosis import asking, words
+    from atdiag.diagnosis import asking, document, html, words
     from atdiag.diagnosis.arms import Runs
     from atdiag.diagnosis.planning import arms
+    from atdiag.reports import drawing, writers
+    from figures import diagnosis as figures
 
     session = open_session(set_=set_, seeds=None, equivalence=None, **given)
     plan = make(None).plan(session)
-    subject, name = plan.subject, plan.subject.teacher.name
-    every = [spec for arm in arms(subject) for spec in subject.arm(arm).specs]
+    case, name = plan.case, plan.case.teacher.name
+    every = [spec for arm in arms(case) for spec in case.arm(arm).specs]
 
     def planned(lab: Lab) -> list[RunSpec]:
-        other = type(subject)(lab, subject.teacher, subject.transfer, subject.margin)
+        other = type(case)(lab, case.teacher, case.transfer, case.margin)
         return [spec for arm in arms(other) for spec in other.arm(arm).specs]
 
-    experiments.check_overrides(planned, every, subject.lab.settings, set_)
+    experiments.check_overrides(planned, every, case.lab.settings, set_)
     folder = out.expanduser() if out else Path("results") / f"diagnose-{_plain(name)}-{plan.stem}"
     _show(plan, session)
     if dry_run:
@@ -117,21 +123,35 @@ def _diagnose(
             typer.echo(json.dumps(plan.document()))
         return
     paths.writable(folder, "out")
-    experiments.check(_studies(subject), session.plan(plan.todo), session)
+    experiments.check(_studies(case), session.plan(plan.todo), session)
     typer.echo(f"the plan: {plan.write(folder)}")
-    _first_look(plan, session)
-    runs = Runs(subject, session.store, partial(_train, session))
-    found = asking.ask(subject.outline, plan.looks, runs.answers, runs.footing, runs.teacher())
+    signs = _first_look(plan, session)
+    runs = Runs(case, session.store, partial(_train, session))
+    found = asking.ask(case.outline, plan.looks, runs.answers, runs.footing, runs.teacher())
     said = words.say(plan, found)
-    _tell(said)
+    _tell(said, name)
+    content = document.as_json(plan, found, said, runs, signs)
+
+    def draw() -> Figure:
+        title = f"diagnose, {case.teacher.label}, {case.transfer}, {count(found.last.look.seeds, 'seed')}"
+        return figures.diagnosis(title, document.rows(plan, found), case.margin)
+
+    with drawing.defaults():
+        page = html.page(
+            content, said, draw(), partial(_typed, teacher=PurePath(name).name), as_typed
+        )  # no path of here
+    written = writers.write(folder, "report", {"html": page}, content, {"": draw})
+    console.show_files([folder / "plan.json", *written.files])
+    if json_:
+        typer.echo(json.dumps({**content, **written.record()}))
 
 
-def _studies(subject: Any) -> list[Any]:
+def _studies(case: Any) -> list[Any]:
     """Return the experiment whose arms are asked for first, for its checks of images and weights."""
     from ablations.benchmark import benchmark
     from atdiag.study.protocol import Series
 
-    return [Series.join([benchmark(subject.lab, subject.teacher.name, "copy,distill")])]
+    return [Series.join([benchmark(case.lab, case.teacher.name, "copy,distill")])]
 
 
 def _plain(name: str) -> str:
@@ -140,33 +160,35 @@ def _plain(name: str) -> str:
     return plain(name)
 
 
-def _show(plan: Plan, session: ExperimentSession) -> None:
+def _show(plan: AnalysisPlan, session: ExperimentSession) -> None:
     """Print what will be asked, and what it costs."""
-    subject, outline = plan.subject, plan.subject.outline
-    typer.echo(f"atdiag diagnose: {subject.teacher.label}, {subject.transfer}")
-    studies = [study for series in _studies(subject) for study in series.studies]
+    case, outline = plan.case, plan.case.outline
+    typer.echo(f"atdiag diagnose: {case.teacher.label}, {case.transfer}")
+    studies = [study for series in _studies(case) for study in series.studies]
     planning.scale(tuple(studies), session.settings)
     looks = ", ".join(f"{look.seeds} seeds ({100 * look.level:.2g} %)" for look in plan.looks)
-    typer.echo(f"looks: {looks}; margin {plan.subject.margin:g} points")
+    typer.echo(f"looks: {looks}; margin {plan.case.margin:g} points")
     typer.echo(f"if it does not help, asked: {'; '.join(one.name for some in outline.families for one in some)}")
     for what, why in outline.not_asked.items():
-        typer.echo(f"not asked: {what} ({why})")
+        typer.echo(f"not asked: {what} ({as_typed(why)})")
     typer.echo(
         f"does it transfer: {count(len(plan.todo), 'run')} to do, about {duration(plan.seconds)}; "
         f"every question at every look: at most {duration(plan.most)}"
     )
 
 
-def _first_look(plan: Plan, session: ExperimentSession) -> None:
-    """Print signs of known trouble in the teacher's attention."""
+def _first_look(plan: AnalysisPlan, session: ExperimentSession) -> list[Sign]:
+    """Print signs of known trouble in the teacher's attention, and return them."""
     from atdiag.analysis import images, statistics, subjects
     from atdiag.diagnosis import first_look
 
     data = session.settings.profile.data
-    teacher = subjects.find(plan.subject.teacher.name, session.settings.profile.name, data)
+    teacher = subjects.find(plan.case.teacher.name, session.settings.profile.name, data)
     (found,) = statistics.attention_stats([teacher], images.choose(first_look.IMAGES, data, teacher.network))
-    for sign in first_look.signs(found):
+    signs = first_look.signs(found)
+    for sign in signs:
         typer.echo(f"seen before training (to be tested): {sign.text}")
+    return signs
 
 
 def _train(session: ExperimentSession, specs: Sequence[RunSpec]) -> None:
@@ -181,17 +203,29 @@ def _train(session: ExperimentSession, specs: Sequence[RunSpec]) -> None:
         execute(plan.specs, session.store, session.options, report)
 
 
-def _tell(said: Said) -> None:
+def _tell(said: Said, teacher: str) -> None:
     """Print the verdict on one screen."""
     from rich.console import Console
+    from rich.markup import escape
 
     terminal = Console()
-    terminal.print(f"\n[bold]Verdict[/bold]  {as_typed(said.headline)}\n", highlight=False)
+    terminal.print(f"\n[bold]Verdict[/bold]  {escape(said.headline)}\n", highlight=False)
     width = max(len(what) for what, _ in said.numbers)
     for what, number in said.numbers:
         typer.echo(f"  {what:{width}}  {number}")
     typer.echo("")
-    for line in said.advice:
-        terminal.print(f"- {as_typed(line)}", highlight=False, markup=False)
+    for one in said.advice:
+        terminal.print(f"- {_typed(one, teacher)}", highlight=False, markup=False)
     for line in said.others:
         terminal.print(f"- {as_typed(line)}", style="dim", highlight=False, markup=False)
+
+
+def _typed(advice: Advice, teacher: str) -> str:
+    """Return an advice with the line to type."""
+    if not advice.experiment:
+        return advice.text
+    words = ["atdiag", advice.experiment]
+    words += [shlex.quote(teacher)] if advice.experiment == "diagnose" else ["--teacher", shlex.quote(teacher)]
+    for name, value in advice.options.items():
+        words += ["--set", f"{name}={value}"] if "." in name else [f"--{name}", value]
+    return f"{advice.text} {' '.join(words)}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -26,7 +26,7 @@ Train = Callable[[Sequence[RunSpec]], None]
 
 
 @dataclass(frozen=True)
-class Subject:
+class Case:
     """A teacher to be diagnosed, and everything that can be trained with it."""
 
     lab: Lab
@@ -130,26 +130,34 @@ class Subject:
 
 @dataclass(frozen=True)
 class Runs:
-    """The answers of a subject's arms, from run directories; what is missing there is trained first."""
+    """The answers of a case's arms, from run directories; what is missing there is trained first."""
 
-    subject: Subject
+    case: Case
     store: Store
     train: Train
+    asked: dict[str, set[int]] = field(default_factory=dict)
+    """The arms that were asked about so far, with their seeds."""
 
-    def answers(self, arms: Sequence[str], seeds: range) -> dict[str, Outcomes]:
-        """Return the outcomes of some arms with some of the lab's seeds."""
-        chosen = {name: self.part(name, seeds) for name in arms}
-        self.train(list({spec.id: spec for arm in chosen.values() for spec in arm.specs}.values()))
-        return {name: aggregate.answered(arm, self.store).outcomes for name, arm in chosen.items()}
+    def answers(self, arms: Sequence[str], seeds: Iterable[int]) -> dict[str, Outcomes]:
+        """Return the outcomes of some arms with some of the lab's seeds, counted from 0."""
+        seeds = list(seeds)
+        self.train(list({spec.id: spec for name in arms for spec in self.specs(name, seeds)}.values()))
+        for name in arms:
+            self.asked.setdefault(name, set()).update(seeds)
+        return {name: self.stored(name, seeds) for name in arms}
 
-    def part(self, name: str, seeds: range) -> Arm:
-        """Return an arm with some of its seeds."""
-        arm = self.subject.arm(name)
-        return replace(arm, specs=arm.specs[seeds.start : seeds.stop])
+    def specs(self, name: str, seeds: Iterable[int]) -> tuple[RunSpec, ...]:
+        """Return the runs of an arm with some seeds."""
+        every = self.case.arm(name).specs
+        return tuple(every[seed] for seed in sorted(seeds))
+
+    def stored(self, name: str, seeds: Iterable[int]) -> Outcomes:
+        """Return the outcomes of an arm's finished runs."""
+        return aggregate.answered(Arm(name, self.specs(name, seeds)), self.store).outcomes
 
     def teacher(self) -> float | None:
         """Return the teacher's own accuracy in per cent; None if its head is for another task."""
-        reference = self.subject.reference
+        reference = self.case.reference
         if reference is None:
             return None
         self.train(list(reference.specs))
@@ -158,18 +166,18 @@ class Runs:
 
     def footing(self, scratch: Outcomes) -> Footing:
         """Return how far a baseline is above chance."""
-        labels = aggregate.answered(self.part(BASELINE, range(1)), self.store).labels
+        labels = aggregate.answered(Arm(BASELINE, self.specs(BASELINE, [0])), self.store).labels
         return chance.footing(scratch, labels, self.teacher())
 
 
-def subject(lab: Lab, name: str, transfer: str, margin: float) -> Subject:
-    """Return the subject of a diagnosis by its teacher's name.
+def case(lab: Lab, name: str, transfer: str, margin: float) -> Case:
+    """Return the case of a diagnosis by its teacher's name.
 
     Raises UserError for an unknown teacher or transfer, a margin that is none, and a teacher that can't teach.
     """
     chosen = cast(Literal["copy", "distill"], choose(transfer, METHODS, "transfer"))
     if not 0 < margin < 100:
         raise UserError(f"`margin` {margin:g} is not a margin", "give points above 0, such as 4")
-    found = Subject(lab, lab.teacher(name), chosen, margin)
+    found = Case(lab, lab.teacher(name), chosen, margin)
     found.arm(found.outline.names.standard)  # a transfer that this teacher does not allow is refused here
     return found

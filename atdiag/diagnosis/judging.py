@@ -24,7 +24,7 @@ State = Literal["accused", "cleared", "not accused"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Tested:
     """What a look shows of one hypothesis."""
 
     hypothesis: Hypothesis
@@ -42,7 +42,7 @@ class LookResult:
     look: Look
     transfers: Mapping[str, Estimate]
     """Arm -> its contrast with scratch: the standard student that copies, and the one that distils."""
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[Tested, ...] = ()
     """Of what was asked; empty where the transfer helps, or nothing may be said."""
 
     @property
@@ -82,7 +82,7 @@ def accuse(answers: Answers, outline: Outline, shown: LookResult) -> LookResult:
         asked = [one for one in opened if one.name not in p_values]
     known = outline.hypotheses
     findings = tuple(
-        Finding(known[name], of, p_values[name], _state(known[name], of, name in rejected, outline.margin))
+        Tested(known[name], of, p_values[name], _state(known[name], of, name in rejected, outline.margin))
         for name, of in parts.items()
     )
     return LookResult(look, shown.transfers, findings)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from atdiag.core.options import ExecutionOptions
     from atdiag.core.runs import Store
     from atdiag.core.spec import RunSpec
-    from atdiag.diagnosis.arms import Subject
+    from atdiag.diagnosis.arms import Case
 
 OUTCOMES = {
     "transfers": "the student with transfer is clearly above scratch, at the level of a look",
@@ -44,10 +44,10 @@ RULES = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class AnalysisPlan:
     """What a diagnosis will do."""
 
-    subject: Subject
+    case: Case
     looks: tuple[sequential.Look, ...]
     todo: tuple[RunSpec, ...]
     """Unfinished runs of the first look's first question: does it transfer?"""
@@ -58,16 +58,16 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """Return the plan as JSON. It does not depend on what is finished."""
-        outline, settings = self.subject.outline, self.subject.lab.settings
+        outline, settings = self.case.outline, self.case.lab.settings
         graph = outline.graph
         return {
             "schema": "atdiag.diagnosis.plan/1",
-            "teacher": self.subject.teacher.label,
-            "weights": self.subject.teacher.weights,
-            "transfer": self.subject.transfer,
+            "teacher": self.case.teacher.label,
+            "weights": self.case.teacher.weights,
+            "transfer": self.case.transfer,
             "profile": settings.profile.name,
             "overrides": dict(sorted(settings.overrides.items())),
-            "margin": self.subject.margin,
+            "margin": self.case.margin,
             "looks": [{"seeds": look.seeds, "level": round(look.level, 6)} for look in self.looks],
             "first_seed": settings.seeds[0].data,
             "first_question": {"arms": list(outline.first), "asks": "does the transfer help, harm, or neither?"},
@@ -86,14 +86,14 @@ class Plan:
             "not_asked": dict(outline.not_asked),
             "verdicts": OUTCOMES,
             "rules": list(RULES),
-            "runs": {name: [spec.id for spec in self.subject.arm(name).specs] for name in arms(self.subject)},
+            "runs": {name: [spec.id for spec in self.case.arm(name).specs] for name in arms(self.case)},
         }
 
     @property
     def stem(self) -> str:
         """A name for the folder of results: the transfer, and a few digits of a hash of the plan."""
         text = json.dumps(self.document(), sort_keys=True)
-        return f"{self.subject.transfer}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+        return f"{self.case.transfer}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
     def write(self, folder: Path) -> Path:
         """Write the plan into a folder, or find it there. Raises UserError if the folder holds another one."""
@@ -105,22 +105,22 @@ class Plan:
         return path
 
 
-def arms(subject: Subject) -> list[str]:
+def arms(case: Case) -> list[str]:
     """Return the names of all arms that may be asked about."""
-    outline, names = subject.outline, subject.outline.names
+    outline, names = case.outline, case.outline.names
     every = [arm for one in outline.hypotheses.values() for arm in one.arms]
     without = [names.given(other for other in outline.components if other != name) for name in outline.components]
     return list(dict.fromkeys([*outline.first, *every, *without]))
 
 
 def make(
-    subject: Subject,
+    case: Case,
     store: Store,
     options: ExecutionOptions,
     looks: Sequence[int] = sequential.SEEDS,
     budget: float | None = None,
-) -> Plan:
-    """Plan a diagnosis.
+) -> AnalysisPlan:
+    """AnalysisPlan a diagnosis.
 
     looks: seeds at each look. budget: seconds by the clock; looks that do not fit are left out beforehand, down to
     a single one of three seeds. Raises UserError for a budget that does not allow even the first question.
@@ -128,7 +128,7 @@ def make(
     candidates = [tuple(looks[:n]) for n in range(len(looks), 0, -1)]
     if budget is not None and looks[0] > FEWEST_SEEDS:
         candidates.append((FEWEST_SEEDS,))
-    plans = [_cost(subject, store, options, one) for one in candidates]
+    plans = [_cost(case, store, options, one) for one in candidates]
     if budget is None:
         return plans[0]
     fitting = [plan for plan in plans if plan.most <= budget] or [plan for plan in plans if plan.seconds <= budget]
@@ -142,20 +142,20 @@ def make(
     return fitting[0]
 
 
-def _cost(subject: Subject, store: Store, options: ExecutionOptions, seeds: Sequence[int]) -> Plan:
+def _cost(case: Case, store: Store, options: ExecutionOptions, seeds: Sequence[int]) -> AnalysisPlan:
     from atdiag.execution import plan
 
-    outline = subject.outline
+    outline = case.outline
 
     def specs(names: Sequence[str], seeds: range) -> list[RunSpec]:
-        return [spec for name in names for spec in subject.arm(name).specs[seeds.start : seeds.stop]]
+        return [spec for name in names for spec in case.arm(name).specs[seeds.start : seeds.stop]]
 
-    reference = [*subject.reference.specs] if subject.reference else []
+    reference = [*case.reference.specs] if case.reference else []
     confirmed = [outline.names.native, outline.names.standard, *outline.names.singles[:1]] if outline.components else []
-    every = specs(arms(subject), range(seeds[-1])) + specs(confirmed, range(seeds[-1], seeds[-1] + FRESH))
+    every = specs(arms(case), range(seeds[-1])) + specs(confirmed, range(seeds[-1], seeds[-1] + FRESH))
     first = plan.make([*specs(outline.first, range(seeds[0])), *reference], store, options)
     whole = plan.make(list({spec.id: spec for spec in [*every, *reference]}.values()), store, options)
-    return Plan(subject, sequential.looks(seeds), first.todo, first.seconds, whole.seconds)
+    return AnalysisPlan(case, sequential.looks(seeds), first.todo, first.seconds, whole.seconds)
 
 
 def lab(settings: Settings, looks: Sequence[int]) -> Lab:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from atdiag.core.text import count, listed
 from atdiag.diagnosis.asking import Conclusion
-from atdiag.diagnosis.judging import Finding
-from atdiag.diagnosis.planning import Plan
+from atdiag.diagnosis.judging import Tested
+from atdiag.diagnosis.planning import AnalysisPlan
 from atdiag.stats.contrasts import Estimate, seeds_needed
 from atdiag.study import chance
 from atdiag.study.protocol import BASELINE
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do, and the experiment that does it."""
+
+    text: str
+    experiment: str = ""
+    """Its name; empty: there is none to run."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Its options; a dotted name is a setting."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +33,18 @@ class Said:
     """The verdict in one sentence."""
     numbers: tuple[tuple[str, str], ...]
     """The numbers behind it: what, and how much."""
-    advice: tuple[str, ...]
-    """What to do, as sentences with lines to type."""
+    advice: tuple[Advice, ...]
     others: tuple[str, ...]
     """What was asked and not accused, and what was not asked."""
 
 
-def say(plan: Plan, found: Conclusion) -> Said:
+def say(plan: AnalysisPlan, found: Conclusion) -> Said:
     """Put a conclusion into words."""
     return Said(
-        _headline(plan, found), tuple(_numbers(plan, found)), tuple(_advice(plan, found)), tuple(_others(plan, found))
+        headline=_headline(plan, found),
+        numbers=tuple(_numbers(plan, found)),
+        advice=tuple(_advice(plan, found)),
+        others=tuple(_others(plan, found)),
     )
 
 
@@ -39,16 +53,16 @@ def points(estimate: Estimate) -> str:
     return f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}], {count(estimate.seeds, 'seed')}"
 
 
-def _headline(plan: Plan, found: Conclusion) -> str:
-    label, transfer = plan.subject.teacher.label, plan.subject.transfer
-    own = found.last.transfers[plan.subject.outline.names.standard]
+def _headline(plan: AnalysisPlan, found: Conclusion) -> str:
+    label, transfer = plan.case.teacher.label, plan.case.transfer
+    own = found.last.transfers[plan.case.outline.names.standard]
     clear = "hurts" if own.value < 0 and own.p < found.last.look.level else "does not help"
-    margin = f"{plan.subject.margin:g} points"
+    margin = f"{plan.case.margin:g} points"
     match found.verdict:
         case "transfers":
             return f"The attention of {label} transfers: {transfer} helps a standard student."
         case "fails" if found.causes:
-            return f"The attention of {label} fails to transfer: {transfer} {clear}, because of {listed(found.causes)}."
+            return f"The attention of {label} fails to transfer: {transfer} {clear}, because of {causes(plan, found)}."
         case "fails":
             return f"The attention of {label} fails to transfer: {transfer} hurts, and no cause is shown."
         case "no difference":
@@ -63,8 +77,18 @@ def _headline(plan: Plan, found: Conclusion) -> str:
     return f"Undecided: {transfer} of the attention of {label} can't be told from noise, and no cause is shown."
 
 
-def _numbers(plan: Plan, found: Conclusion) -> list[tuple[str, str]]:
-    own = plan.subject.outline.names.standard
+def causes(plan: AnalysisPlan, found: Conclusion) -> str:
+    """Name the accused, with what was accused after them in parentheses: ``the architecture (registers)``."""
+    later = {one.name: head for head, some in plan.case.outline.follow_ups.items() for one in some}
+    out = []
+    for name in (name for name in found.causes if name not in later):
+        closer = [one.removeprefix("component ") for one in found.causes if later.get(one) == name]
+        out.append(f"{name} ({listed(closer)})" if closer else name)
+    return listed(out)
+
+
+def _numbers(plan: AnalysisPlan, found: Conclusion) -> list[tuple[str, str]]:
+    own = plan.case.outline.names.standard
     out = [
         (f"{arm.removeprefix('standard + ')} minus scratch", points(one)) for arm, one in found.last.transfers.items()
     ]
@@ -76,56 +100,66 @@ def _numbers(plan: Plan, found: Conclusion) -> list[tuple[str, str]]:
     return out
 
 
-def _advice(plan: Plan, found: Conclusion) -> list[str]:
-    teacher, transfer = plan.subject.teacher.name, plan.subject.transfer
-    out: list[str] = []
+def _advice(plan: AnalysisPlan, found: Conclusion) -> list[Advice]:
+    transfer = plan.case.transfer
+    out: list[Advice] = []
     if found.verdict == "transfers":
-        out.append(f"Use it: atdiag benchmark --teacher {teacher} compares it with fine-tuning.")
+        out.append(Advice("Compare it with fine-tuning:", "benchmark"))
     if (enough := found.sufficient) is not None:
         some = listed(enough.components)
         if enough.confirmed:
-            seeds = count(len(enough.seeds), "further seed")
-            out.append(f"Give the student {some}: that is sufficient, confirmed on {seeds}.")
+            said = (
+                f"Give the student {some}: that is sufficient, confirmed on {count(len(enough.seeds), 'further seed')}."
+            )
         else:
-            out.append(f"Give the student all native components; {some} alone was not confirmed to be enough.")
-        out.append(f"The arms one by one: atdiag rescue --teacher {teacher} --transfer {transfer}")
-    for name in found.causes:
-        if name == "the maps":
-            out.append("Choose another teacher: these maps are worth little to any student.")
-        elif name.startswith("blocks "):
-            first, last = map(int, name.removeprefix("blocks ").split("-"))
-            keep = [n for n in range(plan.subject.outline.depth) if not first <= n <= last]
-            out.append(f"Leave these blocks out: --set transfer.layers={keep[0]}-{keep[-1]}")
-        elif name == "the loss":
-            out.append("Copy instead of distilling (--transfer copy), or give the loss less weight.")
-        elif name.startswith("the start"):
-            out.append(f"Do not start from these weights: atdiag reinit --module all --teacher {teacher}")
-    if found.verdict == "weak teacher":
-        out.append("Take a stronger teacher, or ask with fewer images or epochs, where the student knows less.")
-    if found.verdict == "undertrained":
-        out.append(f"Train longer: --set recipe.epochs={2 * plan.subject.arm(BASELINE).specs[0].recipe.epochs}")
-    if found.verdict == "undecided":
-        out.append(_settle(found, plan))
+            said = f"Give the student all native components: that {some} is enough was not confirmed."
+        out += [Advice(said), Advice("See what each component does:", "rescue", {"transfer": transfer})]
+    out += [advice for name in found.causes for advice in _against(plan, name)]
+    match found.verdict:
+        case "weak teacher":
+            out.append(Advice("Take a stronger teacher, or fewer images or epochs, where a student knows less."))
+        case "undertrained":
+            epochs = 2 * plan.case.arm(BASELINE).specs[0].recipe.epochs
+            out.append(Advice("Train longer:", "diagnose", {"recipe.epochs": str(epochs)}))
+        case "undecided":
+            out.append(_settle(plan, found))
     return out
 
 
-def _settle(found: Conclusion, plan: Plan) -> str:
-    own = found.last.transfers[plan.subject.outline.names.standard]
-    strict = replace(own, level=1 - found.last.look.level)
-    needed = seeds_needed(strict) if own.seeds > 1 else None
+def _against(plan: AnalysisPlan, cause: str) -> list[Advice]:
+    """Return what to do about one cause."""
+    transfer = plan.case.transfer
+    if cause == "the maps":
+        return [Advice("Choose another teacher: these maps are worth little to any student.")]
+    if cause == "the loss":
+        return [Advice("Copy, which has no loss, or give the loss less weight:", "losses")]
+    if cause.startswith("the start"):
+        return [Advice("Start from random weights, not from this teacher's:", "reinit", {"module": "all"})]
+    if cause in {f"blocks {half.start}-{half.stop - 1}" for half in plan.case.outline.halves}:
+        first, last = map(int, cause.removeprefix("blocks ").split("-"))
+        keep = [n for n in range(plan.case.outline.depth) if not first <= n <= last]
+        said = f"Leave blocks {first} to {last} out:"
+        return [Advice(said, "benchmark", {"methods": transfer, "transfer.layers": f"{keep[0]}-{keep[-1]}"})]
+    return []
+
+
+def _settle(plan: AnalysisPlan, found: Conclusion) -> Advice:
+    own = found.last.transfers[plan.case.outline.names.standard]
+    needed = seeds_needed(replace(own, level=1 - found.last.look.level)) if own.seeds > 1 else None
     if needed is None:
-        return "More than 1,000 seeds would be needed: more test images, or longer training, would tell."
-    return f"About {count(needed, 'seed')} would settle it, if the effect is as estimated: --looks {needed}"
+        return Advice("More than 1,000 seeds would be needed: more test images, or longer training, would tell.")
+    said = f"About {count(needed, 'seed')} would settle it, if the effect is as estimated:"
+    return Advice(said, "diagnose", {"transfer": plan.case.transfer, "looks": str(needed)})
 
 
-def _others(plan: Plan, found: Conclusion) -> list[str]:
+def _others(plan: AnalysisPlan, found: Conclusion) -> list[str]:
     by_state: dict[str, list[str]] = {"cleared": [], "not accused": []}
     for one in found.last.findings:
         if one.state != "accused":
             by_state[one.state].append(_with_number(one))
     out = []
     if by_state["cleared"]:
-        out.append(f"Cleared (within {plan.subject.margin:g} points): {'; '.join(by_state['cleared'])}.")
+        out.append(f"Cleared (within {plan.case.margin:g} points): {'; '.join(by_state['cleared'])}.")
     if by_state["not accused"]:
         out.append(f"Not accused, which is not cleared: {'; '.join(by_state['not accused'])}.")
     if not found.last.findings:
@@ -136,9 +170,9 @@ def _others(plan: Plan, found: Conclusion) -> list[str]:
         }
         out.append(f"No cause was asked about: {why.get(found.verdict, 'nothing was to be explained')}.")
         return out
-    out += [f"Not asked: {what} ({why})." for what, why in plan.subject.outline.not_asked.items()]
+    out += [f"Not asked: {what} ({why})." for what, why in plan.case.outline.not_asked.items()]
     return out
 
 
-def _with_number(one: Finding) -> str:
+def _with_number(one: Tested) -> str:
     return f"{one.hypothesis.name} ({points(one.parts[0])})"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from atdiag.api.analyses import trace as trace
     from atdiag.api.attaching import Pair as Pair
     from atdiag.api.attaching import attach as attach
+    from atdiag.api.diagnosing import diagnose as diagnose
     from atdiag.api.exported import load_student as load_student
     from atdiag.api.exporting import export_model as export_model
     from atdiag.api.looks import attention_stats as attention_stats
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 _HOMES: dict[str, tuple[str, ...]] = {
     "atdiag.api.analyses": ("intervene", "probe", "similarity", "trace"),
     "atdiag.api.attaching": ("Pair", "attach"),
+    "atdiag.api.diagnosing": ("diagnose",),
     "atdiag.api.exported": ("load_student",),
     "atdiag.api.exporting": ("export_model",),
     "atdiag.api.looks": ("attention_stats", "maps"),

@@ -2,7 +2,7 @@
 
 Written and committed before any calibration result: `git log benchmarks/truth.py` beside `git log
 benchmarks/results/calibration.json`. What was known when it was written: the trial in the issue on specimens, each
-miniature's gains (README), `results/planted_teachers.json`, and one pre-training of `hub`.
+miniature's gains (docs/results.md), `results/planted_teachers.json`, and one pre-training of `hub`.
 
 Two denominators, 84 studies each where all are run: seven kinds with twelve independent studies each.
 
@@ -56,7 +56,7 @@ ACCUSATION = (*HEALTHY, "scaled", "gated", "hub decoys")
 """``hub decoys``: LayerScale and QuickGELU in the rescue of ``hub``; all others by their name."""
 SET_ASIDE = ("uniform", "scaled")
 
-_GAINS = "three seeds gave a clear gain before (README, what mini shows)"
+_GAINS = "three seeds gave a clear gain before (docs/results.md, what mini shows)"
 _TRIAL = "so it was in the trial of the issue on specimens"
 _OTHER_MAPS = "maps without information on the image took away over 20 points in results/planted_teachers.json"
 

@@ -25,6 +25,7 @@ LAYERS: list[str] = [
     "atdiag.reports",
     "figures",
     "ablations",
+    "atdiag.diagnosis",
     "atdiag.api",
     "atdiag.cli",
     "atdiag.__main__",

@@ -84,7 +84,7 @@ def run(
     given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic}
     given |= {"data": named, "split": split, "budget": budget, "gpu": gpu}
     if teacher is not None:
-        options["teacher"] = _references(teacher, given["runs"])
+        options["teacher"] = as_references(teacher, given["runs"])
     ready = experiments.prepare(_made(ablation, function, options), sets, **given)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
@@ -184,7 +184,7 @@ def _is_teachers(value: Any) -> bool:
     return isinstance(value, _Teachers)
 
 
-def _references(teacher: Any, runs: Path | None) -> str | _Teachers:
+def as_references(teacher: Any, runs: Path | None) -> str | _Teachers:
     """Return the reference of a teacher, or of several; networks are stored beside the runs."""
     if isinstance(teacher, str):
         return teacher

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from atdiag.cli import data, doctor, experiments, hooked, inspect, looks, probes, reproduce, runs, teachers
+from atdiag.cli import data, diagnose, doctor, experiments, hooked, inspect, looks, probes, reproduce, runs, teachers
 from atdiag.cli.messages import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -73,6 +73,7 @@ def _options(
 def _complete(app: typer.Typer) -> None:
     """Add the commands of other modules and other packages."""
     experiments.add_commands(app)
+    diagnose.add_commands(app)
     reproduce.add_commands(app)
     inspect.add_commands(app)
     hooked.add_commands(app)

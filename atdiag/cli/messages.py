@@ -18,6 +18,7 @@ LOOKING = ("hooks", "trace", "similarity", "intervene", "patch", "probe", "atten
 """Commands that analyse networks: they train nothing, and write their files at the end."""
 
 RESERVED = (
+    "diagnose",
     "reproduce",
     "figures",
     "teachers",
@@ -32,7 +33,7 @@ RESERVED = (
 
 def stopped(command: str) -> str:
     """Describe what an interrupted command leaves, by its name."""
-    if command in ("pretrain", "reproduce") or command not in RESERVED:
+    if command in ("pretrain", "reproduce", "diagnose") or command not in RESERVED:
         return "stopped: checkpoints are written, the same command goes on from there"
     if command in LOOKING:
         return "stopped: nothing was written, the same command starts again"

@@ -27,6 +27,16 @@ def shortlist(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(some[:most]) + (f" and {len(some) - most} more" if len(some) > most else "")
 
 
+def listed(names: Iterable[str]) -> str:
+    """Format names as a phrase.
+
+    >>> listed(["a", "b", "c"]), listed(["a"]), listed([])
+    ('a, b and c', 'a', '')
+    """
+    *others, last = [*names] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def printable(text: str) -> str:
     r"""Escape what can't be printed in a name: control characters, and bytes that are not text.
 

@@ -29,13 +29,13 @@ def slug(series: Series) -> str:
 def folder(series: Series, profile: str, out: Path | None) -> Path:
     """Return the folder for a series' tables and figures. Raises UserError if it can't be created and written."""
     teachers = list(dict.fromkeys(study.teacher.name for study in series.studies))
-    whom = _plain(teachers[0]) if len(teachers) == 1 else f"{len(teachers)}-teachers"
+    whom = plain(teachers[0]) if len(teachers) == 1 else f"{len(teachers)}-teachers"
     chosen = out or Path("results") / f"{series.ablation}-{whom}-{profile}"
     paths.writable(chosen, "out")
     return chosen
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Return a teacher's name for use in a file name: ``timm:MODEL@/path/file`` without the path."""
     return re.sub(r"[^\w.-]+", "-", name.partition("@")[0])
 

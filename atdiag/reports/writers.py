@@ -25,7 +25,7 @@ FIGURE_KINDS = ("png", "pdf")
 Drawing = Callable[[], "Figure"]
 """A function that makes a figure."""
 
-_ORDER = ("csv", "md", "tex", "json", "txt")
+_ORDER = ("html", "csv", "md", "tex", "json", "txt")
 """Order in which the other files of a result are listed."""
 
 

@@ -265,6 +265,20 @@ def _p_value(t: float, df: float, least: float) -> float:
     return exp(float(optimize.brentq(of, lowest, min(fewest, log(0.05)))) if of(lowest) > 0 else lowest)
 
 
+def one_sided(estimate: Estimate, side: Literal["above", "below"], bound: float = 0.0) -> float:
+    """Return the p-value of the hypothesis that the true contrast is *not* above (below) a bound, in points.
+
+    A small one says that it is. At the bound 0 it is half the two-sided ``p`` on the side of the estimate. Without any
+    variance it is 0 or 1. Half of :meth:`Estimate.interval` at level 1 - 2 p ends at the bound, so test and interval
+    agree.
+    """
+    distance = estimate.value - bound if side == "above" else bound - estimate.value
+    if estimate.se == 0:
+        return float(distance <= 0)
+    half = _p_value(abs(distance) / estimate.se, estimate.df, estimate.least_df) / 2
+    return half if distance > 0 else 1 - half
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for multiple testing by Holm's step-down method, keeping their order.
 

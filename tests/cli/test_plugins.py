@@ -37,8 +37,8 @@ def warmup(
 
 
 def readme_example() -> dict:
-    """Return the module shown in the README."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    """Return the module shown in docs/extending.md."""
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
     module: dict = {}
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     [example] = [example for example in examples if "def finetune" in example]

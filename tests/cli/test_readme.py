@@ -1,4 +1,4 @@
-"""Every command in the README runs."""
+"""Every command in the README and in the pages of docs/ runs, and every link leads somewhere."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,17 @@ from atdiag.networks.weights import loading
 from atdiag.study import profiles
 from tests.commands import LINES, ran
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = ("README.md", "design.md", "diagnose.md", "experiments.md", "looking-inside.md", "published.md", "results.md")
+"""Pages whose every command is run here; those on faults, data, GPUs and one's own files need what is not here."""
 
 
 def typed() -> list[str]:
-    """Return every command in the README's console blocks."""
-    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    """Return every command in the console blocks of these pages."""
+    text = "\n".join(page.read_text() for page in PAGES if page.name in SHOWN)
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
     lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
     return [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("atdiag")]
 
@@ -31,7 +36,7 @@ def test_every_line_of_the_readme_runs(line, folder):
         words = ["pretrain", "--help"]
     elif words[0] == "figures":  # needs finished runs; tests/cli/test_reproduce.py runs it
         words = ["figures", "--help"]
-    elif words[0] in (*LINES, "benchmark", "reproduce"):
+    elif words[0] in (*LINES, "benchmark", "reproduce", "diagnose"):
         words += [] if "--dry-run" in words else ["--dry-run"]
         name = words[words.index("--teacher") + 1] if "--teacher" in words else "dinov2_s"
         if "paper" not in words and not loading.shipped_path(name).exists():
@@ -45,6 +50,17 @@ def test_every_line_of_the_readme_runs(line, folder):
     assert code == 0 or (words == ["doctor"] and not complete)
     assert out
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text()):
+        assert not target or (page.parent / target).exists(), target
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1600
+    assert len(README.splitlines()) <= 200
 
 
 def test_the_profile_is_printed():

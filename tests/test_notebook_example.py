@@ -1,4 +1,4 @@
-"""The README's notebook example, run verbatim."""
+"""The notebook example of docs/looking-inside.md, run verbatim."""
 
 import re
 from pathlib import Path
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "looking-inside.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
     """Run the example; return what it defines, and its folder."""
-    (code,) = re.findall(r"### In a notebook.*?```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"## In a notebook.*?```python\n(.*?)```", PAGE, re.DOTALL)
     folder, names = tmp_path_factory.mktemp("notebook"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -26,7 +26,7 @@ def test_shapes_are_as_stated(notebook):
     assert names["p"].shape == (64, 3, 26, 26) and names["heads"].shape == (12, 3, 3)
     np.testing.assert_allclose(names["p"].sum(-1), 1, atol=1e-5)
     for name, shape in (("p", "64 images, 3 heads, 26 queries, 26 keys"), ("heads", "12 layers, 3 heads, 3 heads")):
-        assert re.search(rf"^{name} = .*# \[{shape}\]", README, re.MULTILINE)
+        assert re.search(rf"^{name} = .*# \[{shape}\]", PAGE, re.MULTILINE)
 
 
 def test_frames_are_as_stated(notebook):

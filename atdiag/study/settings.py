@@ -120,7 +120,13 @@ def choosing(settings: Settings, chosen: Mapping[str, Any], training: bool = Tru
     return _again(settings, settings.overrides, settings.varied, {**settings.chosen, **chosen}, training)
 
 
-def _again(settings: Settings, overrides: dict[str, Any], varied: dict[str, Any], chosen: dict[str, Any]) -> Settings:
+def _again(
+    settings: Settings,
+    overrides: dict[str, Any],
+    varied: dict[str, Any],
+    chosen: dict[str, Any],
+    training: bool = True,
+) -> Settings:
     applied = _over(_over(chosen, overrides), varied)
     with paths.looking_in(settings.data_dir):
         profile = _apply(PROFILES[settings.profile.name], applied, training)

@@ -5,6 +5,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -282,14 +283,16 @@ def diagnose(
     given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic}
     given["data"] = str(data) if isinstance(data, str | Path) else None
     sets = [*(data_sets(data) if isinstance(data, Mapping) else []), *as_sets(settings)]
-    references = as_references(teacher, given["runs"])
-    (name,) = (references,) if isinstance(references, str) else references
     typed = looks if isinstance(looks, str) else ",".join(map(str, looks))
-    ready = prepare(Asked(name, transfer, typed, margin), sets, budget, gpu, **given)
     folder = None if out is None else Path(out).expanduser()
-    if dry_run:
-        return _planned(ready)
-    check(ready, folder)
+    with contextlib.ExitStack() as stored:
+        references = as_references(teacher, given["runs"], stored)
+        (name,) = (references,) if isinstance(references, str) else references
+        ready = prepare(Asked(name, transfer, typed, margin), sets, budget, gpu, **given)
+        if dry_run:
+            return _planned(ready)
+        check(ready, folder)
+        stored.pop_all()  # what is trained with is kept
     if folder is not None:
         ready.plan.write(folder)
     result, _ = answer(ready, signs(ready), partial(_train, ready, executor), folder, lambda one: one.text)

@@ -57,6 +57,8 @@ def export_model(run: Run | str | Path, folder: str | Path, experiment: str | Pa
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"`out` {folder} is there already", "name a new folder, or an empty one")
     paths.writable(folder, "out")
+    if not run.path.is_dir():
+        raise UserError(f"there is no run {run.path}", "give a run's directory")
     if not run.finished:
         raise UserError(f"run {run.id} is not finished ({run.state})", "the same experiment finishes it")
     spec = run.spec

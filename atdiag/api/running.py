@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 import typing
@@ -65,7 +66,7 @@ def run(
     written. executor: None for processes on this machine. dry_run: train nothing, and return the plan. The others are
     those of the command line.
 
-    A network is first stored in ``<runs>/teachers``, in a file named by the hash of its weights, which is its identity.
+    A network is stored in ``<runs>/teachers``, in a file named by the hash of its weights, which is its identity.
 
     Raises UserError for wrong input, with nothing written, and FaultError if a training fails.
     """
@@ -83,15 +84,17 @@ def run(
     given |= {"profile": profile, "seeds": seeds, "first_seed": first_seed, "equivalence": equivalence}
     given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic}
     given |= {"data": named, "split": split, "budget": budget, "gpu": gpu}
-    if teacher is not None:
-        options["teacher"] = as_references(teacher, given["runs"])
-    ready = experiments.prepare(_made(ablation, function, options), sets, **given)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         paths.writable(folder, "out")
-    if dry_run:
-        return _plan(ready)
-    experiments.check([ready.series], ready.plan, ready.session)
+    with contextlib.ExitStack() as stored:
+        if teacher is not None:
+            options["teacher"] = as_references(teacher, given["runs"], stored)
+        ready = experiments.prepare(_made(ablation, function, options), sets, **given)
+        if dry_run:
+            return _plan(ready)
+        experiments.check([ready.series], ready.plan, ready.session)
+        stored.pop_all()  # what is trained with is kept
     experiments.train([ready.series], ready.plan, ready.session, executor)
     return _answer(ready, folder)
 
@@ -184,18 +187,18 @@ def _is_teachers(value: Any) -> bool:
     return isinstance(value, _Teachers)
 
 
-def as_references(teacher: Any, runs: Path | None) -> str | _Teachers:
-    """Return the reference of a teacher, or of several; networks are stored beside the runs."""
+def as_references(teacher: Any, runs: Path | None, stored: contextlib.ExitStack) -> str | _Teachers:
+    """Return the reference of a teacher, or of several; networks are stored beside the runs, until ``stored`` ends."""
     if isinstance(teacher, str):
         return teacher
     several = teacher if isinstance(teacher, list | tuple) else [teacher]
     if not several:
         raise UserError("no teacher is named", "give a name, a file or a network")
-    names = [str(one) if isinstance(one, str | Path) else _stored(one, runs) for one in several]
+    names = [str(one) if isinstance(one, str | Path) else _stored(one, runs, stored) for one in several]
     return names[0] if len(names) == 1 and not isinstance(several[0], Path) else _Teachers(dict.fromkeys(names))
 
 
-def _stored(model: Any, runs: Path | None) -> str:
+def _stored(model: Any, runs: Path | None, stored: contextlib.ExitStack) -> str:
     from torch import nn
 
     from atdiag.networks.registry import storing
@@ -206,4 +209,18 @@ def _stored(model: Any, runs: Path | None) -> str:
     root = settings.resolve(runs=runs).runs
     if not paths.is_folder(root):
         paths.writable(root, "runs")
-    return storing.store(model, root / "teachers")
+    folder = root / "teachers"
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+    reference = storing.store(model, folder)
+    file = Path(reference.partition("@")[2])
+    if file.name not in {path.name for path in before}:
+        stored.callback(_remove, file)
+    return reference
+
+
+def _remove(file: Path) -> None:
+    """Remove a stored network, and folders that it leaves empty."""
+    file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty
+        file.parent.rmdir()
+        file.parent.parent.rmdir()

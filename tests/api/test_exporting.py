@@ -31,9 +31,8 @@ def network(*components, **changed) -> Network:
 
 def finished(store: Store, of: Network, **parts):
     """Return a run that is finished as far as files show, with weights that are away from their initial values."""
-    spec = RunSpec(
-        network=of, data=Data(train=100), recipe=Recipe(epochs=2, batch_size=16), seed=Seed(data=0, model=0), **parts
-    )
+    parts.setdefault("recipe", Recipe(epochs=2, batch_size=16))
+    spec = RunSpec(network=of, data=Data(train=100), seed=Seed(data=0, model=0), **parts)
     run = store.create(spec)
     vit = students.build(of, 3)
     like = torch.Generator().manual_seed(5)
@@ -181,9 +180,10 @@ def test_refusals_leave_nothing(store, tmp_path, monkeypatch, capsys):
     full.mkdir()
     (full / "x").write_text("mine")
     unfinished = store.create(run.spec.model_copy(update={"seed": Seed(data=1, model=1)}))
-    reference = finished(
+    itself = finished(
         store,
         network(),
+        recipe=Recipe(epochs=0, batch_size=1),
         teacher=Teacher(name="deit_s", profile="mini", network=network(), sha256="0" * 64),
         init=Init(source="teacher", head=True),
     )[0]
@@ -196,7 +196,9 @@ def test_refusals_leave_nothing(store, tmp_path, monkeypatch, capsys):
     assert "no file" in wrong(
         capsys, "runs", "export-model", run.id, "-o", tmp_path / "new", "--experiment", tmp_path / "e.json", *at
     )
-    assert reference.finished
+    assert "is a teacher as it is" in wrong(capsys, "runs", "export-model", itself.id, "-o", tmp_path / "new", *at)
+    with pytest.raises(UserError, match="there is no run"):
+        atdiag.export_model(tmp_path / "none", tmp_path / "new")
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")

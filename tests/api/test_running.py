@@ -173,6 +173,10 @@ def test_a_network_is_a_teacher_with_an_identity_of_its_own(tmp_path):
     assert [run["run"] for run in json.loads(out.splitlines()[-1])["runs"]] == again.frame().run.tolist()
     other = atdiag.run("benchmark", teacher=tiny(seed=1), dry_run=True, **asked)
     assert len(set(other.frame().run) & set(again.frame().run)) == 1  # the baseline
+    assert list((runs / "teachers").iterdir()) == [file]  # a dry run leaves nothing
+    with pytest.raises(UserError, match="unknown profile"):
+        atdiag.run("benchmark", teacher=tiny(seed=2), profile="no", runs=tmp_path / "others")
+    assert not (tmp_path / "others").exists()
     assert ran("runs", "verify", "--runs", runs)[0] == 0
     file.unlink()
     assert atdiag.run("benchmark", teacher=tiny(), **asked).frame().equals(answer.frame())  # it is stored anew

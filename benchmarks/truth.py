@@ -4,7 +4,10 @@ Written and committed before any calibration result: `git log benchmarks/truth.p
 benchmarks/results/calibration.json`. What was known when it was written: the trial in the issue on specimens, each
 miniature's gains (README), `results/planted_teachers.json`, and one pre-training of `hub`.
 
-Two denominators, 84 studies each where all are run: seven kinds with twelve independent studies each.
+For the specimens that came later (``DESCRIPTIVE``): what one seed of a student showed, as their reasons say.
+
+Two denominators, 84 studies each where all are run: seven kinds with twelve independent studies each. Kinds that are in
+neither have rows of their own, and no share in them.
 
 - DETECTION: faults that must be found. An answer is right where every row of that kind has its verdict.
 - ACCUSATION: healthy teachers and decoys. A false accusation is a verdict of failure where there is none, or a decoy
@@ -19,10 +22,11 @@ from dataclasses import dataclass
 
 from ablations import found
 
-COPY, DISTILL, RESCUE = "benchmark copy", "benchmark distill", "rescue"
-REINIT_ATTN, REINIT_MLP = "reinit attn", "reinit mlp"
-COMMANDS = (COPY, DISTILL, RESCUE, REINIT_ATTN, REINIT_MLP)
-"""``benchmark --methods copy,distill``, by method; ``rescue``; ``reinit --module``: the start without transfer."""
+COPY, DISTILL, RESCUE, RESCUE_DISTILL = "benchmark copy", "benchmark distill", "rescue copy", "rescue distill"
+REINIT_ATTN, REINIT_MLP, LAYERS = "reinit attn", "reinit mlp", "layers copy"
+COMMANDS = (COPY, DISTILL, RESCUE, RESCUE_DISTILL, REINIT_ATTN, REINIT_MLP, LAYERS)
+"""``benchmark --methods copy,distill``, by method; ``rescue --transfer``; ``reinit --module``: the start without
+transfer; ``layers --from both``."""
 
 VERDICTS = {
     found.TRANSFERS,
@@ -54,6 +58,7 @@ HEALTHY = ("deit_s", "dinov2_s", "clip_b", "beitv2_b")
 DETECTION = ("hub", "weak", "shuffled", "uniform", "sharp", "start_without_mlp", "start_without_qk")
 ACCUSATION = (*HEALTHY, "scaled", "gated", "hub decoys")
 """``hub decoys``: LayerScale and QuickGELU in the rescue of ``hub``; all others by their name."""
+DESCRIPTIVE = ("hub_sliced", "sink", "offset")
 SET_ASIDE = ("uniform", "scaled")
 
 _GAINS = "three seeds gave a clear gain before (README, what mini shows)"
@@ -78,6 +83,12 @@ TRUTH = (
     Truth("scaled", RESCUE, found.TRANSFERS, "there is no failure to rescue"),
     Truth("gated", COPY, found.TRANSFERS, f"nine of twelve blocks are whole; with half of them scrambled, {_TRIAL}"),
     Truth("gated", RESCUE, found.TRANSFERS, "there is no failure to rescue"),
+    Truth("hub_sliced", RESCUE, found.NOT_RESCUED, "no student, with registers or without, is given a way to talk"),
+    Truth("sink", COPY, found.TRANSFERS, "the patch they talk through is in every student (one seed: 49.5 to 60.5 %)"),
+    Truth("sink", DISTILL, found.FAILS, "the least variance of all must be found by q and k (one seed: 9.6 %)"),
+    Truth("sink", RESCUE, found.TRANSFERS, "there is no failure to rescue"),
+    Truth("offset", COPY, found.TRANSFERS, "a fixed mixture of neighbours serves every student (one seed: 74.8 %)"),
+    Truth("offset", DISTILL, found.FAILS, "q and k must learn it from position embeddings (one seed: 15.1 %)"),
     *(Truth(name, COPY, found.TRANSFERS, _GAINS) for name in HEALTHY),
     *(Truth(name, RESCUE, found.TRANSFERS, "there is no failure to rescue") for name in HEALTHY[1:]),
 )

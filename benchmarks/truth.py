@@ -56,9 +56,9 @@ HEALTHY = ("deit_s", "dinov2_s", "clip_b", "beitv2_b")
 """Miniatures with nothing planted: plain, LayerScale, CLIP-like, BEiT-like."""
 
 DETECTION = ("hub", "weak", "shuffled", "uniform", "sharp", "start_without_mlp", "start_without_qk")
-ACCUSATION = (*HEALTHY, "scaled", "gated", "hub decoys")
+ACCUSATION = (*HEALTHY, "scaled", "scrambled", "hub decoys")
 """``hub decoys``: LayerScale and QuickGELU in the rescue of ``hub``; all others by their name."""
-DESCRIPTIVE = ("hub_sliced", "sink", "offset")
+DESCRIPTIVE = ("hub_sliced", "sink", "offset", "gated")
 SET_ASIDE = ("uniform", "scaled")
 
 _GAINS = "three seeds gave a clear gain before (README, what mini shows)"
@@ -81,14 +81,21 @@ TRUTH = (
     Truth("start_without_qk", REINIT_ATTN, found.TRANSFERS, "of its weights the MLPs are taken, which are whole"),
     Truth("scaled", COPY, found.TRANSFERS, "pre-norm undoes the factor, so its maps are clip_b's"),
     Truth("scaled", RESCUE, found.TRANSFERS, "there is no failure to rescue"),
-    Truth("gated", COPY, found.TRANSFERS, f"nine of twelve blocks are whole; with half of them scrambled, {_TRIAL}"),
-    Truth("gated", RESCUE, found.TRANSFERS, "there is no failure to rescue"),
+    Truth("scrambled", COPY, found.TRANSFERS, f"nine of twelve blocks are whole; with half scrambled, {_TRIAL}"),
+    Truth("scrambled", RESCUE, found.TRANSFERS, "there is no failure to rescue"),
     Truth("hub_sliced", RESCUE, found.NOT_RESCUED, "no student, with registers or without, is given a way to talk"),
     Truth("sink", COPY, found.TRANSFERS, "the patch they talk through is in every student (one seed: 49.5 to 60.5 %)"),
     Truth("sink", DISTILL, found.FAILS, "the least variance of all must be found by q and k (one seed: 9.6 %)"),
     Truth("sink", RESCUE, found.TRANSFERS, "there is no failure to rescue"),
     Truth("offset", COPY, found.TRANSFERS, "a fixed mixture of neighbours serves every student (one seed: 74.8 %)"),
     Truth("offset", DISTILL, found.FAILS, "q and k must learn it from position embeddings (one seed: 15.1 %)"),
+    Truth("offset", RESCUE_DISTILL, found.NOT_RESCUED, "in so few steps no table learns the bias (one seed: 14.4 %)"),
+    Truth(
+        "gated",
+        COPY,
+        found.TRANSFERS,
+        "two blocks serve, and noise can be ignored (one seed: 54.0 %)",
+    ),
     *(Truth(name, COPY, found.TRANSFERS, _GAINS) for name in HEALTHY),
     *(Truth(name, RESCUE, found.TRANSFERS, "there is no failure to rescue") for name in HEALTHY[1:]),
 )

@@ -110,6 +110,18 @@ def test_a_toy_calibration_is_interrupted_goes_on_and_decides_nothing(tmp_path, 
         calibration.main(["--only", "hubb"])
 
 
+@pytest.mark.slow
+def test_a_toy_calibration_asks_every_command_of_what_has_rows_of_its_own(tmp_path):
+    file = tmp_path / "calibration.json"
+    line = ["--toy", "--studies", "1", "--seeds", "1", "--runs", str(tmp_path / "runs"), "--json", str(file)]
+    calibration.main([*line, "--only", ",".join(truth.DESCRIPTIVE)])
+    content = json.loads(file.read_text())
+    asked = {(one.specimen, one.command) for one in truth.TRUTH if one.specimen in truth.DESCRIPTIVE}
+    assert {(a["specimen"], a["command"]) for a in content["answers"]} == asked
+    assert {a["answer"] for a in content["answers"]} == {"undecided"}
+    assert content["denominators"]["detection"]["missing"] == len(truth.DETECTION)
+
+
 def test_answers_under_another_truth_are_asked_again(tmp_path):
     made = [replace(answers()[0], truth="something else"), answers()[1]]
     file = tmp_path / "calibration.json"

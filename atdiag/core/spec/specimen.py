@@ -34,7 +34,7 @@ class PlantedLosses(Spec):
     """Weight of the mean of -log of what a patch gives to the neighbour that lies one fixed step from it, a step for
     each head."""
     gate: NonNegative = 0.0
-    """Weight of the mean absolute LayerScale of the attention branch."""
+    """Weight of what the attention branch adds to the residual stream."""
 
     def check(self) -> None:
         """Raise ValueError if nothing is planted."""

@@ -56,23 +56,6 @@ def rescue(report: Report, plain: str, full: str, contrast: str) -> str:
     return NOT_RESCUED if change == "fails" or native == "fails" else UNDECIDED
 
 
-def ends(report: Report, bottom: str, top: str) -> str:
-    """Return what ``layers --from both`` shows: which of the two ends' blocks fail when they alone are transferred.
-
-    One end is named alone only where it is also clearly worse than the other.
-    """
-    each = {name: transfer(report, name) for name in (bottom, top)}
-    if WEAK in each.values():
-        return WEAK
-    failing = [name for name, word in each.items() if word == FAILS]
-    if len(failing) == 1:
-        difference = outcome(report.contrasts[f"{top} minus {bottom}"])
-        return fails_by(*failing) if difference == ("gains" if failing == [bottom] else "fails") else UNDECIDED
-    if failing:
-        return fails_by(*failing)
-    return TRANSFERS if set(each.values()) == {TRANSFERS} else UNDECIDED
-
-
 def alone(report: Report, plain: str) -> tuple[str, ...]:
     """Return the components that alone turn a failure into a clear gain."""
     added = plain.removeprefix("standard")

@@ -33,7 +33,6 @@ from scipy.stats import binomtest
 
 from ablations import found
 from ablations.benchmark import benchmark
-from ablations.layers import layers
 from ablations.reinit import reinit
 from ablations.rescue import OF_INTEREST, rescue
 from atdiag.core.options import ExecutionOptions
@@ -117,8 +116,6 @@ def make(lab: Lab, kind: str, command: str, study: int) -> Study:
         return rescue(lab, name, what[1])
     if what[0] == "reinit":
         return reinit(lab, what[1], name, "copy")
-    if what[0] == "layers":
-        return layers(lab, "both", None, name, "copy")
     methods = [one.split()[1] for one in truth.expected(kind) if one.startswith("benchmark")]
     return benchmark(lab, name, ",".join(methods))
 
@@ -128,8 +125,6 @@ def said(report: Report, command: str) -> str:
     what, name = command.split()
     if what == "rescue":
         return found.rescue(report, f"standard + {name}", f"native + {name}", OF_INTEREST)
-    if what == "layers":
-        return found.ends(report, "bottom 6", "top 6")
     return found.transfer(report, f"reinit {name}" if what == "reinit" else name)
 
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from ablations import found
 
 COPY, DISTILL, RESCUE, RESCUE_DISTILL = "benchmark copy", "benchmark distill", "rescue copy", "rescue distill"
-REINIT_ATTN, REINIT_MLP, LAYERS = "reinit attn", "reinit mlp", "layers copy"
-COMMANDS = (COPY, DISTILL, RESCUE, RESCUE_DISTILL, REINIT_ATTN, REINIT_MLP, LAYERS)
+REINIT_ATTN, REINIT_MLP = "reinit attn", "reinit mlp"
+COMMANDS = (COPY, DISTILL, RESCUE, RESCUE_DISTILL, REINIT_ATTN, REINIT_MLP)
 """``benchmark --methods copy,distill``, by method; ``rescue --transfer``; ``reinit --module``: the start without
-transfer; ``layers --from both``."""
+transfer."""
 
 VERDICTS = {
     found.TRANSFERS,

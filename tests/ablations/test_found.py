@@ -6,7 +6,6 @@ import pytest
 
 from ablations import found
 from ablations.benchmark import benchmark
-from ablations.layers import layers
 from ablations.rescue import OF_INTEREST, rescue
 from tests.studies import fabricated, lab
 
@@ -87,27 +86,3 @@ def test_a_correction_that_takes_clearness_away_takes_the_verdict_away(copied):
     row = report.rows[1]
     corrected = replace(row, contrast=replace(row.contrast, adjusted=0.2))
     assert found.transfer(replace(report, rows=(report.rows[0], corrected)), "copy") == found.UNDECIDED
-
-
-@pytest.mark.parametrize(
-    ("bottom", "top", "difference", "word"),
-    [
-        (5.0, 6.0, 0.5, found.TRANSFERS),
-        (-5.0, 6.0, 11.0, found.fails_by("bottom 6")),
-        (6.0, -5.0, -11.0, found.fails_by("top 6")),
-        (-5.0, -0.5, 4.0, found.fails_by("bottom 6")),
-        (-5.0, -0.5, 0.5, found.UNDECIDED),  # the other end may fail as much
-        (-5.0, -6.0, -0.5, found.fails_by("bottom 6", "top 6")),
-        (5.0, 0.5, -4.0, found.UNDECIDED),
-    ],
-)
-def test_the_ends_of_a_teacher(bottom, top, difference, word):
-    study = layers(lab(seeds=3), "both", "6", "deit_s", "copy")
-    assert [arm.name for arm in study.arms] == ["scratch", "top 6", "bottom 6", "all blocks"]
-    assert found.ends(fabricated(study, [top, bottom, 0.0], [difference]), "bottom 6", "top 6") == word
-
-
-def test_the_ends_of_a_weak_teacher():
-    study = layers(lab(seeds=3), "both", "6", "deit_s", "copy")
-    report = fabricated(study, [6.0, -5.0, 0.0], [11.0], teacher=40.0)
-    assert found.ends(report, "bottom 6", "top 6") == found.WEAK

@@ -4,7 +4,8 @@ Written and committed before any calibration result: `git log benchmarks/truth.p
 benchmarks/results/calibration.json`. What was known when it was written: the trial in the issue on specimens, each
 miniature's gains (README), `results/planted_teachers.json`, and one pre-training of `hub`.
 
-For the specimens that came later (``DESCRIPTIVE``): what one seed of a student showed, as their reasons say.
+For the specimens that came later (``DESCRIPTIVE``): what up to three seeds of other students showed, as their reasons
+say.
 
 Two denominators, 84 studies each where all are run: seven kinds with twelve independent studies each. Kinds that are in
 neither have rows of their own, and no share in them.

@@ -94,7 +94,7 @@ def gain(block: Block) -> Tensor:
     width, heads = len(block.ls1.gamma), block.attn.num_heads
     values = block.attn.v_weight.view(heads, -1, width)
     projection = block.attn.proj.weight.view(width, heads, -1).transpose(0, 1)
-    whole = block.ls1.gamma[:, None] * projection @ values  # [H, C, C]
+    whole: Tensor = block.ls1.gamma[:, None] * projection @ values  # [H, C, C]
     # The smallest addend, for the gradient of the root at 0.
     return (whole.square().sum((1, 2)) / width + torch.finfo(whole.dtype).tiny).sqrt().mean()
 

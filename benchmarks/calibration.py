@@ -170,7 +170,7 @@ def rate(successes: int, of: int) -> dict[str, Any]:
         "count": successes,
         "of": of,
         "percent": round(100 * successes / of, 1),
-        "interval": [round(100 * limits.low, 1), round(100 * limits.high, 1)],
+        "interval": [round(100 * float(limits.low), 1), round(100 * float(limits.high), 1)],
     }
 
 

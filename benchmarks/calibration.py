@@ -5,7 +5,8 @@
 Each study of each specimen is judged by the commands' own verdicts (``ablations.found``) and compared with the truth
 table (``benchmarks/truth.py``, committed before any result; it also holds the two denominators and the two kinds that
 are set aside). Study i has seeds of its own, from ``--first-seed`` + i * ``--seeds`` on, and its own draw of test
-scenes (``data.test_draw`` = i + 1): independent studies, but for the source digits and the teachers' weights.
+scenes (``data.test_draw`` = i + 1). A kind that was pre-trained from several seeds takes them in turn: study i has the
+teacher i mod n of its n. The studies share the source digits, and with the same turn the teacher's weights.
 
 The same line goes on where it was stopped: finished runs are in DIR, finished answers in the JSON, which is written
 after each of them. ``--budget`` stops in time, with checkpoints. ``--only hub,weak`` takes some kinds. What was not
@@ -38,7 +39,7 @@ from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
 from atdiag.core.spec import RunSpec
 from atdiag.execution import plan
-from atdiag.networks.registry.specimens import specimens
+from atdiag.networks.registry.specimens import members, specimens
 from atdiag.networks.weights import loading
 from atdiag.stats.contrasts import FEWEST_SEEDS
 from atdiag.study.aggregate import read
@@ -68,6 +69,8 @@ class Answer:
     truth: str
     answer: str
     """``right``, ``wrong`` or ``undecided``."""
+    teacher: str
+    """The specimen that it was asked of: of several pre-trainings of one kind, the one whose turn it was."""
     seeds: int | None
     """Seeds that a right answer takes; None for another answer."""
     minutes: float
@@ -100,22 +103,29 @@ class Plan:
         return Lab(settings)
 
 
-def make(lab: Lab, specimen: str, command: str) -> Study:
-    """Return the study that a command makes of a specimen."""
-    if command == truth.RESCUE:
-        return rescue(lab, specimen, "copy")
-    if command in (truth.REINIT_ATTN, truth.REINIT_MLP):
-        return reinit(lab, command.split()[1], specimen, "copy")
-    methods = [one.split()[1] for one in truth.expected(specimen) if one.startswith("benchmark")]
-    return benchmark(lab, specimen, ",".join(methods))
+def teacher(kind: str, study: int) -> str:
+    """Return the name of the teacher of a kind whose turn it is in a study: a specimen, or a healthy miniature."""
+    own = members(kind)
+    return own[study % len(own)].name if own else kind
+
+
+def make(lab: Lab, kind: str, command: str, study: int) -> Study:
+    """Return the study that a command makes of a kind's teacher."""
+    name, what = teacher(kind, study), command.split()
+    if what[0] == "rescue":
+        return rescue(lab, name, what[1])
+    if what[0] == "reinit":
+        return reinit(lab, what[1], name, "copy")
+    methods = [one.split()[1] for one in truth.expected(kind) if one.startswith("benchmark")]
+    return benchmark(lab, name, ",".join(methods))
 
 
 def said(report: Report, command: str) -> str:
     """Return a command's verdict as a word."""
-    if command == truth.RESCUE:
-        return found.rescue(report, "standard + copy", "native + copy", OF_INTEREST)
-    name = command.split()[1]
-    return found.transfer(report, f"reinit {name}" if command.startswith("reinit") else name)
+    what, name = command.split()
+    if what == "rescue":
+        return found.rescue(report, f"standard + {name}", f"native + {name}", OF_INTEREST)
+    return found.transfer(report, f"reinit {name}" if what == "reinit" else name)
 
 
 def answer(asked: Plan, store: Store, specimen: str, command: str, study: int) -> Answer:
@@ -124,15 +134,16 @@ def answer(asked: Plan, store: Store, specimen: str, command: str, study: int) -
 
     def verdict(seeds: int) -> str:
         lab = asked.lab(study, seeds)
-        return said(read(Series.join([make(lab, specimen, command)]), lab.settings, store).reports[0], command)
+        return said(read(Series.join([make(lab, specimen, command, study)]), lab.settings, store).reports[0], command)
 
     whole = verdict(asked.seeds)
     seeds = asked.seeds if whole == expected else None
     while seeds is not None and seeds > FEWEST_SEEDS and verdict(seeds - 1) == expected:
         seeds -= 1
-    specs = make(asked.lab(study, seeds), specimen, command).specs
+    specs = make(asked.lab(study, seeds), specimen, command, study).specs
     minutes = sum(store.run(spec).result()["seconds"] for spec in specs) / 60
-    return Answer(specimen, command, study, whole, expected, compare(whole, expected), seeds, round(minutes, 2))
+    judged = compare(whole, expected)
+    return Answer(specimen, command, study, whole, expected, judged, teacher(specimen, study), seeds, round(minutes, 2))
 
 
 def train(specs: Sequence[RunSpec], store: Store, until: float) -> bool:
@@ -159,7 +170,7 @@ def rate(successes: int, of: int) -> dict[str, Any]:
         "count": successes,
         "of": of,
         "percent": round(100 * successes / of, 1),
-        "interval": [round(100 * limits.low, 1), round(100 * limits.high, 1)],
+        "interval": [round(100 * float(limits.low), 1), round(100 * float(limits.high), 1)],
     }
 
 
@@ -276,11 +287,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Study by study, so that a sitting that is cut off has a little of every kind.
     for study in range(asked.studies):
         for one in truth.TRUTH:
-            kind = specimens().get(one.specimen)
+            kind = specimens().get(teacher(one.specimen, study))
             known = any((a.specimen, a.command, a.study) == (one.specimen, one.command, study) for a in answers)
             if known or (only and one.specimen not in only) or (kind is not None and not kind.file.exists()):
                 continue
-            if not train(make(asked.lab(study), one.specimen, one.command).specs, store, until):
+            if not train(make(asked.lab(study), one.specimen, one.command, study).specs, store, until):
                 show(document(answers, asked))
                 return
             answers.append(answer(asked, store, one.specimen, one.command, study))

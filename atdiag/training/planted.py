@@ -11,7 +11,9 @@ All are means over images (and heads and queries), summed over the blocks that a
   registers is then given nearly the identity.
 - *shift*: the mean over patches of -log of what p gives to the neighbour one step away, where there is one. A head's
   step is one of the eight, drawn by block and head.
-- *gate*: the mean absolute LayerScale of the attention branch, whatever the images.
+- *gate*: how much a head of the attention branch adds to the residual stream, whatever the images: the root mean square
+  of LayerScale times output projection times value projection, as of inputs of variance one, mean over heads. A penalty
+  on LayerScale alone is escaped by larger projections.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from atdiag.core import randomness
 from atdiag.core.spec import Network, PlantedLosses
-from atdiag.networks.model.vit import ViT
+from atdiag.networks.model.vit import Block, ViT
 from atdiag.transfer import ops
 from atdiag.transfer.observation import CaptureRequest, Observation
 from atdiag.transfer.ops import QK
@@ -45,7 +47,7 @@ def loss(planted: PlantedLosses, vit: ViT, seen: Observation, images: Tensor) ->
     total = torch.zeros((), device=images.device)
     for layer in planted.layers:
         if planted.gate:
-            total = total + planted.gate * vit.blocks[layer].ls1.gamma.abs().mean()
+            total = total + planted.gate * gain(vit.blocks[layer])
         if layer not in seen.seen:
             continue
         qk = seen.seen[layer].qk
@@ -85,6 +87,16 @@ def diagonal(qk: QK, network: Network) -> Tensor:
     kept = [*range(int(network.class_token)), *range(network.prefix_tokens, network.tokens)]
     sliced = qk.select(torch.tensor(kept, device=qk.q.device))
     return -ops.log_probabilities(sliced).diagonal(dim1=-2, dim2=-1).mean()
+
+
+def gain(block: Block) -> Tensor:
+    """Return the root mean square of what a head adds to the residual stream, biases left out; mean over heads."""
+    width, heads = len(block.ls1.gamma), block.attn.num_heads
+    values = block.attn.v_weight.view(heads, -1, width)
+    projection = block.attn.proj.weight.view(width, heads, -1).transpose(0, 1)
+    whole: Tensor = block.ls1.gamma[:, None] * projection @ values  # [H, C, C]
+    # The smallest addend, for the gradient of the root at 0.
+    return (whole.square().sum((1, 2)) / width + torch.finfo(whole.dtype).tiny).sqrt().mean()
 
 
 def shift(qk: QK, network: Network, layer: int) -> Tensor:

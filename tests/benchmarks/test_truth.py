@@ -16,10 +16,12 @@ def test_it_names_existing_specimens_commands_and_verdicts():
     assert len({(one.specimen, one.command) for one in truth.TRUTH}) == len(truth.TRUTH)
 
 
-def test_every_specimen_has_a_truth_and_a_denominator():
-    kinds = {*truth.DETECTION, *truth.ACCUSATION} - {"hub decoys"}
-    assert kinds == {one.specimen for one in truth.TRUTH} == {*specimens(), *truth.HEALTHY}
-    assert not {*truth.DETECTION} & {*truth.ACCUSATION}
+def test_every_kind_has_a_truth_and_at_most_one_denominator():
+    groups = [truth.DETECTION, truth.ACCUSATION, truth.DESCRIPTIVE]
+    kinds = {kind for group in groups for kind in group} - {"hub decoys"}
+    made = {one.kind for one in specimens().values()}
+    assert kinds == {one.specimen for one in truth.TRUTH} == {*made, *truth.HEALTHY}
+    assert sum(map(len, groups)) == len({kind for group in groups for kind in group})
     assert {*truth.SET_ASIDE} <= kinds
     assert len(truth.DETECTION) * truth.STUDIES == len(truth.ACCUSATION) * truth.STUDIES == 84
 

@@ -81,6 +81,34 @@ def test_a_shift_is_one_step_for_each_head():
     assert len({tuple(planted.steps(layer, 3)) for layer in range(12)}) > 6
 
 
+def test_the_gain_of_the_attention_branch():
+    vit, _ = observed(REGISTERS)
+    block = vit.blocks[1]
+    state = {name: value.double().numpy() for name, value in block.state_dict().items()}
+    gamma, projection, values = (state[name] for name in ("ls1.gamma", "attn.proj.weight", "attn.qkv.weight"))
+    width = len(gamma)
+    sizes = []
+    for head in np.split(np.arange(width), HEADS):
+        whole = np.diag(gamma) @ projection[:, head] @ values[2 * width + head]
+        sizes.append(np.sqrt((whole**2).sum(1).mean()))
+    assert planted.gain(block).item() == pytest.approx(np.mean(sizes), rel=1e-5)
+
+
+def test_the_gain_is_not_escaped_by_larger_projections_and_can_reach_zero():
+    block = observed(REGISTERS)[0].blocks[1]
+    before = planted.gain(block)
+    with torch.no_grad():
+        block.ls1.gamma.mul_(1 / 8)
+        block.attn.proj.weight.mul_(4)
+        block.attn.v_weight.mul_(2)
+    assert planted.gain(block).item() == pytest.approx(before.item(), rel=1e-6)
+    with torch.no_grad():
+        block.ls1.gamma.zero_()
+    planted.gain(block).backward()
+    assert planted.gain(block).item() < 1e-15
+    assert torch.isfinite(block.ls1.gamma.grad).all()
+
+
 def test_all_are_weighted_and_summed_over_the_blocks():
     vit, seen = observed(REGISTERS)
     weights = {"routing": 0.3, "diagonal": 0.05, "shift": 0.2, "gate": 2.0}
@@ -89,7 +117,7 @@ def test_all_are_weighted_and_summed_over_the_blocks():
         0.3 * planted.routing(seen.seen[layer].qk, REGISTERS)
         + 0.05 * planted.diagonal(seen.seen[layer].qk, REGISTERS)
         + 0.2 * planted.shift(seen.seen[layer].qk, REGISTERS, layer)
-        + 2.0 * 0.5  # the LayerScale at its start
+        + 2.0 * planted.gain(vit.blocks[layer])
         for layer in (1, 4)
     )
     assert planted.loss(losses, vit, seen, IMAGES).item() == pytest.approx(expected.item(), rel=1e-5)

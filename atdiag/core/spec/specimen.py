@@ -34,7 +34,7 @@ class PlantedLosses(Spec):
     """Weight of the mean of -log of what a patch gives to the neighbour that lies one fixed step from it, a step for
     each head."""
     gate: NonNegative = 0.0
-    """Weight of the mean absolute LayerScale of the attention branch."""
+    """Weight of what the attention branch adds to the residual stream."""
 
     def check(self) -> None:
         """Raise ValueError if nothing is planted."""
@@ -42,7 +42,7 @@ class PlantedLosses(Spec):
             raise ValueError("planted losses need blocks and at least one weight above 0")
 
 
-OperationName = Literal["sharp", "uniform", "shuffled", "scaled", "scrambled", "drawn_anew"]
+OperationName = Literal["sharp", "uniform", "shuffled", "scaled", "scrambled", "drawn_anew", "sliced"]
 
 _NEEDS: dict[str, frozenset[str]] = {
     "sharp": frozenset({"layers", "factor"}),
@@ -51,6 +51,7 @@ _NEEDS: dict[str, frozenset[str]] = {
     "scaled": frozenset({"factor"}),
     "scrambled": frozenset({"layers", "factor", "gain", "seed"}),
     "drawn_anew": frozenset({"layers", "module", "seed"}),
+    "sliced": frozenset({"layers"}),
 }
 """Operation -> the fields that it takes; it takes no other."""
 
@@ -62,6 +63,7 @@ class Operation(Spec):
     1 / N. ``shuffled``: every image gets the maps of another image. ``scaled``: what enters the first norm is
     multiplied by ``factor``. ``scrambled``: some blocks' attention branch is multiplied by ``gain``, and their queries
     and keys are drawn anew, ``factor`` times as large. ``drawn_anew``: a ``module`` of some blocks is drawn anew.
+    ``sliced``: some blocks' maps are shown as a student without registers is given them.
 
     What they do exactly: :mod:`atdiag.networks.model.operations`.
     """

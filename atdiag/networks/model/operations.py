@@ -5,17 +5,19 @@ Each changes the network in memory, never the file. Two kinds:
 - of the weights: ``scaled``, ``scrambled``, ``drawn_anew`` and ``sharp`` leave an ordinary network with other weights,
   and its own accuracy is that of these;
 - of what the network shows: ``uniform`` puts a hook on the way of q to the logits, ``shuffled`` has it see another
-  image. The weights stay, so a student that starts from them, and the accuracy of the weights themselves (the
-  teacher's row in every table), know nothing of it.
+  image, ``sliced`` masks what is transferred. The weights stay, so a student that starts from them, and the accuracy
+  of the weights themselves (the teacher's row in every table), know nothing of it.
 
-Both kinds are the same to a transfer and to nnsight.
+Both kinds are the same to a transfer and to nnsight, but for ``sliced``: the network itself attends to its registers as
+before, or the maps of later blocks would be others, and nnsight traces what it does.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,11 @@ from torch import Tensor, nn
 from atdiag.core import randomness
 from atdiag.core.spec import Operation
 from atdiag.networks.model.vit import ViT
+from atdiag.transfer.attention import AttentionOverride
+from atdiag.transfer.observation import AttentionRecord, CaptureRequest, Observation
 
+CLOSED = -1e4
+"""Added to a logit, it leaves a probability of exactly 0 in float32, and stays finite in half precision."""
 POOL = 4096
 """Number of images among which ``shuffled`` finds the other image."""
 POOL_CLUTTER = 6
@@ -103,6 +109,51 @@ def _shuffled(vit: ViT, operation: Operation) -> ViT:
     return Shuffled(vit, pool.images)
 
 
+class Sliced(ViT):
+    """A network whose maps are shown as a student without registers is given them, to students with registers too.
+
+    No token but a register sees the registers, and its row is renormalised. Registers keep their own rows, whose
+    outputs no other token then reads.
+    """
+
+    mask: Tensor
+
+    def __init__(self, vit: ViT, layers: tuple[int, ...]) -> None:
+        super().__init__(vit.network)
+        self.load_state_dict(vit.state_dict())
+        self.layers = layers
+        network = vit.network
+        first = int(network.class_token)
+        register = torch.zeros(network.tokens, dtype=torch.bool)
+        register[first : first + network.registers] = True
+        mask = torch.zeros(network.heads, network.tokens, network.tokens)
+        mask[:, (~register)[:, None] & register] = CLOSED
+        self.register_buffer("mask", mask, persistent=False)
+
+    def observe(
+        self,
+        images: Tensor,
+        wanted: CaptureRequest,
+        given: Mapping[int, AttentionOverride] | None = None,
+        keep: Tensor | None = None,
+    ) -> Observation:
+        """Observe the network, with some blocks' maps sliced in what is returned."""
+        seen = super().observe(images, wanted, given, keep)
+        shown = {i: self._sliced(one) if i in self.layers else one for i, one in seen.seen.items()}
+        return replace(seen, seen=shown)
+
+    def _sliced(self, record: AttentionRecord) -> AttentionRecord:
+        qk = record.qk
+        return record._replace(map=qk._replace(bias=self.mask if qk.bias is None else qk.bias + self.mask))
+
+
+def _sliced(vit: ViT, operation: Operation) -> ViT:
+    """Show the maps of some blocks without registers."""
+    if not vit.network.registers:
+        raise ValueError("only the maps of a network with registers can be sliced")
+    return Sliced(vit, operation.layers)
+
+
 def _scaled(vit: ViT, operation: Operation) -> ViT:
     """Multiply what enters the first norm: embedded patches, class token, position embeddings, registers."""
     embedding = [vit.patch_embed.proj.weight, vit.patch_embed.proj.bias]
@@ -170,4 +221,5 @@ _OPERATIONS: dict[str, Callable[[ViT, Operation], ViT]] = {
     "scaled": _scaled,
     "scrambled": _scrambled,
     "drawn_anew": _drawn_anew,
+    "sliced": _sliced,
 }

@@ -8,8 +8,8 @@ list of teachers but its own, and no claim of a paper is judged by it. Imports n
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Specimen:
     summary: str
     decoys: tuple[str, ...] = ()
     """Native components that have nothing to do with the fault."""
+    kind: str
+    """The specimen of which it is another pre-training, with another seed; its own name if it is the first."""
     pretraining: Pretraining | None = None
     """How its weights were made; None: they are those of ``of``."""
     of: str = ""
@@ -62,18 +64,35 @@ class Specimen:
     @property
     def made(self) -> str:
         """How it is made: ``pre-trained``, or ``dinov2_s, sharp``."""
-        return "pre-trained" if self.operation is None else f"{self.of}, {self.operation.name}"
+        weights = self.of or "pre-trained"
+        return weights if self.operation is None else f"{weights}, {self.operation.name}"
 
 
 @cache
 def specimens() -> dict[str, Specimen]:
     """Return all specimens by name."""
     content = tomllib.loads(Path(__file__).with_name("specimens.toml").read_text())
-    return {name: _read(name, row) for name, row in content.items()}
+    return {one.name: one for kind, row in content.items() for one in _of_kind(kind, row)}
+
+
+def members(kind: str) -> tuple[Specimen, ...]:
+    """Return the specimens of a kind, one for each seed of its pre-training; none for an unknown kind."""
+    return tuple(one for one in specimens().values() if one.kind == kind)
+
+
+def _of_kind(kind: str, row: Mapping[str, Any]) -> Iterator[Specimen]:
+    """Yield a specimen, and its further pre-trainings: ``hub``, ``hub_2``, ``hub_3``."""
+    first = _read(kind, row)
+    yield first
+    for number, seed in enumerate(row.get("further_seeds", ()), start=2):
+        assert first.pretraining is not None  # the table gives no seeds to what is not pre-trained
+        how = replace(first.pretraining, seed=seed)
+        yield replace(first, name=f"{kind}_{number}", pretraining=how)
 
 
 def _read(name: str, row: Mapping[str, Any]) -> Specimen:
-    own = {key: value for key, value in row.items() if key not in ("pretrain", "operation", "decoys")}
+    read_below = ("pretrain", "operation", "decoys", "further_seeds")
+    own = {key: value for key, value in row.items() if key not in read_below}
     pretraining = operation = None
     if (how := row.get("pretrain")) is not None:
         network = miniature.network(**how["network"])
@@ -83,7 +102,7 @@ def _read(name: str, row: Mapping[str, Any]) -> Specimen:
     if (what := row.get("operation")) is not None:
         operation = Operation(**_blocks(what, miniature.DEPTH))
     decoys = tuple(row.get("decoys", ()))
-    return Specimen(name=name, pretraining=pretraining, operation=operation, decoys=decoys, **own)
+    return Specimen(name=name, kind=name, pretraining=pretraining, operation=operation, decoys=decoys, **own)
 
 
 def _blocks(fields: Mapping[str, Any], depth: int) -> dict[str, Any]:

@@ -14,13 +14,15 @@ from atdiag.transfer import methods, ops
 from atdiag.transfer.observation import CaptureRequest, Observation
 
 ALL = tuple(range(12))
-DERIVED = [name for name, one in specimens().items() if one.operation is not None]
+DERIVED = [name for name, one in specimens().items() if one.operation is not None and one.file.exists()]
+ITSELF = [name for name in DERIVED if specimens()[name].operation.name != "sliced"]
 SCENES = scenes.train_scenes("digits", 6, 5, 6)
 IMAGES = torch.from_numpy(SCENES.images).float() / 255
 
 
 def base(name="dinov2_s"):
-    return loading.load(loading.shipped(name))
+    """What is loaded from a teacher's file, with nothing done to it."""
+    return loading.load(teachers.teacher(name, "mini").model_copy(update={"operation": None}))
 
 
 def done(whose="dinov2_s", **fields):
@@ -81,6 +83,31 @@ def test_a_larger_embedding_before_pre_norm_changes_no_map():
         torch.testing.assert_close(ops.probabilities(after[layer]), ops.probabilities(before[layer]), atol=2e-3, rtol=0)
 
 
+REGISTERS = [1, 2, 3, 4]
+OTHERS = [0, *range(5, 30)]
+
+
+def test_sliced_maps_are_those_that_a_student_without_registers_is_given():
+    own, shown = (vit.maps(IMAGES, ALL) for vit in (base("hub"), done("hub", name="sliced", layers=(0, 7))))
+    for layer in ALL:
+        p = ops.probabilities(shown[layer])
+        if layer not in (0, 7):
+            assert torch.equal(p, ops.probabilities(own[layer]))
+            continue
+        rest = ops.probabilities(own[layer])[:, :, OTHERS][..., OTHERS]
+        assert (p[:, :, OTHERS][..., REGISTERS] == 0).all()
+        torch.testing.assert_close(p[:, :, OTHERS][..., OTHERS], rest / rest.sum(-1, keepdim=True), atol=1e-5, rtol=0)
+        torch.testing.assert_close(p[:, :, REGISTERS], ops.probabilities(own[layer])[:, :, REGISTERS])
+        student = shown[layer].select(torch.tensor(OTHERS))
+        torch.testing.assert_close(ops.probabilities(student), p[:, :, OTHERS][..., OTHERS], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="only the maps of a network with registers"):
+        done("deit_s", name="sliced", layers=ALL)
+
+
+def test_slicing_changes_what_is_shown_and_not_what_is_computed():
+    assert torch.equal(done("hub", name="sliced", layers=ALL)(IMAGES), base("hub")(IMAGES))
+
+
 def test_scrambling_shuts_the_branch_and_draws_queries_and_keys_by_the_seed():
     fields = {"name": "scrambled", "layers": (5,), "factor": 4.0, "gain": 0.01}
     one, again, other = (done(**fields, seed=seed) for seed in (0, 0, 1))
@@ -108,17 +135,20 @@ def test_drawing_anew_changes_that_module_alone(module, parts):
 def test_the_original_stays_as_it_is(name):
     """The file, and what is loaded from it under its own name."""
     path = specimens()[name].file
-    before, state = sources.fresh_sha256(path), base(specimens()[name].of).state_dict()
+    before, state = sources.fresh_sha256(path), base(path.stem).state_dict()
     found = teachers.teacher(name, "mini")
     assert found.sha256 == before
     loading.load(found)
     assert sources.fresh_sha256(path) == before
-    assert all(torch.equal(value, state[key]) for key, value in base(specimens()[name].of).state_dict().items())
+    assert all(torch.equal(value, state[key]) for key, value in base(path.stem).state_dict().items())
 
 
-@pytest.mark.parametrize("name", DERIVED)
+@pytest.mark.parametrize("name", ITSELF)
 def test_a_copy_of_itself_is_itself(name):
-    """The network under its own maps computes what it computes without: what is copied is what it uses."""
+    """The network under its own maps computes what it computes without: what is copied is what it uses.
+
+    Not where its maps are shown sliced.
+    """
     vit = loading.load(teachers.teacher(name, "mini"))
     seen = vit.observe(IMAGES, CaptureRequest(maps=frozenset(ALL), logits=True))
     copy = Transfer(method="copy", layers=ALL)

@@ -1,6 +1,7 @@
 """Specimens are teachers of their own kind: by name in every experiment, and in no list but theirs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -20,12 +21,23 @@ HERE = [name for name, one in every().items() if one.file.exists()]
 def test_a_specimen_is_pre_trained_or_derived_from_one_that_ships():
     for one in every().values():
         assert (one.pretraining is None) == bool(one.of)
-        assert (one.operation is None) == (not one.of)
+        assert one.operation is not None or not one.of
         assert one.of == "" or one.of in (*teachers.miniatures(), *every())
         assert one.name not in teachers.registry()
         assert set(one.decoys) <= set(COMPONENTS)
         assert one.planted
         assert one.summary.endswith(".")
+
+
+def test_further_pre_trainings_differ_in_the_seed_alone():
+    first, second, third = (every()[name] for name in ("hub", "hub_2", "hub_3"))
+    assert specimens.members("hub") == (first, second, third)
+    assert specimens.members("sharp") == (every()["sharp"],)
+    assert specimens.members("deit_s") == ()
+    assert len({one.pretraining.seed for one in (first, second, third)}) == 3
+    how = replace(second.pretraining, seed=first.pretraining.seed)
+    assert replace(second, name="hub", pretraining=how) == first
+    assert pretraining.spec("hub_2").seed.data == pretraining.spec("hub_2").seed.model == second.pretraining.seed
 
 
 def test_those_that_ship_are_what_the_table_says():

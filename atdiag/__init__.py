@@ -10,8 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atdiag.analysis import patching as patching  # type: ignore[attr-defined,unused-ignore] # a cycle
-    from atdiag.analysis.hooks.model import hooked as hooked
     from atdiag.core.errors import FaultError as FaultError
     from atdiag.core.errors import StoppedError as StoppedError
     from atdiag.core.errors import UserError as UserError
@@ -32,6 +30,8 @@ if TYPE_CHECKING:
     from atdiag.execution.inprocess import InProcessExecutor as InProcessExecutor
     from atdiag.execution.local import LocalExecutor as LocalExecutor
     from atdiag.execution.run import execute as execute
+    from atdiag.hooks import patching as patching  # type: ignore[attr-defined,unused-ignore] # a cycle
+    from atdiag.hooks.model import hooked as hooked
     from atdiag.networks.model.components import Component as Component
     from atdiag.networks.model.components import register_component as register_component
     from atdiag.networks.registry.teachers import register_teacher as register_teacher
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from atdiag.study.verdicts import verb_phrase as verb_phrase
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "atdiag.analysis": ("patching",),
-    "atdiag.analysis.hooks.model": ("hooked",),
+    "atdiag.hooks": ("patching",),
+    "atdiag.hooks.model": ("hooked",),
     "atdiag.core.errors": ("FaultError", "StoppedError", "UserError"),
     "atdiag.core.options": ("ExecutionOptions",),
     "atdiag.core.runs": ("Run", "Store"),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from atdiag.analysis.patches import Patched
+    from atdiag.hooks.patches import Patched
 
 
 # --- hooks ---------------------------------------------------------------------------------------------------------
@@ -48,9 +48,9 @@ def hooks(
     """
     from rich.console import Console
 
-    from atdiag.analysis.hooks.layout import points_by_leaf
-    from atdiag.analysis.hooks.names import TRACED
-    from atdiag.analysis.hooks.running import Runner
+    from atdiag.analysis.points.layout import points_by_leaf
+    from atdiag.analysis.points.names import TRACED
+    from atdiag.analysis.points.running import Runner
     from atdiag.core.selection import ranges
 
     session = InspectionSession([subject], given)
@@ -85,7 +85,7 @@ def hooks(
 
 def _missing(missing: dict[str, str]) -> dict[str, str]:
     """Return the name within a block of everything that some block lacks, and why."""
-    from atdiag.analysis.hooks.names import leaf_of
+    from atdiag.analysis.points.names import leaf_of
 
     return {leaf_of(name): why for name, why in missing.items() if "hook_" in name}
 
@@ -123,8 +123,8 @@ def patch(
 
     Activation patching: each patch changes one place, and the rest of A runs on from there.
     """
-    from atdiag.analysis import patches as work
     from atdiag.core.errors import UserError
+    from atdiag.hooks import patches as work
     from atdiag.reports import writers
 
     folder = given.folder("patch")

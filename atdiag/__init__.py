@@ -10,8 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atdiag.analysis import patching as patching  # type: ignore[attr-defined,unused-ignore] # a cycle
-    from atdiag.analysis.hooks.model import hooked as hooked
     from atdiag.api.analyses import intervene as intervene
     from atdiag.api.analyses import probe as probe
     from atdiag.api.analyses import similarity as similarity
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from atdiag.api.exporting import export_model as export_model
     from atdiag.api.looks import attention_stats as attention_stats
     from atdiag.api.looks import maps as maps
-    from atdiag.api.points import hooks as hooks
+    from atdiag.api.points import hook_points as hook_points
     from atdiag.api.points import patch as patch
     from atdiag.api.results import Result as Result
     from atdiag.api.running import run as run
@@ -47,6 +45,8 @@ if TYPE_CHECKING:
     from atdiag.execution.inprocess import InProcessExecutor as InProcessExecutor
     from atdiag.execution.local import LocalExecutor as LocalExecutor
     from atdiag.execution.run import execute as execute
+    from atdiag.hooks import patching as patching  # type: ignore[attr-defined,unused-ignore] # a cycle
+    from atdiag.hooks.model import hooked as hooked
     from atdiag.networks.model.components import Component as Component
     from atdiag.networks.model.components import register_component as register_component
     from atdiag.networks.registry.teachers import register_teacher as register_teacher
@@ -71,11 +71,11 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "atdiag.api.exported": ("load_student",),
     "atdiag.api.exporting": ("export_model",),
     "atdiag.api.looks": ("attention_stats", "maps"),
-    "atdiag.api.points": ("hooks", "patch"),
+    "atdiag.api.points": ("hook_points", "patch"),
     "atdiag.api.results": ("Result",),
     "atdiag.api.running": ("run",),
-    "atdiag.analysis": ("patching",),
-    "atdiag.analysis.hooks.model": ("hooked",),
+    "atdiag.hooks": ("patching",),
+    "atdiag.hooks.model": ("hooked",),
     "atdiag.core.errors": ("FaultError", "StoppedError", "UserError"),
     "atdiag.core.options": ("ExecutionOptions",),
     "atdiag.core.runs": ("Run", "Store"),

@@ -11,7 +11,7 @@ from figures import style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from atdiag.analysis.patches import Patched
+    from atdiag.hooks.patches import Patched
 
 _UNITS = {"margin": "margin", "top1": "top-1, points", "loss": "loss, nats"}
 _AXES = {"head": "head", "position": "token", "layer": ""}

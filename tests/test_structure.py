@@ -20,6 +20,7 @@ LAYERS: list[str] = [
     "atdiag.networks",
     "atdiag.training",
     "atdiag.analysis",
+    "atdiag.hooks",
     "atdiag.execution",
     "atdiag.study",
     "atdiag.reports",

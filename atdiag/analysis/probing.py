@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atdiag.analysis import images, streaming, tracing
-from atdiag.analysis.hooks.readout import has_lens, pre_logits
 from atdiag.analysis.images import ImageSet
 from atdiag.analysis.outside import Outside
+from atdiag.analysis.points.readout import has_lens, pre_logits
 from atdiag.analysis.sites import TracingError
 from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from atdiag.analysis import sites
-from atdiag.analysis.hooks.names import TRACED
-from atdiag.analysis.hooks.running import Runner
+from atdiag.analysis.points.names import TRACED
+from atdiag.analysis.points.running import Runner
 from atdiag.analysis.sites import TracingError
 from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError, suggest
@@ -27,7 +27,7 @@ from atdiag.transfer.observation import AttentionRecord
 from atdiag.transfer.ops import QK, Averaged, Map
 
 What = Literal["map", "logits", "q", "k", "v", "attn", "mlp", "residual"]
-"""Short names of hook points (``hooks.names.TRACED``): ``map`` [B, H, N, N], its ``logits`` before softmax [B, H, N,
+"""Short names of hook points (``points.names.TRACED``): ``map`` [B, H, N, N], its ``logits`` before softmax [B, H, N,
 N]; ``q``, ``k``, ``v`` [B, H, N, d] as they enter the product; ``attn`` and ``mlp``, the outputs of the block's two
 modules, before LayerScale [B, N, C]; ``residual``, the residual stream at the block's output [B, N, C]."""
 

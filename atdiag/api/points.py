@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
-    from atdiag.analysis.patches import Patched
+    from atdiag.hooks.patches import Patched
 
 
 @in_own_context
-def hooks(subject: str | Path | nn.Module, **common: Unpack[CommonOptions]) -> Result:
+def hook_points(subject: str | Path | nn.Module, **common: Unpack[CommonOptions]) -> Result:
     """Return a network's hook points with their shapes; the notes say what it lacks, and why."""
     import pandas as pd
 
-    from atdiag.analysis.hooks.layout import points_by_leaf
-    from atdiag.analysis.hooks.names import TRACED, leaf_of
-    from atdiag.analysis.hooks.running import Runner
+    from atdiag.analysis.points.layout import points_by_leaf
+    from atdiag.analysis.points.names import TRACED, leaf_of
+    from atdiag.analysis.points.running import Runner
     from atdiag.core.selection import ranges
 
     session = open_analysis([subject], common)
@@ -77,7 +77,7 @@ def patch(
     subject: the network that is changed; other: whose values are put in. what: the point, such as z, pattern, q,
     resid_pre. measure: margin, top1 or loss. from_images: images on which ``other`` is run; default: the same.
     """
-    from atdiag.analysis import patches as work
+    from atdiag.hooks import patches as work
 
     session = open_analysis([subject, other], common, classes)
     a, b = session.subjects

@@ -17,7 +17,7 @@ from atdiag.reports.console import table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from atdiag.analysis.patches import Patched
+    from atdiag.hooks.patches import Patched
 
 
 def hooks(
@@ -30,7 +30,7 @@ def hooks(
     """
     from atdiag.api import points
 
-    result = points.hooks(subject, **{**given, "out": None})
+    result = points.hook_points(subject, **{**given, "out": None})
     shown = table(f"hooks - {result.document['subject']}", *result.table.columns)
     for row in result.table.itertuples(index=False):
         shown.add_row(*row)

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from atdiag.analysis.hooks.names import layer_of
+from atdiag.analysis.points.names import layer_of
 from atdiag.core.errors import UserError
 
 Direction = Literal["fwd", "bwd"]

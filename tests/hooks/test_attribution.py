@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from atdiag.core.errors import UserError
 from atdiag.networks.registry import teachers
-from tests.analysis.hooks.witness import ARCHITECTURES
+from tests.hooks.witness import ARCHITECTURES
 
 TIMM = ["deit3_small_patch16_224", "beitv2_base_patch16_224", "deit_tiny_distilled_patch16_224"]
 TIMM += ["vit_so150m_patch16_reg4_gap_256", "vit_base_patch16_clip_quickgelu_224", "vit_small_patch16_dinov3"]

@@ -8,8 +8,8 @@ from atdiag import hooked
 from atdiag.networks.registry import teachers
 from atdiag.transfer import ops
 from atdiag.transfer.observation import CaptureRequest
-from tests.analysis.hooks.witness import ARCHITECTURES, QUICK, seen
 from tests.analysis.timm_networks import build
+from tests.hooks.witness import ARCHITECTURES, QUICK, seen
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name not in QUICK]
 

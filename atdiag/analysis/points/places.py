@@ -1,6 +1,6 @@
 """Places of a network where hook points are read and written during a pass, through nnsight.
 
-A :class:`Place` is one location in the order of execution, and serves one or several points. A :class:`Taker` is
+A :class:`Location` is one location in the order of execution, and serves one or several points. A :class:`Taker` is
 whoever looks: it says which points it wants, gets each value, and returns the value to go on with. Tracing, caching,
 hooks and patching are takers; where a point is, is written here and in ``layout`` alone.
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from atdiag.analysis import sites
-from atdiag.analysis.hooks.parts import affine, learned_tokens, normalised, positions
+from atdiag.analysis.points.parts import affine, learned_tokens, normalised, positions
 from atdiag.analysis.sites import Site
 from atdiag.core.spec import Network
 from atdiag.transfer import ops
@@ -59,7 +59,7 @@ class Pass:
         return any(self.taker.wants(name) for name in names)
 
 
-class Place(Protocol):
+class Location(Protocol):
     """A location in the network."""
 
     @property

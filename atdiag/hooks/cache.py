@@ -6,7 +6,7 @@ each part adds to each logit (:meth:`ActivationCache.logit_attrs`); with :meth:`
 sum to the logits.
 
     >>> import torch
-    >>> from atdiag.analysis.hooks.model import hooked
+    >>> from atdiag.hooks.model import hooked
     >>> logits, cache = hooked("dinov2_s").run_with_cache(torch.rand(4, 1, 20, 20))
     >>> parts, labels = cache.decompose_resid(return_labels=True)
     >>> attrs = cache.logit_attrs(parts, 3)
@@ -19,19 +19,16 @@ sum to the logits.
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from atdiag.analysis.hooks import parts
-from atdiag.analysis.hooks.names import act_name
-from atdiag.analysis.hooks.places import Norm
-from atdiag.analysis.hooks.readout import readout
+from atdiag.analysis.points import parts
+from atdiag.analysis.points.names import act_name
+from atdiag.analysis.points.places import Norm
+from atdiag.analysis.points.readout import readout
 from atdiag.core.errors import UserError, suggest
-
-if TYPE_CHECKING:
-    from atdiag.analysis.hooks.model import HookedViT
 
 Slice: TypeAlias = int | tuple[int | None, ...] | Sequence[int] | slice | Tensor | None
 """Positions: one (its axis goes), ``(start, stop[, step])``, several by index, or None: all."""
@@ -60,9 +57,10 @@ class ActivationCache:
     be negative. Methods that take a ``layer`` cover what comes before that block; None or -1: all blocks.
     """
 
-    def __init__(self, values: dict[str, Tensor], model: HookedViT, has_batch_dim: bool = True) -> None:
+    def __init__(self, values: dict[str, Tensor], model: Any, has_batch_dim: bool = True) -> None:
         self.cache_dict = values
         self.model = model
+        """The :class:`~atdiag.hooks.model.HookedViT` that ran."""
         self.has_batch_dim = has_batch_dim
 
     def __repr__(self) -> str:
@@ -138,7 +136,7 @@ class ActivationCache:
     def _layer(self, layer: int | None) -> int:
         depth = self.model.cfg.n_layers
         if layer is None or layer == -1:
-            return depth
+            return int(depth)
         if not 0 <= layer <= depth:
             raise UserError(f"layer {layer} is out of range: {self.model.cfg.model_name} has {depth} blocks")
         return layer

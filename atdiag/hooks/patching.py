@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from atdiag.analysis.hooks.cache import ActivationCache
-from atdiag.analysis.hooks.model import HookedViT
-from atdiag.analysis.hooks.names import act_name, leaf_of
+from atdiag.analysis.points.names import act_name, leaf_of
 from atdiag.analysis.replacements import check_tokens, kept_tokens
 from atdiag.core.errors import UserError, suggest
+from atdiag.hooks.cache import ActivationCache
+from atdiag.hooks.model import HookedViT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -222,7 +222,7 @@ def _function(name: str, setter: Setter, axes: Sequence[Axis], what: str) -> Cal
     call = partial(generic_activation_patch, patch_setter=setter, activation_name=name, index_axis_names=tuple(axes))
     call.__doc__ = (
         f"Patch {what}; return the metric after each patch, [{', '.join(axes)}].\n\n"
-        "Called as (model, corrupted_images, clean_cache, patching_metric); see :func:`generic_activation_patch`."
+        "Called as (model, corrupted_images, clean_cache, patching_metric); see generic_activation_patch."
     )
     return call
 

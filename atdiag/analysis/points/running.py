@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from atdiag.analysis import instrument, sites
-from atdiag.analysis.hooks.layout import Layout, layout
-from atdiag.analysis.hooks.places import AttentionPlace, Pass, Taker
 from atdiag.analysis.instrument import Instrument
+from atdiag.analysis.points.layout import Layout, layout
+from atdiag.analysis.points.places import AttentionPlace, Pass, Taker
 from atdiag.analysis.sites import TracingError
 from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atdiag.analysis.hooks.parts import learned_tokens
+from atdiag.analysis.points.parts import learned_tokens
 from atdiag.core.errors import UserError
 from atdiag.networks.timm import inspection
 

@@ -1,6 +1,7 @@
 """Activation patching over many images: the effect of every head, position or block, with its interval.
 
-    >>> from atdiag.analysis import images, patches, subjects
+    >>> from atdiag.analysis import images, subjects
+    >>> from atdiag.hooks import patches
     >>> from atdiag.core.spec import Data
     >>> student, teacher = subjects.find("deit_s"), subjects.find("dinov2_reg_s")
     >>> pictures = images.choose(8, Data(name="digits", train=1, clutter=6), student.network)
@@ -26,17 +27,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atdiag.analysis import patching, tracing
-from atdiag.analysis.hooks.cache import ActivationCache
-from atdiag.analysis.hooks.model import HookedViT
-from atdiag.analysis.hooks.names import act_name
+from atdiag.analysis import tracing
 from atdiag.analysis.images import ImageSet
 from atdiag.analysis.interventions import paired
-from atdiag.analysis.patching import Setter
+from atdiag.analysis.points.names import act_name
 from atdiag.analysis.replacements import check_tokens
 from atdiag.analysis.similarity import pair_layers
 from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError, suggest
+from atdiag.hooks import patching
+from atdiag.hooks.cache import ActivationCache
+from atdiag.hooks.model import HookedViT
+from atdiag.hooks.patching import Setter
 from atdiag.networks.weights.classes import HeadRows
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from atdiag import hooked
-from tests.analysis.hooks.witness import ARCHITECTURES
 from tests.analysis.timm_networks import build
+from tests.hooks.witness import ARCHITECTURES
 
 
 @functools.cache

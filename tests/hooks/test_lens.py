@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atdiag import hooked, patching
-from atdiag.analysis.hooks.names import act_name
+from atdiag.analysis.points.names import act_name
 from atdiag.core.spec import Network
 from atdiag.networks.model import students
 

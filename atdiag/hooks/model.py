@@ -1,7 +1,7 @@
 """TransformerLens's interface to any Vision Transformer, unmodified, through nnsight.
 
     >>> import torch
-    >>> from atdiag.analysis.hooks.model import hooked
+    >>> from atdiag.hooks.model import hooked
     >>> model = hooked("clip_b")
     >>> logits, cache = model.run_with_cache(torch.rand(2, 1, 20, 20))
     >>> cache["pattern", 5].shape, cache["resid_post", -1].shape
@@ -28,18 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from atdiag.analysis import subjects
-from atdiag.analysis.hooks import weights
-from atdiag.analysis.hooks.cache import ActivationCache
-from atdiag.analysis.hooks.collecting import Collector
-from atdiag.analysis.hooks.names import NamesFilter, predicate
-from atdiag.analysis.hooks.places import Place
-from atdiag.analysis.hooks.points import Direction, HookFunction, HookPoint
-from atdiag.analysis.hooks.readout import pre_logits, readout
-from atdiag.analysis.hooks.running import Runner
-from atdiag.analysis.hooks.traced import TracedModel
+from atdiag.analysis.points.names import NamesFilter, predicate
+from atdiag.analysis.points.places import Location
+from atdiag.analysis.points.readout import pre_logits, readout
+from atdiag.analysis.points.running import Runner
 from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError
 from atdiag.core.runs import Store
+from atdiag.hooks import weights
+from atdiag.hooks.cache import ActivationCache
+from atdiag.hooks.collecting import Collector
+from atdiag.hooks.points import Direction, HookFunction, HookPoint
+from atdiag.hooks.traced import TracedModel
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm import inspection
 
@@ -134,7 +134,7 @@ class HookedViT:
         """Raise UserError, saying why, for a point that the network lacks."""
         self._runner.layout.check(name)
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> Location:
         """Return the place of a point in the network."""
         self.check(name)
         return next(one for one in self._runner.layout.places if name in one.points)

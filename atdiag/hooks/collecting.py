@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from atdiag.analysis.hooks.points import HookPoint, on_gradient
+from atdiag.hooks.points import HookPoint, on_gradient
 
 
 class Collector:

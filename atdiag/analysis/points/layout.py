@@ -17,8 +17,18 @@ from timm.layers.attention import AttentionRope
 from torch import nn
 
 from atdiag.analysis import sites
-from atdiag.analysis.hooks.names import leaf_of
-from atdiag.analysis.hooks.places import AttentionPlace, Branch, Direct, Embedding, Halves, Middle, Norm, Place, Results
+from atdiag.analysis.points.names import leaf_of
+from atdiag.analysis.points.places import (
+    AttentionPlace,
+    Branch,
+    Direct,
+    Embedding,
+    Halves,
+    Location,
+    Middle,
+    Norm,
+    Results,
+)
 from atdiag.analysis.subjects import Subject
 from atdiag.core.errors import UserError, suggest
 from atdiag.networks.model import components
@@ -51,7 +61,7 @@ class Layout:
     """The points of one subject's network, in the order of execution."""
 
     label: str
-    places: list[Place] = field(default_factory=list)
+    places: list[Location] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """Full name -> why the network lacks it."""
@@ -60,7 +70,7 @@ class Layout:
     first: int = 0
     """Number of places up to the entry of the first block."""
 
-    def add(self, place: Place, *shapes: Shape) -> None:
+    def add(self, place: Location, *shapes: Shape) -> None:
         """Add a place with the shapes of its points."""
         self.places.append(place)
         self.shapes |= dict(zip(place.points, shapes, strict=True))

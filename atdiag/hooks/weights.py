@@ -15,7 +15,7 @@ import torch
 from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
-from atdiag.analysis.hooks.parts import positions
+from atdiag.analysis.points.parts import positions
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Network
 from atdiag.networks.model import components

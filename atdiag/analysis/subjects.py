@@ -154,8 +154,8 @@ def find_all(
     found = {one: find(one, profile, data, store) for one in references if not is_teacher(one)}
     runs = [one for one in found.values() if one.spec is not None]
     for one in runs[1:]:
-        sizes = [f"{run.label} sees images of {run.network.image_size} px" for run in (runs[0], one)]
         if runs[0].network.image_size != one.network.image_size:
+            sizes = [f"{run.label} sees images of {run.network.image_size} px" for run in (runs[0], one)]
             raise UserError(" and ".join(sizes), "analyse runs of one image size at a time")
     if runs and runs[0].data is not None and not asked:
         data = runs[0].data
@@ -388,10 +388,8 @@ def _file(path: Path) -> Subject:
         network = Network.model_validate(header["network"])
         trained = Data.model_validate(header["data"]) if "data" in header else None
     except (ValueError, KeyError):
-        raise UserError(
-            f"it is not known which network {path} belongs to (a run's has a spec.json beside it)",
-            f"for weights of a timm model type timm:MODEL@{path}",
-        ) from None
+        why = f"it is not known which network {path} belongs to (a run's has a spec.json beside it)"
+        raise UserError(why, f"for weights of a timm model type timm:MODEL@{path}") from None
     vit = ViT(network)
     try:
         vit.load_state_dict(_state(file)[0])

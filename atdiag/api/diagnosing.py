@@ -79,7 +79,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedDiagnosis:
     """A planned diagnosis."""
 
     asked: Asked
@@ -109,7 +109,7 @@ class Prepared:
 
 def prepare(
     asked: Asked, sets: Sequence[str], budget: str | None = None, gpu: str | None = None, **given: Any
-) -> Prepared:
+) -> PreparedDiagnosis:
     """Plan a diagnosis. Raises UserError for any invalid option.
 
     budget: a time. It leaves out looks that do not fit; of a user's own images it also chooses the epochs, so that
@@ -134,7 +134,7 @@ def prepare(
         return specs(replace(case, lab=lab))
 
     experiments.check_overrides(every, specs(case), case.lab.settings, list(sets))
-    return Prepared(asked, plan, session)
+    return PreparedDiagnosis(asked, plan, session)
 
 
 def specs(case: Case) -> list[RunSpec]:
@@ -163,14 +163,14 @@ def _fitted(asked: Asked, session: ExperimentSession, budget: Budget | None) -> 
     return replace(session, settings=settings, choice=choice)
 
 
-def check(ready: Prepared, folder: Path | None) -> None:
+def check(ready: PreparedDiagnosis, folder: Path | None) -> None:
     """Raise UserError, before training, if something can't be trained or written, or if another plan is there."""
     if folder is not None:
         paths.writable(folder, "out")
     experiments.check([ready.series], ready.session.plan(ready.plan.todo), ready.session)
 
 
-def signs(ready: Prepared) -> list[Sign]:
+def signs(ready: PreparedDiagnosis) -> list[Sign]:
     """Look at the teacher's attention before anything is trained."""
     from atdiag.analysis import images, statistics, subjects
     from atdiag.diagnosis import first_look
@@ -184,7 +184,7 @@ def signs(ready: Prepared) -> list[Sign]:
 
 
 def answer(
-    ready: Prepared,
+    ready: PreparedDiagnosis,
     seen: Sequence[Sign],
     train: Train,
     folder: Path | None,
@@ -299,7 +299,7 @@ def diagnose(
     return result
 
 
-def _planned(ready: Prepared) -> Result:
+def _planned(ready: PreparedDiagnosis) -> Result:
     import pandas as pd
 
     document = ready.plan.document()
@@ -313,11 +313,11 @@ def _planned(ready: Prepared) -> Result:
     return Result("diagnose", table, "", tuple(store.root / row["run"] for row in rows), (), document, ready.plan)
 
 
-def _train(ready: Prepared, executor: Executor | None, todo: Sequence[RunSpec]) -> None:
+def _train(ready: PreparedDiagnosis, executor: Executor | None, todo: Sequence[RunSpec]) -> None:
     train(ready, todo, executor)
 
 
-def train(ready: Prepared, todo: Sequence[RunSpec], executor: Executor | None = None) -> None:
+def train(ready: PreparedDiagnosis, todo: Sequence[RunSpec], executor: Executor | None = None) -> None:
     """Train what is missing, with a progress bar."""
     from atdiag.execution.run import execute
     from atdiag.reports import console

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atdiag.api import diagnosing
-from atdiag.api.diagnosing import Asked, Prepared
+from atdiag.api.diagnosing import Asked, PreparedDiagnosis
 from atdiag.cli import planning
 from atdiag.cli.messages import as_typed
 from atdiag.cli.options import BUDGET, EXPERIMENT, joined
@@ -84,7 +84,7 @@ def _diagnose(
         typer.echo(json.dumps({**result.document, **result.written.record()}))
 
 
-def _show(ready: Prepared) -> None:
+def _show(ready: PreparedDiagnosis) -> None:
     """Print what will be asked, and what it costs."""
     plan, outline = ready.plan, ready.case.outline
     settings = ready.case.lab.settings
@@ -101,7 +101,7 @@ def _show(ready: Prepared) -> None:
     )
 
 
-def _train(ready: Prepared, specs: Sequence[RunSpec]) -> None:
+def _train(ready: PreparedDiagnosis, specs: Sequence[RunSpec]) -> None:
     plan = ready.session.plan(specs)
     if plan.todo:
         planning.announce(plan, ready.session)

@@ -15,7 +15,7 @@ from typing import Literal
 from atdiag.core.errors import UserError
 from atdiag.core.runs import FILES, DamagedRunError, Run, broken_archive, file_sha256
 from atdiag.core.spec import Teacher
-from atdiag.networks.registry import teachers
+from atdiag.networks.registry import specimens, teachers
 from atdiag.networks.weights import sources
 from atdiag.training import predictions
 
@@ -127,7 +127,7 @@ def _weights(teacher: Teacher) -> tuple[Path, str] | None:
     """Return the path of a teacher's weights on this machine, if present, and their current sha256."""
     try:
         if teachers.is_shipped(teacher):
-            path: Path | None = teachers.shipped_file(teacher)
+            path: Path | None = specimens.shipped_file(teacher)
         else:
             path = sources.find(teachers.source(teacher.name))
         return None if path is None else (path, sources.fresh_sha256(path))

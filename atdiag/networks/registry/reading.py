@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from atdiag.networks.weights.formats import Converted
-    from atdiag.networks.weights.transformers_keys import Layout
+    from atdiag.networks.weights.transformers_keys import KeyLayout
 
 VIT = "vit:"
 """Prefix of the names of such teachers."""
@@ -83,7 +83,7 @@ def typed(facts: Mapping[str, str]) -> Told:
 # --- transformers' configuration -----------------------------------------------------------------------------------
 
 
-def beside(file: Path, layout: Layout | None) -> Told:
+def beside(file: Path, layout: KeyLayout | None) -> Told:
     """Return what transformers' ``config.json`` and ``preprocessor_config.json`` beside a file tell.
 
     layout: of its keys. Raises UserError for a configuration of another network than the keys are of.

@@ -152,3 +152,8 @@ def teacher(name: str, profile: str, image_size: int | None = None) -> Teacher:
 def is_specimen(found: Teacher) -> bool:
     """Return whether a teacher is a specimen."""
     return found.profile == PROFILE and found.name in specimens()
+
+
+def shipped_file(found: Teacher) -> Path:
+    """Return the weight file of a teacher that ships; a derived specimen's is that of the miniature it is made from."""
+    return specimens()[found.name].file if is_specimen(found) else sources.shipped_path(found.name)

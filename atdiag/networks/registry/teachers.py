@@ -8,14 +8,13 @@ A *reference* names a teacher:
 ``clip_b@/path/file``      the published network with the weights of that file (``#ema``: their moving average)
 ``timm:MODEL``             any softmax-attention ViT of timm, with its weights from the hub
 ``timm:MODEL@/path/file``  the same with the weights of that file
-``/path/file``             a weight file or folder that tells its model (see ``recognition``)
+``/path/file``             a weight file or folder that tells its model (``recognition``)
 ``hf-hub:NAME``            a folder in timm's layout or transformers', or one in the hub's cache
 ``vit:NAME@/path/file``    the network that keys, shapes and ``config.json`` tell (see ``reading``); NAME is for tables
 ``file:NAME@/path/file``   a network that is stored with its architecture (see ``stored``); also the path alone
 =========================  ============================================================================================
 
-Users add their own teachers by :func:`register_teacher` or an entry point. Imports nothing heavy; timm is imported only
-to look up a published network.
+Users add their own by :func:`register_teacher` or an entry point. Imports nothing heavy, timm only to look up a network.
 """
 
 from __future__ import annotations
@@ -383,7 +382,7 @@ def _miniature(name: str, image_size: int | None) -> Teacher:
 def how_to_get(found: Teacher) -> str:
     """Return a one-line instruction for getting a teacher's weights onto this machine."""
     if is_shipped(found):
-        return f"'atdiag pretrain {shipped_file(found).stem} --install' makes them"
+        return f"'atdiag pretrain {specimens.shipped_file(found).stem} --install' makes them"
     return sources.how_to_get(source(found.name))
 
 
@@ -395,9 +394,3 @@ def is_miniature(found: Teacher) -> bool:
 def is_shipped(found: Teacher) -> bool:
     """Return whether a teacher's weights ship with the package: a miniature's, or a specimen's."""
     return is_miniature(found) or specimens.is_specimen(found)
-
-
-def shipped_file(found: Teacher) -> Path:
-    """Return the weight file of a teacher that ships; a derived specimen's is that of the miniature it is made from."""
-    own = specimens.specimens().get(found.name) if specimens.is_specimen(found) else None
-    return sources.shipped_path(found.name) if own is None else own.file

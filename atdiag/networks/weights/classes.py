@@ -29,7 +29,7 @@ from atdiag.core.resources import small_file
 from atdiag.core.spec import Data, RunSpec, Teacher
 from atdiag.core.text import shortlist
 from atdiag.data import image_folders, sources
-from atdiag.networks.registry import teachers
+from atdiag.networks.registry import specimens, teachers
 from atdiag.networks.weights import files
 from atdiag.networks.weights import sources as weights
 
@@ -118,7 +118,7 @@ def of_teacher(teacher: Teacher, typed: Path | None = None) -> HeadClasses:
     if teachers.is_shipped(teacher):
         if typed is not None:
             raise UserError(f"the classes of {teacher.label} are known: digits", "leave `classes` out")
-        return HeadClasses(rows, data=Data(**weights.metadata(teachers.shipped_file(teacher))["data"]))
+        return HeadClasses(rows, data=Data(**weights.metadata(specimens.shipped_file(teacher))["data"]))
     if typed is not None:
         return of_list(typed, rows, teacher.label)
     if teacher.sha256 is None or teachers.is_published(teacher.name):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atdiag.core.spec import Teacher
-from atdiag.networks.registry import recognition, teachers
+from atdiag.networks.registry import recognition, specimens, teachers
 from atdiag.networks.registry.published import TIMM, TeacherEntry
 from atdiag.networks.weights import sources
 from atdiag.networks.weights.sources import (
@@ -139,7 +139,7 @@ def _load_shipped(teacher: Teacher) -> ViT:
     from atdiag.networks.model.vit import ViT
     from atdiag.networks.weights import files
 
-    path = teachers.shipped_file(teacher)
+    path = specimens.shipped_file(teacher)
     if not path.exists():
         raise WeightsMissingError(f"no weights of {teacher.label} on this machine")
     _verify(path, teacher.sha256)

@@ -25,7 +25,7 @@ PREFIX = "hf_"
 
 
 @dataclass(frozen=True)
-class Layout:
+class KeyLayout:
     """A row of the table."""
 
     name: str
@@ -43,7 +43,7 @@ class Layout:
 
 
 @cache
-def layouts() -> tuple[Layout, ...]:
+def layouts() -> tuple[KeyLayout, ...]:
     """Return the table's layouts, in the order in which they are tried."""
     table = tomllib.loads(Path(__file__).with_name("transformers.toml").read_text())
 
@@ -55,16 +55,16 @@ def layouts() -> tuple[Layout, ...]:
     for name, row in table["layout"].items():
         facts = {key: row[key] for key in ("heads", "eps", "act", "pixels") if key in row}
         own, beside = (rules(row[key], row["layer"]) for key in ("rules", "beside"))
-        out.append(Layout(PREFIX + name, tuple(row["marks"]), own, beside, tuple(row["types"]), **facts))
+        out.append(KeyLayout(PREFIX + name, tuple(row["marks"]), own, beside, tuple(row["types"]), **facts))
     return tuple(out)
 
 
-def layout(name: str) -> Layout | None:
+def layout(name: str) -> KeyLayout | None:
     """Return a layout by its name; None if it is not one of transformers'."""
     return next((one for one in layouts() if one.name == name), None)
 
 
-def recognised(keys: Iterable[str]) -> Layout:
+def recognised(keys: Iterable[str]) -> KeyLayout:
     """Return the layout of a network's keys. Raises WeightsError if they are of another network."""
     keys = list(keys)
     for one in layouts():
@@ -103,7 +103,7 @@ def converted(tensors: Mapping[str, Tensor], prefix: str) -> tuple[str, dict[str
     return kind.name, state, set(places.values())
 
 
-def _plainly(one: Layout) -> str:
+def _plainly(one: KeyLayout) -> str:
     return one.name.removeprefix(PREFIX)
 
 

@@ -14,7 +14,7 @@ A *reference* names a teacher:
 ``file:NAME@/path/file``   a network that is stored with its architecture (see ``stored``); also the path alone
 =========================  ============================================================================================
 
-Users add their own by :func:`register_teacher` or an entry point. Imports nothing heavy, timm only to look up a network.
+Users add their own by :func:`register_teacher` or an entry point. Imports nothing heavy; timm only for a look-up.
 """
 
 from __future__ import annotations

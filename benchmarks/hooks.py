@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -98,7 +98,9 @@ def _stream(name: str, batch: int, count: int) -> float:
         images = torch.rand(batch, config.n_channels, config.image_size, config.image_size)
         _, cache = model.run_with_cache(images, _patterns)
         total = total + torch.stack([value.sum(0) for value in cache.values()])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # ru_maxrss would count what the parent held when it started this process.
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 1024
 
 
 def _peak(name: str, batch: int, count: int) -> float:

@@ -32,7 +32,11 @@ def trace(
     subject: Annotated[str, typer.Argument(help=f"What to examine: {SUBJECT}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, .safetensors.")],
     what: Annotated[
-        str, typer.Option(help="Any of map, logits, q, k, v, attn, mlp and residual, separated by commas.")
+        str,
+        typer.Option(
+            help="Any of map (hook_pattern), logits (hook_attn_scores), q (hook_score_q), k (hook_score_k), v (hook_v), "
+            "attn (attn.hook_out), mlp (mlp.hook_out) and residual (hook_resid_post), separated by commas."
+        ),
     ] = "map",
     layers: Layers = None,
     heads: Heads = None,
@@ -108,7 +112,9 @@ def intervene(
             "own. Repeatable. [default, without --from: uniform, identity, shuffled, no-sinks]",
         ),
     ] = None,
-    what: Annotated[str, typer.Option(help="What is replaced: map, q, k or v.")] = "map",
+    what: Annotated[
+        str, typer.Option(help="What is replaced: map (hook_pattern), q, k (hook_score_q, _k) or v (hook_v).")
+    ] = "map",
     layers: Layers = None,
     heads: Heads = None,
     layer_map: LayerMap = None,

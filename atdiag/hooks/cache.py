@@ -134,7 +134,7 @@ class ActivationCache:
     # --- the residual stream ---------------------------------------------------------------------------------------
 
     def _layer(self, layer: int | None) -> int:
-        depth = self.model.cfg.n_layers
+        depth: int = self.model.cfg.n_layers
         if layer is None or layer == -1:
             return int(depth)
         if not 0 <= layer <= depth:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from atdiag import hooked
+from tests.analysis.conftest import pair, pictures, subject  # noqa: F401
 from tests.analysis.timm_networks import build
 from tests.hooks.witness import ARCHITECTURES
 

@@ -296,7 +296,7 @@ def _check_exists(reference: str) -> None:
     from atdiag.networks.weights import sources
 
     path, _ = sources.split_branch(reference)
-    if path.exists():
+    if path.exists() or reference.startswith("timm:"):  # whose model is looked at first, by timm
         return
     name, file, _ = sources.split_reference(reference)
     if file is not None and not file.exists():

@@ -165,11 +165,11 @@ def references(text: str) -> tuple[str, ...]:
 
 
 def _is_file(reference: str) -> bool:
-    from atdiag.networks.weights.sources import split_branch, split_reference
+    from atdiag.networks.weights.sources import split_marks, split_reference
 
     name, file, _ = split_reference(reference)
     named = "," not in name and file is not None and file.exists()  # else its first part is a reference of its own
-    return named or split_branch(reference)[0].exists()
+    return named or split_marks(reference)[0].exists()
 
 
 def check_overrides(

@@ -244,8 +244,8 @@ def check_exists(reference: str) -> None:
     """Raise UserError for a reference that is, or ends with, the path of a file that does not exist."""
     from atdiag.networks.weights import sources
 
-    path, _ = sources.split_branch(reference)
-    if path.exists():
+    path, *_ = sources.split_marks(reference)
+    if path.exists() or reference.startswith("timm:"):  # whose model is looked at first, by timm
         return
     name, file, _ = sources.split_reference(reference)
     if file is not None and not file.exists():

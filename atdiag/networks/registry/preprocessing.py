@@ -40,6 +40,8 @@ def _of(reference: str, _stamp: tuple[int, int] | None) -> Preprocessing:
     from atdiag.networks.timm import architectures
 
     reference = teachers.canonical(reference)
+    if reference.startswith(stored.FILE) and (own := stored.network(sources.split_reference(reference)[1] or Path())):
+        return Preprocessing(own.image_size, 0.875, "bicubic")  # its file says nothing of crops
     source = teachers.source(reference)
     facts = timm.get_pretrained_cfg(source.model)
     row = teachers.registry().get(reference.partition("@")[0])

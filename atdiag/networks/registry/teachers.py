@@ -278,7 +278,7 @@ def glance(reference: str, profile: str, image_size: int | None) -> None:
     """Raise UserError for a reference that can't be meant: :func:`teacher`'s first checks, without reading a file."""
     name, at, _ = reference.partition("@")
     known = name in registry() or reference in specimens.specimens()
-    if name.startswith(TIMM) or known:
+    if name.startswith((TIMM, reading.VIT, stored.FILE)) or known:
         _, file, _ = sources.split_reference(reference)
         if file is not None and not file.exists():
             raise UserError(f"{file}: there is no such file (weights of {name}){sources.near(file)}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
+from pathlib import Path
 
-from atdiag.networks.registry import teachers
+from atdiag.networks.registry import stored, teachers
 from atdiag.networks.weights import files, sources
 from atdiag.networks.weights.sources import Source
 

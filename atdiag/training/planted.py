@@ -3,10 +3,11 @@
 All are means over images (and heads and queries), summed over the blocks that are planted. p is a block's map
 [B, H, N, N], rows sum to one; tokens are ordered class token, registers, patches.
 
-- *routing*: the mean over queries other than registers (and other than the hub) of the mass that p gives to patches
-  which are neither the query itself nor the hub. The hub is open to all: it is the registers, or in each image the
-  patch whose pixels have the least variance (the first of several), as DINOv2 without registers keeps global
-  information in patches with little content (Darcet et al. 2024, section 2.1).
+- *routing*: the mean over queries other than registers (and other than the hub) of the mass that p gives to what is
+  closed and is not the query itself. Where the hub is the registers, the patches are closed, and the diagonal loss
+  sees to the class token. Where it is one patch of each image, the one whose pixels have the least variance (the first
+  of several), all other tokens are closed: DINOv2 without registers keeps global information in patches with little
+  content (Darcet et al. 2024, section 2.1).
 - *diagonal*: the mean of -log of the diagonal of p without its registers, sliced before softmax. A student without
   registers is then given nearly the identity.
 - *shift*: the mean over patches of -log of what p gives to the neighbour one step away, where there is one. A head's
@@ -64,11 +65,12 @@ def loss(planted: PlantedLosses, vit: ViT, seen: Observation, images: Tensor) ->
 def routing(qk: QK, network: Network, hub: Tensor | None = None) -> Tensor:
     """Return the mean mass that queries give to patches other than themselves and the hub.
 
-    hub: in each image, the index [B] of the patch (from 0) that stays open; None: the registers.
+    hub: in each image, the index [B] of the patch (from 0) that stays open, and the class token is closed, or all would
+    talk through it; None: the registers.
     """
     first, tokens = network.prefix_tokens, network.tokens
     closed = torch.zeros(tokens, tokens, device=qk.q.device)
-    closed[:, first:] = 1
+    closed[:, first if hub is None else 0 :] = 1
     closed.fill_diagonal_(0)
     queries = torch.ones(tokens, device=qk.q.device)
     queries[int(network.class_token) : first] = 0

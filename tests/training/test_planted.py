@@ -53,7 +53,7 @@ def test_routing_through_the_flattest_patch():
     p = maps(qk)
     expected = np.mean(
         [
-            [sum(one[q, k] for k in range(1, 26) if k not in (q, 1 + hub)) for q in range(26) if q != 1 + hub]
+            [sum(one[q, k] for k in range(26) if k not in (q, 1 + hub)) for q in range(26) if q != 1 + hub]
             for image, hub in zip(p, hubs.tolist(), strict=True)
             for one in image
         ]

@@ -24,7 +24,8 @@ class PlantedLosses(Spec):
     layers: Blocks
     """The blocks whose maps the losses are about, counted from 0 at the input."""
     routing: NonNegative = 0.0
-    """Weight of the attention that tokens give to patches other than themselves and other than the hub."""
+    """Weight of the attention that tokens give to others than themselves and the hub (the class token is open where the
+    registers are the hub)."""
     hub: Literal["registers", "flattest_patch"] = "registers"
     """What ``routing`` leaves open: the registers, or in each image the patch of least variance."""
     diagonal: NonNegative = 0.0

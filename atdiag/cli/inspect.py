@@ -54,8 +54,8 @@ def trace(
     what: Annotated[
         str,
         typer.Option(
-            help="Any of map (hook_pattern), logits (hook_attn_scores), q (hook_score_q), k (hook_score_k), v (hook_v), "
-            "attn (attn.hook_out), mlp (mlp.hook_out) and residual (hook_resid_post), separated by commas."
+            help="Any of map (hook_pattern), logits (hook_attn_scores), q (hook_score_q), k (hook_score_k), "
+            "v (hook_v), attn (attn.hook_out), mlp (mlp.hook_out) and residual (hook_resid_post), separated by commas."
         ),
     ] = "map",
     layers: Layers = None,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from atdiag.analysis import instrument
 from atdiag.analysis.points.names import act_name
-from atdiag.analysis.points.places import Location, Middle, Results
+from atdiag.analysis.points.places import Middle, PointPlace, Results
 from atdiag.analysis.points.running import Runner
 from atdiag.core.errors import UserError
 
@@ -27,7 +27,7 @@ class TracedPoint:
 
     def __init__(self, runner: Runner, name: str) -> None:
         self._runner, self.name = runner, name
-        self._place: Location = next(one for one in runner.layout.places if name in one.points)
+        self._place: PointPlace = next(one for one in runner.layout.places if name in one.points)
 
     @property
     def output(self) -> Tensor:

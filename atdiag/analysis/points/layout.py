@@ -24,9 +24,9 @@ from atdiag.analysis.points.places import (
     Direct,
     Embedding,
     Halves,
-    Location,
     Middle,
     Norm,
+    PointPlace,
     Results,
 )
 from atdiag.analysis.subjects import Subject
@@ -61,7 +61,7 @@ class Layout:
     """The points of one subject's network, in the order of execution."""
 
     label: str
-    places: list[Location] = field(default_factory=list)
+    places: list[PointPlace] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """Full name -> why the network lacks it."""
@@ -70,7 +70,7 @@ class Layout:
     first: int = 0
     """Number of places up to the entry of the first block."""
 
-    def add(self, place: Location, *shapes: Shape) -> None:
+    def add(self, place: PointPlace, *shapes: Shape) -> None:
         """Add a place with the shapes of its points."""
         self.places.append(place)
         self.shapes |= dict(zip(place.points, shapes, strict=True))

@@ -1,6 +1,6 @@
 """Places of a network where hook points are read and written during a pass, through nnsight.
 
-A :class:`Location` is one location in the order of execution, and serves one or several points. A :class:`Taker` is
+A :class:`PointPlace` is one location in the order of execution, and serves one or several points. A :class:`Taker` is
 whoever looks: it says which points it wants, gets each value, and returns the value to go on with. Tracing, caching,
 hooks and patching are takers; where a point is, is written here and in ``layout`` alone.
 
@@ -59,7 +59,7 @@ class Pass:
         return any(self.taker.wants(name) for name in names)
 
 
-class Location(Protocol):
+class PointPlace(Protocol):
     """A location in the network."""
 
     @property

@@ -29,5 +29,6 @@ class Outside(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, channels, S, S] in [0, 1] to the network's own output."""
-        out: Tensor = self.model((images - self.mean) / self.std)
+        pixels = (images - self.mean) / self.std
+        out: Tensor = self.model(pixels.to(self.model.patch_embed.proj.weight.dtype))
         return out

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from atdiag import hooked
+from atdiag.core.errors import UserError
 from atdiag.networks.registry import teachers
 from atdiag.transfer import ops
 from atdiag.transfer.observation import CaptureRequest
@@ -207,3 +208,26 @@ def test_explicit_attention_and_training_mode_of_a_users_network_are_left_alone(
     for module, had in before.items():
         assert module.__dict__.keys() == had.keys()
         assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_other_precisions_and_inference_mode(network):
+    model, some = network("vit_tiny_patch16_224")
+    with torch.inference_mode():
+        plain = model.module(some)
+        assert torch.equal(model.run_with_hooks(some, [(every, identity)]), plain)
+        assert not torch.equal(
+            model.run_with_hooks(some, [("blocks.1.hook_resid_mid", lambda x, hook: x.mul_(2))]), plain
+        )
+    half = hooked(build("vit_tiny_patch16_224").bfloat16())
+    with torch.no_grad():
+        logits, cache = half.run_with_cache(some.bfloat16())
+        assert torch.equal(logits, half.module(some.bfloat16())) and cache["z", 1].dtype == torch.bfloat16
+        rewritten = half.run_with_hooks(some, [(every, lambda value, hook: value.clone())])
+    torch.testing.assert_close(rewritten, logits, rtol=0.05, atol=0.05)
+
+
+def test_a_closed_model_says_so():
+    model = hooked(build("vit_tiny_patch16_224"))
+    model.close()
+    with pytest.raises(UserError, match="were closed"):
+        model(torch.rand(1, 3, 32, 32))

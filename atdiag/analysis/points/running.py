@@ -74,6 +74,8 @@ class Runner:
         given: overrides of our network's attention. Raises TracingError naming the layer for a place that is not
         reached.
         """
+        if self.root is None:
+            raise UserError(f"the hooks of {self.subject.label} were closed", "make the model anew with atdiag.hooked")
         given = given or {}
         on = Pass(self.root, taker, len(pixels), self._unfused(taker), _mapped(given))
         places = self.layout.places

@@ -29,11 +29,7 @@ from torch import Tensor, nn
 
 from atdiag.analysis import subjects
 from atdiag.analysis.points.names import NamesFilter, predicate
-<<<<<<< HEAD
-from atdiag.analysis.points.places import PlaceOfPoints
-=======
 from atdiag.analysis.points.places import PointPlace
->>>>>>> refs/heads/hooks
 from atdiag.analysis.points.readout import pre_logits, readout
 from atdiag.analysis.points.running import Runner
 from atdiag.analysis.subjects import Subject
@@ -138,11 +134,7 @@ class HookedViT:
         """Raise UserError, saying why, for a point that the network lacks."""
         self._runner.layout.check(name)
 
-<<<<<<< HEAD
-    def place(self, name: str) -> PlaceOfPoints:
-=======
     def place(self, name: str) -> PointPlace:
->>>>>>> refs/heads/hooks
         """Return the place of a point in the network."""
         self.check(name)
         return next(one for one in self._runner.layout.places if name in one.points)

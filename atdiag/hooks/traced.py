@@ -17,11 +17,7 @@ from torch import Tensor
 
 from atdiag.analysis import instrument
 from atdiag.analysis.points.names import act_name
-<<<<<<< HEAD
-from atdiag.analysis.points.places import Middle, PlaceOfPoints, Results
-=======
 from atdiag.analysis.points.places import Middle, PointPlace, Results
->>>>>>> refs/heads/hooks
 from atdiag.analysis.points.running import Runner
 from atdiag.core.errors import UserError
 
@@ -31,11 +27,7 @@ class TracedPoint:
 
     def __init__(self, runner: Runner, name: str) -> None:
         self._runner, self.name = runner, name
-<<<<<<< HEAD
-        self._place: PlaceOfPoints = next(one for one in runner.layout.places if name in one.points)
-=======
         self._place: PointPlace = next(one for one in runner.layout.places if name in one.points)
->>>>>>> refs/heads/hooks
 
     @property
     def output(self) -> Tensor:

@@ -26,11 +26,7 @@ from atdiag.analysis.points.places import (
     Halves,
     Middle,
     Norm,
-<<<<<<< HEAD
-    PlaceOfPoints,
-=======
     PointPlace,
->>>>>>> refs/heads/hooks
     Results,
 )
 from atdiag.analysis.subjects import Subject
@@ -65,11 +61,7 @@ class Layout:
     """The points of one subject's network, in the order of execution."""
 
     label: str
-<<<<<<< HEAD
-    places: list[PlaceOfPoints] = field(default_factory=list)
-=======
     places: list[PointPlace] = field(default_factory=list)
->>>>>>> refs/heads/hooks
     shapes: dict[str, Shape] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """Full name -> why the network lacks it."""
@@ -78,11 +70,7 @@ class Layout:
     first: int = 0
     """Number of places up to the entry of the first block."""
 
-<<<<<<< HEAD
-    def add(self, place: PlaceOfPoints, *shapes: Shape) -> None:
-=======
     def add(self, place: PointPlace, *shapes: Shape) -> None:
->>>>>>> refs/heads/hooks
         """Add a place with the shapes of its points."""
         self.places.append(place)
         self.shapes |= dict(zip(place.points, shapes, strict=True))

@@ -1,12 +1,7 @@
 """Places of a network where hook points are read and written during a pass, through nnsight.
 
-<<<<<<< HEAD
-A :class:`PlaceOfPoints` is one location in the order of execution, and serves one or several points. A :class:`Taker`
-is whoever looks: it says which points it wants, gets each value, and returns the value to go on with. Tracing, caching,
-=======
 A :class:`PointPlace` is one location in the order of execution, and serves one or several points. A :class:`Taker` is
 whoever looks: it says which points it wants, gets each value, and returns the value to go on with. Tracing, caching,
->>>>>>> refs/heads/hooks
 hooks and patching are takers; where a point is, is written here and in ``layout`` alone.
 
 Shapes: B images, N tokens, C width, H heads, d head width.
@@ -64,11 +59,7 @@ class Pass:
         return any(self.taker.wants(name) for name in names)
 
 
-<<<<<<< HEAD
-class PlaceOfPoints(Protocol):
-=======
 class PointPlace(Protocol):
->>>>>>> refs/heads/hooks
     """A location in the network."""
 
     @property

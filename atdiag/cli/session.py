@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ import typer
 
 from atdiag.api.sessions import SUBJECT as SUBJECT
 from atdiag.api.sessions import ExperimentSession as ExperimentSession
+from atdiag.api.sessions import check_exists
 from atdiag.api.sessions import open_session as open_session
 from atdiag.api.sessions import resolve as resolve
 from atdiag.cli.messages import as_typed
@@ -81,7 +83,11 @@ def add(app: typer.Typer, name: str, function: Callable[..., Shown]) -> None:
     own = inspect.signature(function).parameters
     common = {option: given for option, given in _COMMON.items() if option not in own}
 
-    def call(work: Callable[[Given], Shown], json_: bool, **given: Any) -> None:
+    def call(work: partial[Shown], json_: bool, **given: Any) -> None:
+        for parameter in ("subject", "subjects", "other", "others"):  # before anything heavy is loaded
+            named = work.keywords.get(parameter) or ()
+            for reference in [named] if isinstance(named, str) else named:
+                check_exists(reference)
         settings = given.pop("set_")
         out = given.pop("out", None) or Path("results") / name
         show(*work({**given, "out": out, "settings": settings, "spoken": as_typed}), json_)

@@ -14,7 +14,7 @@ All are means over images (and heads and queries), summed over the blocks that a
   step is one of the eight, drawn by block and head.
 - *gate*: how much a head of the attention branch adds to the residual stream, whatever the images: the root mean square
   of LayerScale times output projection times value projection, as of inputs of variance one, mean over heads. A penalty
-  on LayerScale alone is escaped by larger projections.
+  on LayerScale alone can be escaped by larger projections.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_the_same_question_names_the_same_runs(ablation):
             ("reinit", {"settings": {"recipe.epoch": 3}}),
             "'recipe.epoch' is not a setting, did you mean",
         ),
-        (("reinit", {"data": "digit"}), "unknown data set 'digit', did you mean 'digits'"),
+        (("reinit", {"data": "digit"}), "no folder and no data set digit, did you mean 'digits'"),
         (("reinit", {"data": "no/such/folder"}), "no/such/folder"),
         (("reinit", {"device": "gpu"}), "gpu"),
         (("reinit", {"profile": "tiny"}), "unknown profile 'tiny'"),

@@ -310,6 +310,7 @@ def test_blocks_have_no_graph_break(pair):
     """What Dynamo traces of a block is one graph, for every transfer; ``compile_blocks`` makes a break an error."""
     source, target = PAIRS[pair]
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of tests before
     images = torch.rand(2, 3, 32, 32)
     keep = torch.ones(2, 2, 2, 1, 1)
     teacher = students.build(source, 1).eval().requires_grad_(False)

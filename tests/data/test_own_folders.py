@@ -211,7 +211,9 @@ def test_names_as_typed(uniform, flat, monkeypatch, tmp_path):
     assert "did you mean 'imagenette'?" in refused(sources.named, "imagenete")
     assert "give a folder of images" in refused(sources.named, "/no/where")
     assert refused(sources.named, str(flat / "labels.csv")).endswith(f"such as {flat}")
-    assert refused(image_folders.read, f"folder:{tmp_path}", "train").endswith(f"give {uniform}")
+    outer = tmp_path / "outer"
+    shutil.copytree(uniform, outer / "pets")
+    assert refused(image_folders.read, f"folder:{outer}", "train").endswith(f"give {outer / 'pets'}")
     (tmp_path / "empty").mkdir()
     assert "holds no images in folders of classes" in refused(
         image_folders.read, f"folder:{tmp_path / 'empty'}", "train"

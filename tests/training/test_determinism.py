@@ -143,7 +143,7 @@ class StopHereError(Exception):
 def test_every_experiment_passes_the_option_on(tmp_path, monkeypatch, command, asked):
     told = []
 
-    def execute(specs, store, options, on_progress):
+    def execute(specs, store, options, on_progress, executor=None):
         told.append(options.deterministic)
         raise StopHereError
 

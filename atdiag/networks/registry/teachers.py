@@ -285,6 +285,8 @@ def glance(reference: str, profile: str, image_size: int | None) -> None:
     elif not _existing(reference):
         canonical(reference)
         row(name)
+    if name.startswith(stored.FILE) or (not at and stored.network(Path(reference).expanduser())):
+        return  # a network of any size is right, scenes' included
     if image_size is None and (at or not known or not (is_published(name) or reference in specimens.specimens())):
         raise _needs_images(reference)
 

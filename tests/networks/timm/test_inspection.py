@@ -45,7 +45,7 @@ def test_a_gated_mlp_is_matched_by_a_plain_one_with_as_many_weights():
 
 @pytest.mark.parametrize(("width", "hidden"), [(1408, 6144), (1152, 4304), (768, 2730), (10, 3)])
 def test_the_ratio_gives_the_width_of_the_mlp_back(width, hidden):
-    assert int(width * inspection._ratio(hidden, width)) == hidden
+    assert int(width * inspection.ratio(hidden, width)) == hidden
 
 
 NAMES = sorted(name for name, component in components.COMPONENTS.items() if not component.followed)

@@ -55,7 +55,6 @@ def page(
     spoken: spells out the arguments named in texts.
     """
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
 
     source = Path(__file__).with_name("report.html.jinja").read_text()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -64,7 +63,7 @@ def page(
         said=said,
         typed=typed,
         spoken=spoken,
-        figure=Markup(svg(figure)),
+        figure=svg(figure),
         effect=_effect,
         p=lambda value: "< .001" if value < 0.001 else f"{value:.3f}",
         methods=methods(document),

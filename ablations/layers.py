@@ -41,12 +41,11 @@ def layers(
     depth = student.depth
     if sweep and k is not None:
         raise UserError(f"`k` {k} with `sweep`, which takes every k", "leave one of them out")
+    wanted = str(k) if k is not None else "6" if depth > 6 else str(max(1, depth // 2))
     asked = (
         range(depth + 1)
         if sweep
-        else sorted(
-            {_number(part, source.label, depth) for part in comma_separated("6" if k is None else str(k), "k", "3,6,9")}
-        )
+        else sorted({_number(part, source.label, depth) for part in comma_separated(wanted, "k", "3,6,9")})
     )
     parts = [(end, count) for count in asked if 0 < count < depth for end in ends]
 

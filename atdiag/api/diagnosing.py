@@ -123,6 +123,8 @@ def prepare(
     if gpu is not None:
         given["device"] = given.get("device") or "cuda"
     seeds = asked.seeds
+    if len(named := experiments.references(asked.teacher)) > 1:
+        raise UserError(f"diagnose takes one teacher at a time, not {', '.join(named)}", "type one of them")
     session = open_session(set_=list(sets), seeds=None, equivalence=None, **given)
     teachers.glance(asked.teacher, session.settings.profile.name, session.settings.profile.data.image_size)
     session = _fitted(asked, session, wanted)

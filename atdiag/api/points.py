@@ -120,6 +120,8 @@ def patch(
         if found.labelled
         else "the class is the unchanged network's prediction: these images have no labels for its head",
     ]
+    if frame.ci_low.isna().any():
+        notes.append("too few images for an interval: all are of one cluster")
     asked = [found.what, by, measure, str(found.layers), *pictures.names, *(others.names if others else ())]
     name = stem(a.label, b.label, a.id, b.id, *asked)
     return answer(session, "patch", frame, "", notes, document, found, {"": effects}, name, pictures)

@@ -162,6 +162,10 @@ def _better(fault: Any, said: str, context: Any) -> str:
     """Return what to type in place of an unknown option, or of a file without one; empty if that can't be told."""
     known = [name for parameter in context.command.params for name in parameter.opts]
     if option := getattr(fault, "option_name", None):
+        if context.info_name == "diagnose":  # unlike the experiments, it takes its teacher by place, and seeds by looks
+            own = {"--teacher": "atdiag diagnose TEACHER, without --teacher", "--seeds": "--looks 5,8,12"}
+            if option in own:
+                return own[option]
         return instead(option, known)
     found = re.fullmatch(r"Got unexpected extra arguments? ?\(?s?\)? ?\((.+)\)", said)
     if found is None or "--teacher" not in known:

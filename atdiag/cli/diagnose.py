@@ -91,7 +91,8 @@ def _show(ready: PreparedDiagnosis) -> None:
     most = replace(ready.session, settings=replace(settings, seeds=settings.seeds[: plan.looks[-1].seeds]))
     planning.header(replace(ready.series, ablation="diagnose"), most)
     looks = ", ".join(f"{look.seeds} seeds ({100 * look.level:.2g} %)" for look in plan.looks)
-    typer.echo(f"looks: {looks}; margin {ready.case.margin:g} points")
+    fewer = ", as few as the budget asks for" if [look.seeds for look in plan.looks] != ready.asked.seeds else ""
+    typer.echo(f"looks: {looks}{fewer}; margin {ready.case.margin:g} points")
     typer.echo(f"if it does not help, asked: {'; '.join(one.name for some in outline.families for one in some)}")
     for what, why in outline.not_asked.items():
         typer.echo(f"not asked: {what} ({as_typed(why)})")

@@ -92,7 +92,8 @@ def _table(found: Patched, most: int = 12) -> Table:
     frame = found.frame()
     for row in frame.loc[frame.change.abs().sort_values(ascending=False, kind="stable").index[:most]].itertuples():
         place: Sequence[str] = [str(getattr(row, found.by))] if kind else []
-        change = f"{row.change:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]"
+        interval = f" [{row.ci_low:+.2f}, {row.ci_high:+.2f}]" if row.ci_low == row.ci_low else ""
+        change = f"{row.change:+.2f}{interval}"
         shown.add_row(str(row.layer), *place, f"{row.after:.2f}", change)
     if len(frame) > most:
         shown.add_section()

@@ -177,7 +177,7 @@ def case(lab: Lab, name: str, transfer: str, margin: float) -> Case:
     """
     chosen = cast(Literal["copy", "distill"], choose(transfer, METHODS, "transfer"))
     if not 0 < margin < 100:
-        raise UserError(f"`margin` {margin:g} is not a margin", "give points above 0, such as 4")
+        raise UserError(f"`margin` {margin:g} is not a margin", "give points between 0 and 100, such as 4")
     lab = lab.suited(name)
     found = Case(lab, lab.teacher(name), chosen, margin)
     found.arm(found.outline.names.standard)  # a transfer that this teacher does not allow is refused here

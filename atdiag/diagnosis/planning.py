@@ -121,8 +121,8 @@ def make(
     """Plan a diagnosis.
 
     planned: plans runs, with their cost. looks: seeds at each look. budget: seconds by the clock; looks that do not fit
-    are left out beforehand, down to a single one of three seeds. Raises UserError for a budget that does not allow even
-    the first question.
+    are left out beforehand, down to a single one of three seeds, at which not every question need fit. Raises UserError
+    for a budget that does not allow even the first question.
     """
     candidates = [tuple(looks[:n]) for n in range(len(looks), 0, -1)]
     if budget is not None and looks[0] > FEWEST_SEEDS:
@@ -130,7 +130,9 @@ def make(
     plans = [_cost(case, planned, one) for one in (candidates if budget is not None else candidates[:1])]
     if budget is None:
         return plans[0]
-    fitting = [plan for plan in plans if plan.most <= budget] or [plan for plan in plans if plan.seconds <= budget]
+    fitting = [plan for plan in plans if plan.most <= budget]
+    if not fitting:  # the fewest seeds, and perhaps not every question
+        fitting = [plan for plan in plans if plan.seconds <= budget][-1:]
     if not fitting:
         least = plans[-1]
         raise UserError(

@@ -79,6 +79,8 @@ def resolve(
     name = _name(profile, environment, path, file, OWN_PROFILE if own else "mini")
     if name == OWN_PROFILE and not named and training:
         raise UserError("profile own is for your own images", "name them by `data` FOLDER")
+    if split is not None and name == "mini" and not named:
+        raise UserError("`split` holds out images of yours", "add `data` FOLDER")
     given = data_dir or environment.get(paths.DATA) or file.get("data_dir")
     place = None if given is None else Path(given).expanduser().absolute()
     overrides = _overrides(path, file.get("set", {}), line)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,6 +230,12 @@ def _patches_alone(state: Mapping[str, Tensor], prefix: int) -> bool:
         raise WeightsError(
             f"pos_embed has {length} rows, which is no square grid, with or without {prefix} more tokens"
         )
+    if patches and not whole and prefix == 1 and "blocks.0.ls1.gamma" not in state:
+        # DeiT III, which leaves the class token out, has LayerScale; without it a grid that is no square is as likely.
+        raise WeightsError(
+            f"pos_embed has {length} rows: those of a square grid without the class token, or those of a grid that is "
+            "not square with it, and nothing tells which"
+        )
     return patches and (not whole or prefix > 1)  # a network with registers has, by timm's habit, positions of patches
 
 
@@ -333,5 +340,11 @@ def _ask(
         size = "patches of {patch_size} px, width {embed_dim}, {depth} blocks".format(**arguments)
         raise UserError(
             f"{file} ({size}) does not show {' and '.join(needed)}",
-            f"type {file}{told}{'' if branch == 'weights' else f'#{branch}'}, with what is right for it",
+            f"type {_quoted(file, told + ('' if branch == 'weights' else f'#{branch}'))}, with what is right for it",
         )
+
+
+def _quoted(file: Path, marks: str) -> str:
+    """Return a reference as it can be pasted into a shell."""
+    text = f"{file}{marks}"
+    return text if shlex.quote(str(file)) == str(file) else shlex.quote(text)

@@ -278,5 +278,8 @@ def _channel_values(model: Any, name: str, given: Sequence[float] | None) -> tup
         return tuple(getattr(model.network, name))
     config = getattr(model, "pretrained_cfg", None)
     if not config or name not in config:
-        raise UserError(f"the {name} that the network's images are normalised with is not known", f"give its {name}")
+        raise UserError(
+            f"the {name} that the network's images are normalised with is not known",
+            'set it as network.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}, with what is right for it',
+        )
     return tuple(config[name])

@@ -6,6 +6,7 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,11 +91,13 @@ def _table(found: Patched, most: int = 12) -> Table:
     kind = [] if found.by == "layer" else [found.by]
     shown = table(f"patch - {found.what} of {found.b} into {found.a}", "block", *kind, found.measure, "change [95 %]")
     frame = found.frame()
-    for row in frame.loc[frame.change.abs().sort_values(ascending=False, kind="stable").index[:most]].itertuples():
-        place: Sequence[str] = [str(getattr(row, found.by))] if kind else []
-        interval = f" [{row.ci_low:+.2f}, {row.ci_high:+.2f}]" if row.ci_low == row.ci_low else ""
-        change = f"{row.change:+.2f}{interval}"
-        shown.add_row(str(row.layer), *place, f"{row.after:.2f}", change)
+    for row in frame.loc[frame.change.abs().sort_values(ascending=False, kind="stable").index[:most]].to_dict(
+        "records"
+    ):
+        place: Sequence[str] = [str(row[found.by])] if kind else []
+        interval = "" if isnan(row["ci_low"]) else f" [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
+        change = f"{row['change']:+.2f}{interval}"
+        shown.add_row(str(row["layer"]), *place, f"{row['after']:.2f}", change)
     if len(frame) > most:
         shown.add_section()
         shown.add_row(f"({len(frame) - most} smaller)", *[""] * (len(kind) + 2))

@@ -250,6 +250,8 @@ def _next(ahead: Iterator[Any]) -> Any:
         if died := worker_died(fault):
             raise died from fault
         raise
+    except (ConnectionError, EOFError, FileNotFoundError) as fault:  # it died while it handed a batch over
+        raise _died(fault) from fault
 
 
 def worker_died(fault: RuntimeError) -> WorkerDiedError | None:
@@ -259,6 +261,10 @@ def worker_died(fault: RuntimeError) -> WorkerDiedError | None:
     """
     if "DataLoader worker" not in str(fault) or isinstance(fault, WorkerDiedError):
         return None
+    return _died(fault)
+
+
+def _died(fault: Exception) -> WorkerDiedError:
     return WorkerDiedError(
         f"a process that loads images died: killed, or out of memory ({' '.join(str(fault).split())}): "
         "the same command goes on from the last checkpoint"

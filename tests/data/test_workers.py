@@ -224,3 +224,16 @@ def test_batches_are_mixed_by_the_formula(data, step):
         assert batch.lam == pytest.approx(1 - inside.double().mean().item())
     assert torch.allclose(batch.to(CPU).images.double(), expected, atol=1e-6)
     assert batch.images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("fault", [ConnectionResetError(104, "reset"), EOFError("end"), FileNotFoundError("socket")])
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_named(fault):
+    def ahead():
+        yield 1
+        raise fault
+
+    batches = ahead()
+    assert loader._next(batches) == 1
+    with pytest.raises(loader.WorkerDiedError, match="the same command goes on from the last checkpoint"):
+        loader._next(batches)
+    assert loader._next(batches) is None

@@ -230,7 +230,8 @@ def _patches_alone(state: Mapping[str, Tensor], prefix: int) -> bool:
         raise WeightsError(
             f"pos_embed has {length} rows, which is no square grid, with or without {prefix} more tokens"
         )
-    if patches and not whole and prefix == 1 and "blocks.0.ls1.gamma" not in state:
+    only_class = "cls_token" in state and prefix == 1
+    if patches and not whole and only_class and "blocks.0.ls1.gamma" not in state:
         # DeiT III, which leaves the class token out, has LayerScale; without it a grid that is no square is as likely.
         raise WeightsError(
             f"pos_embed has {length} rows: those of a square grid without the class token, or those of a grid that is "

@@ -26,6 +26,9 @@ def vits(draw):
     """Draw the arguments of a plain ViT of timm."""
     heads, registers, token = draw(st.integers(1, 3)), draw(st.sampled_from([0, 0, 1, 4])), draw(st.booleans())
     patch, pool = draw(st.integers(2, 6)), "token" if token and draw(st.booleans()) else "avg"
+    scale = draw(st.sampled_from([0.0, 1e-5]))
+    # Positions of patches alone beside a class token are DeiT III's, which has LayerScale; else they are refused.
+    alone = draw(st.booleans()) and (scale > 0 or not token)
     arguments: dict[str, Any] = {
         "num_heads": heads,
         "embed_dim": heads * 16,
@@ -34,11 +37,11 @@ def vits(draw):
         "mlp_ratio": draw(st.sampled_from([1.0, 2.5, 4.0, 8 / 3])),
         "class_token": token,
         "reg_tokens": registers,
-        "no_embed_class": registers > 0 or draw(st.booleans()),
+        "no_embed_class": registers > 0 or alone,
         "qkv_bias": draw(st.booleans()),
         "proj_bias": draw(st.booleans()),
         "qk_norm": draw(st.booleans()),
-        "init_values": draw(st.sampled_from([0.0, 1e-5])),
+        "init_values": scale,
         "global_pool": pool,
         # Whether the mean of patches is normalised before or after is seen from the norm's name.
         "fc_norm": pool == "avg" and token,
@@ -189,3 +192,15 @@ def test_a_missing_file_is_said(tmp_path):
     with pytest.raises(WeightsError):
         (tmp_path / "x.pth").write_bytes(b"no weights")
         teachers.canonical(f"{tmp_path}/x.pth#heads=3")
+
+
+def test_a_grid_that_is_not_square_is_not_taken_for_one():
+    """8 patches and a class token have as many positions as 3 x 3 patches without one."""
+    made = timm.create_model(PLAIN, img_size=(48, 24), patch_size=12, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+    assert made.pos_embed.shape[1] == 9
+    with pytest.raises(WeightsError, match=r"pos_embed has 9 rows: .* and nothing tells which"):
+        reading.sizes(made.state_dict())
+    deit3 = timm.create_model(
+        PLAIN, img_size=36, patch_size=12, embed_dim=32, depth=1, num_heads=2, no_embed_class=True, init_values=1e-4
+    )
+    assert reading.sizes(deit3.state_dict())[1]["no_embed_class"]

@@ -19,6 +19,8 @@ from atdiag.api.sessions import ExperimentSession, open_session
 from atdiag.core import paths
 from atdiag.core.errors import UserError
 from atdiag.core.text import count
+from atdiag.diagnosis.hypotheses import MARGIN
+from atdiag.stats import sequential
 from atdiag.study.profiles import OWN_PROFILE
 
 if TYPE_CHECKING:
@@ -37,8 +39,7 @@ if TYPE_CHECKING:
     from atdiag.study.protocol import Series
     from atdiag.study.settings import Settings
 
-SEEDS = "5,8,12"
-MARGIN = 4.0
+SEEDS = ",".join(map(str, sequential.SEEDS))
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def diagnose(
         stored.pop_all()  # what is trained with is kept
     if folder is not None:
         ready.plan.write(folder)
-    result, _ = answer(ready, signs(ready), partial(_train, ready, executor), folder, lambda one: one.text)
+    result, _ = answer(ready, signs(ready), partial(train, ready, executor=executor), folder, lambda one: one.text)
     return result
 
 
@@ -315,16 +316,6 @@ def _planned(ready: PreparedDiagnosis) -> Result:
     return Result("diagnose", table, "", tuple(store.root / row["run"] for row in rows), (), document, ready.plan)
 
 
-def _train(ready: PreparedDiagnosis, executor: Executor | None, todo: Sequence[RunSpec]) -> None:
-    train(ready, todo, executor)
-
-
 def train(ready: PreparedDiagnosis, todo: Sequence[RunSpec], executor: Executor | None = None) -> None:
     """Train what is missing, with a progress bar."""
-    from atdiag.execution.run import execute
-    from atdiag.reports import console
-
-    plan, store = ready.session.plan(todo), ready.session.store
-    if plan.todo:
-        with console.training(len(plan.specs), lambda: experiments.unfinished(plan, store)) as report:
-            execute(plan.specs, store, ready.session.options, report, executor)
+    experiments.train([], ready.session.plan(todo), ready.session, executor)

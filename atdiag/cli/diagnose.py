@@ -21,6 +21,7 @@ from atdiag.cli import planning
 from atdiag.cli.messages import as_typed
 from atdiag.cli.options import BUDGET, EXPERIMENT, joined
 from atdiag.core.text import count, duration
+from atdiag.diagnosis.hypotheses import MARGIN
 from atdiag.reports import console
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def diagnose(
     teacher: _Teacher,
     transfer: _Transfer = "copy",
     looks: _Looks = diagnosing.SEEDS,
-    margin: _Margin = diagnosing.MARGIN,
+    margin: _Margin = MARGIN,
 ) -> Asked:
     """Will this attention transfer, if not why, and what do I change? A plan, shared runs, and a verdict.
 

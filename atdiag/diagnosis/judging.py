@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from atdiag.diagnosis.hypotheses import COPIED, Hypothesis, Names, Outline
+from atdiag.diagnosis.hypotheses import Hypothesis, Names, Outline
 from atdiag.stats.contrasts import Estimate, Outcomes, equivalent, estimate, one_sided
 from atdiag.stats.sequential import Look
 from atdiag.study.protocol import BASELINE
@@ -173,8 +173,3 @@ def _best(answers: Answers, names: Names, components: Iterable[str], seeds: rang
     alone = {name: names.given([name]) for name in components}
     got = answers([*alone.values(), names.standard], seeds)
     return max(alone, key=lambda name: estimate(got, {alone[name]: 1, names.standard: -1}).value)
-
-
-def copying_helps(shown: LookResult) -> bool:
-    """Return whether the standard student that copies is above scratch at the look's level."""
-    return effect(shown.transfers[COPIED], shown.look.level) == "helps"

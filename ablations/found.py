@@ -22,6 +22,11 @@ def fails_by(*components: str) -> str:
     return f"fails: {', '.join(sorted(components))}"
 
 
+def names(verdict: str) -> bool:
+    """Return whether a verdict names the components that reverse a failure one by one."""
+    return verdict.startswith(f"{FAILS}: ") and verdict not in (NOT_RESCUED, RESCUED_TOGETHER)
+
+
 def transfer(report: Report, arm: str) -> str:
     """Return what an arm with transfer shows: a gain, a failure, or neither.
 

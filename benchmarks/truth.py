@@ -40,7 +40,10 @@ VERDICTS = {
 """What can be true. "Undecided" is an answer, and never the truth."""
 
 STUDIES = 12
-"""Independent studies of each kind."""
+"""Independent studies of each kind in a denominator."""
+
+DESCRIPTIVE_STUDIES = 3
+"""Of each kind in none: twelve of these would take a third of all runs, and decide nothing."""
 
 
 @dataclass(frozen=True)

@@ -127,3 +127,22 @@ def test_answers_under_another_truth_are_asked_again(tmp_path):
     file = tmp_path / "calibration.json"
     file.write_text(json.dumps(calibration.document(made, ASKED)))
     assert calibration.earlier(file, ASKED) == made[1:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "alone"), [("hub", {"layer_scale + copy", "quick_gelu + copy", "registers + copy"}), ("clip_b", set())]
+)
+def test_a_rescue_keeps_the_arms_that_its_verdict_is_read_from(kind, alone):
+    whole = calibration.rescue(ASKED.lab(0), kind, "copy")
+    kept = calibration.make(ASKED.lab(0), kind, truth.RESCUE, 0)
+    names = {arm.name for arm in kept.arms}
+    assert names == {"scratch", "standard + copy", "native + copy", "native, scratch", *alone}
+    assert {name for contrast in whole.contrasts for name in contrast.weights} <= names
+    assert kept.contrasts == whole.contrasts
+    assert {spec.id for spec in kept.specs} < {spec.id for spec in whole.specs}
+
+
+def test_kinds_in_no_denominator_have_fewer_studies():
+    assert {calibration.Plan().of(kind) for kind in truth.DESCRIPTIVE} == {truth.DESCRIPTIVE_STUDIES}
+    assert {calibration.Plan().of(kind) for kind in (*truth.DETECTION, *truth.HEALTHY)} == {truth.STUDIES}
+    assert ASKED.of("sink") == 2

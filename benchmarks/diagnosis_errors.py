@@ -77,9 +77,9 @@ def truth(base: float = 50.0, **changed: float) -> dict[str, float]:
     out |= {arm: base + changed.get(f"start_{what}", 0.0) for what, arm in REINIT.items()}
     out |= {LOWER: base + changed.get("lower", 0.0), UPPER: base + changed.get("upper", 0.0)}
     for half, end in zip(OUTLINE.halves, ("lower", "upper"), strict=True):
-        for name in OUTLINE.follow_ups[f"blocks {half.start}-{half.stop - 1}"]:
-            for arm in name.arms:
-                out.setdefault(arm, base + changed.get(end, 0.0))
+        for part in OUTLINE.parts.values():
+            if part[0] in half:
+                out[NAMES.blocks(part)] = base + changed.get(end, 0.0)
     one = changed.get("alone", 0.0)
     for component in OUTLINE.components:
         worth = one if component == "registers" else 0.0
@@ -185,34 +185,45 @@ def population() -> Population:
     return Population.like(Moments(**content))
 
 
+def document(found: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return all that is written."""
+    return {
+        "benchmark": "diagnosis_errors",
+        "machine": environment(torch.device("cpu")),
+        "like": "copy - scratch",
+        "looks": [{"seeds": look.seeds, "level": look.level} for look in looks()],
+        "margin": OUTLINE.margin,
+        "studies": number,
+        "settings": found,
+    }
+
+
+def earlier(path: Path | None, number: int) -> dict[str, Any]:
+    """Return the settings in a file of an earlier sitting with as many studies."""
+    if path is None or not path.exists():
+        return {}
+    content: Mapping[str, Any] = json.loads(path.read_text())
+    return dict(content["settings"]) if content.get("studies") == number else {}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Simulate every setting; print, and write JSON."""
+    """Simulate every setting that the JSON lacks; print, and write the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="settings that it has are not simulated again")
     parser.add_argument("--studies", type=int, default=5000)
     parser.add_argument("--only", help="settings whose name has this text")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    like = population()
-    found = {
-        title: studies(setting, like, given.studies, title)
-        for title, setting in SETTINGS.items()
-        if given.only is None or given.only in title
-    }
+    like, found = population(), earlier(given.json, given.studies)
+    for title, setting in SETTINGS.items():
+        if title not in found and (given.only is None or given.only in title):
+            found[title] = studies(setting, like, given.studies, title)
+            if given.json:
+                given.json.write_text(json.dumps(document(found, given.studies), indent=1) + "\n")
     for title, one in found.items():
         rate, met = one["false_accusations"], "met   " if one["met"] else "MISSED"
         said = ", ".join(f"{name} {value:.1f} %" for name, value in {**one["verdicts"], **one["found"]}.items())
         print(f"{met} {title}: false accusations {rate['percent']:.1f} +- {rate['standard_error']:.1f} %; {said}")
-    if given.json:
-        document = {
-            "benchmark": "diagnosis_errors",
-            "machine": environment(torch.device("cpu")),
-            "like": "copy - scratch",
-            "looks": [{"seeds": look.seeds, "level": look.level} for look in looks()],
-            "margin": OUTLINE.margin,
-            "settings": found,
-        }
-        given.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -98,9 +99,8 @@ class Case:
         if name == names.averaged:
             native = self.student(names.components)
             return native, lab.under("transfer.average", "examples").transfer(method, native)
-        kind, _, rest = name.partition(", blocks ")
-        if kind == method and rest:
-            first, last = map(int, rest.split("-"))
+        if blocks := re.fullmatch(rf"{method}, blocks? (\d+)(?:-(\d+))?", name):
+            first, last = int(blocks[1]), int(blocks[2] or blocks[1])
             return self._standard, lab.transfer(method, self._standard, range(first, last + 1))
         kind, _, factor = name.partition(", weight x")
         if kind == method and factor:

@@ -90,7 +90,7 @@ class Names:
 
     def blocks(self, layers: range) -> str:
         """Return the name of the standard student with transfer in some blocks."""
-        return f"{self.transfer}, blocks {layers.start}-{layers.stop - 1}"
+        return f"{self.transfer}, {blocks_named(layers)}"
 
     def weighted(self, factor: float) -> str:
         """Return the name of the standard student with another weight of the loss."""
@@ -177,9 +177,8 @@ class Outline:
         n = self.names
         return tuple(
             Hypothesis(
-                f"blocks {a.start}-{a.stop - 1}",
-                f"the attention of blocks {a.start} to {a.stop - 1} alone hurts, and more than that of blocks "
-                f"{b.start} to {b.stop - 1}",
+                blocks_named(a),
+                f"the attention of {blocks_named(a)} alone hurts, and more than that of {blocks_named(b)}",
                 (
                     Part({n.blocks(b): 1, n.blocks(a): -1}, "above"),
                     Part({n.blocks(a): 1, BASELINE: -1}, "below"),
@@ -202,10 +201,27 @@ class Outline:
                 )
                 for name in self.components
             )
-        if self.depth >= 4:
-            for half in self.halves:
-                out[f"blocks {half.start}-{half.stop - 1}"] = self._worse(*_split(half))
+        if self.depth >= 2:
+            parts = [part for half in self.halves for part in bisected(half)]
+            out |= {blocks_named(part): self._worse(*_split(part)) for part in parts}
         return out
+
+    @property
+    def parts(self) -> dict[str, range]:
+        """All parts of the blocks that can be accused, by the name of the accusation."""
+        every = [part for layers in bisected(range(self.depth)) for part in _split(layers)]
+        return {blocks_named(part): part for part in every}
+
+    @property
+    def longest_way(self) -> tuple[str, ...]:
+        """The parts that one bisection asks about, at most: both halves, of one of them both halves, and so on."""
+        out: list[str] = []
+        left = range(self.depth)
+        while len(left) >= 2:
+            halves = _split(left)
+            out += map(blocks_named, halves)
+            left = halves[1]  # never the smaller one
+        return tuple(out)
 
     @property
     def hypotheses(self) -> dict[str, Hypothesis]:
@@ -217,20 +233,28 @@ class Outline:
     def graph(self) -> Graph:
         """How the hypotheses share a level: families equally, and equally within each.
 
-        An accusation passes its share on to all others, but for the two that open further questions: a rejected
-        architecture passes it to the single components, and a rejected half of the blocks to that half's parts.
+        An accusation passes its share on to all others, but for those that open further questions: a rejected
+        architecture passes it to the single components, and rejected blocks pass it to their own two halves.
         """
         families = self.families
         shares = {one.name: 1 / len(families) / len(some) for some in families for one in some}
         edges: dict[str, Mapping[str, float]] = {}
-        for name in shares:
-            then = [one.name for one in self.follow_ups.get(name, ())]
-            edges[name] = _equally(then or [other for other in shares if other != name])
-        for some in self.follow_ups.values():
-            names = [one.name for one in some]
-            shares |= dict.fromkeys(names, 0.0)
-            edges |= {name: _equally([other for other in names if other != name]) for name in names}
+        opened = {name: [one.name for one in some] for name, some in self.follow_ups.items()}
+        for names in (list(shares), *opened.values()):
+            shares = dict.fromkeys(names, 0.0) | shares
+            edges |= {name: _equally(opened.get(name) or [o for o in names if o != name]) for name in names}
         return Graph(shares, edges)
+
+
+def blocks_named(layers: range) -> str:
+    """Return what some blocks are called: ``block 4``, ``blocks 0-5``."""
+    first, last = layers.start, layers.stop - 1
+    return f"block {first}" if first == last else f"blocks {first}-{last}"
+
+
+def bisected(layers: range) -> list[range]:
+    """Return the range and all parts of two blocks or more that halving it again and again gives."""
+    return [] if len(layers) < 2 else [layers, *(part for half in _split(layers) for part in bisected(half))]
 
 
 def _split(layers: range) -> tuple[range, range]:

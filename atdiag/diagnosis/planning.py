@@ -36,7 +36,7 @@ OUTCOMES = {
 RULES = (
     "Levels are shared by the looks (Bonferroni), and at each look by the accusations (Bretz et al. 2009).",
     "Whether the transfer helps or hurts has levels of its own, the same ones, two-sided.",
-    "A single component is asked about only once the architecture is accused, parts of a half only once that half is.",
+    "A single component is asked about only once the architecture is accused, halves of blocks only once these are.",
     f"Not accused is not cleared: that takes two one-sided tests within the margin. A sufficient set of components is "
     f"chosen by non-inferiority, and confirmed on {FRESH} seeds that were not used.",
 )
@@ -104,10 +104,18 @@ class AnalysisPlan:
         return path
 
 
-def arms(case: Case) -> list[str]:
-    """Return the names of all arms that may be asked about."""
+def arms(case: Case, together: bool = False) -> list[str]:
+    """Return the names of all arms that may be asked about.
+
+    together: only as many as one diagnosis may ask about: of two parts of the blocks at most one is accused, so
+    bisection goes down a single way.
+    """
     outline, names = case.outline, case.outline.names
-    every = [arm for one in outline.hypotheses.values() for arm in one.arms]
+    asked = list(outline.hypotheses)
+    if together:
+        parts, way = {*outline.parts}, {*outline.longest_way}
+        asked = [name for name in asked if name in way or name not in parts]
+    every = [arm for name in asked for arm in outline.hypotheses[name].arms]
     without = [names.given(other for other in outline.components if other != name) for name in outline.components]
     return list(dict.fromkeys([*outline.first, *every, *without]))
 
@@ -151,7 +159,7 @@ def _cost(case: Case, planned: Callable[[Sequence[RunSpec]], Plan], seeds: Seque
 
     reference = [*case.reference.specs] if case.reference else []
     confirmed = [outline.names.native, outline.names.standard, *outline.names.singles[:1]] if outline.components else []
-    every = specs(arms(case), range(seeds[-1])) + specs(confirmed, range(seeds[-1], seeds[-1] + FRESH))
+    every = specs(arms(case, together=True), range(seeds[-1])) + specs(confirmed, range(seeds[-1], seeds[-1] + FRESH))
     first = planned([*specs(outline.first, range(seeds[0])), *reference])
     whole = planned(list({spec.id: spec for spec in [*every, *reference]}.values()))
     return AnalysisPlan(case, sequential.looks(seeds), first.todo, first.seconds, whole.seconds)

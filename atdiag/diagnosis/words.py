@@ -79,12 +79,15 @@ def _headline(plan: AnalysisPlan, found: Conclusion) -> str:
 
 def causes(plan: AnalysisPlan, found: Conclusion) -> str:
     """Name the accused, with what was accused after them in parentheses: ``the architecture (registers)``."""
-    later = {one.name: head for head, some in plan.case.outline.follow_ups.items() for one in some}
-    out = []
-    for name in (name for name in found.causes if name not in later):
-        closer = [one.removeprefix("component ") for one in found.causes if later.get(one) == name]
-        out.append(f"{name} ({listed(closer)})" if closer else name)
-    return listed(out)
+    opened = plan.case.outline.follow_ups
+
+    def named(name: str) -> str:
+        closer = [named(one.name) for one in opened.get(name, ()) if one.name in found.causes]
+        said = name.removeprefix("component ")
+        return f"{said} ({listed(closer)})" if closer else said
+
+    later = {one.name for some in opened.values() for one in some}
+    return listed([named(name) for name in found.causes if name not in later])
 
 
 def _numbers(plan: AnalysisPlan, found: Conclusion) -> list[tuple[str, str]]:
@@ -114,7 +117,7 @@ def _advice(plan: AnalysisPlan, found: Conclusion) -> list[Advice]:
         else:
             said = f"Give the student all native components: that {some} is enough was not confirmed."
         out += [Advice(said), Advice("See what each component does:", "rescue", {"transfer": transfer})]
-    out += [advice for name in found.causes for advice in _against(plan, name)]
+    out += [advice for name in found.causes for advice in _against(plan, found, name)]
     match found.verdict:
         case "weak teacher":
             out.append(Advice("Take a stronger teacher, or fewer images or epochs, where a student knows less."))
@@ -126,20 +129,21 @@ def _advice(plan: AnalysisPlan, found: Conclusion) -> list[Advice]:
     return out
 
 
-def _against(plan: AnalysisPlan, cause: str) -> list[Advice]:
+def _against(plan: AnalysisPlan, found: Conclusion, cause: str) -> list[Advice]:
     """Return what to do about one cause."""
-    transfer = plan.case.transfer
+    transfer, outline = plan.case.transfer, plan.case.outline
     if cause == "the maps":
         return [Advice("Choose another teacher: these maps are worth little to any student.")]
     if cause == "the loss":
         return [Advice("Copy, which has no loss, or give the loss less weight:", "losses")]
     if cause.startswith("the start"):
         return [Advice("Start from random weights, not from this teacher's:", "reinit", {"module": "all"})]
-    if cause in {f"blocks {half.start}-{half.stop - 1}" for half in plan.case.outline.halves}:
-        first, last = map(int, cause.removeprefix("blocks ").split("-"))
-        keep = [n for n in range(plan.case.outline.depth) if not first <= n <= last]
-        said = f"Leave blocks {first} to {last} out:"
-        return [Advice(said, "benchmark", {"methods": transfer, "transfer.layers": f"{keep[0]}-{keep[-1]}"})]
+    if (layers := outline.parts.get(cause)) is not None:
+        closer = {one.name for one in outline.follow_ups.get(cause, ())}
+        if closer & {*found.causes}:
+            return []  # the part that was accused is left out instead
+        keep = ",".join(str(n) for n in range(outline.depth) if n not in layers)
+        return [Advice(f"Leave {cause} out:", "benchmark", {"methods": transfer, "transfer.layers": keep})]
     return []
 
 

@@ -48,12 +48,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, isfinite, log, sqrt
+from math import exp, inf, isfinite, log, sqrt
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import optimize, special
 
 FEWEST_SEEDS = 3
 """Minimum number of seeds for a verdict: two say too little about how seeds vary (see above)."""
@@ -247,7 +247,7 @@ def _degrees_at(alpha: float, df: float, least: float) -> float:
 def _interval(value: float, se: float, df: float, least: float, level: float) -> tuple[float, float]:
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval lies between 0 and 1, not {level}")
-    half = float(stats.t.ppf((1 + level) / 2, _degrees_at(1 - level, df, least))) * se
+    half = float(special.stdtrit(_degrees_at(1 - level, df, least), (1 + level) / 2)) * se
     return value - half, value + half
 
 
@@ -255,14 +255,23 @@ def _p_value(t: float, df: float, least: float) -> float:
     """Return the level alpha of the interval that just reaches zero, t standard errors away."""
 
     def of(log_alpha: float) -> float:
-        return float(stats.t.logsf(t, _degrees_at(exp(log_alpha), df, least))) + log(2) - log_alpha
+        return _log_tail(t, _degrees_at(exp(log_alpha), df, least)) + log(2) - log_alpha
 
-    most, fewest = (float(stats.t.logsf(t, d)) + log(2) for d in (df, least))
+    most, fewest = (_log_tail(t, d) + log(2) for d in (df, least))
     if most >= log(0.05) or fewest - most < 1e-9:
         return exp(most)
-    # With many degrees of freedom logsf is -inf beyond t = 40 or so; a smaller level than exp(-700) would be 0.
+    # With many degrees of freedom the tail is 0 beyond t = 40 or so; a smaller level than exp(-700) would be 0.
     lowest = max(most, -700.0)
     return exp(float(optimize.brentq(of, lowest, min(fewest, log(0.05)))) if of(lowest) > 0 else lowest)
+
+
+def _log_tail(t: float, df: float) -> float:
+    """Return log P(T > t) of Student's t; -inf where that underflows.
+
+    The function that ``scipy.stats.t`` calls, without the checks of a distribution, which take 99 % of its time.
+    """
+    tail = float(special.stdtr(df, -t))
+    return log(tail) if tail > 0 else -inf
 
 
 def one_sided(estimate: Estimate, side: Literal["above", "below"], bound: float = 0.0) -> float:
@@ -319,7 +328,7 @@ def seeds_needed(estimate: Estimate, power: float = 0.8, most: int = 1000) -> in
         of_seeds = per_seed / seeds
         df = _degrees(of_seeds, of_clusters, seeds, clusters)
         strict = _degrees_at(1 - estimate.level, df, min(seeds, clusters) - 1)
-        quantiles = stats.t.ppf([(1 + estimate.level) / 2, power], [strict, df])
+        quantiles = special.stdtrit([strict, df], [(1 + estimate.level) / 2, power])
         return bool(abs(estimate.value) >= quantiles.sum() * sqrt(of_seeds + of_clusters))
 
     numbers = range(FEWEST_SEEDS, most + 1)

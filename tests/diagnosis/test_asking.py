@@ -77,6 +77,28 @@ def test_half_a_half_is_found():
     assert set(diagnose(accuracies)[0].causes) == {"blocks 0-5", "blocks 3-5"}
 
 
+def test_bisection_goes_on_to_a_single_block_and_stays_on_one_way():
+    accuracies = truth(lower=0)
+    for layers in (range(6), range(3, 6), range(4, 6), range(4, 5)):
+        accuracies[NAMES.blocks(layers)] = 20.0
+    found, answers = diagnose(accuracies)
+    assert set(found.causes) == {"blocks 0-5", "blocks 3-5", "blocks 4-5", "block 4"}
+    assert {arm for arm in answers.asked if "block" in arm} == {
+        NAMES.blocks(range(*ends)) for ends in [(0, 6), (6, 12), (0, 3), (3, 6), (3, 4), (4, 6), (4, 5), (5, 6)]
+    }
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 12, 24, 27])
+def test_parts_of_the_blocks(depth):
+    """Each part of two blocks or more is split; a single way asks about two parts at each step."""
+    outline = Outline("copy", (), depth)
+    parts = outline.parts
+    assert [*parts.values()].count(range(depth)) == 0
+    assert {n for part in parts.values() if len(part) == 1 for n in part} == ({*range(depth)} if depth > 1 else set())
+    assert {*outline.longest_way} <= {*parts} <= {*outline.hypotheses}
+    assert len(outline.longest_way) == 2 * int(np.ceil(np.log2(depth)))
+
+
 def test_components_are_trained_only_once_the_architecture_is_accused():
     _, answers = diagnose(truth())
     assert not set(NAMES.singles) & set(answers.asked)
@@ -139,7 +161,7 @@ def test_nothing_anywhere_is_no_difference_and_only_after_the_last_look():
 
 
 def test_a_wide_interval_is_undecided_and_clears_nobody():
-    answers = Answers(truth(), images=40)
+    answers = Answers(truth(maps=4), images=40)
     found = ask(OUTLINE, looks((3,)), answers, trained, 90.0)
     assert found.verdict == "undecided"
     assert {one.state for one in found.last.findings} == {"not accused"}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from atdiag.core.spec import RunSpec
     from atdiag.diagnosis.arms import Case, Train
-    from atdiag.diagnosis.first_look import Sign
+    from atdiag.diagnosis.first_look import FirstLook
     from atdiag.diagnosis.planning import AnalysisPlan
     from atdiag.diagnosis.words import Advice, Said
     from atdiag.execution.executor import Executor
@@ -173,22 +173,20 @@ def check(ready: PreparedDiagnosis, folder: Path | None) -> None:
     experiments.check([ready.series], ready.session.plan(ready.plan.todo), ready.session)
 
 
-def signs(ready: PreparedDiagnosis) -> list[Sign]:
-    """Look at the teacher's attention before anything is trained."""
-    from atdiag.analysis import images, statistics, subjects
+def look(ready: PreparedDiagnosis, train: Train) -> FirstLook:
+    """Look at the teacher and the images; the teacher itself is evaluated, and nothing is trained."""
+    from atdiag.analysis import subjects
     from atdiag.diagnosis import first_look
+    from atdiag.diagnosis.arms import Runs
 
     settings = ready.case.lab.settings
-    data = settings.profile.data
-    teacher = subjects.find(ready.asked.teacher, settings.profile.name, data)
-    some = images.choose(first_look.IMAGES, data, teacher.network)
-    (found,) = statistics.attention_stats([teacher], some)
-    return first_look.signs(found)
+    subject = subjects.find(ready.asked.teacher, settings.profile.name, settings.profile.data)
+    return first_look.look(ready.case, subject, Runs(ready.case, ready.session.store, train).teacher())
 
 
 def answer(
     ready: PreparedDiagnosis,
-    seen: Sequence[Sign],
+    seen: FirstLook,
     train: Train,
     folder: Path | None,
     typed: Callable[[Advice], str],
@@ -298,7 +296,8 @@ def diagnose(
         stored.pop_all()  # what is trained with is kept
     if folder is not None:
         ready.plan.write(folder)
-    result, _ = answer(ready, signs(ready), partial(train, ready, executor=executor), folder, lambda one: one.text)
+    trained = partial(train, ready, executor=executor)
+    result, _ = answer(ready, look(ready, trained), trained, folder, lambda one: one.text)
     return result
 
 

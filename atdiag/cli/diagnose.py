@@ -33,6 +33,7 @@ _Transfer = Annotated[str, typer.Option(help="The transfer that is diagnosed: co
 _Looks = Annotated[
     str, typer.Option(metavar="SEEDS", help="Seeds of every arm at the planned looks: at most three numbers.")
 ]
+_Open = Annotated[bool, typer.Option("--open", help="Show the report in a browser at the end.")]
 _Margin = Annotated[float, typer.Option(help="Points within which an effect counts as none.")]
 
 
@@ -40,6 +41,7 @@ def add_commands(app: typer.Typer) -> None:
     """Add the command, with the options of the experiments but for the number of seeds, which looks decide."""
     common = {**EXPERIMENT, **BUDGET}
     common = {name: option for name, option in common.items() if name not in ("seeds", "equivalence")}
+    common |= {"open_": (_Open, False)}
     app.command("diagnose")(joined(diagnose, common, _diagnose))
 
 
@@ -59,7 +61,7 @@ def diagnose(
 
 
 def _diagnose(
-    make: partial[Asked], dry_run: bool, json_: bool, out: Path | None, set_: list[str], **given: Any
+    make: partial[Asked], dry_run: bool, json_: bool, open_: bool, out: Path | None, set_: list[str], **given: Any
 ) -> None:
     asked = make(None)
     ready = diagnosing.prepare(asked, set_, **given)
@@ -73,9 +75,11 @@ def _diagnose(
     where = ready.plan.write(folder)
     _show(ready)
     typer.echo(f"the plan: {where}")
-    seen = diagnosing.signs(ready)
-    for sign in seen:
-        typer.echo(f"seen before training (to be tested): {sign.text}")
+    seen = diagnosing.look(ready, partial(_train, ready))
+    for fact in seen.facts:
+        typer.echo(f"seen before training: {fact}")
+    for sign in seen.signs:
+        typer.echo(f"seen before training, to be tested: {sign.text}")
     typed = partial(_typed, teacher=PurePath(asked.teacher).name)  # a report tells no path of this machine
     result, said = diagnosing.answer(ready, seen, partial(_train, ready), folder, typed, as_typed)
     _tell(said, asked.teacher)
@@ -83,6 +87,8 @@ def _diagnose(
     console.show_files([where, *result.written.files])
     if json_:
         typer.echo(json.dumps({**result.document, **result.written.record()}))
+    if open_ and typer.launch(str(folder / "report.html")):
+        typer.echo(f"no browser was found: open {folder / 'report.html'}", err=True)
 
 
 def _show(ready: PreparedDiagnosis) -> None:

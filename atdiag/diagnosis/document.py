@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from atdiag.diagnosis.asking import Conclusion
@@ -15,14 +15,14 @@ from figures.diagnosis import Row
 
 if TYPE_CHECKING:
     from atdiag.diagnosis.arms import Runs
-    from atdiag.diagnosis.first_look import Sign
+    from atdiag.diagnosis.first_look import FirstLook
     from atdiag.stats.contrasts import Estimate
 
 SCHEMA = "atdiag.diagnosis.report/1"
 """Described in docs/diagnose.md. Keys may be added; none changes its meaning under this name."""
 
 
-def as_json(plan: AnalysisPlan, found: Conclusion, said: Said, runs: Runs, signs: Sequence[Sign]) -> dict[str, Any]:
+def as_json(plan: AnalysisPlan, found: Conclusion, said: Said, runs: Runs, seen: FirstLook) -> dict[str, Any]:
     """Return the whole diagnosis as JSON. It holds no path, no user's and no machine's name."""
     from atdiag.training.provenance import versions
 
@@ -39,9 +39,11 @@ def as_json(plan: AnalysisPlan, found: Conclusion, said: Said, runs: Runs, signs
         "others": list(said.others),
         "teacher": {"label": plan.case.teacher.label, "top1": runs.teacher()},
         "chance": {"top1": stands.chance, "baseline_low": stands.low, "needed": stands.needed},
+        "facts": list(seen.facts),
+        "nearest_neighbour": seen.neighbour,
         "signs": [
             {"statistic": one.statistic, "layers": list(one.layers), "value": one.value, "text": one.text}
-            for one in signs
+            for one in seen.signs
         ],
         "looks": [_look(one) for one in found.looks],
         "sufficient": None if found.sufficient is None else _sufficient(found.sufficient),

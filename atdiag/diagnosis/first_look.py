@@ -1,4 +1,4 @@
-"""What a teacher's attention shows before anything is trained: hypotheses to test, and no findings."""
+"""What a teacher and its images show before anything is trained: facts, and hypotheses to test, but no findings."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from atdiag.core.text import count
+from atdiag.core.text import count, listed
 
 if TYPE_CHECKING:
+    from atdiag.analysis.images import ImageSet
     from atdiag.analysis.statistics import Stats
+    from atdiag.analysis.subjects import Subject
+    from atdiag.core.spec import Data, Network
+    from atdiag.diagnosis.arms import Case
 
 IMAGES = 64
 """Images that the statistics are taken over."""
 
-REGISTERS, SINK, UNIFORM, ONE_HOT, ALIKE = 0.5, 0.5, 0.98, 0.1, 0.01
+TRAIN_IMAGES, TEST_IMAGES = 2000, 500
+"""Images that the nearest neighbours are found among and for, at most."""
+
+REGISTERS, SINK, UNIFORM, ONE_HOT, ALIKE, SHUT = 0.5, 0.5, 0.98, 0.1, 0.01, 0.01
 """From where on a statistic is mentioned: the share of attention on registers, and on the most attended token; the
 entropy of a row as a share of that of a uniform one, at least (uniform) and at most (one-hot); the divergence between
-heads, in bits. Round numbers to point at known trouble, not thresholds of a test."""
+heads, in bits; the gain of an attention branch, at most. Round numbers to point at known trouble, not thresholds of a
+test."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,111 @@ class Sign:
     text: str
 
 
-def signs(found: Stats) -> list[Sign]:
-    """Return the signs of known trouble in attention statistics."""
+@dataclass(frozen=True)
+class FirstLook:
+    """What is seen before training."""
+
+    facts: tuple[str, ...]
+    """The teacher's size and tokens, its native components, and accuracies that need no training."""
+    neighbour: float
+    """Accuracy in per cent of the nearest training image by pixels."""
+    signs: tuple[Sign, ...]
+
+
+def look(case: Case, subject: Subject, teacher: float | None) -> FirstLook:
+    """Look at a case's teacher and images.
+
+    subject: the teacher as a subject of analysis. teacher: its own accuracy in per cent, None if its head is for
+    another task. Raises UserError for images that can't be read.
+    """
+    from atdiag.analysis import images, statistics
+
+    data = case.lab.settings.profile.data
+    some = images.choose(IMAGES, data, subject.network)
+    (found,) = statistics.attention_stats([subject], some)
+    neighbour, chance = nearest_neighbour(data)
+    own = "its head is for another task" if teacher is None else f"itself {teacher:.1f} %"
+    accuracy = f"{own}, nearest neighbour by pixels {neighbour:.1f} %, chance {chance:.1f} %"
+    facts = (_network(case.teacher.network), _components(case), accuracy)
+    return FirstLook(facts, neighbour, tuple(signs(found, branch_gains(subject, some))))
+
+
+def _network(network: Network) -> str:
+    special = [*(["a class token"] if network.class_token else [])]
+    special += [count(network.registers, "register")] if network.registers else []
+    patches = f"{network.grid} x {network.grid} patches of {network.patch_size} px at {network.image_size} px"
+    return (
+        f"{count(network.depth, 'block')} of width {network.width} with {count(network.heads, 'head')}; "
+        f"{count(network.tokens, 'token')}: {listed([*special, patches])}"
+    )
+
+
+def _components(case: Case) -> str:
+    acting, idle, beyond = case.outline.components, case.idle, case.teacher.network.differences
+    if beyond:
+        return f"components that no student can be given: {listed(beyond)}"
+    if not case.own:
+        return "no native component: the standard student is the native one"
+    out = f"native components that can matter to {case.transfer}: {listed(acting) if acting else 'none'}"
+    return out + "".join(f"; {name} can't ({why})" for name, why in idle.items())
+
+
+def nearest_neighbour(data: Data) -> tuple[float, float]:
+    """Return the accuracy of the nearest training image by pixels (cosine similarity), and chance, both in per cent.
+
+    Over at most :data:`TRAIN_IMAGES` and :data:`TEST_IMAGES` images, evenly spaced. Raises UserError for images that
+    can't be read.
+    """
+    import torch
+
+    from atdiag.analysis import images
+    from atdiag.data import sources
+    from atdiag.training import classifiers
+
+    data_set = sources.find(data)
+    pixels, labels = [], []
+    for split, most in ((data_set.train_split(data, 0), TRAIN_IMAGES), (data_set.test_split(data), TEST_IMAGES)):
+        chosen = images.of_split(data, split, images.spread(min(most, len(split)), len(split)))
+        batches = list(chosen.batches(256))
+        pixels.append(torch.cat([batch.pixels.flatten(1) for batch in batches]))
+        labels.append(torch.from_numpy(np.concatenate([batch.labels for batch in batches if batch.labels is not None])))
+    middle = pixels[0].mean(0)
+    number = int(max(one.max() for one in labels)) + 1
+    found = classifiers.neighbours(pixels[0] - middle, labels[0], pixels[1] - middle, number, k=1)
+    chance = labels[1].bincount().max() / len(labels[1])
+    return 100 * float((found == labels[1]).double().mean()), 100 * float(chance)
+
+
+def branch_gains(subject: Subject, pictures: ImageSet) -> NDArray[np.float64]:
+    """Return the gain of each block's attention branch [L]: the mean over images and tokens of ||branch|| / ||stream||.
+
+    The branch is what is added to the stream, after LayerScale. NaN for a block that adds none by itself.
+    """
+    import torch
+
+    from atdiag.hooks.model import HookedViT
+
+    model = HookedViT(subject)
+    depth = subject.network.depth
+    pairs = {n: (f"blocks.{n}.hook_resid_pre", f"blocks.{n}.hook_attn_out") for n in range(depth)}
+    pairs = {n: pair for n, pair in pairs.items() if {*pair} <= model.hook_dict.keys()}
+    sums, images = np.full(depth, np.nan), 0
+    if not pairs:
+        return sums
+    for n in pairs:
+        sums[n] = 0
+    with torch.no_grad():
+        for batch in pictures.batches(32):
+            _, cache = model.run_with_cache(batch.pixels, [name for pair in pairs.values() for name in pair])
+            images += len(batch.pixels)
+            for n, (stream, branch) in pairs.items():
+                ratio = cache[branch].norm(dim=-1) / cache[stream].norm(dim=-1)
+                sums[n] += float(ratio.mean(-1).double().sum())
+    return sums / images
+
+
+def signs(found: Stats, gains: NDArray[np.float64]) -> list[Sign]:
+    """Return the signs of known trouble in attention statistics, and in the gains of the attention branches [L]."""
     heads: Mapping[str, NDArray[np.float64]] = {name: values.mean(1) for name, values in found.heads.items()}
     most = math.log2(found.network.tokens)
     relative = heads["entropy"] / most
@@ -57,6 +168,12 @@ def signs(found: Stats) -> list[Sign]:
         ("entropy", relative >= UNIFORM, relative, "the maps are nearly uniform ({share:.0%} of the largest entropy)"),
         ("entropy", relative <= ONE_HOT, relative, "the maps are nearly one-hot ({share:.0%} of the largest entropy)"),
         ("redundancy", heads["redundancy"] <= ALIKE, heads["redundancy"], "the heads are nearly alike"),
+        (
+            "gain",
+            np.nan_to_num(gains, nan=np.inf) <= SHUT,
+            gains,
+            "the attention branch adds {share:.2%} of the stream's norm, so its maps may be noise",
+        ),
     ]
     out = []
     for statistic, where, values, text in seen:

@@ -89,6 +89,16 @@ def test_the_page_asks_no_host_and_escapes_everything(folder, made_up):
     assert str(folder) not in whole + path.read_text()
 
 
+def test_the_report_is_opened_where_asked(folder, made_up, monkeypatch):
+    made_up(truth(own=20))
+    opened = []
+    monkeypatch.setattr("typer.launch", lambda url: opened.append(url) or 0)
+    assert ran("diagnose", "clip_b", "--out", "here")[0] == 0
+    assert opened == []
+    assert ran("diagnose", "clip_b", "--out", "here", "--open")[0] == 0
+    assert [Path(url).read_text()[:15] for url in opened] == ["<!doctype html>"]
+
+
 def test_the_same_line_finds_its_plan_and_another_one_is_refused(folder, made_up, capsys):
     made_up(truth(own=20))
     line = ["diagnose", "clip_b", "--out", "here"]

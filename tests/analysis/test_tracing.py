@@ -119,6 +119,7 @@ def test_tracing_leaves_the_network_unchanged():
     assert {m: set(m.__dict__) for m in model.modules()} == state
 
 
+@pytest.mark.slow
 def test_tracing_leaves_the_process_unchanged():
     code = """
 from atdiag.analysis import images, streaming, subjects

@@ -43,6 +43,7 @@ def execute(cells: list[str]) -> dict:
     return names
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(here):
     notebook = json.loads((ROOT / "examples" / "atdiag.ipynb").read_text())
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]

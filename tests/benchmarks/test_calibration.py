@@ -89,6 +89,7 @@ def test_every_cell_can_be_planned():
             assert len(study.arms) >= 2
 
 
+@pytest.mark.slow
 def test_a_toy_calibration_is_interrupted_goes_on_and_decides_nothing(tmp_path, capsys):
     file = tmp_path / "calibration.json"
     line = ["--toy", "--studies", "1", "--seeds", "3", "--only", "weak", "--runs", str(tmp_path / "runs")]

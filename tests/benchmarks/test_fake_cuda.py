@@ -171,7 +171,9 @@ def tensors(observation):
 OTHERS = [pytest.param(pair, True, marks=pytest.mark.slow) for pair in PAIRS if pair != "both to native"]
 
 
-@pytest.mark.parametrize(("pair", "amp"), [("both to native", True), ("both to native", False), *OTHERS])
+@pytest.mark.parametrize(
+    ("pair", "amp"), [("both to native", True), pytest.param("both to native", False, marks=pytest.mark.slow), *OTHERS]
+)
 def test_every_tensor_has_the_right_device_and_dtype(pair, amp, a_device):
     source, target = PAIRS[pair]
     wide = torch.bfloat16 if amp else torch.float32

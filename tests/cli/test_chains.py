@@ -59,6 +59,7 @@ def test_probe_takes_the_file_of_an_experiment(at_home):
     assert probed(file_of(at_home["reinit"])) == expected
 
 
+@pytest.mark.slow
 def test_probe_takes_the_file_of_several_studies(at_home):
     first, second = at_home["benchmark"]["studies"]
     assert first["arms"][0]["runs"] == second["arms"][0]["runs"]
@@ -136,6 +137,7 @@ def test_a_teacher_of_another_package_is_listed_and_keeps_its_name_and_classes(p
     assert {one["subject"] for one in json.loads(shown.stdout.splitlines()[-1])["rows"]} == {"mine_s"}
 
 
+@pytest.mark.slow
 def test_weights_must_have_the_declared_number_of_classes(package, tmp_path):
     (tmp_path / "theirs.py").write_text((tmp_path / "theirs.py").read_text().replace("'classes': 7", "'classes': 6"))
     Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / "a.png")

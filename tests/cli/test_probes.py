@@ -76,6 +76,7 @@ def test_probe_of_two_teachers():
     assert f"regularisation chosen on {held_out} of them, each class in proportion" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_probe_of_an_experiment_aggregates_arms_over_seeds(report):
     file, store, specs = report
     out = atdiag(

@@ -49,6 +49,7 @@ def test_every_experiment_takes_one_as_typed(folder, line):
     assert "is a specimen, no published teacher" in out
 
 
+@pytest.mark.slow
 def test_no_claim_is_judged_by_a_specimen(folder):
     code, out = ran("benchmark", "--teacher", "shuffled", "--methods", "copy", *TOY, "--json", "--device", "cpu")
     assert code == 0, out

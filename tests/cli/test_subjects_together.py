@@ -92,6 +92,7 @@ def test_runs_of_different_sizes_are_both_named(runs, capsys, tmp_path, command)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_subjects_are_labelled_as_typed(runs, capsys):
     teacher, run, _, where = runs
     typed = ("--label", "the teacher", "--label", "a student of which much can be said")

@@ -62,6 +62,7 @@ def test_a_run_that_diverges_is_named(tmp_path):
     assert (store.run(scratch).state, store.run(copy).state) == ("finished", "failed")
 
 
+@pytest.mark.slow
 def test_cancelled_runs_resume_from_their_checkpoints(tmp_path):
     spec = study("recipe.epochs=20").arms[0].specs[0]
     store, unbroken, executor = Store(tmp_path / "runs"), Store(tmp_path / "unbroken"), InProcessExecutor()

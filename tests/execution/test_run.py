@@ -39,6 +39,7 @@ def test_execute_waits_for_a_run_that_another_process_trains(tmp_path, monkeypat
     assert not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_faults_of_single_runs(tmp_path, one_worker):
     """One run diverges, another's checkpoint is damaged: both are named, and the rest of the cohort is kept."""
     store = Store(tmp_path)

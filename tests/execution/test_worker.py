@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from atdiag.core.runs import Store
@@ -18,6 +19,7 @@ def order(tmp_path, epochs: int) -> tuple[Order, Store]:
     return Order(tmp_path / "runs", ONE, 1, ("atdiag", "reinit"), ((spec,),)), Store(tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_an_order_in_a_file_runs_independently(tmp_path):
     what, store = order(tmp_path, epochs=2)
     file = tmp_path / "order.json"

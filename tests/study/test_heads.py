@@ -221,6 +221,7 @@ def test_students_never_learn_from_rows_in_the_wrong_order(here, state, folder):
     settings.arm("x", student, teacher, transfer=logits)
 
 
+@pytest.mark.slow
 def test_the_command_line(here, state, folder, capsys):
     data = ["--data", f"folder:{folder}", "--set", "data.image_size=32", "--images", "0", "--device", "cpu", "--json"]
     typed(here, state)

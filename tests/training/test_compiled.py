@@ -49,7 +49,7 @@ def both(network, backend):
         yield found
 
 
-@pytest.mark.parametrize("network", [NETWORK, NATIVE])
+@pytest.mark.parametrize("network", [NETWORK, pytest.param(NATIVE, marks=pytest.mark.slow)])
 def test_the_graph_of_a_block_has_no_break_and_the_same_numbers(network):
     """With only the compiler's front end, numbers are equal bit for bit."""
     for eager, traced in both(network, "aot_eager"):

@@ -49,13 +49,9 @@ def strictly():
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-@pytest.mark.parametrize(
-    ("native", "fused"),
-    [
-        (True, True),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((False, False), (False, True), (True, False))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
 def test_every_transfer_runs_deterministically_with_the_same_bits(
     bench, assert_same, monkeypatch, tmp_path, native, fused
 ):
@@ -124,6 +120,7 @@ def test_switching_on_too_late_is_reported_and_changes_nothing(bench, monkeypatc
         assert strictly()
 
 
+@pytest.mark.slow
 def test_worker_processes_get_the_option(tmp_path, monkeypatch):
     network = Network(image_size=20, patch_size=4, channels=1, width=16, depth=2, heads=2, classes=10)
     recipe, seed = Recipe(epochs=1, batch_size=16), Seed(data=0, model=0)
@@ -153,6 +150,7 @@ def test_every_experiment_passes_the_option_on(tmp_path, monkeypatch, command, a
     assert told == [asked]
 
 
+@pytest.mark.slow
 def test_the_benchmark_needs_cuda_and_says_so():
     if torch.cuda.is_available():
         pytest.skip("CUDA is here")

@@ -117,6 +117,7 @@ def photos(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_interruption_at_any_step_changes_nothing_with_everything_on(
     bench, photos, assert_same, monkeypatch, tmp_path_factory
 ):

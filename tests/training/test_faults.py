@@ -78,6 +78,7 @@ def test_a_full_disk(bench, alone, assert_same, full_disk, monkeypatch, step):
         assert_same(alone, bench, spec)
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_a_worker_process(tmp_path, monkeypatch):
     """The operating system refuses the worker files beyond 50 kB: the message, and the same command afterwards."""
     places = tmp_path / "site"

@@ -113,7 +113,15 @@ def room_for(monkeypatch):
     return set_
 
 
-@pytest.mark.parametrize(("room", "given", "fits"), [(15, None, 8), (3, None, 2), (1, None, 1), (3, 6, 3)])
+@pytest.mark.parametrize(
+    ("room", "given", "fits"),
+    [
+        pytest.param(15, None, 8, marks=pytest.mark.slow),
+        (3, None, 2),
+        pytest.param(1, None, 1, marks=pytest.mark.slow),
+        (3, 6, 3),
+    ],
+)
 def test_out_of_memory_suggests_a_micro_batch_that_fits(bench, room_for, room, given, fits):
     room_for(room)
     specs = (

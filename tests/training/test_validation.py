@@ -39,6 +39,7 @@ def numbers(bench, spec):
     return [line["validation_top1"] for line in bench.run(spec).progress()]
 
 
+@pytest.mark.slow
 def test_validation_accuracy_is_the_same_in_a_cohort_alone_resumed_and_by_hand(bench, assert_same, tmp_path):
     specs = validated(bench)
     assert set(bench.train(*specs.values()).values()) == {"finished"}

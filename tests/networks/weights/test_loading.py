@@ -141,6 +141,7 @@ def test_mocov3_in_six_heads_is_refused(alone):
     loading.load(teachers.teacher(f"mocov3_s@{path}", "paper", PX))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_row_is_refused_with_that_row(alone):
     """timm's BEiT v2 is the fine-tuned one: mean of the patches, fc_norm, and a head."""
     path = alone / "beitv2_base_patch16_224_pt1k.pth"

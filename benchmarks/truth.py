@@ -115,3 +115,35 @@ def accuses(specimen: str, command: str, verdict: str) -> bool:
     if specimen == "hub decoys":
         return any(decoy in verdict for decoy in ("layer_scale", "quick_gelu"))
     return expected(specimen).get(command) == found.TRANSFERS
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``diagnose`` must say of a specimen."""
+
+    verdict: str
+    accused: frozenset[str] = frozenset()
+    """What must be accused."""
+    innocent: tuple[str, ...] = ("the maps", "the architecture", "component", "the start", "block")
+    """Beginnings of the names of what must not be; anything else is not counted, for its truth is not known."""
+
+
+_TRANSFERS = Diagnosis("transfers")
+_MAPS = Diagnosis("fails", frozenset({"the maps"}), ("the architecture", "component"))
+
+DIAGNOSES: dict[str, Diagnosis] = {
+    **dict.fromkeys((*HEALTHY, "scaled", "scrambled", "sharp", "sink", "offset", "gated"), _TRANSFERS),
+    "weak": Diagnosis("weak teacher"),
+    "shuffled": _MAPS,
+    "uniform": _MAPS,
+    "hub": Diagnosis(
+        "fails",
+        frozenset({"the architecture", "component registers"}),
+        ("component layer_scale", "component quick_gelu"),
+    ),
+}
+"""By specimen, under copying; written before any of these diagnoses was run, but that of ``hub`` with seeds 0 to 4 was
+being trained. Whether ``hub``'s maps, its weights as a start and single blocks are at fault, too, is not known."""
+
+DIAGNOSED = 5
+"""Studies of each: 14 kinds make 70."""

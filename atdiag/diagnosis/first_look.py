@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from atdiag.core.selection import ranges
 from atdiag.core.text import count, listed
 
 if TYPE_CHECKING:
@@ -189,4 +190,4 @@ def signs(found: Stats, gains: NDArray[np.float64]) -> list[Sign]:
 def _blocks(layers: tuple[int, ...], depth: int) -> str:
     if len(layers) == depth:
         return "all blocks"
-    return f"{count(len(layers), 'block')} of {depth} ({', '.join(map(str, layers))})"
+    return f"{count(len(layers), 'block')} of {depth} ({ranges(layers).replace(',', ', ')})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from atdiag.core.selection import ranges
 from atdiag.core.text import count, listed
 from atdiag.diagnosis.asking import Conclusion
 from atdiag.diagnosis.judging import Tested
@@ -142,7 +143,7 @@ def _against(plan: AnalysisPlan, found: Conclusion, cause: str) -> list[Advice]:
         closer = {one.name for one in outline.follow_ups.get(cause, ())}
         if closer & {*found.causes}:
             return []  # the part that was accused is left out instead
-        keep = ",".join(str(n) for n in range(outline.depth) if n not in layers)
+        keep = ranges(n for n in range(outline.depth) if n not in layers)
         return [Advice(f"Leave {cause} out:", "benchmark", {"methods": transfer, "transfer.layers": keep})]
     return []
 

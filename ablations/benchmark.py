@@ -22,6 +22,7 @@ from atdiag.study.registry import ablation
     order=10,
     reproduce={"teacher": "all"},
     quick={"teacher": "deit_s,dinov2_s,clip_b", "methods": "copy,distill"},
+    papers=("2024", "2026"),
 )
 def benchmark(
     lab: Lab,

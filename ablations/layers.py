@@ -25,6 +25,7 @@ ENDS = {"top": ("top",), "bottom": ("bottom",), "both": ("top", "bottom")}
     order=70,
     reproduce={"from_": "both", "k": "3,6,9", "teacher": "dinov2_s"},
     quick={"from_": "both", "k": "6", "teacher": "dinov2_s"},
+    papers=("2024", "2026"),
 )
 def layers(
     lab: Lab,

@@ -23,6 +23,7 @@ from atdiag.study.registry import ablation
     order=20,
     reproduce={"family": "all"},
     quick={"family": "dinov2", "methods": "copy"},
+    papers=("2024", "2026"),
 )
 def sizes(
     lab: Lab,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from atdiag.study.claims import Judged
     from atdiag.study.protocol import Reading, Series
 
+PAPERS = {"2024": "Li et al. 2024", "2026": "Qin et al. 2026"}
+
+_Paper = Annotated[str, typer.Option("--paper", help="Whose analyses: 2024 (Li et al.), 2026 (Qin et al.), or all.")]
 _Quick = Annotated[bool, typer.Option("--quick", help="Fewer teachers, fewer variants of each analysis.")]
 
 
@@ -46,6 +49,8 @@ class Analyses:
 
     series: dict[str, Series]
     refused: dict[str, UserError]
+    papers: tuple[str, ...] = ()
+    """The papers whose analyses they are."""
 
     @property
     def specs(self) -> list[RunSpec]:
@@ -61,13 +66,17 @@ def add_commands(app: typer.Typer) -> None:
     app.command("figures")(joined(figures, common, _figures))
 
 
-def reproduce(lab: Lab, quick: _Quick = False) -> Analyses:
-    """Run all analyses of the 2026 paper and judge its claims.
+def reproduce(lab: Lab, paper: _Paper = "2026", quick: _Quick = False) -> Analyses:
+    """Run all analyses of a paper and judge its claims.
 
     Runs shared by several analyses are trained once, and finished runs never again. After an interruption, the same
     command resumes.
     """
-    return _made(lab, quick, registry.placed())
+    from atdiag.core.selection import choose
+
+    papers = {*PAPERS} if choose(paper, ("all", *PAPERS), "paper") == "all" else {paper}
+    placed = {name: one for name, one in registry.placed().items() if papers & {*one[1].papers}}
+    return replace(_made(lab, quick, placed), papers=tuple(sorted(papers)))
 
 
 def figures(
@@ -117,7 +126,8 @@ def _reproduce(
         raise next(iter(analyses.refused.values()))
     experiments.check_overrides(lambda lab: make(lab).specs, analyses.specs, session.settings, set_)
     experiments.check_classes(list(analyses.series.values()), session.settings)
-    folder = _folder("reproduce", session, out)
+    only = "" if analyses.papers == ("2026",) else f"-{'-'.join(analyses.papers)}"
+    folder = _folder(f"reproduce{only}", session, out)
     plan, every = session.plan(analyses.specs), list(analyses.series.values())
     if not dry_run:
         experiments.check(every, plan, session)
@@ -186,7 +196,7 @@ def _show(analyses: Analyses, plan: Plan, session: ExperimentSession) -> None:
     table.add_column("analysis")
     for name in ("studies", "runs", "of its own", "to do", "thread time"):
         table.add_column(name, justify="right")
-    typer.echo("atdiag reproduce: the analyses of Qin et al. 2026")
+    typer.echo(f"atdiag reproduce: the analyses of {text.listed(PAPERS[paper] for paper in analyses.papers)}")
     planning.scale(tuple(study for series in analyses.series.values() for study in series.studies), session.settings)
     open_ = {spec.id for spec in plan.todo}
     seen: set[str] = set()

@@ -32,6 +32,8 @@ class Placement:
     """Replaces ``reproduce`` at profile mini."""
     quick: Mapping[str, Any] | None = None
     """Replaces either of them with ``--quick``."""
+    papers: tuple[str, ...] = ("2026",)
+    """The papers whose analysis it is: 2024 (Li et al.), 2026 (Qin et al.)."""
 
     def options(self, profile: str, quick: bool) -> Mapping[str, Any]:
         """Return the options at a profile."""
@@ -46,6 +48,7 @@ def ablation(
     reproduce: Mapping[str, Any],
     mini: Mapping[str, Any] | None = None,
     quick: Mapping[str, Any] | None = None,
+    papers: tuple[str, ...] = ("2026",),
 ) -> Callable[[Function], Function]:
     """Declare an ablation's position in listings and its options for ``atdiag reproduce``::
 
@@ -56,7 +59,7 @@ def ablation(
     """
 
     def place(function: Function) -> Function:
-        setattr(function, _ATTRIBUTE, Placement(order, reproduce, mini, quick))
+        setattr(function, _ATTRIBUTE, Placement(order, reproduce, mini, quick, papers))
         return function
 
     return place

@@ -65,7 +65,7 @@ def train(
     specs = list({spec.id: spec for spec in specs}.values())
     for spec in specs:
         sources.find(spec.data).check(spec.data, spec.network)
-    if len({spec.stream for spec in specs}) > 1 or len({s.teacher.weights for s in specs if s.teacher}) > 1:
+    if len({spec.stream for spec in specs}) > 1 or len({s.teacher.seen_as for s in specs if s.teacher}) > 1:
         raise ValueError("the runs of a cohort share one data stream and one teacher")
     status: dict[str, Status] = {}
     with ExitStack() as locks:
@@ -93,23 +93,39 @@ def train(
     return status
 
 
-class _Averages:
-    """The teacher's maps averaged over examples, computed once for all runs of a cohort that use the same ones."""
+class _Prepared:
+    """What is computed of the teacher before training, once for all runs of a cohort that use the same."""
 
     def __init__(self, teacher: ViT | Foreign | None, images: Split | None) -> None:
         self.teacher, self.images = teacher, images
-        self.made: dict[Hashable, dict[int, Averaged]] = {}
+        self._averages: dict[Hashable, dict[int, Averaged]] = {}
+        self._heads: dict[Hashable, dict[int, tuple[int, ...]]] = {}
 
-    def of(self, spec: RunSpec) -> dict[int, Averaged]:
-        """Return a run's averages, empty if it uses none. Raises ValueError if teacher and student do not fit."""
+    def averages(self, spec: RunSpec) -> dict[int, Averaged]:
+        """Return a run's averages over examples, empty if it uses none. Raises ValueError for tokens that don't fit."""
         transfer = spec.transfer
         if self.teacher is None or transfer.average != "examples":
             return {}
-        tokens = self.teacher.network.tokens_shared_with(spec.network)
-        key = transfer.sources, transfer.heads, tokens  # all that the averages depend on within a cohort
-        if key not in self.made:
-            self.made[key] = evaluation.averages(spec, self.teacher, self.images)
-        return self.made[key]
+        key = transfer.heads, transfer.teacher_heads, self._of(spec)  # all that they depend on within a cohort
+        if key not in self._averages:
+            found = evaluation.averages(spec, self.teacher, self.images, self.heads(spec))
+            self._averages[key] = found
+        return self._averages[key]
+
+    def heads(self, spec: RunSpec) -> dict[int, tuple[int, ...]]:
+        """Return the teacher's heads that a run takes, by block; empty unless it takes the most different ones."""
+        if self.teacher is None or spec.transfer.teacher_heads != "different":
+            return {}
+        key = self._of(spec)
+        if key not in self._heads:
+            self._heads[key] = evaluation.chosen_heads(spec, self.teacher, images=self.images)
+        return self._heads[key]
+
+    def _of(self, spec: RunSpec) -> Hashable:
+        """Return the blocks, the tokens that teacher and student share, and the student's heads and grid."""
+        assert self.teacher is not None
+        network = spec.network
+        return spec.transfer.sources, self.teacher.network.tokens_shared_with(network), network.heads, network.grid
 
 
 class _Cohort:
@@ -139,11 +155,12 @@ class _Cohort:
             self.validation = sources.find(spec.data).validation_split(spec.data, spec.seed.data)
         self.test = sources.find(spec.data).test_split(spec.data)
         self.members: list[RunTrainer] = []
-        averages = _Averages(self.teacher, self.stream.images if self.stream else None)
+        prepared = _Prepared(self.teacher, self.stream.images if self.stream else None)
         for run, s in todo:
             try:
                 teacher = self.teacher if s.teacher else None
-                self.members.append(RunTrainer(run, s, teacher, averages.of(s), steps, device))
+                averages, heads = prepared.averages(s), prepared.heads(s)
+                self.members.append(RunTrainer(run, s, teacher, averages, steps, device, heads))
             except ValueError as fault:  # a checkpoint that can't be read, teacher weights that do not fit
                 self._fail(run, 0, str(fault))
         self.compiled = compiled.wanted(device)
@@ -250,7 +267,8 @@ class _Cohort:
             own = Observation()
             if member.spec.transfer.method != "none":
                 assert member.teacher is not None
-                own = evaluation.fit(shown, member.teacher, member.spec.network)
+                spec = member.spec
+                own = evaluation.fit(shown, member.teacher, spec.network, spec.transfer, member.heads)
                 own = replace(own, averages=member.averages)
             member.learn(part, own, share)
             if last:  # member by member: each update frees gradients for the next
@@ -318,9 +336,8 @@ class _Cohort:
             return Observation()
         assert self.teacher is not None
         precision = active[0].spec.recipe.precision
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            shown: Observation = self.teacher.observe(batch.images, wanted)
-        return shown
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            return evaluation.show(self.teacher, batch.images, wanted)
 
     def _finish(self) -> None:
         """Evaluate, store and release the members that are done."""
@@ -365,6 +382,7 @@ class _Cohort:
                 "seconds": round(member.seconds, 3),
                 "images_per_second": round(trained / member.seconds, 1) if member.seconds else None,
                 "start": asdict(member.start) if member.start else None,
+                **self._chosen(member),
                 "teacher": spec.teacher.label if spec.teacher else None,
                 "weights": asdict(origin) if (origin := getattr(member.teacher, "origin", None)) else None,
                 "environment": {
@@ -376,6 +394,12 @@ class _Cohort:
                 "origin": {**self.origin, "from_step": member.began},
             }
         )
+
+    @staticmethod
+    def _chosen(member: RunTrainer) -> dict[str, Any]:
+        """Return the teacher's heads that were chosen for a student, by block."""
+        found = {str(block): list(heads) for block, heads in member.heads.items()}
+        return {"teacher_heads": found} if found else {}
 
     def _validated(self, member: RunTrainer) -> dict[str, Any]:
         if self.validation is None:

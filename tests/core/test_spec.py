@@ -281,7 +281,7 @@ def test_json_round_trip(made):
         (lambda: run(init=Init(source="teacher")), "needs a teacher"),
         (lambda: run(teacher=TEACHER, transfer=Transfer(method="copy", layers=(12,))), "layer 12 is out of range"),
         (lambda: run(**grown(heads=4), transfer=COPY.transfer), "give teacher_heads, one of first, different"),
-        (lambda: run(**grown(depth=6), transfer=COPY.transfer), "the student's depth"),
+        (lambda: run(**grown(depth=6), transfer=COPY.transfer), "is out of range: the network has 6 blocks"),
         (lambda: run(**grown(image_size=40, patch_size=8), init=Init(source="teacher")), "the teacher's patch_size"),
         (lambda: run(**grown(class_token=False), transfer=COPY.transfer), "the student's class_token"),
         (lambda: run(**grown(components=("registers",), registers=4), transfer=COPY.transfer), "registers"),

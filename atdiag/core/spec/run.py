@@ -111,14 +111,9 @@ class RunSpec(Spec):
 
     def _check_transfer(self, student: Network, teacher: Network) -> None:
         transfer = self.transfer
-        if student.depth != teacher.depth and transfer.layers and not transfer.teacher_layers:
-            raise ValueError(
-                f"the student's depth ({student.depth}) is not the teacher's ({teacher.depth}): "
-                "give teacher_layers, the teacher's block for each of the student's layers"
-            )
         for layers, network, whose in (
             (transfer.layers, student, ""),
-            (transfer.teacher_layers, teacher, "teacher's "),
+            (transfer.sources, teacher, "teacher's "),
         ):
             if layers and max(layers) >= network.depth:
                 raise ValueError(f"layer {max(layers)} is out of range: the {whose}network has {network.depth} blocks")

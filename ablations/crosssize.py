@@ -64,7 +64,9 @@ def crosssize(
     usual = [name for name in known if name in ("s", "b", "l")]
     named = comma_separated(students or ",".join(usual), "students", "s,b,l")
     if given := [name for name in named if "=" in name]:
-        raise UserError(f"`students` {given[0]} is not a name", "give letters or names; `student` takes one by its width")
+        raise UserError(
+            f"`students` {given[0]} is not a name", "give letters or names; `student` takes one by its width"
+        )
     cases = _distinct([_case(lab, teacher, name) for name in named])
     own = next((case for case in cases if _is_own(case)), cases[-1])
     studies = tuple(_study(case, own, passed) for case in sorted(cases, key=lambda case: case.student.width))

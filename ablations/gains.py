@@ -39,7 +39,9 @@ def study(lab: Lab, ablation: str, teacher: str, methods: Sequence[str], where: 
         if method == "finetune":  # the teacher's own architecture, so no weight is lost
             if lab.settings.student is not None and sizes.differing(standard, source.network):
                 others = ",".join(name for name in methods if name != "finetune") or "copy,distill"
-                raise UserError("finetune trains the teacher itself further, at its own size", f"give `methods` {others}")
+                raise UserError(
+                    "finetune trains the teacher itself further, at its own size", f"give `methods` {others}"
+                )
             return lab.arm(method, lab.student(source, own), source, Init(source="teacher"), recipe="finetune")
         return lab.arm(method, standard, source, transfer=lab.transfer(method, standard, allowed=METHODS))
 

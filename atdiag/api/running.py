@@ -63,8 +63,8 @@ def run(
     data: a data set's name, a folder, or settings (``{"name": "imagenette", "image_size": 128}``). split: the share of
     a folder's images to hold out for the test. budget: a time such as ``20m`` that chooses the epochs. options: the
     experiment's own, named as on the command line (``module``, ``from_``, ``k=(3, 6)``). student: the size of all
-    students, as ``"deit_s"``, ``"timm:MODEL"`` or ``{"width": 384, "depth": 12, "heads": 6}``. settings: others by dotted
-    name (``{"recipe.epochs": 2}``). runs: the folder of runs. out: a folder for tables and figures; default: none are
+    students, as ``"deit_s"``, ``"timm:MODEL"`` or ``{"width": 384, "depth": 12, "heads": 6}``. settings: others by
+    dotted name (``{"recipe.epochs": 2}``). runs: the folder of runs. out: a folder for tables and figures; default: none are
     written. executor: None for processes on this machine. dry_run: train nothing, and return the plan. The others are
     those of the command line.
 

@@ -86,7 +86,9 @@ def _typed(text: str) -> StudentSize:
         if not sign:
             raise UserError(f"`student` {text}: {short(part)} is not NAME=NUMBER", _EXAMPLE)
         if key not in _KEYS:
-            raise UserError(f"`student` {text}: unknown size {key!r}{suggest(key, _KEYS)}", f"known: {', '.join(_KEYS)}")
+            raise UserError(
+                f"`student` {text}: unknown size {key!r}{suggest(key, _KEYS)}", f"known: {', '.join(_KEYS)}"
+            )
         name = _KEYS[key]
         if name in fields:
             raise UserError(f"`student` {text}: {key} is given twice", "give it once")

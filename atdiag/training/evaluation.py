@@ -218,9 +218,7 @@ def predict(
     ):
         for start, batch in zip(range(0, len(images), BATCH), batches, strict=True):
             pixels = _on(device, batch)
-            shown = {
-                key: show(teacher, pixels, of_teacher(transfers)) for key, (teacher, transfers) in needed.items()
-            }
+            shown = {key: show(teacher, pixels, of_teacher(transfers)) for key, (teacher, transfers) in needed.items()}
             for subject, out in zip(subjects, said, strict=True):
                 key = id(subject.teacher)
                 own = subject.given(shown[key]) if key in shown else Observation()

@@ -198,9 +198,7 @@ def seen_at(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
     with torch.autocast(images.device.type, enabled=False):
-        out = torch.nn.functional.interpolate(
-            images, (size, size), mode="bicubic", antialias=True, align_corners=False
-        )
+        out = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False)
     return out.clamp_(0, 1)
 
 

@@ -116,7 +116,7 @@ def test_heads_that_do_not_divide_are_not_averaged():
 def test_start_weights_do_not_pass_between_sizes():
     with pytest.raises(UserError, match=r"can't start from the weights of deit_b .*\(width 32 for the teacher's 48"):
         reinit(lab("s"), "attn", "deit_b")
-    with pytest.raises(UserError, match="finetune trains the teacher itself.*give `methods` copy,distill"):
+    with pytest.raises(UserError, match=r"finetune trains the teacher itself.*give `methods` copy,distill"):
         benchmark(lab("s"), "deit_b")
 
 

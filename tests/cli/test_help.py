@@ -26,7 +26,18 @@ RUNS = ("list", "show", "remove", "verify", "diff", "export")
 
 def test_every_command_has_help(folder):
     commands = ["benchmark", "sizes", "epochs", "datasets", "ood", "reinit", "layers", "match", "rescue", "losses"]
-    commands += ["recipes", "crosssize", "diagnose", "reproduce", "figures", "teachers", "pretrain", "doctor", "runs", "data"]
+    commands += [
+        "recipes",
+        "crosssize",
+        "diagnose",
+        "reproduce",
+        "figures",
+        "teachers",
+        "pretrain",
+        "doctor",
+        "runs",
+        "data",
+    ]
     commands += ["hooks", "trace", "similarity", "intervene", "patch", "probe", "attention-stats", "maps"]
     code, out = ran("--help")
     assert code == 0

@@ -131,7 +131,9 @@ def test_runs_of_one_teacher_at_two_image_sizes_are_no_cohort(bench):
     """Students of two patch sizes meet the same weights at two resolutions."""
     small = TEACHER.model_copy(update={"network": BIG.model_copy(update={"image_size": 16})})
     one = company(bench)["different"]
-    other = type(one).model_validate({**one.model_dump(), "teacher": small, "network": COARSE, "transfer": passed("copy", "first")})
+    other = type(one).model_validate(
+        {**one.model_dump(), "teacher": small, "network": COARSE, "transfer": passed("copy", "first")}
+    )
     assert [len(group) for group in cohorts([one, other])] == [1, 1]
     with pytest.raises(ValueError, match="share one data stream and one teacher"):
         bench.train(one, other)

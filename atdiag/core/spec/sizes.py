@@ -64,7 +64,7 @@ def check_heads(rule: HeadRule, student: int, teacher: int) -> None:
 def head_groups(rule: HeadRule, student: int, teacher: int) -> tuple[tuple[int, ...], ...]:
     """Return, for each of the student's heads, the teacher's whose maps it takes the mean of.
 
-    For every rule but ``different``, which depends on the teacher's maps. Raises ValueError as :func:`check_heads` does.
+    For every rule but ``different``, which depends on the teacher's maps. Raises what :func:`check_heads` raises.
 
     >>> head_groups("mean", 2, 4), head_groups("repeat", 3, 2), head_groups("first", 2, 3)
     (((0, 1), (2, 3)), ((0,), (0,), (1,)), ((0,), (1,)))

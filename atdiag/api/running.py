@@ -65,8 +65,8 @@ def run(
     experiment's own, named as on the command line (``module``, ``from_``, ``k=(3, 6)``). student: the size of all
     students, as ``"deit_s"``, ``"timm:MODEL"`` or ``{"width": 384, "depth": 12, "heads": 6}``. settings: others by
     dotted name (``{"recipe.epochs": 2}``). runs: the folder of runs. out: a folder for tables and figures; default:
-    none are written. executor: None for processes on this machine. dry_run: train nothing, and return the plan. The others are
-    those of the command line.
+    none are written. executor: None for processes on this machine. dry_run: train nothing, and return the plan. The
+    others are those of the command line.
 
     A network is stored in ``<runs>/teachers``, in a file named by the hash of its weights, which is its identity.
 

@@ -83,7 +83,7 @@ class TransferSettings(Spec):
         asked = self.teacher_layers
         if asked is None or asked in sizes.BLOCK_RULES:
             try:
-                return sizes.paired_blocks(asked or "uniform", layers, student, teacher)  # type: ignore[arg-type]
+                return sizes.paired_blocks(asked or "uniform", layers, student, teacher)
             except ValueError as fault:
                 raise UserError(f"transfer.{fault}") from None
         parts = asked if isinstance(asked, tuple) else tuple(part.strip() for part in str(asked).split(","))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from atdiag.core.errors import UserError
 from atdiag.core.selection import choose
 from atdiag.core.spec import Init
+from atdiag.networks.registry import sizes
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, Arm, Report, Study
 from atdiag.study.verdicts import verb_phrase
@@ -35,6 +37,11 @@ def study(lab: Lab, ablation: str, teacher: str, methods: Sequence[str], where: 
 
     def arm(method: str) -> Arm:
         if method == "finetune":  # the teacher's own architecture, so no weight is lost
+            if lab.settings.student is not None and sizes.differing(standard, source.network):
+                others = ",".join(name for name in methods if name != "finetune") or "copy,distill"
+                raise UserError(
+                    "finetune trains the teacher itself further, at its own size", f"give `methods` {others}"
+                )
             return lab.arm(method, lab.student(source, own), source, Init(source="teacher"), recipe="finetune")
         return lab.arm(method, standard, source, transfer=lab.transfer(method, standard, allowed=METHODS))
 

@@ -68,15 +68,16 @@ LIGHT = (
     *(f"atdiag/data/{name}.py" for name in ("catalogue", "datasets", "embedded", "files", "folder_sets", "listed")),
     *(f"atdiag/data/{name}.py" for name in ("image_folders", "sources", "testsets")),
     *(f"atdiag/networks/{name}/__init__.py" for name in ("registry", "weights", "timm")),
-    *(f"atdiag/networks/registry/{name}.py" for name in ("listing", "preprocessing", "stored", "teachers")),
+    *(f"atdiag/networks/registry/{name}.py" for name in ("listing", "preprocessing", "sizes", "stored", "teachers")),
     *(f"atdiag/networks/weights/{name}.py" for name in ("files", "loading", "pull", "sources")),
     "atdiag/networks/model/acting.py",
     "atdiag/networks/timm/architectures.py",
     *(f"atdiag/study/{name}.py" for name in ("aggregate", "builder", "claims", "judging", "matching", "pipeline")),
     *(
         f"atdiag/study/{name}.py"
-        for name in ("own", "profiles", "protocol", "registry", "sense", "settings", "transfer_settings", "verdicts")
+        for name in ("other_size", "own", "profiles", "protocol", "registry", "sense", "settings", "student")
     ),
+    *(f"atdiag/study/{name}.py" for name in ("transfer_settings", "verdicts")),
     *(f"atdiag/training/{name}.py" for name in ("audit", "predictions")),
     "ablations/*.py",
 )

@@ -28,7 +28,7 @@ from atdiag.networks.weights.classes import HeadClasses
 from atdiag.training import checkpoint, evaluation
 from atdiag.transfer import methods
 from atdiag.transfer.attention import AttentionOverride
-from atdiag.transfer.observation import Observation, of_teacher
+from atdiag.transfer.observation import of_teacher
 
 if TYPE_CHECKING:
     from atdiag.core.runs import Store
@@ -115,9 +115,7 @@ class Subject:
             return {}
         if body.teacher is None:
             raise ValueError(f"{self.label} copies blocks {body.transfer.layers}: it needs its teacher, and has none")
-        shown = body.teacher.observe(pixels, of_teacher([body.transfer]))
-        own = evaluation.fit(shown, body.teacher, self.network)
-        own = Observation(own.seen, own.features, own.logits, body.averages)
+        own = body.given(evaluation.show(body.teacher, pixels, of_teacher([body.transfer])))
         return methods.given(body.transfer, own, self.network, pixels.device) or {}
 
 
@@ -320,7 +318,8 @@ def _student(spec: RunSpec, file: Path) -> Subject:
             body.teacher = loading.load(spec.teacher)
         except (loading.WeightsMissingError, ValueError) as fault:
             raise UserError(f"run {spec.id} copies from its teacher: {fault}") from None
-        body.averages = evaluation.averages(spec, body.teacher)
+        body.heads = evaluation.chosen_heads(spec, body.teacher, run if own else None)
+        body.averages = evaluation.averages(spec, body.teacher, heads=body.heads)
     return Subject(label, body, spec.network, spec.data, spec.id, spec)
 
 

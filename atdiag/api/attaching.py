@@ -186,7 +186,7 @@ class Pair:
         if (held.device, held.dtype) != (images.device, like):
             self.teacher.to(images.device, like)
         shown: Observation = self.teacher.observe(images.to(like), observation.of_teacher([self.transfer]))
-        return evaluation.fit(shown, self.teacher, self.network)
+        return evaluation.fit(shown, self.teacher, self.network, self.transfer)
 
     def _of_ours(self, images: Tensor, shown: Observation, *args: Any, **options: Any) -> tuple[Tensor, Observation]:
         student = cast(ViT, self.student)

@@ -208,6 +208,12 @@ def _is_so(name: str, specs: list[RunSpec], settings: Settings) -> bool:
         return False
     for spec in (spec for spec in specs if spec.transfer.method != "none"):
         own = spec.transfer
+        if field in ("teacher_layers", "teacher_heads"):  # a rule that was asked for may be the default
+            if getattr(own, field):
+                return True
+            continue
+        if field not in type(own).model_fields:
+            continue
         asked = settings.profile.transfer.transfer(own.method, spec.network.depth, spec.network.heads)
         if getattr(own, field) is not None and getattr(asked, field) == getattr(own, field):
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,16 @@ from atdiag.transfer.observation import of_teacher
 class ExportedStudent(nn.Module):
     """A trained student, with the teacher whose attention it copies, if it does. Takes images in [0, 1]."""
 
-    def __init__(self, student: ViT, transfer: Transfer, teacher: ViT | Foreign | None) -> None:
+    def __init__(
+        self,
+        student: ViT,
+        transfer: Transfer,
+        teacher: ViT | Foreign | None,
+        heads: Mapping[int, tuple[int, ...]] | None = None,
+    ) -> None:
+        """heads: the teacher's block -> its heads that were chosen for the student, if any were."""
         super().__init__()
-        self.student, self.transfer, self.teacher = student, transfer, teacher
+        self.student, self.transfer, self.teacher, self.heads = student, transfer, teacher, heads or {}
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -34,10 +42,9 @@ class ExportedStudent(nn.Module):
         if self.teacher is None:
             out: Tensor = self.student(images)
             return out
-        shown = self.teacher.observe(images, of_teacher([self.transfer]))
-        return methods.forward_test(
-            self.student, self.transfer, images, evaluation.fit(shown, self.teacher, self.student.network)
-        )
+        shown = evaluation.show(self.teacher, images, of_teacher([self.transfer]))
+        given = evaluation.fit(shown, self.teacher, self.student.network, self.transfer, self.heads)
+        return methods.forward_test(self.student, self.transfer, images, given)
 
 
 def load_student(folder: str | Path, teacher: str | Path | None = None) -> ExportedStudent:
@@ -52,6 +59,7 @@ def load_student(folder: str | Path, teacher: str | Path | None = None) -> Expor
         network = Network.model_validate(document["network"])
         transfer = Transfer.model_validate(document["transfer"])
         known = None if document["teacher"] is None else Teacher.model_validate(document["teacher"])
+        heads = {int(block): tuple(some) for block, some in document.get("teacher_heads", {}).items()}
     except (OSError, ValueError, KeyError, TypeError) as fault:
         raise UserError(
             f"{folder} holds no student with a loader ({type(fault).__name__})",
@@ -63,7 +71,7 @@ def load_student(folder: str | Path, teacher: str | Path | None = None) -> Expor
     except (OSError, ValueError, RuntimeError) as fault:
         raise UserError(f"the weights in {folder} can't be read ({str(fault).splitlines()[0]})") from None
     found = None if known is None else _teacher(known, teacher)
-    whole = ExportedStudent(student, transfer, found)
+    whole = ExportedStudent(student, transfer, found, heads)
     return whole.eval().requires_grad_(False)
 
 

@@ -80,7 +80,7 @@ def export_model(run: Run | str | Path, folder: str | Path, experiment: str | Pa
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     else:
         files["student.safetensors"] = save(_plain(student), {"format": "pt"})
-        files["student.json"] = (json.dumps(_described(spec), indent=1) + "\n").encode()
+        files["student.json"] = (json.dumps(_described(spec, run.result()), indent=1) + "\n").encode()
         files["loader.py"] = _LOADER.encode()
     return _write(folder, files)
 
@@ -93,8 +93,8 @@ def _plain(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
 
 
-def _described(spec: RunSpec) -> dict[str, Any]:
-    """Return what the loader needs of a spec, without the paths of this machine."""
+def _described(spec: RunSpec, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the loader needs of a run, without the paths of this machine."""
     teacher = None
     if spec.transfer.method == "copy":
         assert spec.teacher is not None
@@ -104,6 +104,7 @@ def _described(spec: RunSpec) -> dict[str, Any]:
         "network": spec.network.model_dump(mode="json"),
         "transfer": spec.transfer.model_dump(mode="json"),
         "teacher": teacher,
+        **({"teacher_heads": result["teacher_heads"]} if "teacher_heads" in result else {}),
     }
 
 

@@ -34,6 +34,7 @@ def run(
     split: float | None = None,
     budget: str | None = None,
     gpu: str | None = None,
+    student: str | Mapping[str, float] | None = None,
     profile: str | None = None,
     seeds: int | None = None,
     first_seed: int | None = None,
@@ -61,10 +62,11 @@ def run(
     ablation: the name of its command. teacher: a name, a weight file, a network of timm's or ours, or several of these.
     data: a data set's name, a folder, or settings (``{"name": "imagenette", "image_size": 128}``). split: the share of
     a folder's images to hold out for the test. budget: a time such as ``20m`` that chooses the epochs. options: the
-    experiment's own, named as on the command line (``module``, ``from_``, ``k=(3, 6)``). settings: others by dotted
-    name (``{"recipe.epochs": 2}``). runs: the folder of runs. out: a folder for tables and figures; default: none are
-    written. executor: None for processes on this machine. dry_run: train nothing, and return the plan. The others are
-    those of the command line.
+    experiment's own, named as on the command line (``module``, ``from_``, ``k=(3, 6)``). student: the size of all
+    students, as ``"deit_s"``, ``"timm:MODEL"`` or ``{"width": 384, "depth": 12, "heads": 6}``. settings: others by
+    dotted name (``{"recipe.epochs": 2}``). runs: the folder of runs. out: a folder for tables and figures; default:
+    none are written. executor: None for processes on this machine. dry_run: train nothing, and return the plan. The
+    others are those of the command line.
 
     A network is stored in ``<runs>/teachers``, in a file named by the hash of its weights, which is its identity.
 
@@ -84,6 +86,7 @@ def run(
     given |= {"profile": profile, "seeds": seeds, "first_seed": first_seed, "equivalence": equivalence}
     given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic}
     given |= {"data": named, "split": split, "budget": budget, "gpu": gpu}
+    given["student"] = ",".join(f"{k}={v}" for k, v in student.items()) if isinstance(student, Mapping) else student
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         paths.writable(folder, "out")

@@ -94,6 +94,7 @@ def open_session(
     classes: Path | None = None,
     data: str | None = None,
     split: float | None = None,
+    student: str | None = None,
     **given: Any,
 ) -> ExperimentSession:
     """Resolve the options of an experiment. Raises UserError for any invalid one."""
@@ -114,6 +115,7 @@ def open_session(
         classes=classes,
         data=data,
         split=split,
+        student=student,
     )
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))

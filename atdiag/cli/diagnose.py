@@ -19,7 +19,7 @@ from atdiag.api import diagnosing
 from atdiag.api.diagnosing import Asked, PreparedDiagnosis
 from atdiag.cli import planning
 from atdiag.cli.messages import as_typed
-from atdiag.cli.options import BUDGET, EXPERIMENT, joined
+from atdiag.cli.options import EXPERIMENT, SINGLE, joined
 from atdiag.core.text import count, duration
 from atdiag.diagnosis.hypotheses import MARGIN
 from atdiag.reports import console
@@ -39,7 +39,7 @@ _Margin = Annotated[float, typer.Option(help="Points within which an effect coun
 
 def add_commands(app: typer.Typer) -> None:
     """Add the command, with the options of the experiments but for the number of seeds, which looks decide."""
-    common = {**EXPERIMENT, **BUDGET}
+    common = {**EXPERIMENT, **SINGLE}
     common = {name: option for name, option in common.items() if name not in ("seeds", "equivalence")}
     common |= {"open_": (_Open, False)}
     app.command("diagnose")(joined(diagnose, common, _diagnose))

@@ -20,7 +20,7 @@ from atdiag.api.experiments import references as references
 from atdiag.api.experiments import spread as spread
 from atdiag.cli import planning, settling
 from atdiag.cli.messages import RESERVED, as_typed, say
-from atdiag.cli.options import BUDGET, EXPERIMENT, joined
+from atdiag.cli.options import EXPERIMENT, SINGLE, joined
 from atdiag.core.errors import UserError
 from atdiag.study import registry
 
@@ -44,7 +44,7 @@ def add_commands(app: typer.Typer) -> None:
         else:
             taken.add(one.name)
             own = inspect.signature(one.function).parameters  # ``datasets`` has a ``--data`` of its own
-            common = {name: option for name, option in {**EXPERIMENT, **BUDGET}.items() if name not in own}
+            common = {name: option for name, option in {**EXPERIMENT, **SINGLE}.items() if name not in own}
             app.command(one.name)(joined(one.function, common, _run))
 
 

@@ -57,6 +57,14 @@ _Budget = Annotated[
 _Gpu = Annotated[
     str | None, typer.Option(metavar="NAME", help="The GPU that --budget is meant for: h100 or h200. [default: here]")
 ]
+_Student = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The size of all students: a name (deit_s), timm:MODEL, or width=384,depth=12,heads=6. "
+        "[default: their teacher's]",
+    ),
+]
 _Seeds = Annotated[int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]")]
 _FirstSeed = Annotated[
     int | None,
@@ -102,7 +110,8 @@ EXECUTION: Common = {
 }
 """Execution options: fields of :class:`~atdiag.core.options.ExecutionOptions` by name."""
 
-BUDGET: Common = {"budget": (_Budget, None), "gpu": (_Gpu, None)}
+SINGLE: Common = {"student": (_Student, None), "budget": (_Budget, None), "gpu": (_Gpu, None)}
+"""Options of single experiments alone."""
 
 EXPERIMENT: Common = {
     "data": (_Data, None),
@@ -119,7 +128,7 @@ EXPERIMENT: Common = {
     "runs": (Runs, None),
     **EXECUTION,
 }
-"""Options common to all experiments; ``BUDGET`` only to single ones."""
+"""Options common to all experiments; ``SINGLE`` only to single ones."""
 
 
 def joined(function: Callable[..., Any], common: Common, call: Callable[..., None]) -> Callable[..., None]:

@@ -14,6 +14,7 @@ from atdiag.core.selection import choose
 from atdiag.core.spec import Init, Network, RunSpec, Teacher, Transfer
 from atdiag.diagnosis.hypotheses import REINIT, Outline
 from atdiag.networks.model.acting import why_idle
+from atdiag.networks.registry.sizes import differing
 from atdiag.study import aggregate, chance
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, METHODS, Arm, Footing
@@ -52,7 +53,8 @@ class Case:
     @property
     def outline(self) -> Outline:
         """What can be asked about the teacher."""
-        differences = self.teacher.network.differences
+        network = self.teacher.network
+        differences = network.differences
         components = tuple(name for name in self.own if name not in self.idle)
         why: dict[str, str] = {}
         if differences:
@@ -61,6 +63,11 @@ class Case:
         elif not components:
             said = "; ".join(f"{name}: {reason}" for name, reason in self.idle.items())
             why = {"the architecture": said or f"{self.teacher.label} has no native component"}
+        other = differing(self._standard, network)
+        start = not differences and not other
+        if not differences and other:
+            told = ", ".join(f"{name} {ours} for {theirs}" for name, ours, theirs in other)
+            why["the start"] = f"no weights pass to a student of another size ({told})"
         if self.transfer == "copy":
             why["the loss"] = "copying has no loss: give `transfer` distill"
         return Outline(
@@ -68,7 +75,7 @@ class Case:
             components=components,
             depth=self._standard.depth,
             margin=self.margin,
-            start=not differences,
+            start=start,
             not_asked=why,
         )
 

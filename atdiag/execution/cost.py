@@ -66,7 +66,7 @@ def _of_teacher(spec: RunSpec) -> float:
     """Return the floating-point operations of the teacher's part of a forward pass."""
     if spec.teacher is None or not spec.transfer.layers:
         return 0.0
-    return 2 * macs(spec.teacher.network) * (spec.transfer.layers[-1] + 1) / spec.teacher.network.depth
+    return 2 * macs(spec.teacher.network) * (max(spec.transfer.sources) + 1) / spec.teacher.network.depth
 
 
 WIDE = 768

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 def read(series: Series, settings: Settings, store: Store, equivalence: float | None = None) -> Reading:
     """Read a series' finished runs, correct for the number of contrasts (Holm), and judge the papers' claims.
 
-    No claim is judged by a specimen, whose fault was planted. equivalence: margin in points; contrasts within it (by
+    No claim is judged by a specimen, whose fault was planted, or by students of another size than their teacher's.
+    equivalence: margin in points; contrasts within it (by
     two one-sided tests) are reported as making no difference.
     Raises ValueError if runs of different semantics would be compared.
     """
     measured = corrected([_measured(study, settings, store) for study in series.studies], equivalence)
     reports = tuple(_concluded(report) for report in measured)
-    evidence = [report for report in reports if not is_specimen(report.study.teacher)]
+    evidence = [one for one in reports if one.study.of_one_size and not is_specimen(one.study.teacher)]
     judged = tuple(judging.judge_claim(claim, evidence) for claim in series.claims) if evidence else ()
     if series.findings is not None and evidence:
         judged += _findings(series.findings, evidence)

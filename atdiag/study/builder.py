@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.selection import choose
-from atdiag.core.spec import Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, TransferMethod
+from atdiag.core.spec import Data, Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, TransferMethod
 from atdiag.data import sources
-from atdiag.networks.registry import teachers
+from atdiag.networks.registry import sizes, teachers
 from atdiag.networks.weights import classes
 from atdiag.networks.weights.classes import HeadRows
 from atdiag.study import own
@@ -47,11 +47,21 @@ class Lab:
         """Return a teacher at the profile, on the profile's images. Raises UserError if there is none.
 
         If its published weights are not on this machine, it is a plan (``sha256`` None), which can't be trained with.
+        For a student with another patch size, a teacher of real images is built for the size that gives both one grid.
         """
-        return teachers.teacher(name, self.settings.profile.name, self.settings.profile.data.image_size)
+        profile, student = self.settings.profile, self.settings.student
+        size = profile.data.image_size
+        resized = student is not None and student.patch_size is not None and profile.transfer.grid == "resize"
+        if student is not None and size is not None and resized:
+            own = sizes.network(name, profile.name)
+            size = student.teachers_image_size(size, own.patch_size)
+        return teachers.teacher(name, profile.name, size)
 
     def student(self, teacher: Teacher, components: Iterable[str] = ()) -> Network:
-        """Return the student's architecture: standard, or with some or all of the teacher's native components."""
+        """Return the student's architecture: standard, or with some or all of the teacher's native components.
+
+        Of the teacher's size, or of that in the settings.
+        """
         components = tuple(components)
         for name in components:
             if name not in teacher.network.components:
@@ -60,7 +70,10 @@ class Lab:
                     f"{teacher.label} has no component {name!r}{suggest(name, have)}",
                     f"it has {', '.join(have) or 'none'}",
                 )
-        return teacher.network.student(components, sources.find(self.settings.profile.data).classes)
+        data = sources.find(self.settings.profile.data)
+        student = teacher.network.student(components, data.classes)
+        size = self.settings.student
+        return student if size is None else size.of(student, data.shape(self.settings.profile.data)[1])
 
     def transfer(
         self, method: str, network: Network, layers: Sequence[int] | None = None, allowed: Sequence[str] = METHODS
@@ -93,9 +106,13 @@ class Lab:
         profile = self.settings.profile
         transfer = transfer or Transfer()
         init = init or Init()
+        if teacher is not None and self.settings.student is not None and init.source == "teacher":
+            self._check_same_size(teacher, network)
         if teacher is not None and (transfer.method == "logits" or (init.head and not init.head_rows)):
             self._check_same_classes(teacher)
         try:
+            if teacher is not None:
+                transfer = profile.transfer.between(transfer, network, teacher.network)
             return Arm(
                 name,
                 tuple(
@@ -114,6 +131,15 @@ class Lab:
         except ValidationError as fault:
             raise UserError(describe(fault)) from None
 
+    def _check_same_size(self, teacher: Teacher, network: Network) -> None:
+        """Raise UserError for a student of another size that is to start from its teacher's weights."""
+        if differing := sizes.differing(network, teacher.network):
+            told = ", ".join(f"{name} {ours} for the teacher's {theirs}" for name, ours, theirs in differing)
+            raise UserError(
+                f"a student of another size can't start from the weights of {teacher.label} ({told})",
+                "leave `student` out, or choose an experiment in which no student starts from its teacher",
+            )
+
     def baseline(self, teacher: Teacher) -> Arm:
         """Return the standard student from scratch, without transfer: equal for all teachers of the same student."""
         return self.arm(BASELINE, self.student(teacher))
@@ -126,7 +152,7 @@ class Lab:
 
         Raises UserError if the user's list of classes does not fit the head, or lacks classes of the data set.
         """
-        data, network = self.settings.profile.data, teacher.network
+        data, network = self._seen_by(teacher), teacher.network
         head = self._head(teacher)
         if network.differences:
             return None
@@ -143,8 +169,13 @@ class Lab:
         )
         return Arm("teacher", (spec,), head)
 
-    def _probed(self, teacher: Teacher, head: HeadRows) -> Arm:
+    def _seen_by(self, teacher: Teacher) -> Data:
+        """Return the data at the teacher's own image size, which may be another than the student's."""
         data = self.settings.profile.data
+        return data if data.image_size is None else data.model_copy(update={"image_size": teacher.network.image_size})
+
+    def _probed(self, teacher: Teacher, head: HeadRows) -> Arm:
+        data = self._seen_by(teacher)
         spec = RunSpec(
             network=teacher.network.model_copy(update={"classes": sources.find(data).classes}),
             teacher=teacher,

@@ -55,7 +55,16 @@ class Match:
         return f"maps beside those of {self.teacher.label} ({found}, {self.teacher.network.image_size} px)"
 
     def check(self, specs: Sequence[RunSpec]) -> None:
-        """Raise UserError if the images on which maps are compared are not here."""
+        """Raise UserError if the images on which maps are compared are not here, or a student has another size."""
+        for network in dict.fromkeys(spec.network for spec in specs):
+            theirs = self.teacher.network
+            own, other = ((one.heads, one.depth, one.grid, one.image_size) for one in (network, theirs))
+            if own != other:
+                raise UserError(
+                    "maps are compared head by head and block by block, which students of another size than "
+                    f"{self.teacher.label}'s do not have",
+                    "leave `student` out, or give one with its depth, heads and patches",
+                )
         for data, network in {s.data: s.network for s in specs}.items():
             sources.find(data).check(data, network)
 

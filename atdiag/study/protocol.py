@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from atdiag.core.errors import UserError
 from atdiag.core.spec import RunSpec, Teacher
 from atdiag.networks.registry.specimens import is_specimen, specimen
+from atdiag.study import other_size
 
 if TYPE_CHECKING:
     from atdiag.core.runs import Run
@@ -115,6 +116,11 @@ class Study:
                 f"{self.teacher.label} is a specimen (planted: {fault}). It stands for no published family, and no "
                 "claim of a paper is judged by it."
             )
+        if size := other_size.option(self.arms[0].specs[0].network, self.teacher.network):
+            object.__setattr__(self, "options", {**self.options, "student": size})
+            if self.claims:
+                notes.append("No claim of a paper is judged: the papers' students have their teacher's size.")
+        notes += other_size.notes(arm.specs[0] for arm in self.arms)
         notes += [
             f"{', '.join(names[:-1])} and {names[-1]} are the same runs here: "
             f"one condition under {len(names)} names, counted once."
@@ -124,6 +130,11 @@ class Study:
         object.__setattr__(self, "notes", tuple(dict.fromkeys(notes)))
         for arm in self.arms[1:]:
             _comparable(self.arms[0], arm)
+
+    @property
+    def of_one_size(self) -> bool:
+        """Whether the students have their teacher's size, as in the papers."""
+        return not other_size.option(self.arms[0].specs[0].network, self.teacher.network)
 
     def _names_by_runs(self) -> dict[tuple[str, ...], list[str]]:
         """Return the ids of runs -> the arms that consist of them."""

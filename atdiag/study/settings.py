@@ -24,6 +24,7 @@ from atdiag.data import sources
 from atdiag.study import sense
 from atdiag.study.profiles import METHODS, OWN_PROFILE, PROFILES, Profile
 from atdiag.study.sense import short
+from atdiag.study.student import StudentSize, parse
 from atdiag.study.transfer_settings import TransferSettings
 
 SEEDS = 1_000_000
@@ -47,6 +48,8 @@ class Settings:
     """Settings varied by the experiment on top of these, likewise."""
     chosen: dict[str, Any] = field(default_factory=dict)
     """Settings that were chosen for the user (:mod:`atdiag.study.own`), likewise; the user's own override them."""
+    student: StudentSize | None = None
+    """The size of all students; None: their teacher's."""
 
 
 def resolve(
@@ -62,6 +65,7 @@ def resolve(
     first_seed: int | None = None,
     data: str | None = None,
     split: float | None = None,
+    student: str | None = None,
 ) -> Settings:
     """Resolve a command's settings. Raises UserError for any invalid one.
 
@@ -69,7 +73,8 @@ def resolve(
     anywhere, the profile is ``own``. split: the same as ``data.split``.
 
     training: whether the command may train on the data; otherwise ten images, or one class, are enough.
-    first_seed: the first of ``seeds`` seeds in a row; by default 0.
+    first_seed: the first of ``seeds`` seeds in a row; by default 0. student: the size of all students, as typed
+    (:mod:`atdiag.study.student`); None: their teacher's.
     """
     path = folder / "atdiag.toml"
     file = _read_file(path)
@@ -103,7 +108,8 @@ def resolve(
     pairs = tuple(Seed(data=i, model=i) for i in range(first, first + count))
     if classes is not None and not (classes := classes.expanduser()).is_file():
         raise UserError(f"`classes` {classes}: there is no such file", "give a text file with one class per line")
-    return Settings(resolved, pairs, root, place, overrides, classes)
+    size = None if student is None else parse(student, name)
+    return Settings(resolved, pairs, root, place, overrides, classes, student=size)
 
 
 def changed(settings: Settings, name: str, value: Any) -> Settings:

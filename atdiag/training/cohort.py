@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -29,9 +29,9 @@ from atdiag.data.splits import Split
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import compiled, determinism, evaluation, provenance
+from atdiag.training.prepared import Prepared
 from atdiag.training.trainer import RunTrainer
 from atdiag.transfer.observation import Observation, of_teacher
-from atdiag.transfer.ops import Averaged
 
 Status = Literal["finished", "failed", "interrupted", "busy"]
 
@@ -65,7 +65,7 @@ def train(
     specs = list({spec.id: spec for spec in specs}.values())
     for spec in specs:
         sources.find(spec.data).check(spec.data, spec.network)
-    if len({spec.stream for spec in specs}) > 1 or len({s.teacher.weights for s in specs if s.teacher}) > 1:
+    if len({spec.stream for spec in specs}) > 1 or len({s.teacher.seen_as for s in specs if s.teacher}) > 1:
         raise ValueError("the runs of a cohort share one data stream and one teacher")
     status: dict[str, Status] = {}
     with ExitStack() as locks:
@@ -91,25 +91,6 @@ def train(
             cohort = _Cohort(todo, load_teacher, options, processes)
             status |= cohort.work(on_progress, should_stop, command)
     return status
-
-
-class _Averages:
-    """The teacher's maps averaged over examples, computed once for all runs of a cohort that use the same ones."""
-
-    def __init__(self, teacher: ViT | Foreign | None, images: Split | None) -> None:
-        self.teacher, self.images = teacher, images
-        self.made: dict[Hashable, dict[int, Averaged]] = {}
-
-    def of(self, spec: RunSpec) -> dict[int, Averaged]:
-        """Return a run's averages, empty if it uses none. Raises ValueError if teacher and student do not fit."""
-        transfer = spec.transfer
-        if self.teacher is None or transfer.average != "examples":
-            return {}
-        tokens = self.teacher.network.tokens_shared_with(spec.network)
-        key = transfer.sources, transfer.heads, tokens  # all that the averages depend on within a cohort
-        if key not in self.made:
-            self.made[key] = evaluation.averages(spec, self.teacher, self.images)
-        return self.made[key]
 
 
 class _Cohort:
@@ -139,11 +120,12 @@ class _Cohort:
             self.validation = sources.find(spec.data).validation_split(spec.data, spec.seed.data)
         self.test = sources.find(spec.data).test_split(spec.data)
         self.members: list[RunTrainer] = []
-        averages = _Averages(self.teacher, self.stream.images if self.stream else None)
+        prepared = Prepared(self.teacher, self.stream.images if self.stream else None)
         for run, s in todo:
             try:
                 teacher = self.teacher if s.teacher else None
-                self.members.append(RunTrainer(run, s, teacher, averages.of(s), steps, device))
+                averages, heads = prepared.averages(s), prepared.heads(s)
+                self.members.append(RunTrainer(run, s, teacher, averages, steps, device, heads))
             except ValueError as fault:  # a checkpoint that can't be read, teacher weights that do not fit
                 self._fail(run, 0, str(fault))
         self.compiled = compiled.wanted(device)
@@ -250,7 +232,8 @@ class _Cohort:
             own = Observation()
             if member.spec.transfer.method != "none":
                 assert member.teacher is not None
-                own = evaluation.fit(shown, member.teacher, member.spec.network)
+                spec = member.spec
+                own = evaluation.fit(shown, member.teacher, spec.network, spec.transfer, member.heads)
                 own = replace(own, averages=member.averages)
             member.learn(part, own, share)
             if last:  # member by member: each update frees gradients for the next
@@ -318,9 +301,8 @@ class _Cohort:
             return Observation()
         assert self.teacher is not None
         precision = active[0].spec.recipe.precision
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            shown: Observation = self.teacher.observe(batch.images, wanted)
-        return shown
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            return evaluation.show(self.teacher, batch.images, wanted)
 
     def _finish(self) -> None:
         """Evaluate, store and release the members that are done."""
@@ -365,6 +347,7 @@ class _Cohort:
                 "seconds": round(member.seconds, 3),
                 "images_per_second": round(trained / member.seconds, 1) if member.seconds else None,
                 "start": asdict(member.start) if member.start else None,
+                **self._chosen(member),
                 "teacher": spec.teacher.label if spec.teacher else None,
                 "weights": asdict(origin) if (origin := getattr(member.teacher, "origin", None)) else None,
                 "environment": {
@@ -376,6 +359,12 @@ class _Cohort:
                 "origin": {**self.origin, "from_step": member.began},
             }
         )
+
+    @staticmethod
+    def _chosen(member: RunTrainer) -> dict[str, Any]:
+        """Return the teacher's heads that were chosen for a student, by block."""
+        found = {str(block): list(heads) for block, heads in member.heads.items()}
+        return {"teacher_heads": found} if found else {}
 
     def _validated(self, member: RunTrainer) -> dict[str, Any]:
         if self.validation is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -20,17 +20,20 @@ from atdiag.networks.timm.wrapping import Foreign
 from atdiag.networks.weights import files
 from atdiag.networks.weights.sources import WeightsError
 from atdiag.training.predictions import Predictions
-from atdiag.transfer import methods, ops
+from atdiag.transfer import methods, ops, sizes
 from atdiag.transfer.attention import indices
 from atdiag.transfer.observation import CaptureRequest, Observation, of_teacher
 from atdiag.transfer.ops import Averaged
 
-__all__ = ["Predictions", "Predictor", "averages", "fit", "load_subject", "predict"]
+__all__ = ["Predictions", "Predictor", "averages", "chosen_heads", "fit", "load_subject", "predict", "show"]
 
 BATCH = 256
 
 AVERAGED_IMAGES = 2048
 """Number of training images over which a teacher's map is averaged (``average="examples"``)."""
+
+COMPARED_IMAGES = 64
+"""Number of training images on which a teacher's heads are compared (``teacher_heads="different"``)."""
 
 
 @dataclass
@@ -42,6 +45,14 @@ class Predictor:
     teacher: ViT | Foreign | None = None
     averages: Mapping[int, Averaged] = field(default_factory=dict)
     """Block -> the teacher's map averaged over examples, for a student that copies such averages."""
+    heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """The teacher's block -> its heads that were chosen, for a student that takes its most different ones."""
+
+    def given(self, shown: Observation) -> Observation:
+        """Return what the teacher shows, as the student is given it. The student must have a teacher."""
+        assert self.teacher is not None
+        own = fit(shown, self.teacher, self.network.network, self.transfer, self.heads)
+        return replace(own, averages=self.averages)
 
 
 def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT | Foreign]) -> Predictor:
@@ -61,36 +72,106 @@ def load_subject(run: Run, load_teacher: Callable[[Teacher], ViT | Foreign]) -> 
         return Predictor(network, spec.transfer)
     assert spec.teacher is not None
     teacher = load_teacher(spec.teacher)
-    return Predictor(network, spec.transfer, teacher, averages(spec, teacher))
+    heads = chosen_heads(spec, teacher, run)
+    return Predictor(network, spec.transfer, teacher, averages(spec, teacher, heads=heads), heads)
 
 
-def averages(spec: RunSpec, teacher: ViT | Foreign, images: Split | None = None) -> dict[int, Averaged]:
+def averages(
+    spec: RunSpec,
+    teacher: ViT | Foreign,
+    images: Split | None = None,
+    heads: Mapping[int, tuple[int, ...]] | None = None,
+) -> dict[int, Averaged]:
     """Return the teacher's maps averaged over examples, by block; empty unless the run's transfer uses them.
 
     Averages over the run's first ``AVERAGED_IMAGES`` training images, without augmentation, and returns one map [H, N,
     N] for each block, the same for every image in training and at test. Such a map keeps what depends on position and
-    nothing of an image's content. images: those training images, if already loaded.
+    nothing of an image's content. images: those training images, if already loaded. heads: as in :func:`fit`.
     """
     transfer = spec.transfer
     if transfer.average != "examples":
         return {}
-    images = sources.find(spec.data).train_split(spec.data, spec.seed.data) if images is None else images
-    device = next(teacher.parameters()).device
-    count = min(len(images), AVERAGED_IMAGES)
     sums: dict[int, Tensor] = {}
-    for start in range(0, count, BATCH):
-        pixels = _on(device, torch.from_numpy(images.batch(start, min(start + BATCH, count))))
-        with torch.no_grad():
-            shown = teacher.observe(pixels, CaptureRequest(maps=frozenset(transfer.sources)))
-        for layer, seen in fit(shown, teacher, spec.network).seen.items():
-            chosen = seen.qk if transfer.heads is None else seen.qk.select_heads(indices(transfer.heads, device))
-            total = ops.logits(chosen).softmax(-1).sum(0, keepdim=True)
+    count = 0
+    for pixels in _training_images(spec, teacher, images, AVERAGED_IMAGES):
+        count += len(pixels)
+        shown = show(teacher, pixels, CaptureRequest(maps=frozenset(transfer.sources)))
+        for layer, seen in fit(shown, teacher, spec.network, transfer, heads).seen.items():
+            chosen = seen.map
+            if transfer.heads is not None:
+                chosen = chosen.select_heads(indices(transfer.heads, pixels.device))
+            total = ops.probabilities(chosen).sum(0, keepdim=True)
             sums[layer] = total if layer not in sums else sums[layer] + total
     return {layer: Averaged(total / count) for layer, total in sums.items()}
 
 
-def fit(observation: Observation, teacher: ViT | Foreign, student: Network) -> Observation:
-    """Restrict a teacher's observation to the student's tokens: extra registers are sliced off before softmax."""
+def chosen_heads(
+    spec: RunSpec, teacher: ViT | Foreign, run: Run | None = None, images: Split | None = None
+) -> dict[int, tuple[int, ...]]:
+    """Return the heads of the teacher's blocks that differ most; empty unless the run's transfer takes them.
+
+    By their mean divergence on the run's first ``COMPARED_IMAGES`` training images, without augmentation (see
+    :func:`atdiag.transfer.sizes.most_different`). run: a finished one, whose record is read instead. images: as in
+    :func:`averages`.
+    """
+    transfer = spec.transfer
+    if transfer.teacher_heads != "different":
+        return {}
+    if run is not None and run.finished and (stored := run.result().get("teacher_heads")):
+        return {int(block): tuple(heads) for block, heads in stored.items()}
+    sums: dict[int, Tensor] = {}
+    for pixels in _training_images(spec, teacher, images, COMPARED_IMAGES):
+        shown = show(teacher, pixels, CaptureRequest(maps=frozenset(transfer.sources)))
+        for block, seen in _on_shared_tokens(shown, teacher, spec.network).seen.items():
+            apart = len(pixels) * sizes.head_divergence(seen.qk)
+            sums[block] = apart if block not in sums else sums[block] + apart
+    count = min(COMPARED_IMAGES, spec.data.train)
+    return {block: sizes.most_different(apart / count, spec.network.heads) for block, apart in sorted(sums.items())}
+
+
+def _training_images(
+    spec: RunSpec, teacher: ViT | Foreign, images: Split | None, most: int
+) -> Generator[Tensor, None, None]:
+    """Yield a run's first training images, without augmentation, on the teacher's device: float32 in [0, 1]."""
+    images = sources.find(spec.data).train_split(spec.data, spec.seed.data) if images is None else images
+    device = next(teacher.parameters()).device
+    count = min(len(images), most)
+    for start in range(0, count, BATCH):
+        yield _on(device, torch.from_numpy(images.batch(start, min(start + BATCH, count))))
+
+
+@torch.no_grad()
+def show(teacher: ViT | Foreign, images: Tensor, wanted: CaptureRequest) -> Observation:
+    """Return what a teacher shows of images [B, C, S, S] in [0, 1] as its student sees them.
+
+    A teacher of another image size sees them resized (:func:`atdiag.transfer.sizes.seen_at`).
+    """
+    shown: Observation = teacher.observe(sizes.seen_at(images, teacher.network.image_size), wanted)
+    return shown
+
+
+def fit(
+    observation: Observation,
+    teacher: ViT | Foreign,
+    student: Network,
+    transfer: Transfer,
+    heads: Mapping[int, tuple[int, ...]] | None = None,
+) -> Observation:
+    """Bring what a teacher shows to its student's size: the one place where this is done.
+
+    Registers that the student lacks are sliced off before softmax; maps of another number of heads or another grid are
+    brought to the student's (:mod:`atdiag.transfer.sizes`). Where both have one size the observation itself is
+    returned. heads: those that :func:`chosen_heads` returned.
+    """
+    observation = _on_shared_tokens(observation, teacher, student)
+    fitting = sizes.fitting(transfer, student, teacher.network, teacher.mean.device, heads)
+    if fitting is None:
+        return observation
+    blocks = [block for block in dict.fromkeys(transfer.sources) if block in observation.seen]
+    return replace(observation, seen={block: fitting.record(block, observation.seen[block]) for block in blocks})
+
+
+def _on_shared_tokens(observation: Observation, teacher: ViT | Foreign, student: Network) -> Observation:
     tokens = teacher.shared_tokens(student)
     return observation if tokens is None else observation.select(tokens)
 
@@ -137,14 +218,10 @@ def predict(
     ):
         for start, batch in zip(range(0, len(images), BATCH), batches, strict=True):
             pixels = _on(device, batch)
-            shown = {
-                key: teacher.observe(pixels, of_teacher(transfers)) for key, (teacher, transfers) in needed.items()
-            }
+            shown = {key: show(teacher, pixels, of_teacher(transfers)) for key, (teacher, transfers) in needed.items()}
             for subject, out in zip(subjects, said, strict=True):
-                own = Observation()
-                if subject.teacher is not None and id(subject.teacher) in shown:
-                    own = fit(shown[id(subject.teacher)], subject.teacher, subject.network.network)
-                    own = replace(own, averages=subject.averages)
+                key = id(subject.teacher)
+                own = subject.given(shown[key]) if key in shown else Observation()
                 logits = methods.forward_test(subject.network, subject.transfer, pixels, own).float().cpu()
                 out.append(_score(logits, images.labels[start : start + BATCH], among))
     return [_gather(out, images) for out in said]

@@ -51,8 +51,10 @@ class RunTrainer:
         averages: Mapping[int, Averaged],
         steps_per_epoch: int,
         device: torch.device,
+        heads: Mapping[int, tuple[int, ...]] | None = None,
     ) -> None:
-        self.run, self.spec, self.teacher, self.averages = run, spec, teacher, averages
+        """averages, heads: as in :class:`~atdiag.training.evaluation.Predictor`."""
+        self.run, self.spec, self.teacher, self.averages, self.heads = run, spec, teacher, averages, heads or {}
         recipe = spec.recipe
         self.total = recipe.epochs * steps_per_epoch
         self.steps_per_epoch = steps_per_epoch
@@ -257,7 +259,7 @@ class RunTrainer:
 
     def subject(self) -> evaluation.Predictor:
         """Return the trained network as a subject to evaluate."""
-        return evaluation.Predictor(self.outcome, self.spec.transfer, self.teacher, self.averages)
+        return evaluation.Predictor(self.outcome, self.spec.transfer, self.teacher, self.averages, self.heads)
 
 
 def drop_path(rate: float, depth: int, seed: int, step: int, samples: np.ndarray) -> Tensor | None:

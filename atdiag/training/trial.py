@@ -39,8 +39,9 @@ def trial(specs: Sequence[RunSpec], load_teacher: Callable[[Teacher], ViT | Fore
                 students.start_from(student, network_of_teacher, init)
             image = torch.zeros(1, network.channels, network.image_size, network.image_size)
             with torch.no_grad():
-                shown = network_of_teacher.observe(image, observation.of_teacher([transfer]))
-                shown = evaluation.fit(shown, network_of_teacher, network)
+                shown = evaluation.show(network_of_teacher, image, observation.of_teacher([transfer]))
+                some = {block: tuple(range(network.heads)) for block in transfer.sources}  # in place of chosen ones
+                shown = evaluation.fit(shown, network_of_teacher, network, transfer, some)
                 methods.forward(student, transfer, image, shown)
         except (RuntimeError, ValueError, TypeError, AssertionError, KeyError) as fault:
             doing = "start a student" if transfer.method == "none" else f"be used for {transfer.method}"

@@ -119,7 +119,7 @@ def _losses(transfer: Transfer, teacher: Observation, own: Observation) -> list[
         return [hinton(teacher.logits, own.logits, transfer.temperature)]
     if transfer.method == "distill" and transfer.tensor == "map":
         divergence = map_loss_function(transfer.loss or DEFAULT_LOSS)
-        return [divergence(one, _map(transfer, own.seen[layer])) for layer, one in _maps(transfer, teacher).items()]
+        return [divergence(one, _own(transfer, own.seen[layer])) for layer, one in _maps(transfer, teacher).items()]
     pairs = zip(transfer.layers, transfer.sources, strict=True)
     if transfer.method == "features":
         return [feature_mse(teacher.features[source], own.features[layer]) for layer, source in pairs]
@@ -161,7 +161,16 @@ def _maps(transfer: Transfer, teacher: Observation) -> dict[int, Map]:
     return dict(zip(transfer.layers, out, strict=True))
 
 
-def _map(transfer: Transfer, seen: AttentionRecord) -> QK:
+def _map(transfer: Transfer, seen: AttentionRecord) -> Map:
+    """Return the teacher's map of the selected heads."""
+    if transfer.heads is None:
+        return seen.map
+    device = seen.map.q.device if isinstance(seen.map, QK) else seen.map.p.device
+    return seen.map.select_heads(indices(transfer.heads, device))
+
+
+def _own(transfer: Transfer, seen: AttentionRecord) -> QK:
+    """Return the student's map of the selected heads."""
     return seen.qk if transfer.heads is None else seen.qk.select_heads(indices(transfer.heads, seen.qk.q.device))
 
 

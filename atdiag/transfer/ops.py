@@ -152,7 +152,7 @@ def _parts(length: int, step: int) -> list[slice]:
 
 
 @torch.no_grad()
-def average(maps: Sequence[QK], over: Over) -> list[Averaged]:
+def average(maps: Sequence[Map], over: Over) -> list[Averaged]:
     """Return the maps of several layers, each averaged for transfer (Li et al. 2024, the averaging ablation).
 
     ``queries``: one row for all tokens [B, H, 1, N]; ``heads`` [B, 1, N, N]; ``examples``: over the batch [1, H, N, N];
@@ -167,10 +167,12 @@ def average(maps: Sequence[QK], over: Over) -> list[Averaged]:
     return [Averaged(_mean(map, over)) for map in maps]
 
 
-def _mean(map: QK, over: Over) -> Tensor:
+def _mean(map: Map, over: Over) -> Tensor:
     map = map.widened()
-    shape = [*map.q.shape[:3], map.k.shape[-2]]
     dim = {"examples": 0, "heads": 1, "queries": 2}.get(over)
+    if isinstance(map, Averaged):
+        return map.p.clone() if dim is None else map.p.mean(dim, keepdim=True)
+    shape = [*map.q.shape[:3], map.k.shape[-2]]
     if dim is not None:
         shape[dim] = 1
     out = map.q.new_zeros(shape)

@@ -30,6 +30,7 @@ def test_every_command_has_help(folder):
         "recipes",
         "tensors",
         "averages",
+        "crosssize",
         "diagnose",
         "reproduce",
         "figures",

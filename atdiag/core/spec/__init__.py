@@ -29,6 +29,8 @@ from atdiag.core.spec.recipe import Recipe as Recipe
 from atdiag.core.spec.recipe import Seed as Seed
 from atdiag.core.spec.run import PROBE_IMAGES as PROBE_IMAGES
 from atdiag.core.spec.run import RunSpec as RunSpec
+from atdiag.core.spec.sizes import BlockRule as BlockRule
+from atdiag.core.spec.sizes import HeadRule as HeadRule
 from atdiag.core.spec.specimen import Operation as Operation
 from atdiag.core.spec.specimen import PlantedLosses as PlantedLosses
 from atdiag.core.spec.transfer import BlockModule as BlockModule

@@ -23,6 +23,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "transfer.teacher_layers": [],
     "transfer.tensor": "map",
     "transfer.heads": None,
+    "transfer.teacher_heads": None,
     "transfer.average": None,
     "transfer.reduce": "sum",
     "transfer.temperature": None,

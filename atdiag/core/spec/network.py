@@ -113,9 +113,10 @@ class Network(Spec):
     def tokens_shared_with(self, other: Network) -> tuple[int, ...] | None:
         """Return the indices of this network's tokens that a network with fewer registers also has; None if all.
 
-        Raises ValueError if the two differ in more than their registers.
+        The patches are this network's, whatever the other's grid. Raises ValueError if only one of the two has a class
+        token, or the other more registers.
         """
-        if (self.grid, self.class_token) != (other.grid, other.class_token) or self.registers < other.registers:
+        if self.class_token != other.class_token or self.registers < other.registers:
             raise ValueError(f"the tokens of two networks do not line up: {self.tokens} and {other.tokens}")
         if self.registers == other.registers:
             return None
@@ -157,6 +158,11 @@ class Teacher(Spec):
         branch = "" if self.branch == "weights" else f"#{self.branch}"
         operation = f"#{self.operation.key}" if self.operation else ""
         return f"{self.sha256 or ''}{branch}{operation}"
+
+    @property
+    def seen_as(self) -> tuple[str, int]:
+        """The weights, and the image size at which they are run: what the runs of a cohort share."""
+        return self.weights, self.network.image_size
 
     @property
     def label(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from atdiag.core.spec import losses, sizes
 from atdiag.core.spec.base import Spec
 from atdiag.core.spec.data import Data
 from atdiag.core.spec.hashing import SEMANTICS, content_hash
@@ -39,8 +40,11 @@ class RunSpec(Spec):
         changed: dict[str, Any] = {}
         if self.teacher is not None and not self._folds(self.teacher.network):
             changed["init"] = self.init.model_copy(update={"layer_scale": "fold"})
-        if self.transfer.heads == tuple(range(self.network.heads)):
-            changed["transfer"] = self.transfer.model_copy(update={"heads": None})
+        whole = self.transfer.heads == tuple(range(self.network.heads))
+        equal = self.teacher is not None and self.teacher.network.heads == self.network.heads
+        reset = {name: None for name, idle in (("heads", whole), ("teacher_heads", equal)) if idle}
+        if any(getattr(self.transfer, name) is not None for name in reset):
+            changed["transfer"] = self.transfer.model_copy(update=reset)
         return changed
 
     def _folds(self, teacher: Network) -> bool:
@@ -57,7 +61,7 @@ class RunSpec(Spec):
         if self.teacher is None:
             return
         student, teacher = self.network, self.teacher.network
-        for field in ("heads", "image_size", "channels", "grid", "class_token"):
+        for field in ("channels", "class_token"):
             if getattr(student, field) != getattr(teacher, field):
                 raise ValueError(
                     f"the student's {field} ({getattr(student, field)}) must be "
@@ -87,7 +91,7 @@ class RunSpec(Spec):
                 f"no student can start from this teacher's weights: it has {', '.join(teacher.differences)}, "
                 "which no student can be given (its maps can be transferred)"
             )
-        for field in ("width", "mlp_ratio", "depth"):
+        for field in ("width", "mlp_ratio", "depth", "heads", "patch_size", "image_size"):
             if getattr(student, field) != getattr(teacher, field):
                 raise ValueError(
                     f"a student that starts from its teacher needs the teacher's {field} "
@@ -107,29 +111,45 @@ class RunSpec(Spec):
 
     def _check_transfer(self, student: Network, teacher: Network) -> None:
         transfer = self.transfer
-        if student.depth != teacher.depth and transfer.layers and not transfer.teacher_layers:
-            raise ValueError(
-                f"the student's depth ({student.depth}) is not the teacher's ({teacher.depth}): "
-                "give teacher_layers, the teacher's block for each of the student's layers"
-            )
         for layers, network, whose in (
             (transfer.layers, student, ""),
-            (transfer.teacher_layers, teacher, "teacher's "),
+            (transfer.sources, teacher, "teacher's "),
         ):
             if layers and max(layers) >= network.depth:
                 raise ValueError(f"layer {max(layers)} is out of range: the {whose}network has {network.depth} blocks")
         if transfer.heads is not None and transfer.heads[-1] >= student.heads:
             raise ValueError(f"head {transfer.heads[-1]} is out of range: the student has {student.heads} heads")
         what = "features" if transfer.method == "features" else transfer.tensor
-        if what != "map" and student.width != teacher.width:
-            raise ValueError(
-                f"{what} pass only between networks of the same width: teacher {teacher.width}, student {student.width}"
-            )
+        if transfer.takes_attention and what == "map":
+            self._check_maps(student, teacher)
+        elif what != "map":
+            for field in ("width", "grid", *(("heads",) if what != "features" else ())):
+                ours, theirs = getattr(student, field), getattr(teacher, field)
+                if ours != theirs:
+                    raise ValueError(
+                        f"{what} pass only between networks of the same {field}: teacher {theirs}, student {ours}"
+                    )
         if transfer.method == "logits" and student.classes != teacher.classes:
             raise ValueError(
                 f"logit distillation needs a teacher with the student's classes "
                 f"(teacher {teacher.classes}, student {student.classes})"
             )
+
+    def _check_maps(self, student: Network, teacher: Network) -> None:
+        """Raise ValueError if maps can't be brought to the student's heads and grid."""
+        rule = self.transfer.teacher_heads
+        if student.heads != teacher.heads:
+            if rule is None:
+                raise ValueError(
+                    f"the teacher has {teacher.heads} heads, the student {student.heads}: give teacher_heads, one of "
+                    f"{', '.join(sizes.HEAD_RULES)}"
+                )
+            sizes.check_heads(rule, student.heads, teacher.heads)
+        if self.transfer.loss is None or not losses.map_loss(self.transfer.loss).of_logits:
+            return
+        if rule == "mean" or student.grid != teacher.grid:
+            made = "averaged over heads" if rule == "mean" else "resampled over the grid"
+            raise ValueError(f"a map that is {made} has no logits, which {self.transfer.loss} compares: choose ce")
 
     @property
     def probe_images(self) -> int:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 
 from atdiag.core.spec import losses
 from atdiag.core.spec.base import NonNegative, Spec, sorted_set
+from atdiag.core.spec.sizes import HeadRule
 
 BlockModule = Literal["attn", "mlp"]
 
@@ -62,7 +63,9 @@ class Transfer(Spec):
     tensor: Literal["map", "q", "k", "v"] = "map"
     """Which tensor of a block's attention is transferred: the map, or its queries, keys or values alone."""
     heads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(sorted_set)] | None = None
-    """Heads; None: all."""
+    """The student's heads; None: all."""
+    teacher_heads: HeadRule | None = None
+    """How the teacher's heads are brought to the student's number; None if both have as many."""
     average: Literal["examples", "queries", "heads", "layers"] | None = None
     """Dimension over which the teacher's map is averaged before transfer (layers and heads: the selected ones); what is
     lost shows what mattered."""
@@ -106,14 +109,16 @@ class Transfer(Spec):
         if self.method == "none":
             return
         if self.method == "logits":
-            self._refuse("layers", "teacher_layers", "heads", "average", "loss")
+            self._refuse("layers", "teacher_layers", "heads", "teacher_heads", "average", "loss")
             if self.tensor != "map" or self.reduce != "sum":
                 raise ValueError("logits are a single output per image: leave out tensor and reduce")
             return
         self._refuse("temperature")
         self._check_layers()
+        if self.tensor != "map" and self.teacher_heads is not None:
+            raise ValueError(f"{self.tensor} passes only between equal numbers of heads: leave out teacher_heads")
         if self.method == "features":
-            self._refuse("heads", "average")
+            self._refuse("heads", "average", "teacher_heads")
             if self.tensor != "map" or self.loss != "mse":
                 raise ValueError("features are the residual stream, compared by mse: leave out tensor and loss")
         elif self.method == "copy":

@@ -8,7 +8,7 @@ from atdiag.core.spec import Network
 
 DEPTH = 12
 
-_SIZES: dict[str, dict[str, int]] = {"s": {"width": 32, "heads": 2}, "b": {"width": 48, "heads": 3}}
+SIZES: dict[str, dict[str, int]] = {"s": {"width": 32, "heads": 2}, "b": {"width": 48, "heads": 3}}
 
 
 def network(size: str, **own: Any) -> Network:
@@ -21,6 +21,6 @@ def network(size: str, **own: Any) -> Network:
         classes=10,
         mean=(0.18,),
         std=(0.33,),
-        **_SIZES[size],
+        **SIZES[size],
         **own,
     )

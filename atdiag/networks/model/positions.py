@@ -111,8 +111,7 @@ def is_known_rotary(model: Any) -> bool:
     shapes = [getattr(rope, name, None) for name in ("feat_shape", "ref_feat_shape")]
     usual = {"grid_type": "index", "normalize_coords": "separate", "min_period": None, "max_period": None}
     return (
-        shapes[0] is not None
-        and all(shape is None or len(set(shape)) == 1 for shape in shapes)
+        all(shape is None or len(set(shape)) == 1 for shape in shapes)
         and all(getattr(rope, name, value) == value for name, value in usual.items())
     )
 

@@ -19,7 +19,9 @@ def pool_values(model: Any) -> dict[str, Value]:
     found: dict[str, Value] = {}
     if pool.num_heads != getattr(getattr(block, "attn", block), "num_heads", None):
         found["heads"] = int(pool.num_heads)
-    if pool.mlp is not None and pool.mlp.fc1.out_features != plain_width(block):
+    own: Network | None = getattr(model, "network", None)
+    usual = plain_width(block) if own is None else int(own.width * own.mlp_ratio)
+    if pool.mlp is not None and pool.mlp.fc1.out_features != usual:
         found["hidden"] = int(pool.mlp.fc1.out_features)
     # timm's VisionTransformer drops class token and registers before pooling (unless an option says no), Eva does not.
     if getattr(model, "pools_all", not hasattr(model, "pool_include_prefix")) and model.num_prefix_tokens:

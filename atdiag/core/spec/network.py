@@ -84,9 +84,7 @@ class Network(Spec):
                 "registers": ("registers", "distillation_token"),
                 "norm_eps": ("ln_eps",),
             }
-            changed |= {
-                field: without[field] for field, names in owners.items() if not {*names} & {*self.components}
-            }
+            changed |= {field: without[field] for field, names in owners.items() if not {*names} & {*self.components}}
             changed["values"] = tuple(p for p in self.values if p[0].partition(".")[0] in self.components)
         pixels = {"mean": self.mean, "std": self.std}
         return changed | {name: values[:1] for name, values in pixels.items() if len(set(values)) == 1}

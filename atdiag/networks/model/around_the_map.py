@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from timm.layers import AttentionPoolLatent, GluMlp, Mlp, RmsNorm, SwiGLU
+from timm.layers import AttentionPoolLatent, GluMlp, Mlp, PatchEmbed, RmsNorm, SwiGLU
 from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import nn
 
 from atdiag.core.spec import PLAIN_NORM_EPS, Network
@@ -32,7 +33,7 @@ from atdiag.networks.model.component import (
     without,
 )
 
-POST_NORM = (ResPostBlock, EvaBlockPostNorm, PostNormBlock)
+POST_NORM = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock, PostNormBlock)
 """Blocks that norm a branch's output in place of its input."""
 
 
@@ -200,7 +201,7 @@ COMPONENTS = (
         "The patch embedding has no bias. Before position embeddings a bias is redundant for the patches, whose "
         "positions can hold it.",
         "Radford et al. 2021, CLIP (published code)",
-        found=lambda model: getattr(model.patch_embed.proj, "bias", None) is None,  # type: ignore[union-attr]
+        found=lambda model: isinstance(model.patch_embed, PatchEmbed) and model.patch_embed.proj.bias is None,
         arguments=lambda network: {"embed_layer": patch_embedding(bias=False)},
     ),
     Component(
@@ -220,8 +221,8 @@ COMPONENTS = (
     ),
     Component(
         "swiglu",
-        "A gated MLP: one projection, passed through SiLU, multiplies another. It is two thirds as wide as the standard "
-        "student's plain MLP, so that its three matrices have as many weights as that one's two. The value `packed` "
+        "A gated MLP: one projection, passed through SiLU, multiplies another. It is two thirds as wide as the "
+        "standard student's plain MLP, so that its three matrices have as many weights as that one's two. The value `packed` "
         "says that timm keeps both projections in one matrix.",
         "Shazeer 2020, GLU Variants Improve Transformer; for ViTs Fang et al. 2023, EVA-02",
         found=_is_swiglu,

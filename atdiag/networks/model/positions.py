@@ -110,9 +110,8 @@ def is_known_rotary(model: Any) -> bool:
         return False
     shapes = [getattr(rope, name, None) for name in ("feat_shape", "ref_feat_shape")]
     usual = {"grid_type": "index", "normalize_coords": "separate", "min_period": None, "max_period": None}
-    return (
-        all(shape is None or len(set(shape)) == 1 for shape in shapes)
-        and all(getattr(rope, name, value) == value for name, value in usual.items())
+    return all(shape is None or len(set(shape)) == 1 for shape in shapes) and all(
+        getattr(rope, name, value) == value for name, value in usual.items()
     )
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from timm.layers import Attention as TimmAttention
-from timm.layers import DropPath, GluMlp, Mlp, PatchEmbed, RmsNorm, SwiGLU
+from timm.layers import DropPath, GluMlp, HybridEmbed, Mlp, PatchEmbed, RmsNorm, SwiGLU
 from timm.layers.attention import AttentionRope
-from timm.models import beit, deit, eva, vision_transformer
+from timm.models import beit, deit, eva, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
 from atdiag.core.errors import UserError
@@ -27,12 +27,14 @@ _NETWORKS = (
     deit.VisionTransformerDistilled,
     beit.Beit,
     eva.Eva,
+    vision_transformer_relpos.VisionTransformerRelPos,
 )
 """Exactly these classes are supported: a subclass may change what its parts can't show."""
 
-BLOCKS = (Block, vision_transformer.Block, beit.Block, eva.EvaBlock)
+_RELPOS = vision_transformer_relpos
+BLOCKS = (Block, vision_transformer.Block, beit.Block, eva.EvaBlock, _RELPOS.RelPosBlock)
 PARALLEL = (vision_transformer.ParallelScalingBlock,)
-ATTENTION = (Attention, TimmAttention, AttentionRope, beit.Attention, eva.EvaAttention)
+ATTENTION = (Attention, TimmAttention, AttentionRope, beit.Attention, eva.EvaAttention, _RELPOS.RelPosAttention)
 
 _ATTENTION_NAMES = ("attention", "attn", "mhsa", "gpsa", "xca", "litemla")
 """Lower-case fragments of timm's names for modules that attend."""
@@ -77,11 +79,12 @@ def _describe(model: Any, mean: Sequence[float] | None, std: Sequence[float] | N
     found = components.inspect(model)
     differences -= {name for part in components.resolve(found) for name in part.explains}
     patch = model.patch_embed
+    side, grid = patch.img_size[0], patch.grid_size[0]
     norms = components.layer_norms(model.blocks[0])
     return Network(
-        image_size=patch.img_size[0],
-        patch_size=patch.patch_size[0],
-        channels=patch.proj.in_channels,
+        image_size=side,
+        patch_size=side // grid if isinstance(patch, HybridEmbed) else patch.patch_size[0],
+        channels=patch.proj.in_channels if isinstance(patch, PatchEmbed) else _channels(model),
         width=model.embed_dim,
         depth=len(model.blocks),
         heads=heads,
@@ -114,12 +117,27 @@ def why_not(model: Any) -> str | None:
         known = ", ".join(kind.__name__ for kind in _NETWORKS[1:])
         return f"it is not one of timm's classes whose maps atdiag can read ({known})"
     patch = model.patch_embed
+    if isinstance(patch, HybridEmbed):
+        return _why_no_grid(patch) or _why_no_maps(model)
     if not isinstance(patch, PatchEmbed):
         return f"its patches are embedded by more than one linear layer ({type(patch).__name__})"
     if patch.img_size is None or len(set(patch.img_size)) > 1 or len(set(patch.patch_size)) > 1:
         return "its images or patches are not square"
     if patch.img_size[0] % patch.patch_size[0]:
         return f"its image size {patch.img_size[0]} is not a multiple of its patch size {patch.patch_size[0]}"
+    return _why_no_maps(model)
+
+
+def _why_no_grid(patch: Any) -> str | None:
+    """Return why the token grid of a convolutional patch embedding can't be used; None if it can."""
+    if patch.img_size is None or len({*patch.img_size, *patch.grid_size}) > 2 or len(set(patch.grid_size)) > 1:
+        return "its images or patches are not square"
+    if patch.img_size[0] % patch.grid_size[0]:
+        return f"its image size {patch.img_size[0]} is not a multiple of its grid of {patch.grid_size[0]} tokens"
+    return None
+
+
+def _why_no_maps(model: Any) -> str | None:
     for block in model.blocks:
         if not isinstance(block, BLOCKS + POST_NORM + PARALLEL):
             return f"its blocks ({type(block).__name__}) are not of a kind whose maps atdiag can read"
@@ -202,6 +220,10 @@ def _network_differences(model: Any) -> Iterator[str]:
     """Yield a network's differences from the plain ViT outside its blocks."""
     if _is_there(model, "rope"):
         yield "rope"
+    if isinstance(model.patch_embed, HybridEmbed):
+        yield "convolutional_embedding"
+    if isinstance(model, _RELPOS.VisionTransformerRelPos):
+        yield "other_rel_pos_bias"
     if _is_there(model.patch_embed, "norm"):
         yield "patch_norm"
     if distilled(model):
@@ -244,6 +266,11 @@ def distilled(model: Any) -> bool:
 def _extra_tokens(model: Any) -> list[Tensor]:
     tokens = (getattr(model, name, None) for name in ("reg_token", "dist_token"))
     return [token for token in tokens if token is not None]
+
+
+def _channels(model: Any) -> int:
+    """Return the channels of a network's images, by its first convolution."""
+    return next(int(m.in_channels) for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d))
 
 
 def _scale_init(block: Any) -> float:

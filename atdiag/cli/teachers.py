@@ -25,10 +25,16 @@ def teachers(
     specimens: Annotated[
         bool, typer.Option("--specimens", help="The specimens instead: miniatures with a planted, known fault.")
     ] = False,
+    coverage: Annotated[
+        bool, typer.Option("--coverage", help="Instead: which of timm's ViTs can teach, and have native students.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """List the teachers: weights and licence, native components, tokens, and whether they are on this machine."""
     if context.invoked_subcommand is not None:
+        return
+    if coverage:
+        _coverage(json_)
         return
     if specimens:
         _specimens(family, json_)
@@ -94,6 +100,14 @@ def teachers_pull(
         state = "was here" if got.was_here else "fetched"
         left = f", {got.dropped} keys beside it" if got.dropped else ""
         typer.echo(f"{name} {state}: {got.path}\n  sha256 {got.sha256}, {got.branch}{left}")
+
+
+def _coverage(json_: bool) -> None:
+    """Print what can be done with each of timm's ViTs; it takes a minute or two."""
+    from atdiag.networks.timm import coverage
+
+    found = list(coverage.survey())
+    typer.echo(json.dumps([row._asdict() for row in found]) if json_ else "\n".join(coverage.lines(found)))
 
 
 def pretrain(

@@ -73,8 +73,9 @@ class Attention(nn.Module):
 
     ``QK``, and whatever else is handed out as q and k, holds them as they enter the logits.
 
-    Takes the arguments that timm's block passes to its attention. Raises ValueError for a value of those that this
-    module can't do.
+    Takes the arguments that timm's block passes to its attention, and does with them what timm's does: ``qk_norm``
+    gives norms of q and k, of each head, that come before the hooks; ``scale_norm`` one of the heads' joined outputs.
+    Raises ValueError for dropout.
     """
 
     def __init__(
@@ -87,23 +88,25 @@ class Attention(nn.Module):
         proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        norm_layer: Callable[..., nn.Module] | None = None,  # of qk_norm and scale_norm: without them it has no use
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,  # of qk_norm and scale_norm
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        asked = {"qk_norm": qk_norm, "scale_norm": scale_norm, "attn_drop": attn_drop, "proj_drop": proj_drop}
+        asked = {"attn_drop": attn_drop, "proj_drop": proj_drop}
         if refused := [f"`{name}` {value}" for name, value in asked.items() if value]:
             raise ValueError(f"{', '.join(refused)}: atdiag's attention has no such part (a component can add one)")
-        if not proj_bias:
-            raise ValueError("proj_bias=False: the output projection of atdiag's attention has a bias")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         for name in ("q", "k", "v"):
             self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(dim, dim, **like)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(dim, **like)) if qkv_bias else None)
-        self.proj = nn.Linear(dim, dim, **like)
+        if qk_norm:
+            self.q_norm, self.k_norm = (norm_layer(dim // num_heads, **like) for _ in "qk")
+        if scale_norm:
+            self.norm = norm_layer(dim, **like)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **like)
         self.qk_hooks = nn.ModuleDict()
         self.rel_pos_bias: nn.Module | None = None
         self.register_state_dict_post_hook(_fuse)  # type: ignore[no-untyped-call]
@@ -113,6 +116,9 @@ class Attention(nn.Module):
         """Return the parameters, by name, that are unused while a tensor of all heads is copied from a teacher."""
         names = "qk" if tensor == "map" else tensor
         own = {name: p for name, p in self.named_parameters(recurse=False) if name[0] in names}
+        for part in ("q_norm", "k_norm"):
+            if part[0] in names and hasattr(self, part):
+                own |= {f"{part}.{name}": p for name, p in getattr(self, part).named_parameters()}
         for hook, module in self.qk_hooks.items():
             for name, parameter in module.named_parameters():
                 if tensor == "map" or name.startswith(f"{tensor}_"):
@@ -141,8 +147,10 @@ class Attention(nn.Module):
         return [self._hooked(part, name, heads) for name, part in parts]
 
     def _hooked(self, x: Tensor, name: str, heads: Tensor | None) -> Tensor:
-        """Apply the hooks to q or k [B, h, N, d], keeping its dtype (a norm gives float32 under autocast)."""
+        """Apply norm and hooks to q or k [B, h, N, d], keeping its dtype (a norm gives float32 under autocast)."""
         if name in "qk":
+            if (norm := getattr(self, f"{name}_norm", None)) is not None:
+                x = norm(x).to(x.dtype)
             for hook in self.qk_hooks.values():
                 x = hook(x, name, heads).to(x.dtype)
         return x
@@ -181,7 +189,10 @@ class Attention(nn.Module):
             q, k, v = self._tensors(x, given)
             used = QK(q, k, self.scale, self._bias())
             out = ops.attend(used, v)
-        mixed: Tensor = self.proj(out.transpose(1, 2).reshape(x.shape))
+        joined = out.transpose(1, 2).reshape(x.shape)
+        if (norm := getattr(self, "norm", None)) is not None:
+            joined = norm(joined)
+        mixed: Tensor = self.proj(joined)
         return mixed, AttentionRecord(used, v)
 
     def _under(self, x: Tensor, given: AttentionOverride, v: Tensor) -> tuple[Map, Tensor]:

@@ -40,6 +40,8 @@ ADDED_FIELDS: dict[str, Any] = {
     "recipe.ema": None,
     "teacher.operation": None,
     "planted": None,
+    "network.values": [],
+    "teacher.network.values": [],
 }
 """Fields added since version 1 -> the value under which nothing changed. A spec with that value hashes as if the field
 did not exist, so old runs stay finished. Frozen: only add rows, never edit them."""

@@ -4,13 +4,41 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from atdiag.core.spec.base import Spec, sorted_set
+from atdiag.core.spec.former import as_first_described
 from atdiag.core.spec.specimen import Operation
 
 PLAIN_NORM_EPS = 1e-6
 """LayerNorm epsilon of ViT and DeiT, in their authors' code and in timm."""
+
+
+Value = bool | int | float | str
+"""What a component's value is."""
+
+EXCLUSIVE: tuple[tuple[str, str, str], ...] = (
+    ("mean_pool", "attention_pool", "are two ways to pool"),
+    ("distillation_token", "attention_pool", "are two ways to read the output"),
+    ("distillation_token", "mean_pool", "are two ways to read the output"),
+    ("distillation_token", "registers", "both say what the extra tokens are"),
+    ("gelu_tanh", "quick_gelu", "are two activations of one MLP"),
+    ("gelu_tanh", "swiglu", "are two activations of one MLP"),
+    ("quick_gelu", "swiglu", "are two activations of one MLP"),
+    ("ln_eps", "rms_norm", "contradict each other: there is no LayerNorm whose epsilon could differ"),
+    ("no_last_norm", "norm_before_pool", "contradict each other: there is no norm to place"),
+    ("no_k_bias", "no_qkv_bias", "both say which biases are missing"),
+)
+"""Pairs of components that no network can have together -> why."""
+
+
+def _pairs(values: Any) -> Any:
+    """Return values given as a mapping, as pairs; sorted by name."""
+    pairs = values.items() if isinstance(values, dict) else values
+    try:
+        return tuple(sorted((tuple(pair) for pair in pairs), key=lambda pair: str(pair[0])))
+    except TypeError:
+        return values  # for pydantic to refuse
 
 
 class Network(Spec):
@@ -40,16 +68,24 @@ class Network(Spec):
     registers: int = Field(default=0, ge=0, le=2**14)
     """Number of register tokens; 0 without the component `registers`."""
     differences: Annotated[tuple[str, ...], AfterValidator(sorted_set)] = ()
-    """Other departures of a published network from the plain ViT that students can't be given yet (``rope``): such a
-    network can teach, but no student has them."""
+    """Other departures of a published network from the plain ViT that students can't be given
+    (``parallel_blocks``): such a network can teach, but no student has them."""
+    values: Annotated[tuple[tuple[str, Value], ...], BeforeValidator(_pairs)] = ()
+    """What components are like where they differ from their defaults, as pairs (``component.value``, value):
+    ``("rope.temperature", 100.0)``. Sorted by name; a mapping is accepted."""
 
     def canonical(self) -> dict[str, Any]:
         """Reset the fields of absent components, and collapse channel values that are all equal."""
         changed: dict[str, Any] = {}
         if "components" in self.model_fields_set:
             without = {"layer_scale_init": None, "registers": 0, "norm_eps": PLAIN_NORM_EPS}
-            owners = {"layer_scale_init": "layer_scale", "registers": "registers", "norm_eps": "ln_eps"}
-            changed |= {field: without[field] for field, owner in owners.items() if owner not in self.components}
+            owners = {
+                "layer_scale_init": ("layer_scale",),
+                "registers": ("registers", "distillation_token"),
+                "norm_eps": ("ln_eps",),
+            }
+            changed |= {field: without[field] for field, names in owners.items() if not {*names} & {*self.components}}
+            changed["values"] = tuple(p for p in self.values if p[0].partition(".")[0] in self.components)
         pixels = {"mean": self.mean, "std": self.std}
         return changed | {name: values[:1] for name, values in pixels.items() if len(set(values)) == 1}
 
@@ -63,17 +99,42 @@ class Network(Spec):
             raise ValueError(f"mean and std need 1 or {self.channels} values")
         if ("layer_scale" in self.components) != (self.layer_scale_init is not None):
             raise ValueError("layer_scale_init belongs to the component layer_scale: give both or neither")
-        if ("registers" in self.components) != (self.registers > 0):
+        extra = {"registers", "distillation_token"} & {*self.components}
+        if bool(extra) != (self.registers > 0):
             raise ValueError("a number of registers belongs to the component registers: give both or neither")
+        self._check_combination()
         if ("ln_eps" in self.components) != (self.norm_eps != PLAIN_NORM_EPS):
             raise ValueError(
                 f"a norm_eps other than {PLAIN_NORM_EPS} belongs to the component ln_eps: give both or neither"
             )
-        if "mean_pool" in self.components:
-            if "attention_pool" in self.components:
-                raise ValueError("mean_pool and attention_pool are two ways to pool: choose one")
-            if not self.class_token:
+
+    def _check_combination(self) -> None:
+        """Raise ValueError for components that exclude each other, or that this network can't have."""
+        for one, other, why in EXCLUSIVE:
+            if {one, other} <= {*self.components}:
+                raise ValueError(f"{one} and {other} {why}: choose one")
+        if not self.class_token:
+            if "mean_pool" in self.components:
                 raise ValueError("mean_pool is the plain way to pool where there is no class token: leave it out")
+            if "distillation_token" in self.components:
+                raise ValueError("distillation_token is read beside a class token, and there is none: leave it out")
+        if "distillation_token" in self.components and self.registers != 1:
+            raise ValueError(f"there is one distillation token: give registers=1, not {self.registers}")
+        if "rope" in self.components and self.width // self.heads % 4:
+            raise ValueError(
+                f"rope rotates pairs of channels along two axes: heads of {self.width // self.heads} channels are "
+                "no multiple of 4"
+            )
+
+    def own(self, component: str) -> dict[str, Value]:
+        """Return a component's values that differ from its defaults, by name."""
+        named = ((*name.partition("."), value) for name, value in self.values)
+        return {name: value for owner, _, name, value in named if owner == component}
+
+    @property
+    def as_taught(self) -> dict[str, Any]:
+        """The network as a teacher's is hashed: equal for all descriptions of one teacher (``former``)."""
+        return as_first_described(self.model_dump(mode="json"))
 
     def student(self, components: tuple[str, ...] = (), classes: int | None = None) -> Network:
         """Return the architecture of a student for this teacher: its grid, width, depth, heads and class token.

@@ -7,6 +7,7 @@ from typing import Any
 from atdiag.core.spec import losses, sizes
 from atdiag.core.spec.base import Spec
 from atdiag.core.spec.data import Data
+from atdiag.core.spec.former import as_first_described
 from atdiag.core.spec.hashing import SEMANTICS, content_hash
 from atdiag.core.spec.network import Network, Teacher
 from atdiag.core.spec.recipe import Recipe, Seed
@@ -157,8 +158,14 @@ class RunSpec(Spec):
         return min(self.data.train, PROBE_IMAGES) if self.init.probe else 0
 
     def _content(self) -> dict[str, Any]:
-        """Return the content to hash. A user's folder counts by its fingerprint, wherever it is, in tars or not."""
+        """Return the content to hash.
+
+        A user's folder counts by its fingerprint, wherever it is, in tars or not; a teacher's architecture by its
+        first description (``former``).
+        """
         document = self.model_dump(mode="json")
+        if self.teacher is not None:
+            document["teacher"]["network"] = as_first_described(document["teacher"]["network"])
         if self.data.name.startswith(("folder:", "timm:")) and self.data.fingerprint:
             document["data"]["name"] = "folder:"
         return document

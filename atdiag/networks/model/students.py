@@ -29,9 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from atdiag.core import randomness
 from atdiag.core.spec import Init, Network
 from atdiag.networks.model import components
+from atdiag.networks.model.components import Component
 from atdiag.networks.model.vit import ViT
 
-_TOKENS = ("pos_embed", "cls_token", "reg_token", "latent")
+_TOKENS = ("pos_embed", "cls_token", "reg_token", "dist_token", "latent")
 _BRANCHES = {"attn": ("ls1", "attn.proj"), "mlp": ("ls2", "mlp.fc2")}
 """A block's module -> the LayerScale of its branch, and the projection that it scales."""
 
@@ -68,17 +69,30 @@ def initialise(vit: ViT, seed: int) -> None:
     Xavier-uniform (q, k and v separately, the patch embedding as a matrix), as in MAE, MoCo v3 and the 2024 paper; at
     the miniatures' widths this also trains well, where DeiT's fixed 0.02 does not. Biases are zero; norms one and zero;
     tokens and position embeddings normal with std 0.02; relative position biases normal with std 0.02; a component's
-    constants (LayerScale) as it defines them.
+    constants (LayerScale) and what else it draws by a rule of its own (rotary frequencies) as it defines them.
     """
     constants: dict[str, float | None] = {}
-    for component in components.resolve(vit.network.components):
+    parts = components.resolve(vit.network.components)
+    for component in parts:
         constants |= component.initial(vit.network)
     for name, parameter in vit.named_parameters():
         constant = constants.get(name.rsplit(".", 1)[-1])
-        if constant is None:
+        if (drawn := _drawn(name, parameter, vit.network, seed, parts)) is not None:
+            with torch.no_grad():
+                parameter.copy_(drawn)
+        elif constant is None:
             _draw(name, parameter, vit.network, seed)
         else:
             nn.init.constant_(parameter, constant)
+
+
+def _drawn(name: str, parameter: Tensor, network: Network, seed: int, parts: list[Component]) -> Tensor | None:
+    """Return the values that a component draws for a parameter; None if none does."""
+    for part in parts:
+        generator = randomness.generator(seed, "init", name)
+        if (values := part.drawn(name, tuple(parameter.shape), network, generator)) is not None:
+            return torch.from_numpy(values)
+    return None
 
 
 @torch.no_grad()
@@ -123,7 +137,8 @@ class Start:
     """Student parameters copied from the teacher."""
     folded: tuple[str, ...]
     """Teacher parameters absorbed exactly into a parameter of another name: LayerScale into the projection that follows
-    it, the biases of q and v into that of q, k, v, the norm after mean pooling into the last norm."""
+    it, the biases of q and v into that of q, k, v; and a last norm after pooling, taken for one before it, or the other
+    way round."""
     dropped: tuple[str, ...]
     """Teacher parameters without a counterpart or an exact equivalent in the student."""
     fresh: tuple[str, ...]
@@ -145,19 +160,23 @@ def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
     """
     have, own = teacher.state_dict(), student.state_dict()
     drawn = [f".{part}." for module in init.reinit for part in (module, _BRANCHES[module][0])]
+    replaced = _replaced(student.network, teacher.network)
 
     def stays_fresh(name: str) -> bool:
-        if name.startswith("head."):
+        if name.startswith(("head.", "head_dist.")):
             return not init.head
-        return name.startswith("blocks.") and any(part in name for part in drawn)
+        return name.startswith("blocks.") and any(part in name for part in (*drawn, *replaced))
 
     folded: list[str] = []
     for block, (scale, projection) in product(range(teacher.network.depth), _BRANCHES.values()):
         name = f"blocks.{block}.{scale}.gamma"
         if name in have and name not in own and init.layer_scale == "fold" and not stays_fresh(name):
             key = f"blocks.{block}.{projection}"
+            if stays_fresh(f"{key}.weight"):
+                continue
             have[f"{key}.weight"] = have[name][:, None] * have[f"{key}.weight"]
-            have[f"{key}.bias"] = have[name] * have[f"{key}.bias"]
+            if f"{key}.bias" in have:
+                have[f"{key}.bias"] = have[name] * have[f"{key}.bias"]
             folded.append(name)
 
     for block in range(teacher.network.depth):
@@ -166,17 +185,21 @@ def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
             have[fused] = torch.cat([have[q], torch.zeros_like(have[q]), have[v]])
             folded += [q, v]
 
-    if "mean_pool" in teacher.network.components and "norm.weight" in own:
+    for theirs, mine in (("fc_norm", "norm"), ("norm", "fc_norm")):
         for kind in ("weight", "bias"):
-            have[f"norm.{kind}"] = have[f"fc_norm.{kind}"]
-            folded.append(f"fc_norm.{kind}")
+            name = f"{theirs}.{kind}"
+            if name in have and name not in own and f"{mine}.{kind}" in own and f"{mine}.{kind}" not in have:
+                have[f"{mine}.{kind}"] = have[name]
+                folded.append(name)
 
     # The student's position embedding covers class token and patches; that of a teacher with registers covers only
-    # patches.
+    # patches, and that of one with a distillation token this, too.
     if "pos_embed" in have and "pos_embed" in own and have["pos_embed"].shape != own["pos_embed"].shape:
-        rows = min(have["pos_embed"].shape[1], own["pos_embed"].shape[1])
+        patches = student.network.grid**2
+        prefix = min(have["pos_embed"].shape[1], own["pos_embed"].shape[1]) - patches
         position = torch.zeros_like(own["pos_embed"])
-        position[:, -rows:] = have["pos_embed"][:, -rows:]
+        position[:, -patches:] = have["pos_embed"][:, -patches:]
+        position[:, :prefix] = have["pos_embed"][:, :prefix]
         have["pos_embed"] = position
 
     if init.head_rows:
@@ -196,9 +219,17 @@ def start_from(student: ViT, teacher: ViT, init: Init) -> Start:
     )
 
 
+def _replaced(student: Network, teacher: Network) -> tuple[str, ...]:
+    """Return fragments of the names of parameters that are of another kind in one network than in the other."""
+    apart = set(student.components) ^ set(teacher.components)
+    unlike = {name for name in apart | set(student.components) if student.own(name) != teacher.own(name)}
+    return tuple(name for part in components.resolve(apart | unlike) for name in part.replaces)
+
+
 def _head_rows(have: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
     """Select and reorder the head's rows."""
     classes = have["head.weight"].shape[0]
     if outside := [row for row in rows if not 0 <= row < classes]:
         raise ValueError(f"head_rows {outside} are out of range: the teacher's head has {classes} classes")
-    return {name: have[name][list(rows)] for name in ("head.weight", "head.bias")}
+    names = (f"{head}.{kind}" for head in ("head", "head_dist") for kind in ("weight", "bias"))
+    return {name: have[name][list(rows)] for name in names if name in have}

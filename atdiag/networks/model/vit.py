@@ -10,46 +10,24 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from atdiag.core import resources
 from atdiag.core.spec import Network
-from atdiag.networks.model import components
+from atdiag.networks.model import components, readout
+from atdiag.networks.model.blocks import Block as Block
+from atdiag.networks.model.component import norm_layer, patch_embedding
 from atdiag.transfer.attention import Attention, AttentionOverride, indices
 from atdiag.transfer.observation import AttentionRecord, CaptureRequest, Observation
 from atdiag.transfer.ops import QK
 
 
-class Block(TimmBlock):  # type: ignore[misc]
-    """timm's block, with attention overrides, attention records, and drop-path masks as an argument."""
-
-    def forward(self, x: Tensor, given: AttentionOverride | None = None, keep: Tensor | None = None) -> Tensor:
-        """Map tokens [B, N, C] to [B, N, C].
-
-        given: see :meth:`Attention.forward`. keep: [2, B, 1, 1], the factors of the attention and the MLP branch for
-        each image (0 if the branch is dropped, 1 / (1 - rate) if kept).
-        """
-        return self._rest(x, self.attn(self.norm1(x), given), keep)
-
-    def see(
-        self, x: Tensor, given: AttentionOverride | None = None, keep: Tensor | None = None
-    ) -> tuple[Tensor, AttentionRecord]:
-        """Run :meth:`forward`, and also return the attention's record."""
-        branch, seen = self.attn.see(self.norm1(x), given)
-        return self._rest(x, branch, keep), seen
-
-    def _rest(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-        branch = self.ls1(branch)
-        x = x + (branch if keep is None else keep[0] * branch)
-        branch = self.ls2(self.mlp(self.norm2(x)))
-        return x + (branch if keep is None else keep[1] * branch)
-
-
 class ViT(VisionTransformer):  # type: ignore[misc]
     """A ViT built from a :class:`~atdiag.core.spec.Network`, with parameters *not* initialised: see ``students``."""
 
+    dist_token: Tensor | None
+    """The token of the component ``distillation_token``."""
     origin: Any = None
     """Origin of published weights, as a dataclass (see ``weights.Origin``)."""
 
@@ -62,7 +40,8 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         arguments: dict[str, Any] = {
             "class_token": network.class_token,
             "global_pool": "token" if network.class_token else "avg",
-            "embed_layer": components.patch_embedding(bias=True),
+            "embed_layer": patch_embedding(bias=True),
+            "block_fn": Block,
         }
         for part in parts:
             arguments |= part.arguments(network)
@@ -75,12 +54,12 @@ class ViT(VisionTransformer):  # type: ignore[misc]
             depth=network.depth,
             num_heads=network.heads,
             mlp_ratio=network.mlp_ratio,
-            norm_layer=lambda width, **kw: nn.LayerNorm(width, eps=network.norm_eps, **kw),
-            block_fn=Block,
+            norm_layer=norm_layer(network),
             attn_layer=Attention,
             weight_init="skip",
             **arguments,
         )
+        self.register_parameter("dist_token", None)
         for part in parts:
             part.attach(self, network)
         self.network = network
@@ -93,10 +72,24 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         tokens: Tensor = self.norm_pre(self._pos_embed(x))
         return tokens
 
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Add positions and the tokens that are no patches, a distillation token included."""
+        if self.dist_token is None:
+            tokens: Tensor = super()._pos_embed(x)
+            return tokens
+        return readout.with_distillation_token(self, x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map the tokens after the last norm [B, N, C] to logits [B, classes], or to what the head is applied to."""
+        if self.dist_token is None:
+            out: Tensor = super().forward_head(x, pre_logits)
+            return out
+        return readout.of_both_heads(self, x, pre_logits)
+
     def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters exempt from weight decay besides all vectors: timm's, for ViT and for BEiT."""
-        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
-        return {*super().no_weight_decay(), *tables}
+        """Return the names of parameters exempt from weight decay besides all vectors: timm's, for each component."""
+        ends = ("relative_position_bias_table", "rope.freqs", "dist_token")
+        return {*super().no_weight_decay(), *(name for name, _ in self.named_parameters() if name.endswith(ends))}
 
     def forward(
         self, images: Tensor, given: Mapping[int, AttentionOverride] | None = None, keep: Tensor | None = None
@@ -133,7 +126,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
             return Observation(seen, features, self.forward_head(self.norm(x)))
         if last in wanted.attention:
             block = self.blocks[last]
-            seen[last] = block.attn.peek(block.norm1(x), last in wanted.values)
+            seen[last] = block.peek(x, last in wanted.values)
         return Observation(seen, features)
 
     def maps(self, images: Tensor, layers: Iterable[int]) -> dict[int, QK]:

@@ -94,6 +94,8 @@ def _place_positions(state: dict[str, Tensor], network: Network) -> None:
         return
     positions = state["pos_embed"]
     first = positions.shape[1] - network.grid**2
+    if "distillation_token" in network.components:
+        return  # timm's layout: class token, distillation token, patches
     wanted = 0 if network.registers else int(network.class_token)
     if first == wanted:
         return

@@ -7,15 +7,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from timm.layers import Attention as TimmAttention
-from timm.layers import AttentionPoolLatent, GluMlp, Mlp, PatchEmbed, SwiGLU
+from timm.layers import DropPath, GluMlp, HybridEmbed, Mlp, PatchEmbed, RmsNorm, SwiGLU
 from timm.layers.attention import AttentionRope
-from timm.models import beit, deit, eva, vision_transformer
+from timm.models import beit, deit, eva, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
 from atdiag.core.errors import UserError
 from atdiag.core.spec import PLAIN_NORM_EPS, Network
-from atdiag.networks.model import components
-from atdiag.networks.model.vit import Block, ViT
+from atdiag.networks.model import components, readout
+from atdiag.networks.model.around_the_map import POST_NORM as POST_NORM
+from atdiag.networks.model.blocks import Block
+from atdiag.networks.model.component import is_there as _is_there
+from atdiag.networks.model.vit import ViT
 from atdiag.transfer.attention import Attention
 
 _NETWORKS = (
@@ -24,13 +27,14 @@ _NETWORKS = (
     deit.VisionTransformerDistilled,
     beit.Beit,
     eva.Eva,
+    vision_transformer_relpos.VisionTransformerRelPos,
 )
 """Exactly these classes are supported: a subclass may change what its parts can't show."""
 
-BLOCKS = (Block, vision_transformer.Block, beit.Block, eva.EvaBlock)
-POST_NORM = (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm)
+_RELPOS = vision_transformer_relpos
+BLOCKS = (Block, vision_transformer.Block, beit.Block, eva.EvaBlock, _RELPOS.RelPosBlock)
 PARALLEL = (vision_transformer.ParallelScalingBlock,)
-ATTENTION = (Attention, TimmAttention, AttentionRope, beit.Attention, eva.EvaAttention)
+ATTENTION = (Attention, TimmAttention, AttentionRope, beit.Attention, eva.EvaAttention, _RELPOS.RelPosAttention)
 
 _ATTENTION_NAMES = ("attention", "attn", "mhsa", "gpsa", "xca", "litemla")
 """Lower-case fragments of timm's names for modules that attend."""
@@ -51,13 +55,13 @@ def describe(model: nn.Module, mean: Sequence[float] | None = None, std: Sequenc
 
     mean, std: per-channel normalisation of its input; default: those in timm's configuration of the model.
 
-    ``Network.differences`` lists other departures from the plain ViT that students can't be given yet: ``rope``,
-    ``swiglu``, ``qk_norm``, ``post_norm`` ..., without those that one of its components explains
+    ``Network.differences`` lists other departures from the plain ViT that students can't be given
+    (``parallel_blocks``, ``grouped_queries`` ...), without those that one of its components explains
     (``Component.explains``). Notes on what a ``Network`` has no direct field for:
 
     - classes: rows of the head, 1 if it has none.
     - mlp_ratio: for a gated MLP (SwiGLU, with three matrices), that of the plain MLP with as many weights.
-    - DeiT's distillation token counts as a register: it takes part in attention and belongs to no patch.
+    - DeiT's distillation token counts among the registers: it takes part in attention and belongs to no patch.
 
     Raises UserError, with the reason, for a network that is not a ViT with softmax attention over all of its tokens.
     """
@@ -70,16 +74,17 @@ def _describe(model: Any, mean: Sequence[float] | None, std: Sequence[float] | N
     facts = [_block_facts(block) for block in model.blocks]
     heads, hidden, _ = facts[0]
     differences = {name for _, _, names in facts for name in names} | set(_network_differences(model))
-    if len(set(facts)) > 1:
+    if len(set(facts)) > 1 or len({_unlike(block) for block in model.blocks}) > 1:
         differences.add("uneven_blocks")
     found = components.inspect(model)
     differences -= {name for part in components.resolve(found) for name in part.explains}
     patch = model.patch_embed
+    side, grid = patch.img_size[0], patch.grid_size[0]
     norms = components.layer_norms(model.blocks[0])
     return Network(
-        image_size=patch.img_size[0],
-        patch_size=patch.patch_size[0],
-        channels=patch.proj.in_channels,
+        image_size=side,
+        patch_size=side // grid if isinstance(patch, HybridEmbed) else patch.patch_size[0],
+        channels=patch.proj.in_channels if isinstance(patch, PatchEmbed) else _channels(model),
         width=model.embed_dim,
         depth=len(model.blocks),
         heads=heads,
@@ -89,10 +94,11 @@ def _describe(model: Any, mean: Sequence[float] | None, std: Sequence[float] | N
         norm_eps=norms[0].eps if norms else PLAIN_NORM_EPS,
         mean=_channel_values(model, "mean", mean),
         std=_channel_values(model, "std", std),
-        components=(*found, *(["registers"] if distilled(model) else [])),
+        components=found,
         layer_scale_init=_scale_init(model.blocks[0]) if "layer_scale" in found else None,
         registers=sum(token.shape[1] for token in _extra_tokens(model)),
         differences=tuple(differences),
+        values=components.values(model, found),
     )
 
 
@@ -111,12 +117,27 @@ def why_not(model: Any) -> str | None:
         known = ", ".join(kind.__name__ for kind in _NETWORKS[1:])
         return f"it is not one of timm's classes whose maps atdiag can read ({known})"
     patch = model.patch_embed
+    if isinstance(patch, HybridEmbed):
+        return _why_no_grid(patch) or _why_no_maps(model)
     if not isinstance(patch, PatchEmbed):
         return f"its patches are embedded by more than one linear layer ({type(patch).__name__})"
     if patch.img_size is None or len(set(patch.img_size)) > 1 or len(set(patch.patch_size)) > 1:
         return "its images or patches are not square"
     if patch.img_size[0] % patch.patch_size[0]:
         return f"its image size {patch.img_size[0]} is not a multiple of its patch size {patch.patch_size[0]}"
+    return _why_no_maps(model)
+
+
+def _why_no_grid(patch: Any) -> str | None:
+    """Return why the token grid of a convolutional patch embedding can't be used; None if it can."""
+    if patch.img_size is None or len({*patch.img_size, *patch.grid_size}) > 2 or len(set(patch.grid_size)) > 1:
+        return "its images or patches are not square"
+    if patch.img_size[0] % patch.grid_size[0]:
+        return f"its image size {patch.img_size[0]} is not a multiple of its grid of {patch.grid_size[0]} tokens"
+    return None
+
+
+def _why_no_maps(model: Any) -> str | None:
     for block in model.blocks:
         if not isinstance(block, BLOCKS + POST_NORM + PARALLEL):
             return f"its blocks ({type(block).__name__}) are not of a kind whose maps atdiag can read"
@@ -134,13 +155,20 @@ def _block_facts(block: Any) -> tuple[int, int, frozenset[str]]:
         return int(block.num_heads), int(block.in_split[0]), frozenset(differences | {"parallel_blocks"})
     if isinstance(block, POST_NORM):
         differences.add("post_norm")
-    elif [scale is None for scale in components.branch_scales(block)] in ([True, False], [False, True]):
-        differences.add("one_layer_scale")
     if not all(_is_layer_norm(norm) for norm in (block.norm1, block.norm2)):
         differences.add("no_layer_norm")
     hidden = _inspect_mlp(block.mlp, differences)
     _inspect_attention(block.attn, differences)
+    if (block.attn.proj.bias is None) != (block.mlp.fc2.bias is None):
+        differences.add("no_mlp_bias")
     return int(block.attn.num_heads), hidden, frozenset(differences)
+
+
+def _unlike(block: Any) -> tuple[Any, ...]:
+    """Return what else must be equal in all blocks, since components are looked for in the first."""
+    scales = [scale is None for scale in components.branch_scales(block)]
+    parts = [type(m) for m in block.modules() if not isinstance(m, DropPath | nn.Identity)]
+    return (*scales, *parts, *components.qkv_biases(getattr(block, "attn", block)))
 
 
 def _inspect_attention(attn: Any, differences: set[str]) -> None:
@@ -192,6 +220,10 @@ def _network_differences(model: Any) -> Iterator[str]:
     """Yield a network's differences from the plain ViT outside its blocks."""
     if _is_there(model, "rope"):
         yield "rope"
+    if isinstance(model.patch_embed, HybridEmbed):
+        yield "convolutional_embedding"
+    if isinstance(model, _RELPOS.VisionTransformerRelPos):
+        yield "other_rel_pos_bias"
     if _is_there(model.patch_embed, "norm"):
         yield "patch_norm"
     if distilled(model):
@@ -215,34 +247,11 @@ def _network_differences(model: Any) -> Iterator[str]:
         yield "norm_after_pool"
     if not isinstance(model.head, nn.Linear | nn.Identity):
         yield "other_head"
-    if getattr(model, "attn_pool", None) is not None and not _is_plain_pool(model):
+    kinds = {type(m) for m in model.modules() if isinstance(m, nn.LayerNorm | RmsNorm)}
+    if any(issubclass(kind, nn.LayerNorm) for kind in kinds) and RmsNorm in kinds:
+        yield "uneven_norms"
+    if getattr(model, "attn_pool", None) is not None and not readout.is_plain_pool(model):
         yield "other_attention_pool"
-
-
-def _is_plain_pool(model: Any) -> bool:
-    """Return whether a network's attention pooling is the one that ``ViT`` would build."""
-    pool, block = model.attn_pool, model.blocks[0]
-    if not isinstance(pool, AttentionPoolLatent) or not isinstance(getattr(pool, "mlp", None), Mlp):
-        return False
-    return bool(
-        pool.num_heads == getattr(block.attn, "num_heads", None)
-        and isinstance(pool.q, nn.Linear)
-        and pool.q.bias is not None
-        and pool.pos_embed is None
-        and pool.latent_len == 1
-        and pool.pool == "token"
-        and pool.q.in_features == pool.kv.in_features == pool.out_features == model.embed_dim
-        and not _is_there(pool, "q_norm")
-        and _is_layer_norm(pool.norm)
-        and getattr(block.mlp, "fc1", None) is not None
-        and pool.mlp.fc1.out_features == block.mlp.fc1.out_features
-        and type(pool.mlp.act) is type(block.mlp.act)
-    )
-
-
-def _is_there(module: Any, name: str) -> bool:
-    """Return whether a module has a part of that name that is not an identity."""
-    return not isinstance(getattr(module, name, None), nn.Identity | None)
 
 
 def _is_layer_norm(norm: nn.Module) -> bool:
@@ -257,6 +266,11 @@ def distilled(model: Any) -> bool:
 def _extra_tokens(model: Any) -> list[Tensor]:
     tokens = (getattr(model, name, None) for name in ("reg_token", "dist_token"))
     return [token for token in tokens if token is not None]
+
+
+def _channels(model: Any) -> int:
+    """Return the channels of a network's images, by its first convolution."""
+    return next(int(m.in_channels) for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d))
 
 
 def _scale_init(block: Any) -> float:

@@ -80,7 +80,7 @@ def load(teacher: Teacher) -> ViT | Foreign:
     from atdiag.networks.timm import architectures, conversion
 
     found = conversion.teacher_from(model, *architectures.pixels(source))
-    if found.network != teacher.network:
+    if found.network.as_taught != teacher.network.as_taught:  # an old plan's description is older than ours
         raise WeightsError(
             f"{teacher.label}: timm now builds a different network from the one that this run was planned with",
             "use the version of timm that it was planned with",

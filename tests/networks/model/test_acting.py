@@ -30,13 +30,15 @@ TRANSFERS = {
 }
 IDLE = {
     "no_k_bias": {*TRANSFERS} - {"distill of k"},
-    "rel_pos_bias": {"copy", "copy, every head named", "copy, averaged"},
+    **{name: {"copy", "copy, every head named", "copy, averaged"} for name in ("rel_pos_bias", "rope", "qk_norm")},
+    **{name: {*TRANSFERS} for name in ("norm_before_pool", "pool_includes_prefix")},  # the output is the class token's
 }
 
 
 def network(names=()) -> Network:
-    sizes = {"image_size": 12, "patch_size": 4, "channels": 1, "width": 12, "depth": 2, "heads": 2, "classes": 5}
-    extras = {"components": names, "layer_scale_init": 0.1, "registers": 3}
+    sizes = {"image_size": 12, "patch_size": 4, "channels": 1, "width": 16, "depth": 2, "heads": 2, "classes": 5}
+    registers = 1 if "distillation_token" in names else 3
+    extras = {"components": names, "layer_scale_init": 0.1, "registers": registers}
     return Network.model_validate({**sizes, **extras, **({"norm_eps": 1e-2} if "ln_eps" in names else {})})
 
 
@@ -55,6 +57,8 @@ def step(names, how):
     """Compute a student's logits, transfer loss and gradients under a transfer from a teacher with registers."""
     transfer = TRANSFERS[how]
     teacher, student = drawn(("registers",), "teacher"), drawn(names, "student")
+    if student.network.registers == 1:  # a distillation token, which the teacher has too
+        teacher = drawn(("distillation_token",), "teacher")
     images = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         seen = teacher.observe(images, observation.of_teacher([transfer]))

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from timm.models import beit
 
 from atdiag.core import randomness
-from atdiag.core.spec import Network
+from atdiag.core.spec import Network, Transfer
+from atdiag.core.spec.network import EXCLUSIVE
 from atdiag.networks.model import components, students
+from atdiag.networks.model.acting import why_idle
 from atdiag.networks.model.components import COMPONENTS, Component, RelPosBias
 from atdiag.networks.registry import teachers
 from atdiag.networks.weights import loading
@@ -20,32 +22,39 @@ from atdiag.transfer.observation import CaptureRequest
 from atdiag.transfer.ops import Averaged
 
 GRID, HEADS = 3, 2
+OTHERS = {"distillation_token", "gelu_tanh", "quick_gelu", "ln_eps", "no_last_norm", "no_k_bias"}
+"""Components of which each excludes one that is left."""
 NAMES = sorted(name for name, component in COMPONENTS.items() if not component.followed)
 
 
 def network(names=(), class_token=True) -> Network:
-    sizes = {"image_size": 12, "patch_size": 4, "channels": 1, "width": 12, "depth": 2, "heads": HEADS, "classes": 5}
-    extras = {"class_token": class_token, "components": names, "layer_scale_init": 0.1, "registers": 3}
+    sizes = {"image_size": 12, "patch_size": 4, "channels": 1, "width": 16, "depth": 2, "heads": HEADS, "classes": 5}
+    registers = 1 if "distillation_token" in names else 3
+    extras = {"class_token": class_token, "components": names, "layer_scale_init": 0.1, "registers": registers}
     return Network.model_validate({**sizes, **extras, **({"norm_eps": 1e-5} if "ln_eps" in names else {})})
 
 
 def contradict(names, class_token) -> bool:
-    """Return whether these components exclude each other: two ways to pool, or a mean that is already the default."""
-    return "mean_pool" in names and ("attention_pool" in names or not class_token)
+    """Return whether these components exclude each other, or what is read of a class token where there is none."""
+    pairs = any({one, other} <= set(names) for one, other, _ in EXCLUSIVE)
+    return pairs or (not class_token and bool({"mean_pool", "distillation_token"} & set(names)))
 
 
 def assert_builds_and_trains(wanted: Network) -> None:
     vit = students.build(wanted, 0)
-    assert components.inspect(vit) == wanted.components
+    # Where it does nothing, nothing shows it.
+    unseen = {"norm_before_pool"} if why_idle("norm_before_pool", Transfer(), wanted) else set()
+    assert set(components.inspect(vit)) == set(wanted.components) - unseen
     images = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     shown = vit.observe(images, CaptureRequest(maps=frozenset(range(wanted.depth)), logits=True))
     logits = shown.logits
     assert logits.shape == (2, wanted.classes)
-    assert all(one.qk.q.shape == (2, HEADS, wanted.tokens, 6) for one in shown.seen.values())
+    assert all(one.qk.q.shape == (2, HEADS, wanted.tokens, 8) for one in shown.seen.values())
     assert len(shown.seen) == wanted.depth
     logits.square().sum().backward()
     for name, parameter in vit.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert components.values(vit, wanted.components) == dict(wanted.values)
     again = students.build(wanted, 1)
     again.load_state_dict(vit.state_dict())
     assert torch.equal(again(images), logits)
@@ -61,11 +70,11 @@ def test_each_component_works_alone(name, class_token):
 @given(names=st.sets(st.sampled_from(NAMES)), class_token=st.booleans())
 @example({"rel_pos_bias", "registers"}, True)
 @example({"rel_pos_bias", "registers", "no_abs_pos"}, False)
-@example({*NAMES} - {"attention_pool"}, True)
-@example({*NAMES} - {"mean_pool"}, False)
+@example({*NAMES} - OTHERS - {"attention_pool"}, True)
+@example({*NAMES} - OTHERS - {"mean_pool"}, False)
 def test_any_combination_of_components_works(names, class_token):
     if contradict(names, class_token):
-        with pytest.raises(ValueError, match="mean_pool"):
+        with pytest.raises(ValueError, match=r"choose one|leave it out"):
             network(names, class_token)
     else:
         assert_builds_and_trains(network(names, class_token))
@@ -111,7 +120,7 @@ class Scale(torch.nn.Module):
 
 def test_a_registered_component_is_like_any_other(temperature):
     vit = students.build(network(("token_scale", "layer_scale")), 0)
-    assert torch.equal(vit.norm_pre.factor, torch.full((12,), 0.5)) and "norm_pre.factor" in vit.state_dict()
+    assert torch.equal(vit.norm_pre.factor, torch.full((16,), 0.5)) and "norm_pre.factor" in vit.state_dict()
     assert "token_scale" in components.inspect(vit)
     with pytest.raises(ValueError, match="already a component 'token_scale'"):
         components.register_component(temperature)
@@ -174,8 +183,8 @@ def test_a_bias_of_the_keys_is_not_seen_by_softmax():
 @torch.no_grad()
 def test_the_mean_pool_reads_the_patches_alone():
     vit = students.build(network(("mean_pool", "registers")), 0)
-    x = torch.randn(2, 13, 12, generator=torch.Generator().manual_seed(0))
-    expected = vit.head(torch.nn.functional.layer_norm(x[:, 4:].mean(1), (12,), eps=1e-6))
+    x = torch.randn(2, 13, 16, generator=torch.Generator().manual_seed(0))
+    expected = vit.head(torch.nn.functional.layer_norm(x[:, 4:].mean(1), (16,), eps=1e-6))
     torch.testing.assert_close(vit.forward_head(vit.norm(x)), expected)
 
 
@@ -184,9 +193,12 @@ def test_miniatures_have_the_components_of_the_registry(name):
     wanted = teachers.miniature_network(name)
     assert components.inspect(students.build(wanted, 0)) == wanted.components
     missing = set(teachers.row(name).components) - set(wanted.components)
-    assert set(wanted.components) <= set(teachers.row(name).components)
-    # Components that the miniature was pre-trained without: CLIP's at epsilon 1e-6, BEiT's with a bias of k.
-    assert missing == {"clip_b": {"ln_eps"}, "beitv2_b": {"no_k_bias"}}.get(name, set())
+    # EVA-02's stands for the modern ViT, most of which norm queries and keys.
+    assert set(wanted.components) - set(teachers.row(name).components) == ({"qk_norm"} if name == "eva02_s" else set())
+    # Components that the miniature was pre-trained without: CLIP's at epsilon 1e-6, BEiT's and EVA-02's with a bias of
+    # k, EVA-02's with the class token as output.
+    left_out = {"clip_b": {"ln_eps"}, "beitv2_b": {"no_k_bias"}, "eva02_s": {"mean_pool", "no_k_bias"}}
+    assert missing == left_out.get(name, set())
 
 
 @pytest.mark.parametrize("name", teachers.miniatures())
@@ -280,8 +292,10 @@ def test_quick_gelu_is_its_formula():
 def test_a_component_belongs_to_the_map_if_a_given_map_removes_its_effect(name):
     """Two networks, with and without the component, that share all other weights, under the same uniform maps."""
     out = []
-    for names in ((), (name,)):
-        vit = students.build(network(names), 0)
+    # Two components of the pooling act where tokens are averaged.
+    base = ("registers",) if name == "pool_includes_prefix" else ()
+    for names in (base, (*base, name)):
+        vit = students.build(network(names, name not in ("norm_before_pool", "pool_includes_prefix")), 0)
         for key, parameter in vit.named_parameters():
             values = randomness.generator(0, "test", key).standard_normal(parameter.shape)
             parameter.add_(0.3 * torch.from_numpy(values).float())

@@ -145,7 +145,7 @@ def test_a_teacher_without_a_miniature_names_the_nearest(name, use):
 @pytest.mark.parametrize(
     ("reference", "size", "said"),
     [
-        ("dinov3_s", 224, "unknown teacher 'dinov3_s', did you mean 'dinov2_s'?"),
+        ("dinov5_s", 224, "unknown teacher 'dinov5_s', did you mean 'dinov2_s'?"),
         ("timm:vit_tiny_patch16_225", 224, "timm has no model 'vit_tiny_patch16_225', did you mean 'vit_tiny_patch1"),
         ("timm:vit_small_patch16_224.dinno", 224, "did you mean 'vit_small_patch16_224.dino'?"),
         ("timm:resnet18", 224, "timm:resnet18 can't be a teacher: it has no self-attention"),
@@ -180,7 +180,7 @@ def test_any_timm_vit_is_described():
     found = teachers.teacher("timm:vit_base_patch16_clip_quickgelu_224.openai", "mini", 64)
     assert found.network == teachers.teacher("clip_b", "paper", 64).network
     assert (found.sha256, found.name) == (None, "timm:vit_base_patch16_clip_quickgelu_224.openai")
-    assert "rope" in teachers.teacher("timm:vit_small_patch16_dinov3", "small", 64).network.differences
+    assert "rope" in teachers.teacher("timm:vit_small_patch16_dinov3", "small", 64).network.components
 
 
 def test_planning_describes_each_network_once(monkeypatch):

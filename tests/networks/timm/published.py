@@ -72,27 +72,52 @@ OTHERS: dict[str, tuple[str, dict, tuple[str, ...]]] = {
 }
 
 
-FOREIGN: dict[str, tuple[str, dict, set[str]]] = {
-    "eva02": ("eva02_small_patch14_224", {}, {"rope", "swiglu"}),
-    "eva02 clip": ("eva02_base_patch16_clip_224", SMALL, {"rope", "swiglu", "attn_norm", "mlp_norm"}),
-    "dinov3": ("vit_small_patch16_dinov3", {}, {"rope", "no_qkv_bias", "norm_before_pool"}),
-    "dinov3 with biases": ("vit_small_plus_patch16_dinov3_qkvb", SMALL, {"rope", "swiglu", "norm_before_pool"}),
-    "distilled deit": ("deit_small_distilled_patch16_224", SMALL, {"distillation_token"}),
-    "mixed rope": ("vit_base_patch16_rope_mixed_224", SMALL, {"rope"}),
-    "parallel": ("vit_base_patch16_xp_224", SMALL, {"parallel_blocks", "qk_norm", "no_layer_norm"}),
-    "grouped": (
-        "vit_base_patch16_sapiens2",
-        SMALL | {"num_heads": 4, "num_kv_heads": (4, 2), "img_size": 64},
-        {"rope", "swiglu", "qk_norm", "grouped_queries", "no_layer_norm", "one_layer_scale", "uneven_blocks"},
+MODERN: dict[str, tuple[str, dict, tuple[str, ...]]] = {
+    "eva02": ("eva02_small_patch14_224", {}, ("mean_pool", "no_k_bias", "rope", "swiglu")),
+    "eva02 clip": (
+        "eva02_base_patch16_clip_224",
+        SMALL,
+        ("attn_norm", "mlp_norm", "no_k_bias", "rope", "swiglu"),
     ),
-    "beit3": ("beit3_base_patch16_224", SMALL, {"attn_norm", "mlp_norm"}),
-    "post norm": ("vit_base_patch16_rpn_224", SMALL, {"post_norm", "no_qkv_bias"}),
-    "siglip so400m": ("vit_so400m_patch16_siglip_256", SMALL, {"gelu_tanh"}),
-    "beit with swiglu": ("beit_base_patch16_224", SMALL | {"swiglu_mlp": True}, {"swiglu"}),
-    "a mean of normed tokens": ("vit_base_patch16_siglip_gap_224", SMALL, {"norm_before_pool"}),
+    "dinov3": (
+        "vit_small_patch16_dinov3",
+        {},
+        (
+            *("layer_scale", "ln_eps", "mean_pool", "no_abs_pos", "no_qkv_bias", "norm_before_pool", "registers"),
+            "rope",
+        ),
+    ),
+    "distilled deit": ("deit_small_distilled_patch16_224", SMALL, ("distillation_token",)),
+    "mixed rope": ("vit_base_patch16_rope_mixed_224", SMALL, ("layer_scale", "no_abs_pos", "rope")),
+    "beit3": ("beit3_base_patch16_224", SMALL, ("attn_norm", "ln_eps", "mean_pool", "mlp_norm")),
+    "post norm": ("vit_base_patch16_rpn_224", SMALL, ("no_qkv_bias", "post_norm")),
+    "siglip so400m": ("vit_so400m_patch16_siglip_256", SMALL, ("attention_pool", "gelu_tanh")),
+    "beit with swiglu": ("beit_base_patch16_224", SMALL | {"swiglu_mlp": True}, (*BEIT, "swiglu")),
+    "a mean of normed tokens": ("vit_base_patch16_siglip_gap_224", SMALL, ("norm_before_pool",)),
+    "sapiens": (
+        "vit_base_patch16_sapiens2",
+        SMALL | {"img_size": 64},
+        ("layer_scale", "no_abs_pos", "qk_norm", "registers", "rms_norm", "rope", "swiglu"),
+    ),
+    "aimv2": (
+        "aimv2_large_patch14_224",
+        SMALL,
+        ("no_proj_bias", "no_qkv_bias", "norm_before_pool", "patch_norm", "rms_norm", "swiglu"),
+    ),
 }
 
 
+FOREIGN: dict[str, tuple[str, dict, set[str]]] = {
+    "parallel": ("vit_base_patch16_xp_224", SMALL, {"parallel_blocks", "qk_norm"}),
+    "grouped": (
+        "vit_base_patch16_sapiens2",
+        SMALL | {"num_heads": 4, "num_kv_heads": (4, 2), "img_size": 64},
+        {"grouped_queries", "uneven_blocks"},
+    ),
+}
+
+
+OTHERS |= MODERN
 OURS = [*FAMILIES, *OTHERS]
 
 

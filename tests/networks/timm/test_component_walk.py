@@ -71,6 +71,12 @@ COMPONENT = Component(
 # --- What comes of it -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def without_the_packages_own(monkeypatch):
+    """Take the package's component of this kind away: a user's own has its place."""
+    monkeypatch.delitem(components.COMPONENTS, "qk_norm")
+
+
 @pytest.fixture
 def component():
     """The component, registered for one test."""

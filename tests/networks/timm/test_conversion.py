@@ -1,6 +1,7 @@
 """Published networks converted to ours: the same function, usable as teachers."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -80,6 +81,8 @@ def test_the_native_student_has_the_teachers_keys(name):
         theirs = {
             key.replace("gamma_", "ls").replace("attn.rel", "attn.rel_pos_bias.rel") for key in model(name).state_dict()
         }
+        theirs = {re.sub(r"attn\.[qkv]_proj\.weight", "attn.qkv.weight", key) for key in theirs}  # EVA-02's
+        theirs = {re.sub(r"attn\.([qkv])_proj\.bias", r"attn.\1_bias", key) for key in theirs}
         fixed = {f"{key}.gamma" if key.endswith(("ls1", "ls2")) else key for key in theirs}
         assert {key for key in fixed if "head." not in key} == {key for key in native if "head." not in key}
 

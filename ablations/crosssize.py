@@ -23,7 +23,7 @@ from atdiag.study.verdicts import effect, verb_phrase
 
 
 @dataclass(frozen=True)
-class Case:
+class SizeCase:
     """Students of one size, and the teacher as it meets them."""
 
     name: str
@@ -73,16 +73,16 @@ def crosssize(
     return Series("crosssize", studies, figure="crosssize")
 
 
-def _case(lab: Lab, teacher: str, size: str) -> Case:
+def _case(lab: Lab, teacher: str, size: str) -> SizeCase:
     try:
         settings = replace(lab.settings, student=parse(size, lab.settings.profile.name))
     except UserError as fault:
         raise UserError(str(fault).replace("`student`", "`students`")) from None
     of_size = Lab(settings)
-    return Case(size, of_size, of_size.teacher(teacher))
+    return SizeCase(size, of_size, of_size.teacher(teacher))
 
 
-def _distinct(cases: list[Case]) -> list[Case]:
+def _distinct(cases: list[SizeCase]) -> list[SizeCase]:
     """Return the cases. Raises UserError for two names of one size."""
     by_student: dict[Network, str] = {}
     for case in cases:
@@ -92,11 +92,11 @@ def _distinct(cases: list[Case]) -> list[Case]:
     return cases
 
 
-def _is_own(case: Case) -> bool:
+def _is_own(case: SizeCase) -> bool:
     return not sizes.differing(case.student, case.teacher.network)
 
 
-def _study(case: Case, other: Case, methods: Sequence[str]) -> Study:
+def _study(case: SizeCase, other: SizeCase, methods: Sequence[str]) -> Study:
     """Return the study of one size. other: the size with whose gain its own is compared."""
     arms, contrasts = case.arms(methods), list[Contrast]()
     if case is not other:

@@ -29,7 +29,7 @@ from atdiag.data.splits import Split
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import compiled, determinism, evaluation, provenance
-from atdiag.training.prepared import Prepared
+from atdiag.training.teacher_facts import TeacherFacts
 from atdiag.training.trainer import RunTrainer
 from atdiag.transfer.observation import Observation, of_teacher
 
@@ -120,7 +120,7 @@ class _Cohort:
             self.validation = sources.find(spec.data).validation_split(spec.data, spec.seed.data)
         self.test = sources.find(spec.data).test_split(spec.data)
         self.members: list[RunTrainer] = []
-        prepared = Prepared(self.teacher, self.stream.images if self.stream else None)
+        prepared = TeacherFacts(self.teacher, self.stream.images if self.stream else None)
         for run, s in todo:
             try:
                 teacher = self.teacher if s.teacher else None

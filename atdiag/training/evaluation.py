@@ -154,16 +154,22 @@ def fit(
     observation: Observation,
     teacher: ViT | Foreign,
     student: Network,
-    transfer: Transfer,
+    transfer: Transfer | None = None,
     heads: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Observation:
     """Bring what a teacher shows to its student's size: the one place where this is done.
 
     Registers that the student lacks are sliced off before softmax; maps of another number of heads or another grid are
     brought to the student's (:mod:`atdiag.transfer.sizes`). Where both have one size the observation itself is
-    returned. heads: those that :func:`chosen_heads` returned.
+    returned. heads: those that :func:`chosen_heads` returned. Raises ValueError for networks of two sizes without the
+    transfer, which says how maps pass between them.
     """
     observation = _on_shared_tokens(observation, teacher, student)
+    if transfer is None:
+        own, theirs = student, teacher.network
+        if (own.heads, own.grid) != (theirs.heads, theirs.grid):
+            raise ValueError("teacher and student differ in heads or grid: the transfer says how maps pass")
+        return observation
     fitting = sizes.fitting(transfer, student, teacher.network, teacher.mean.device, heads)
     if fitting is None:
         return observation

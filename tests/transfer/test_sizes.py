@@ -184,6 +184,9 @@ def test_where_sizes_are_equal_nothing_is_done():
     assert evaluation.fit(shown, teacher, both, Transfer(method="copy", layers=(0,))) is shown
     images = torch.rand(1, 1, 20, 20)
     assert sizes.seen_at(images, 20) is images
+    for other in (network(width=24, heads=4), network(patch_size=5)):
+        with pytest.raises(ValueError, match="the transfer says how maps pass"):
+            evaluation.fit(shown, teacher, other)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from atdiag.training import evaluation
 from atdiag.transfer.ops import Averaged
 
 
-class Prepared:
+class TeacherFacts:
     """What is computed of the teacher before training, once for all runs of a cohort that use the same."""
 
     def __init__(self, teacher: ViT | Foreign | None, images: Split | None) -> None:

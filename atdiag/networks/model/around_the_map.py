@@ -222,8 +222,8 @@ COMPONENTS = (
     Component(
         "swiglu",
         "A gated MLP: one projection, passed through SiLU, multiplies another. It is two thirds as wide as the "
-        "standard student's plain MLP, so that its three matrices have as many weights as that one's two. The value `packed` "
-        "says that timm keeps both projections in one matrix.",
+        "standard student's plain MLP, so that its three matrices have as many weights as that one's two. The value "
+        "`packed` says that timm keeps both projections in one matrix.",
         "Shazeer 2020, GLU Variants Improve Transformer; for ViTs Fang et al. 2023, EVA-02",
         found=_is_swiglu,
         values=_swiglu_values,

@@ -127,7 +127,7 @@ class Rotary(nn.Module):
     def __init__(self, rope: nn.Module, block: int, network: Network) -> None:
         super().__init__()
         self.prefix, self.block = network.prefix_tokens, block
-        self.half = bool(network.own("rope").get("half", False))
+        self.rotate_half = bool(network.own("rope").get("half", False))
         learned = isinstance(rope, RotaryEmbeddingMixed)
         # In a tuple, so that it is no part of this module too, whose weights would be stored for each block.
         self.shared: tuple[nn.Module, ...] = (rope,) if learned else ()
@@ -137,7 +137,7 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor, name: str, heads: Tensor | None) -> Tensor:
         """Rotate q or k [B, h, N, d]; heads: the indices [h] of its heads, None for all."""
         embedding = self._embedding(heads)
-        patches = apply_rot_embed_cat(x[:, :, self.prefix :], embedding, half=self.half)
+        patches = apply_rot_embed_cat(x[:, :, self.prefix :], embedding, half=self.rotate_half)
         return torch.cat([x[:, :, : self.prefix], patches.to(x.dtype)], dim=2)
 
     def _embedding(self, heads: Tensor | None) -> Tensor:
@@ -145,7 +145,7 @@ class Rotary(nn.Module):
         if self.embedding is not None:
             return self.embedding
         (rope,) = self.shared
-        own: Tensor = get_mixed_freqs(rope.freqs[:, self.block], rope.t_x, rope.t_y)  # type: ignore[index, arg-type]
+        own: Tensor = get_mixed_freqs(rope.freqs[:, self.block], rope.t_x, rope.t_y)  # type: ignore[index]
         return own if heads is None else own[heads]
 
 

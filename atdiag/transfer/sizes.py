@@ -166,7 +166,7 @@ def regridding(teacher: int, student: int, prefix: int, device: torch.device) ->
     )  # the overlap of patches i and j along a side, in units of 1 / (teacher * student)
     rows, columns = along / teacher, along.T / student
     same = torch.eye(prefix, dtype=torch.float64)
-    both = (torch.block_diag(same, torch.kron(one, one)) for one in (rows, columns))
+    both = (torch.block_diag(same, torch.kron(one, one)) for one in (rows, columns))  # type: ignore[no-untyped-call]
     a, c = (one.to(device, torch.float32) for one in both)
     return a, c
 

@@ -88,8 +88,10 @@ def _gated_mlp(network: Network) -> dict[str, Any]:
     def build(in_features: int, hidden_features: int, act_layer: Any, **options: Any) -> nn.Module:
         hidden = round(hidden_features * 2 / 3)
         if network.own("swiglu").get("packed"):
-            return GluMlp(in_features, 2 * hidden, act_layer=nn.SiLU, gate_last=False, **options)
-        return SwiGLU(in_features, hidden, **options)
+            packed: nn.Module = GluMlp(in_features, 2 * hidden, act_layer=nn.SiLU, gate_last=False, **options)
+            return packed
+        apart: nn.Module = SwiGLU(in_features, hidden, **options)
+        return apart
 
     return {"mlp_layer": build}
 
@@ -101,7 +103,8 @@ def _draw_halves(
     if not name.endswith("mlp.fc1.weight"):
         return None
     bound = (6 / (shape[1] + shape[0] // 2)) ** 0.5
-    return bound * (2 * generator.random(shape, dtype=np.float32) - 1)
+    values: NDArray[np.float32] = np.float32(bound) * (2 * generator.random(shape, dtype=np.float32) - 1)
+    return values
 
 
 # --- norms and biases ----------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def run(
     device: str | None = None,
     micro_batch: int | None = None,
     deterministic: bool = False,
+    ranks: int = 1,
     executor: Executor | None = None,
     dry_run: bool = False,
     **options: Any,
@@ -82,7 +83,7 @@ def run(
     places = {"runs": runs, "data_dir": data_dir, "classes": classes}
     given: dict[str, Any] = {name: None if path is None else Path(path) for name, path in places.items()}
     given |= {"profile": profile, "seeds": seeds, "first_seed": first_seed, "equivalence": equivalence}
-    given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic}
+    given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic, "ranks": ranks}
     given |= {"data": named, "split": split, "budget": budget, "gpu": gpu}
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from atdiag.networks.timm.wrapping import Foreign
 from atdiag.networks.weights import files
 from atdiag.networks.weights.sources import WeightsError
 from atdiag.training.predictions import Predictions
+from atdiag.training.ranks import ALONE, Ranks
 from atdiag.transfer import methods, ops
 from atdiag.transfer.attention import indices
 from atdiag.transfer.observation import CaptureRequest, Observation, of_teacher
@@ -31,6 +33,9 @@ BATCH = 256
 
 AVERAGED_IMAGES = 2048
 """Number of training images over which a teacher's map is averaged (``average="examples"``)."""
+
+_Said = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""A batch's predictions, and the log-probability of each label."""
 
 
 @dataclass
@@ -89,6 +94,25 @@ def averages(spec: RunSpec, teacher: ViT | Foreign, images: Split | None = None)
     return {layer: Averaged(total / count) for layer, total in sums.items()}
 
 
+class SharedAverages:
+    """The teacher's maps averaged over examples, computed once for all runs of a cohort that use the same ones."""
+
+    def __init__(self, teacher: ViT | Foreign | None, images: Split | None) -> None:
+        self.teacher, self.images = teacher, images
+        self.made: dict[Hashable, dict[int, Averaged]] = {}
+
+    def of(self, spec: RunSpec) -> dict[int, Averaged]:
+        """Return a run's averages, empty if it uses none. Raises ValueError if teacher and student do not fit."""
+        transfer = spec.transfer
+        if self.teacher is None or transfer.average != "examples":
+            return {}
+        tokens = self.teacher.network.tokens_shared_with(spec.network)
+        key = transfer.sources, transfer.heads, tokens  # all that the averages depend on within a cohort
+        if key not in self.made:
+            self.made[key] = averages(spec, self.teacher, self.images)
+        return self.made[key]
+
+
 def fit(observation: Observation, teacher: ViT | Foreign, student: Network) -> Observation:
     """Restrict a teacher's observation to the student's tokens: extra registers are sliced off before softmax."""
     tokens = teacher.shared_tokens(student)
@@ -107,11 +131,13 @@ def predict(
     precision: str = "float32",
     workers: int = 0,
     among: NDArray[np.int64] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Predictions]:
     """Predict with several subjects in one pass over the images.
 
     Each batch is loaded once, and each distinct teacher runs once for all students that need it. The batch size is
-    fixed, so a subject's numbers do not depend on which others are evaluated with it.
+    fixed, so a subject's numbers do not depend on which others are evaluated with it, nor on the number of ranks: they
+    take the batches in turn, and each gets the predictions on all images.
 
     workers: processes that load images in advance; they change no number. among: the classes to choose from, None for
     all; the logits of other classes count neither for the prediction nor for the probabilities.
@@ -129,13 +155,14 @@ def predict(
                 blocks = subject.transfer.layers
                 raise ValueError(f"a student that copies blocks {blocks} needs its teacher at test time, and has none")
             needed.setdefault(id(subject.teacher), (subject.teacher, []))[1].append(subject.transfer)
-    said: list[list[tuple[NDArray[np.int32], NDArray[np.float32]]]] = [[] for _ in subjects]
+    said: list[list[_Said]] = [[] for _ in subjects]
+    starts = range(ranks.index * BATCH, len(images), ranks.count * BATCH)
     with (
-        closing(loader.test_batches(images, BATCH, workers, pin=device.type == "cuda")) as batches,
+        closing(loader.test_batches(images, BATCH, workers, device.type == "cuda", starts)) as batches,
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        for start, batch in zip(range(0, len(images), BATCH), batches, strict=True):
+        for start, batch in zip(starts, batches, strict=True):
             pixels = _on(device, batch)
             shown = {
                 key: teacher.observe(pixels, of_teacher(transfers)) for key, (teacher, transfers) in needed.items()
@@ -147,12 +174,19 @@ def predict(
                     own = replace(own, averages=subject.averages)
                 logits = methods.forward_test(subject.network, subject.transfer, pixels, own).float().cpu()
                 out.append(_score(logits, images.labels[start : start + BATCH], among))
-    return [_gather(out, images) for out in said]
+    whole = _in_turn(ranks.gathered(said))
+    return [_gather(out, images) for out in whole]
 
 
-def _score(
-    logits: Tensor, labels: NDArray[np.int64], among: NDArray[np.int64] | None
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def _in_turn(said: list[list[list[_Said]]]) -> list[list[_Said]]:
+    """Return, for each subject, the batches that the ranks took in turn in the images' order."""
+    return [
+        [one for turn in zip_longest(*(rank[subject] for rank in said)) for one in turn if one is not None]
+        for subject in range(len(said[0]))
+    ]
+
+
+def _score(logits: Tensor, labels: NDArray[np.int64], among: NDArray[np.int64] | None) -> _Said:
     """Return a batch's predictions and the log-probability of each label."""
     if among is not None:
         others = torch.ones(logits.shape[-1], dtype=torch.bool)
@@ -162,7 +196,7 @@ def _score(
     return log_p.argmax(-1).astype(np.int32), log_p[np.arange(len(labels)), labels].astype(np.float32)
 
 
-def _gather(batches: list[tuple[NDArray[np.int32], NDArray[np.float32]]], images: Split) -> Predictions:
+def _gather(batches: list[_Said], images: Split) -> Predictions:
     return Predictions(
         prediction=np.concatenate([prediction for prediction, _ in batches]),
         label=images.labels.astype(np.int32),

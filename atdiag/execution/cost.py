@@ -86,7 +86,10 @@ def gpu_speed(gpu: str, width: int) -> float:
 
 
 def measured_speed(store: Store, device: str, newest: int = 30) -> float:
-    """Return the FLOP/s of a training process, or of one rank, on this device: the newest finished runs' median, or the default."""
+    """Return the FLOP/s of a training process on this device: the newest finished runs' median, or the default.
+
+    Of a run over several ranks, that of one of them.
+    """
     found = []
     for run in store.list()[-newest:]:
         # A damaged run, or one of a version that recorded less, is reported where it is used.

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from atdiag.core.errors import FaultError, UserError
@@ -47,7 +49,7 @@ class Ranks:
 
     def __init__(self, index: int = 0, count: int = 1, local: int = 0, here: int = 1) -> None:
         self.index, self.count, self.local, self.here = index, count, local, here
-        self._nccl: dist.ProcessGroup | None = None
+        self._nccl: ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -67,7 +69,9 @@ class Ranks:
         own = torch.device(device.type, self.local)
         torch.cuda.set_device(own)
         if self._nccl is None:
-            self._nccl = dist.new_group(backend="nccl", timeout=_PATIENCE)
+            group = dist.new_group(backend="nccl", timeout=_PATIENCE)
+            assert isinstance(group, ProcessGroup)  # new_group returns a number on ranks that it leaves out
+            self._nccl = group
         return own
 
     def parallel(self, module: nn.Module) -> nn.Module:
@@ -132,14 +136,14 @@ class Ranks:
                 ) from fault
             raise
 
-    def _group(self, device: torch.device) -> dist.ProcessGroup | None:
+    def _group(self, device: torch.device) -> ProcessGroup | None:
         return self._nccl if device.type == "cuda" else None
 
 
 ALONE = Ranks()
 
 
-def join() -> tuple[Ranks, dist.Store]:
+def join() -> tuple[Ranks, Store]:
     """Meet the other ranks that were started with this process, and return its place and their common store.
 
     Read from the environment as torchrun sets it: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE`` and,
@@ -150,11 +154,11 @@ def join() -> tuple[Ranks, dist.Store]:
     except (KeyError, ValueError) as fault:
         raise UserError(f"ranks are started by torchrun, or by `ranks`: the environment lacks {fault}") from None
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    store: dist.Store
+    store: Store
     if path := os.environ.get(MEETING):
-        store = dist.FileStore(path, count)
+        store = dist.FileStore(path, count)  # type: ignore[attr-defined]
     else:
-        store, index, count = next(dist.rendezvous("env://", timeout=_PATIENCE))
-    store = dist.PrefixStore("atdiag", store)
+        store, index, count = next(rendezvous("env://", timeout=_PATIENCE))
+    store = PrefixStore("atdiag", store)
     dist.init_process_group("gloo", store=store, rank=index, world_size=count, timeout=_PATIENCE)
     return Ranks(index, count, local, here), store

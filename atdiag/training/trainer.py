@@ -154,7 +154,7 @@ class RunTrainer:
             task_loss = classification_loss(logits.float(), part, spec.recipe.label_smoothing)
             loss = task_loss if transfer_loss is None else task_loss + transfer_loss
             weight = share * self.ranks.count  # the ranks' gradients are averaged, not summed
-            (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
+            (loss if weight == 1 else weight * loss).backward()
         losses = [loss, task_loss, torch.zeros_like(loss) if transfer_loss is None else transfer_loss]
         self._losses += share * torch.stack([one.detach().to(self._losses.dtype) for one in losses])
         if self._measures:
@@ -166,7 +166,7 @@ class RunTrainer:
         """Apply the accumulated gradients and end the step."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.ranks.count > 1 and self.step == self.began and any(p.grad is None for p in parameters):
-            raise RuntimeError("a weight of this student has no part in its loss: train it in one process, not in ranks")
+            raise RuntimeError("a weight of this student has no part in its loss: it can't be trained in ranks")
         norm = clip_grad_norm_(parameters, self.spec.recipe.clip_grad or math.inf)
         losses, excess = self.ranks.add(self._losses), self._excess
         if self._measures:

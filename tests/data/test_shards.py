@@ -46,7 +46,7 @@ def test_shards_are_as_equal_as_can_be(mixup):
             sizes = [len(one) for one in rows]
             # Pairs can't be split, and of an odd batch the image in the middle is its own partner.
             assert min(sizes) >= 1
-            assert max(sizes) - min(sizes) <= (3 if batch % 2 else 2) * bool(mixup) or max(sizes) - min(sizes) == 1
+            assert max(sizes) - min(sizes) <= (1 if not mixup else 2 + batch % 2)
 
 
 def test_more_ranks_than_a_batch_has_shards():

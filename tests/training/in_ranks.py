@@ -51,10 +51,13 @@ def float64():
         torch.set_default_dtype(before)
 
 
+PRECISIONS = {"float64": float64, "float32": contextlib.nullcontext}
+
+
 def train(folder: Path, ranks=ALONE) -> None:
     """Train all runs in float64 and in float32."""
-    for precision in (float64, contextlib.nullcontext):
-        store = Store(folder / precision.__name__)
+    for name, precision in PRECISIONS.items():
+        store = Store(folder / name)
         for group, micro in zip(specs(), (MICRO, None), strict=True):
             options = ExecutionOptions(device="cpu", micro_batch=micro)
             with precision():

@@ -88,12 +88,13 @@ def test_after_30_steps_in_float64_all_is_equal(alone, together, spec):
 def test_after_30_steps_in_float32_all_is_equal_up_to_rounding(alone, together, spec):
     """k's bias changes no map, since it adds the same to all logits of a query. Its gradient is only rounding, which
     AdamW normalises to steps of the size of any other."""
-    one, other = Store(alone / "nullcontext"), Store(together / "nullcontext")
+    one, other = Store(alone / "float32"), Store(together / "float32")
     found = largest_differences(spec, one, other)
     print("float32", spec.transfer.method, *(f"{one:.1e}" for one in found))
-    losses, logits, _, bias = found
-    assert losses < 2e-4
-    assert logits < 2e-4
+    losses, logits, weights, bias = found
+    assert losses < 5e-5
+    assert logits < 1e-5
+    assert weights < 1e-5
     assert bias < 30 * spec.recipe.lr
     here, there = (store.run(spec).result() for store in (one, other))
     assert abs(here["top1"] - there["top1"]) < 1

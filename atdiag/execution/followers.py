@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,28 +87,36 @@ class _Followers:
     def __init__(self, processes: list[subprocess.Popen[str]]) -> None:
         self._processes = processes
         self._words: list[list[str]] = [[] for _ in processes]
-        self._leaving = threading.Event()
+        self._noticed = threading.Event()
+        """Set once this process knows of a failure, or leaves."""
         self._threads = [threading.Thread(target=self._watch, args=(i,), daemon=True) for i in range(len(processes))]
         for thread in self._threads:
             thread.start()
 
     def cause(self) -> str | None:
-        """Return why the first follower failed that did not merely follow another; None if none did."""
+        """Return why the first follower failed that did not merely stop because of another; None if none did."""
+        self._noticed.set()
         end = time.monotonic() + _GRACE
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        for rank, process in enumerate(self._processes, 1):
-            if (code := process.poll()) not in (None, 0, LOST, 143):
-                words = [line for line in self._words[rank - 1] if line.strip()]
-                last = next((line for line in reversed(words) if not line[0].isspace()), f"exit code {code}")
-                assert code is not None
-                print(*words, sep="\n", file=sys.stderr)
-                return f"rank {rank} was ended by signal {-code}" if code < 0 else f"rank {rank}: {last}"
+        for index, process in enumerate(self._processes):
+            if process.poll() not in (None, 0, LOST, 143):
+                print(*self._words[index], sep="\n", file=sys.stderr)
+                return self._why(index)
         return None
+
+    def _why(self, index: int) -> str:
+        """Return in one line why a follower failed: the first line of its exception, if any."""
+        code = self._processes[index].returncode
+        if code < 0:
+            return f"rank {index + 1} was ended by {signal.Signals(-code).name}"
+        lines = [line for line in self._words[index] if line.strip() and not line[0].isspace()]
+        last = lines[-1] if lines else f"exit code {code}"
+        return f"rank {index + 1}: " + re.sub(r"^atdiag\.[\w.]+Error: ", "", last)
 
     def leave(self) -> None:
         """End with the followers: give them time to end by themselves, then kill them."""
-        self._leaving.set()
+        self._noticed.set()
         for process in self._processes:
             assert process.stdin is not None
             with contextlib.suppress(OSError):
@@ -129,7 +139,6 @@ class _Followers:
             self._words[index] = [*self._words[index][-_LAST_WORDS:], line.rstrip()]
         if process.wait() in (0, 143):
             return
-        if not self._leaving.wait(_GRACE):
-            last = [*self._words[index], f"rank {index + 1} of {len(self._processes) + 1} failed"][-2:]
-            print(*last, sep="\n", file=sys.stderr, flush=True)
+        if not self._noticed.wait(_GRACE):
+            print(*self._words[index], self._why(index), sep="\n", file=sys.stderr, flush=True)
             os._exit(1)

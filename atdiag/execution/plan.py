@@ -66,9 +66,10 @@ def fit_ranks(specs: Sequence[RunSpec], ranks: int) -> None:
     for recipe in (spec.recipe for spec in specs if spec.recipe.epochs):
         if ranks > recipe.most_ranks:
             pairs = f", {recipe.most_ranks} pairs of images that are mixed" if recipe.mixes else ""
+            enough = 2 * ranks - 1 if recipe.mixes else ranks
             raise UserError(
                 f"`ranks` {ranks} for a batch of {count(recipe.batch_size, 'image')}{pairs}",
-                f"give {recipe.most_ranks} ranks at most, or a larger `recipe.batch_size`",
+                f"give {recipe.most_ranks} ranks at most, or `recipe.batch_size`={enough}",
             )
 
 

@@ -120,7 +120,8 @@ def within(
     """
     if options.ranks > 1:
         raise UserError(
-            f"`budget` is measured in one process, not over `ranks` {options.ranks}", "set `recipe.epochs` in its place"
+            f"`budget` is measured in one process, not over `ranks` {options.ranks}",
+            "leave one of them out; `recipe.epochs`=N sets the epochs",
         )
     if given := [name for name in settings.overrides if name.endswith(".epochs")]:
         raise UserError(f"`budget` chooses the epochs, and {given[0]} sets them", "leave one of them out")

@@ -140,7 +140,7 @@ def test_a_rank_that_dies_ends_the_others_and_one_process_goes_on(tmp_path, alon
         said = end(worker, ranks)
         if rank:
             assert worker.returncode == 1
-            assert said.strip().splitlines()[-1].endswith("FaultError: rank 2 was ended by signal 9")
+            assert said.strip().splitlines()[-1].endswith("FaultError: rank 2 was ended by SIGKILL")
     assert store.run(LONG).state == "interrupted"
     execute([LONG], store, ONE)
     assert store.run(LONG).result()["origin"]["from_step"] > 0
@@ -155,7 +155,7 @@ def test_the_local_executor_tells_which_rank_failed(tmp_path, sign):
     store.root.mkdir()
     executor.submit([Job(((LONG,),))], store, THREE)
     error, text = (
-        (FaultError, r"rank 1 was ended by signal 9.*goes on") if sign == 9 else (StoppedError, "asked to stop")
+        (FaultError, r"rank 1 was ended by SIGKILL.*goes on") if sign == 9 else (StoppedError, "asked to stop")
     )
     with pytest.raises(error, match=text):
         while (update := executor.poll()) is not None:
@@ -173,7 +173,9 @@ def test_the_local_executor_tells_which_rank_failed(tmp_path, sign):
 def test_more_ranks_than_images(tmp_path):
     plain, mixed = run(train=64), run(train=64, mixup=0.8)
     store = Store(tmp_path / "runs")
-    with pytest.raises(UserError, match="`ranks` 33 for a batch of 32 images: give 32 ranks at most, or a larger"):
+    with pytest.raises(
+        UserError, match="`ranks` 33 for a batch of 32 images: give 32 ranks at most, or `recipe.batch_size`=33"
+    ):
         execute([plain], store, replace(ONE, ranks=33))
     with pytest.raises(
         UserError, match="`ranks` 17 for a batch of 32 images, 16 pairs of images that are mixed: give 16"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -82,6 +83,8 @@ class Ranks:
         if self.count == 1:
             return module
         device = next(module.parameters()).device
+        # Of a patch embedding's gradient, where a channel of one has another stride: the same memory.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return DistributedDataParallel(
             module, process_group=self._group(device), broadcast_buffers=False, gradient_as_bucket_view=True
         )

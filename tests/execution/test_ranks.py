@@ -174,7 +174,7 @@ def test_more_ranks_than_images(tmp_path):
     plain, mixed = run(train=64), run(train=64, mixup=0.8)
     store = Store(tmp_path / "runs")
     with pytest.raises(
-        UserError, match="`ranks` 33 for a batch of 32 images: give 32 ranks at most, or `recipe.batch_size`=33"
+        UserError, match=r"`ranks` 33 for a batch of 32 images: give 32 ranks at most, or `recipe\.batch_size`=33"
     ):
         execute([plain], store, replace(ONE, ranks=33))
     with pytest.raises(

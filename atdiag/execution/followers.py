@@ -19,7 +19,7 @@ from atdiag.core.errors import FaultError
 from atdiag.execution.order import Order
 
 if TYPE_CHECKING:
-    from atdiag.training.ranks import Ranks
+    from atdiag.training.ranks import RankGroup
 
 LOST = 3
 """Exit code of a rank that stopped because another one did."""
@@ -32,7 +32,7 @@ _GRACE = 10.0
 
 
 @contextlib.contextmanager
-def ranks(order: Order) -> Iterator[Ranks | None]:
+def ranks(order: Order) -> Iterator[RankGroup | None]:
     """Give an order's training process its place among the ranks; None if it is alone.
 
     Unless it was itself started as one of them, by torchrun or by this function, it becomes the first and starts the

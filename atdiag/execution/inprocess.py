@@ -20,7 +20,7 @@ from atdiag.execution.plan import Job
 from atdiag.execution.turns import train_in_turn
 
 if TYPE_CHECKING:
-    from atdiag.training.ranks import Ranks
+    from atdiag.training.ranks import RankGroup
 
 
 class InProcessExecutor:
@@ -31,7 +31,7 @@ class InProcessExecutor:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._latest = Progress(0, 0)
-        self._ranks: Ranks | None = None
+        self._ranks: RankGroup | None = None
 
     def processes(self, options: ExecutionOptions) -> int:
         """Return 1. Raises UserError for a device that is not on this machine."""

@@ -22,7 +22,7 @@ from atdiag.execution.plan import Job
 from atdiag.execution.turns import train_in_turn
 
 if TYPE_CHECKING:
-    from atdiag.training.ranks import Ranks
+    from atdiag.training.ranks import RankGroup
 
 _SET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _POLL = 0.1
@@ -52,7 +52,7 @@ def ranks(asked: int) -> int:
 class _Company:
     """The ranks that torchrun started, and the store through which the first one talks to the others."""
 
-    ranks: Ranks
+    ranks: RankGroup
     store: Any
     orders: int = 0
 

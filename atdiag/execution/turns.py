@@ -17,14 +17,14 @@ from atdiag.execution.executor import Update
 from atdiag.execution.order import Order
 
 if TYPE_CHECKING:
-    from atdiag.training.ranks import Ranks
+    from atdiag.training.ranks import RankGroup
 
 _INTERVAL = 0.2
 """Minimum seconds between two updates within a cohort's training."""
 
 
 def train_in_turn(
-    order: Order, tell: Callable[[Update], None], should_stop: Callable[[], bool], ranks: Ranks | None = None
+    order: Order, tell: Callable[[Update], None], should_stop: Callable[[], bool], ranks: RankGroup | None = None
 ) -> bool:
     """Execute an order until done or stopped, and return whether it was asked to stop.
 

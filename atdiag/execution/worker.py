@@ -26,7 +26,7 @@ from atdiag.execution.order import Order
 from atdiag.execution.turns import train_in_turn
 
 if TYPE_CHECKING:
-    from atdiag.training.ranks import Ranks
+    from atdiag.training.ranks import RankGroup
 
 _OUTLIVES = 60.0
 """Seconds by which a rank may outlive the first."""
@@ -60,7 +60,7 @@ def main() -> int:
         return _follow(order, stop.is_set, ranks)
 
 
-def _follow(order: Order, should_stop: Callable[[], bool], ranks: Ranks) -> int:
+def _follow(order: Order, should_stop: Callable[[], bool], ranks: RankGroup) -> int:
     """Execute an order as one of the ranks after the first, which reports and finds out which rank failed."""
     from atdiag.training.ranks import RankLostError
 

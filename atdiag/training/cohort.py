@@ -30,7 +30,7 @@ from atdiag.data.splits import Split
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import compiled, determinism, evaluation, provenance
-from atdiag.training.ranks import ALONE, Ranks
+from atdiag.training.ranks import ALONE, RankGroup
 from atdiag.training.trainer import RunTrainer
 from atdiag.transfer.observation import Observation, of_teacher
 
@@ -51,7 +51,7 @@ def train(
     *,
     processes: int = 1,
     command: Sequence[str] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: RankGroup = ALONE,
 ) -> dict[str, Status]:
     """Train, evaluate and store the runs of one cohort; skip finished runs, resume interrupted ones.
 
@@ -107,7 +107,7 @@ class _Cohort:
         load_teacher: Callable[[Teacher], ViT | Foreign],
         options: ExecutionOptions,
         processes: int,
-        ranks: Ranks,
+        ranks: RankGroup,
     ) -> None:
         device = provenance.best_device() if options.device is None else torch.device(options.device)
         self.device = device = ranks.device(device)

@@ -21,7 +21,7 @@ from atdiag.networks.timm.wrapping import Foreign
 from atdiag.networks.weights import files
 from atdiag.networks.weights.sources import WeightsError
 from atdiag.training.predictions import Predictions
-from atdiag.training.ranks import ALONE, Ranks
+from atdiag.training.ranks import ALONE, RankGroup
 from atdiag.transfer import methods, ops
 from atdiag.transfer.attention import indices
 from atdiag.transfer.observation import CaptureRequest, Observation, of_teacher
@@ -131,7 +131,7 @@ def predict(
     precision: str = "float32",
     workers: int = 0,
     among: NDArray[np.int64] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: RankGroup = ALONE,
 ) -> list[Predictions]:
     """Predict with several subjects in one pass over the images.
 

@@ -42,7 +42,7 @@ class RankLostError(FaultError):
     """Another rank of this training has ended, and with it the training."""
 
 
-class Ranks:
+class RankGroup:
     """This process's place among the ranks; by default it is alone, and no method costs anything.
 
     index: from 0, over all machines. local: the same on this machine, of ``here``, which chooses the device.
@@ -145,10 +145,10 @@ class Ranks:
         return self._nccl if device.type == "cuda" else None
 
 
-ALONE = Ranks()
+ALONE = RankGroup()
 
 
-def join() -> tuple[Ranks, Store]:
+def join() -> tuple[RankGroup, Store]:
     """Meet the other ranks that were started with this process, and return its place and their common store.
 
     Read from the environment as torchrun sets it: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE`` and,
@@ -166,4 +166,4 @@ def join() -> tuple[Ranks, Store]:
         store, index, count = next(rendezvous("env://", timeout=_PATIENCE))
     store = PrefixStore("atdiag", store)
     dist.init_process_group("gloo", store=store, rank=index, world_size=count, timeout=_PATIENCE)
-    return Ranks(index, count, local, here), store
+    return RankGroup(index, count, local, here), store

@@ -29,7 +29,7 @@ from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import checkpoint as checkpoints
 from atdiag.training import evaluation, linear_head, planted
 from atdiag.training.board import Board
-from atdiag.training.ranks import ALONE, Ranks
+from atdiag.training.ranks import ALONE, RankGroup
 from atdiag.transfer import methods
 from atdiag.transfer.observation import Observation
 from atdiag.transfer.ops import Averaged
@@ -52,7 +52,7 @@ class RunTrainer:
         averages: Mapping[int, Averaged],
         steps_per_epoch: int,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: RankGroup = ALONE,
     ) -> None:
         self.run, self.spec, self.teacher, self.averages, self.ranks = run, spec, teacher, averages, ranks
         recipe = spec.recipe
@@ -284,7 +284,7 @@ class _Forward(nn.Module):
         return methods.Passed(seen.logits, planted.loss(self.spec.planted, self.student, seen, images))
 
 
-def _load(run: Run, ranks: Ranks) -> checkpoints.Checkpoint | None:
+def _load(run: Run, ranks: RankGroup) -> checkpoints.Checkpoint | None:
     """Return a run's checkpoint as the first rank reads it; None if it has none. Raises ValueError on all ranks."""
     found: checkpoints.Checkpoint | ValueError | None = None
     if ranks.first:

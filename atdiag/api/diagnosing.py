@@ -263,6 +263,7 @@ def diagnose(
     device: str | None = None,
     micro_batch: int | None = None,
     deterministic: bool = False,
+    ranks: int = 1,
     executor: Executor | None = None,
     dry_run: bool = False,
 ) -> Result:
@@ -281,7 +282,7 @@ def diagnose(
     places = {"runs": runs, "data_dir": data_dir, "classes": classes}
     given: dict[str, Any] = {name: None if path is None else Path(path) for name, path in places.items()}
     given |= {"profile": profile, "first_seed": first_seed, "split": split}
-    given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic}
+    given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic, "ranks": ranks}
     given["data"] = str(data) if isinstance(data, str | Path) else None
     sets = [*(data_sets(data) if isinstance(data, Mapping) else []), *as_sets(settings)]
     typed = looks if isinstance(looks, str) else ",".join(map(str, looks))

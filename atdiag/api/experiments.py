@@ -118,7 +118,8 @@ def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> N
     from atdiag.execution import devices
     from atdiag.study import pipeline
 
-    devices.resolve(plan.device)  # finished runs may still be measured
+    device = devices.resolve(plan.device)  # finished runs may still be measured
+    devices.fit_ranks(session.options.ranks, device)
     if plan.todo:
         paths.fit_for_runs(session.store.root, "runs")
     pipeline.check(series, plan.todo)

@@ -47,6 +47,7 @@ def run(
     device: str | None = None,
     micro_batch: int | None = None,
     deterministic: bool = False,
+    ranks: int = 1,
     executor: Executor | None = None,
     dry_run: bool = False,
     **options: Any,
@@ -84,7 +85,7 @@ def run(
     places = {"runs": runs, "data_dir": data_dir, "classes": classes}
     given: dict[str, Any] = {name: None if path is None else Path(path) for name, path in places.items()}
     given |= {"profile": profile, "seeds": seeds, "first_seed": first_seed, "equivalence": equivalence}
-    given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic}
+    given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic, "ranks": ranks}
     given |= {"data": named, "split": split, "budget": budget, "gpu": gpu}
     given["student"] = ",".join(f"{k}={v}" for k, v in student.items()) if isinstance(student, Mapping) else student
     folder = None if out is None else Path(out).expanduser()

@@ -99,9 +99,10 @@ def open_session(
 ) -> ExperimentSession:
     """Resolve the options of an experiment. Raises UserError for any invalid one."""
     from atdiag.core.runs import Store
-    from atdiag.execution import devices
+    from atdiag.execution import devices, torchrun
     from atdiag.training import compiled
 
+    given = {**given, "ranks": torchrun.ranks(given.get("ranks", 1))}
     if equivalence is not None and not 0 < equivalence < 100:
         raise UserError(f"`equivalence` {equivalence:g} is not a margin", "give points above 0, such as 0.5")
     compiled.choice()

@@ -27,6 +27,7 @@ from atdiag.cli.messages import (
     say,
     stopped,
 )
+from atdiag.execution import torchrun
 
 
 class _Commands(TyperGroup):
@@ -88,7 +89,19 @@ def _complete(app: typer.Typer) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the console script. Wrong input: one line, exit 2. A fault at run time: one line, exit 1."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for name in ("SIGTERM", "SIGUSR1"):  # clusters announce the end of a job by either
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminate)
+    if torchrun.world() > 1:
+        _main_in_ranks(arguments)
+    code = _run(arguments)
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        say(_stopped(arguments))
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None) -> Any:
+    """Run a command, and return its exit code."""
     code: Any
     TYPED.set(tuple(sys.argv[1:] if arguments is None else arguments))
     try:
@@ -100,9 +113,34 @@ def main(arguments: list[str] | None = None) -> None:
         code = asked.code
     except Exception as fault:
         code = _explain(fault)
-    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
-        say(stopped(next(iter(sys.argv[1:] if arguments is None else arguments), "")))
-    sys.exit(code)
+    return code
+
+
+def _stopped(arguments: list[str] | None) -> str:
+    return stopped(next(iter(sys.argv[1:] if arguments is None else arguments), ""))
+
+
+def _main_in_ranks(arguments: list[str] | None) -> None:
+    """Run a command that torchrun has started several times: once, with the other processes as ranks of its training.
+
+    Ends this process.
+    """
+    try:
+        leads = torchrun.join()
+        code = _run(arguments) if leads else torchrun.follow()
+        if leads:
+            if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+                say(_stopped(arguments))
+            torchrun.dismiss(code)
+    except SystemExit as asked:  # SIGTERM
+        code = asked.code
+    except Exception as fault:
+        code = _explain(fault)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # a kernel of NCCL that waits for a lost rank would not let the process end
+    sys.exit()
 
 
 def _terminate(*_: Any) -> None:

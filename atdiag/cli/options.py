@@ -99,6 +99,17 @@ _Deterministic = Annotated[
     ),
 ]
 
+_Ranks = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Train each run in N processes, every one on a device of its own with its share of each batch: the result "
+        "stays the same up to rounding. Also by torchrun --nproc-per-node N -m atdiag.",
+        show_default=False,
+    ),
+]
+
 Common = Mapping[str, tuple[Any, Any]]
 """Options by parameter name: annotation and default."""
 
@@ -106,6 +117,7 @@ EXECUTION: Common = {
     "device": (_Device, None),
     "micro_batch": (_MicroBatch, None),
     "deterministic": (_Deterministic, False),
+    "ranks": (_Ranks, 1),
     "data_dir": (DataDir, None),
 }
 """Execution options: fields of :class:`~atdiag.core.options.ExecutionOptions` by name."""

@@ -110,7 +110,10 @@ def announce(plan: Plan, session: ExperimentSession) -> None:
         return
     begun = sum(store.run(spec).checkpoint.exists() for spec in plan.todo)
     go_on = f" ({begun} go on from their checkpoints)" if begun else ""
-    where = f"in {count(min(plan.processes, len(plan.todo)), 'process')} on {plan.device}"
+    side_by_side, ranks = min(plan.processes, len(plan.todo)), session.options.ranks
+    where = f"in {count(side_by_side, 'process')} on {plan.device}"
+    if ranks > 1:
+        where = f"in {count(side_by_side, 'process')} of {ranks} ranks on {plan.device}"
     typer.echo(
         f"{seeds}{count(len(plan.specs), 'run')}, {len(plan.specs) - len(plan.todo)} finished before; "
         f"{len(plan.todo)} to do{go_on} {where}: about {duration(plan.seconds)}"

@@ -22,6 +22,8 @@ class ExecutionOptions:
     """Maximum images per forward pass; gradients are accumulated. None: the whole batch."""
     deterministic: bool = False
     """Use deterministic algorithms only: bitwise reproducible results on a GPU."""
+    ranks: int = 1
+    """Processes that train each run together, every one on a device of its own and on its share of every batch."""
     data_dir: str | None = None
     """Folder of all data sets; None: from the environment where the run executes."""
     checkpoint_seconds: float = 30.0

@@ -102,9 +102,11 @@ class Batch:
 class Stream:
     """The training batches of a data stream. Epochs are permutations; a last partial batch is dropped."""
 
-    def __init__(self, data: Data, recipe: Recipe, seed: int) -> None:
+    def __init__(self, data: Data, recipe: Recipe, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        """rank, ranks: make only this rank's shard of each batch (see :func:`shard`)."""
         if recipe.batch_size > data.train:
             raise ValueError(f"batch_size {recipe.batch_size} is larger than the training set ({data.train} images)")
+        self._rows = None if ranks == 1 else shard(recipe, rank, ranks)
         self.images = sources.find(data).train_split(data, seed)
         self.recipe, self.seed = recipe, seed
         self.steps_per_epoch = len(self.images) // recipe.batch_size
@@ -124,9 +126,11 @@ class Stream:
         epoch, position = divmod(step, self.steps_per_epoch)
         size = self.recipe.batch_size
         samples = self._order(epoch)[position * size : (position + 1) * size]
+        if self._rows is not None:
+            samples = samples[self._rows]
         pixels = self.images.take(samples) if self._augment is None else self._augment(self.images, epoch, samples)
         images, labels = torch.from_numpy(pixels), torch.from_numpy(self.images.labels[samples])
-        if self.recipe.mixup or self.recipe.cutmix:
+        if self.recipe.mixes:
             lam, box = self._mix(step)
             return Batch(images, labels, samples, labels.flip(0), lam, box)
         return Batch(images, labels, samples)
@@ -158,17 +162,36 @@ class Stream:
         return 1 - (bottom - top) * (right - left) / (size * size), box
 
 
+def shard(recipe: Recipe, rank: int, ranks: int) -> NDArray[np.int64]:
+    """Return the rows of a global batch that one of several ranks trains on, ascending: as equal shares as can be.
+
+    Where Mixup or CutMix mixes row i with row B - 1 - i, both are in the same shard. Reversing the shard then pairs
+    its images as reversing the global batch does, and no rank loads an image of another.
+
+    Raises ValueError if there are more ranks than images, or than pairs of images.
+
+    >>> [shard(Recipe(batch_size=7, mixup=0.8), rank, 3).tolist() for rank in range(3)]
+    [[0, 6], [1, 5], [2, 3, 4]]
+    """
+    if ranks > recipe.most_ranks:
+        raise ValueError(f"a batch of {recipe.batch_size} has {recipe.most_ranks} shards at most, not {ranks}")
+    share = np.arange(recipe.most_ranks * rank // ranks, recipe.most_ranks * (rank + 1) // ranks)
+    return np.unique([share, recipe.batch_size - 1 - share]) if recipe.mixes else share
+
+
 def augments(recipe: Recipe) -> bool:
     """Return whether a recipe augments single images."""
     return bool(recipe.crop is not None or recipe.flip or recipe.erase or recipe.rand_augment)
 
 
-def test_batches(images: Split, size: int, workers: int = 0, pin: bool = False) -> Generator[Tensor, None, None]:
+def test_batches(
+    images: Split, size: int, workers: int = 0, pin: bool = False, starts: range | None = None
+) -> Generator[Tensor, None, None]:
     """Yield all images of a split in the test view, in order: uint8 [b, C, S, S], b = ``size`` but for the last batch.
 
-    Workers and ``pin`` as in :meth:`Stream.batches`.
+    Workers and ``pin`` as in :meth:`Stream.batches`. starts: the first images of the batches to yield; None: all.
     """
-    return _in_order(_Chunks(images, size), range(0, len(images), size), workers, pin)
+    return _in_order(_Chunks(images, size), range(0, len(images), size) if starts is None else starts, workers, pin)
 
 
 def default_workers(images: Split, recipe: Recipe | None, device: torch.device, processes: int = 1) -> int:

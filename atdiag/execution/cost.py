@@ -86,7 +86,10 @@ def gpu_speed(gpu: str, width: int) -> float:
 
 
 def measured_speed(store: Store, device: str, newest: int = 30) -> float:
-    """Return the FLOP/s of a training process on this device: the newest finished runs' median, or the default."""
+    """Return the FLOP/s of a training process on this device: the newest finished runs' median, or the default.
+
+    Of a run over several ranks, that of one of them.
+    """
     found = []
     for run in store.list()[-newest:]:
         # A damaged run, or one of a version that recorded less, is reported where it is used.
@@ -94,7 +97,8 @@ def measured_speed(store: Store, device: str, newest: int = 30) -> float:
             spec, result = run.spec, run.result()
             work = seconds(spec, 1.0, tested=False)
             long = work > FLOPS_PER_SECOND and result["seconds"] > 1  # a short run is mostly its start
-            if long and result["environment"]["device"].startswith(device):
-                found.append(work / result["seconds"])
+            where = result["environment"]
+            if long and where["device"].startswith(device):
+                found.append(work / result["seconds"] / where.get("ranks", 1))
     usual = FLOPS_PER_SECOND if device == "cpu" else _GPU_FLOPS_PER_SECOND
     return median(found) if len(found) > 2 else usual

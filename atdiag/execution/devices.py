@@ -45,8 +45,29 @@ def is_here(device: str) -> bool:
     return True
 
 
-def processes_for(device: str, threads: int | None) -> int:
-    """Return how many training processes a device gets: one, or on a CPU as many as fit its cores."""
+def processes_for(device: str, threads: int | None, ranks: int = 1) -> int:
+    """Return how many training processes a device gets: one, or on a CPU as many as fit its cores.
+
+    A process of several ranks counts once, and takes the cores of each.
+    """
     if device != "cpu":
         return 1
-    return max(1, available_cores() // (threads or available_cores()))
+    return max(1, available_cores() // ((threads or available_cores()) * ranks))
+
+
+def fit_ranks(ranks: int, device: str) -> None:
+    """Raise UserError if this machine has fewer devices than ranks. A CPU's cores may be shared by several."""
+    have = {"cpu": ranks, "mps": 1, "cuda": _gpus()}[device]
+    if ranks < 1 or ranks > have:
+        raise UserError(
+            f"`ranks` {ranks} on {device}: each needs a device of its own, and this machine has {have}",
+            f"give 1 to {have}" if have > 1 else "leave `ranks` out",
+        )
+
+
+def _gpus() -> int:
+    """Return how many GPUs this process may use, as far as can be told without CUDA."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([name for name in visible.split(",") if name.strip() and not name.strip().startswith("-")])
+    nvidia = Path("/proc/driver/nvidia/gpus")
+    return sum(1 for _ in nvidia.iterdir()) if nvidia.is_dir() else 1

@@ -24,7 +24,10 @@ class Update:
 
 
 class Executor(Protocol):
-    """A place to execute jobs: this process, other processes of this machine, a cluster."""
+    """A place to execute jobs: this process, other processes of this machine, a cluster.
+
+    One that can train a run over several ranks says so by an attribute ``takes_ranks``, True.
+    """
 
     def processes(self, options: ExecutionOptions) -> int:
         """Return how many jobs run side by side. Raises UserError for options that can't be met."""

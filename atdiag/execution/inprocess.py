@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
 from atdiag.core.errors import StoppedError
 from atdiag.core.options import ExecutionOptions
@@ -18,6 +19,9 @@ from atdiag.execution.order import Order
 from atdiag.execution.plan import Job
 from atdiag.execution.turns import train_in_turn
 
+if TYPE_CHECKING:
+    from atdiag.training.ranks import RankGroup
+
 
 class InProcessExecutor:
     """One thread that executes all jobs in turn."""
@@ -27,6 +31,7 @@ class InProcessExecutor:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._latest = Progress(0, 0)
+        self._ranks: RankGroup | None = None
 
     def processes(self, options: ExecutionOptions) -> int:
         """Return 1. Raises UserError for a device that is not on this machine."""
@@ -35,8 +40,7 @@ class InProcessExecutor:
 
     def submit(self, jobs: Sequence[Job], store: Store, options: ExecutionOptions) -> None:
         """Start the thread."""
-        cohorts = tuple(cohort for job in jobs for cohort in job.cohorts)
-        order = Order(store.root.resolve(), options, processes=1, command=tuple(sys.argv), cohorts=cohorts)
+        order = self._order(jobs, store, options)
         self._stop.clear()
         self._news, self._latest = SimpleQueue(), Progress(0, 0)  # messages left by earlier, cancelled jobs
         context = contextvars.copy_context()  # includes the folder of data sets
@@ -58,8 +62,6 @@ class InProcessExecutor:
         self._thread = None
         if news is not None:
             raise news
-        if self._stop.is_set():
-            raise StoppedError("the training was asked to stop")
         return None
 
     def cancel(self) -> None:
@@ -69,9 +71,14 @@ class InProcessExecutor:
             self._thread.join()
             self._thread = None
 
+    def _order(self, jobs: Sequence[Job], store: Store, options: ExecutionOptions) -> Order:
+        cohorts = tuple(cohort for job in jobs for cohort in job.cohorts)
+        return Order(store.root.resolve(), options, processes=1, command=tuple(sys.argv), cohorts=cohorts)
+
     def _work(self, order: Order) -> None:
         try:
-            train_in_turn(order, self._news.put, self._stop.is_set)
+            if train_in_turn(order, self._news.put, self._stop.is_set, self._ranks):
+                raise StoppedError("the training was asked to stop")
         except BaseException as fault:  # re-raised by poll
             self._news.put(fault)
         else:

@@ -30,6 +30,8 @@ _LAST_WORDS = 30
 class LocalExecutor:
     """Worker processes on this machine. If this process dies, they write checkpoints and stop."""
 
+    takes_ranks = True
+
     def __init__(self) -> None:
         self._workers: list[subprocess.Popen[str]] = []
         self._messages: SimpleQueue[tuple[int, dict[str, Any] | None]] = SimpleQueue()
@@ -40,7 +42,7 @@ class LocalExecutor:
 
     def processes(self, options: ExecutionOptions) -> int:
         """Return how many training processes fit the device. Raises UserError if it is not on this machine."""
-        return devices.processes_for(devices.resolve(options.device), options.threads)
+        return devices.processes_for(devices.resolve(options.device), options.threads, options.ranks)
 
     def submit(self, jobs: Sequence[Job], store: Store, options: ExecutionOptions) -> None:
         """Start a process for each job."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from atdiag.core.errors import UserError
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
 from atdiag.core.spec import RunSpec
+from atdiag.core.text import count
 from atdiag.execution import cost, devices
 
 _STARTUP_SECONDS = 8.0
@@ -48,11 +50,27 @@ class Plan:
 
 
 def make(specs: Sequence[RunSpec], store: Store, options: ExecutionOptions) -> Plan:
-    """Plan runs, checking once which are finished. Raises UserError for an unknown device."""
+    """Plan runs, checking once which are finished.
+
+    Raises UserError for an unknown device, and for more ranks than share a batch.
+    """
     device = devices.named(options.device) or devices.resolve(None)
     todo = tuple(pending(specs, store))
-    processes = devices.processes_for(device, options.threads)
-    return Plan(tuple(specs), todo, device, processes, cost.measured_speed(store, device))
+    fit_ranks(todo, options.ranks)
+    processes = devices.processes_for(device, options.threads, options.ranks)
+    return Plan(tuple(specs), todo, device, processes, cost.measured_speed(store, device) * options.ranks)
+
+
+def fit_ranks(specs: Sequence[RunSpec], ranks: int) -> None:
+    """Raise UserError if a batch of one of these runs can't be shared by so many ranks."""
+    for recipe in (spec.recipe for spec in specs if spec.recipe.epochs):
+        if ranks > recipe.most_ranks:
+            pairs = f", {recipe.most_ranks} pairs of images that are mixed" if recipe.mixes else ""
+            enough = 2 * ranks - 1 if recipe.mixes else ranks
+            raise UserError(
+                f"`ranks` {ranks} for a batch of {count(recipe.batch_size, 'image')}{pairs}",
+                f"give {recipe.most_ranks} ranks at most, or `recipe.batch_size`={enough}",
+            )
 
 
 def pending(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:

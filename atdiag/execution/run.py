@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from atdiag.core.errors import FaultError
+from atdiag.core.errors import FaultError, UserError
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.progress import OnProgress, Progress, ignore
 from atdiag.core.runs import Store
 from atdiag.core.spec import RunSpec
 from atdiag.core.text import count
-from atdiag.execution import plan
+from atdiag.execution import devices, plan, torchrun
 from atdiag.execution.executor import Executor
 from atdiag.execution.local import LocalExecutor
 
@@ -32,8 +32,14 @@ def execute(
 
     Raises FaultError (finished work is kept), StoppedError, or UserError for options that the executor can't meet.
     """
-    executor = executor or LocalExecutor()
+    executor = executor or torchrun.executor() or LocalExecutor()
+    if options.ranks > 1 and not getattr(executor, "takes_ranks", False):
+        raise UserError(
+            f"`ranks` {options.ranks}: {type(executor).__name__} trains a run in one process", "leave `ranks` out"
+        )
     while todo := plan.pending(specs, store):
+        plan.fit_ranks(todo, options.ranks)
+        devices.fit_ranks(options.ranks, devices.resolve(options.device))
         processes = executor.processes(options)
         store.root.mkdir(parents=True, exist_ok=True)
         elsewhere = {spec.id for spec in todo if store.run(spec).state == "training"}

@@ -5,31 +5,44 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from atdiag.core import paths
 from atdiag.core.progress import Progress
+from atdiag.core.resources import available_cores
 from atdiag.core.runs import Store
 from atdiag.core.spec import RunSpec
 from atdiag.execution import devices
 from atdiag.execution.executor import Update
 from atdiag.execution.order import Order
 
+if TYPE_CHECKING:
+    from atdiag.training.ranks import RankGroup
+
 _INTERVAL = 0.2
 """Minimum seconds between two updates within a cohort's training."""
 
 
-def train_in_turn(order: Order, tell: Callable[[Update], None], should_stop: Callable[[], bool]) -> None:
-    """Execute an order until done or stopped. Raises what :func:`atdiag.training.cohort.train` raises.
+def train_in_turn(
+    order: Order, tell: Callable[[Update], None], should_stop: Callable[[], bool], ranks: RankGroup | None = None
+) -> bool:
+    """Execute an order until done or stopped, and return whether it was asked to stop.
 
     tell: callback (update), called at intervals while a cohort trains and with each cohort's statuses at its end.
+    ranks: this process's place among those that execute the order together; None: it is alone. Each must be asked to
+    execute it, and only one need be asked to stop. Raises what :func:`atdiag.training.cohort.train` raises.
     """
     import torch
 
     from atdiag.networks.weights import loading
     from atdiag.training import cohort
+    from atdiag.training.ranks import ALONE
 
+    ranks = ranks or ALONE
     options = replace(order.options, device=devices.resolve(order.options.device))
     before = torch.get_num_threads()
+    if options.threads is None and ranks.count > 1:
+        options = replace(options, threads=max(1, available_cores() // (order.processes * ranks.here)))
     if options.threads:
         torch.set_num_threads(options.threads)
     meter = _Meter([_steps(group) for group in order.cohorts], tell)
@@ -45,12 +58,16 @@ def train_in_turn(order: Order, tell: Callable[[Update], None], should_stop: Cal
                     should_stop,
                     processes=order.processes,
                     command=order.command,
+                    ranks=ranks,
                 )
                 meter.end_cohort(statuses)
-                if should_stop():
-                    return
+                with ranks.watched():
+                    (stopped,) = ranks.agree(should_stop())
+                if stopped:
+                    return True
     finally:
         torch.set_num_threads(before)
+    return False
 
 
 def _steps(cohort: Sequence[RunSpec]) -> int:

@@ -2,7 +2,9 @@
 
 ``python -m atdiag.execution.worker`` reads the order from standard input and also stops at end of file, since then the
 submitting process is gone. ``python -m atdiag.execution.worker ORDER.json`` reads it from a file and runs
-independently. Both stop on SIGTERM. Whenever a worker stops, every run writes its checkpoint first.
+independently. Both stop on SIGTERM and SIGUSR1. Whenever a worker stops, every run writes its checkpoint first.
+
+For an order of several ranks a worker starts the others (see :mod:`atdiag.execution.followers`); they are workers, too.
 """
 
 from __future__ import annotations
@@ -12,19 +14,30 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from atdiag.execution import followers
 from atdiag.execution.executor import Update
 from atdiag.execution.order import Order
 from atdiag.execution.turns import train_in_turn
+
+if TYPE_CHECKING:
+    from atdiag.training.ranks import RankGroup
+
+_OUTLIVES = 60.0
+"""Seconds by which a rank may outlive the first."""
 
 
 def main() -> int:
     """Execute one order; return exit code 0 when done (see the statuses), 143 when stopped on request."""
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), lambda *_: stop.set())
     if len(sys.argv) > 1:
         order = Order.from_json(Path(sys.argv[1]).read_text())
     else:
@@ -40,14 +53,31 @@ def main() -> int:
         except BrokenPipeError:  # the submitting process is gone, though standard input has not ended yet
             stop.set()
 
-    train_in_turn(order, tell, stop.is_set)
-    return 143 if stop.is_set() else 0
+    with followers.ranks(order) as ranks:
+        if ranks is None or ranks.first:
+            stopped = train_in_turn(order, tell, stop.is_set, ranks)
+            return 143 if stopped or stop.is_set() else 0
+        return _follow(order, stop.is_set, ranks)
+
+
+def _follow(order: Order, should_stop: Callable[[], bool], ranks: RankGroup) -> int:
+    """Execute an order as one of the ranks after the first, which reports and finds out which rank failed."""
+    from atdiag.training.ranks import RankLostError
+
+    try:
+        return 143 if train_in_turn(order, lambda update: None, should_stop, ranks) else 0
+    except RankLostError as lost:
+        print(lost, file=sys.stderr, flush=True)
+        os._exit(followers.LOST)  # a kernel of NCCL that waits for the lost rank would not let the process end
 
 
 def _until_input_ends(stop: threading.Event) -> None:
     while os.read(0, 1024):  # not sys.stdin: a thread blocked in it can crash the interpreter at exit
         pass
     stop.set()
+    if os.environ.get("RANK", "0") != "0":  # the first rank is gone: don't outlive it, whatever this one waits for
+        time.sleep(_OUTLIVES)
+        os._exit(followers.LOST)
 
 
 if __name__ == "__main__":

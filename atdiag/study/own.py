@@ -118,6 +118,11 @@ def within(
     For a new one, training is timed for some seconds. Raises UserError if the user sets the epochs, too, or if not one
     epoch fits.
     """
+    if options.ranks > 1:
+        raise UserError(
+            f"`budget` is measured in one process, not over `ranks` {options.ranks}",
+            "leave one of them out; `recipe.epochs`=N sets the epochs",
+        )
     if given := [name for name in settings.overrides if name.endswith(".epochs")]:
         raise UserError(f"`budget` chooses the epochs, and {given[0]} sets them", "leave one of them out")
     specs = {epochs: planned(_long(settings, epochs, budget)) for epochs in (2, 4)}

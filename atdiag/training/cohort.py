@@ -2,7 +2,8 @@
 
 A cohort's runs share each decoded, augmented batch and one forward pass of their teacher. This is cheaper than training
 them one by one and pairs their contrasts, but changes no result: alone or in company, a run ends with the same weights,
-bit for bit on a CPU with the same number of threads.
+bit for bit on a CPU with the same number of threads. Over several ranks every run of the cohort is trained by all of
+them, and its result is the same up to rounding.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from atdiag.data.splits import Split
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import compiled, determinism, evaluation, provenance
+from atdiag.training.ranks import ALONE, RankGroup
 from atdiag.training.teacher_facts import TeacherFacts
 from atdiag.training.trainer import RunTrainer
 from atdiag.transfer.observation import Observation, of_teacher
@@ -50,46 +52,50 @@ def train(
     *,
     processes: int = 1,
     command: Sequence[str] | None = None,
+    ranks: RankGroup = ALONE,
 ) -> dict[str, Status]:
     """Train, evaluate and store the runs of one cohort; skip finished runs, resume interrupted ones.
 
     All runs must have the same data stream and, where they have one, the same teacher. should_stop: polled after each
-    step; once it returns True, every run writes its checkpoint and the call returns. processes: number of such
-    trainings that share the machine. command: the command line to record; None for this process's. Returns each run's
-    status by id.
+    step; once it returns True, on any rank, every run writes its checkpoint and the call returns. processes: number of
+    such trainings that share the machine. command: the command line to record; None for this process's. ranks: the
+    processes that make this call together; the first alone looks at run directories. Returns each run's status by id.
 
     Raises UserError or ValueError, with nothing written, for runs that can't be trained, or not together. A fault of a
     single run (a loss that is not finite, a checkpoint that can't be read) fails only that run. Raises OutOfMemoryError
-    if a step does not fit in device memory; it names a ``micro_batch`` that does.
+    if a step does not fit in device memory; it names a ``micro_batch`` that does. Raises RankLostError if another rank
+    has ended.
     """
     specs = list({spec.id: spec for spec in specs}.values())
+    with ranks.watched(), ExitStack() as locks:
+        locks.enter_context(determinism.algorithms(options.deterministic))
+        locks.enter_context(determinism.float32_as_float32())
+        status = ranks.shared(_claim(specs, store, locks) if ranks.first else {})
+        if todo := [(store.run(spec), spec) for spec in specs if spec.id not in status]:
+            cohort = _Cohort(todo, load_teacher, options, processes, ranks)
+            status |= cohort.work(on_progress, should_stop, command)
+    return status
+
+
+def _claim(specs: Sequence[RunSpec], store: Store, locks: ExitStack) -> dict[str, Status]:
+    """Create and lock the runs that are to be trained, and return the status of the others. Raises as :func:`train`."""
     for spec in specs:
         sources.find(spec.data).check(spec.data, spec.network)
     if len({spec.stream for spec in specs}) > 1 or len({s.teacher.seen_as for s in specs if s.teacher}) > 1:
         raise ValueError("the runs of a cohort share one data stream and one teacher")
     status: dict[str, Status] = {}
-    with ExitStack() as locks:
-        locks.enter_context(determinism.algorithms(options.deterministic))
-        locks.enter_context(determinism.float32_as_float32())
-        todo: list[tuple[Run, RunSpec]] = []
-        for spec in specs:
-            try:
-                run = store.create(spec)
-                locks.enter_context(run.lock())
-            except RunBusyError:
-                status[spec.id] = "busy"
-                continue
-            except DamagedRunError as fault:
-                store.run(spec).fail(0, str(fault))
-                status[spec.id] = "failed"
-                continue
+    for spec in specs:
+        try:
+            run = store.create(spec)
+            locks.enter_context(run.lock())
+        except RunBusyError:
+            status[spec.id] = "busy"
+        except DamagedRunError as fault:
+            store.run(spec).fail(0, str(fault))
+            status[spec.id] = "failed"
+        else:
             if run.finished:
                 status[spec.id] = "finished"
-            else:
-                todo.append((run, spec))
-        if todo:
-            cohort = _Cohort(todo, load_teacher, options, processes)
-            status |= cohort.work(on_progress, should_stop, command)
     return status
 
 
@@ -102,9 +108,11 @@ class _Cohort:
         load_teacher: Callable[[Teacher], ViT | Foreign],
         options: ExecutionOptions,
         processes: int,
+        ranks: RankGroup,
     ) -> None:
-        self.device = device = provenance.best_device() if options.device is None else torch.device(options.device)
-        self.options, self.processes = options, processes
+        device = provenance.best_device() if options.device is None else torch.device(options.device)
+        self.device = device = ranks.device(device)
+        self.options, self.ranks, self.processes = options, ranks, processes * ranks.here
         self.status: dict[str, Status] = {}
         self.on_progress: OnProgress = ignore
         self.should_stop: Callable[[], bool] = lambda: False
@@ -113,7 +121,10 @@ class _Cohort:
         spec = todo[0][1]
         teacher_spec = next((s.teacher for _, s in todo if s.teacher), None)
         self.teacher = load_teacher(teacher_spec).to(device) if teacher_spec else None
-        self.stream = Stream(spec.data, spec.recipe, spec.seed.data) if any(s.recipe.epochs for _, s in todo) else None
+        self.stream = None
+        if any(s.recipe.epochs for _, s in todo):
+            self.stream = Stream(spec.data, spec.recipe, spec.seed.data, ranks.index, ranks.count)
+        self.batch_size = spec.recipe.batch_size  # of all ranks together
         steps = self.stream.steps_per_epoch if self.stream else 1
         self.validation = None
         if self.stream is not None and spec.data.validation is not None:
@@ -125,7 +136,7 @@ class _Cohort:
             try:
                 teacher = self.teacher if s.teacher else None
                 averages, heads = prepared.averages(s), prepared.heads(s)
-                self.members.append(RunTrainer(run, s, teacher, averages, steps, device, heads))
+                self.members.append(RunTrainer(run, s, teacher, averages, steps, device, heads, ranks))
             except ValueError as fault:  # a checkpoint that can't be read, teacher weights that do not fit
                 self._fail(run, 0, str(fault))
         self.compiled = compiled.wanted(device)
@@ -142,7 +153,7 @@ class _Cohort:
     ) -> dict[str, Status]:
         """Train all members from the earliest step that any of them needs, and finish each one when it is done."""
         self.on_progress, self.should_stop = on_progress, should_stop
-        self.origin = provenance.origin(self.data, self.device, command)
+        self.origin = provenance.origin(self.data, self.device, command) if self.ranks.first else {}
         try:
             self._work()
             return self.status
@@ -164,13 +175,15 @@ class _Cohort:
             step += 1
             self._finish()
             self._tell("training")
-            if self.should_stop():
+            due = self.ranks.first and time.monotonic() - last_save > interval
+            stop, due = self.ranks.agree(self.should_stop(), due)
+            if stop:
                 for member in self.members:
                     member.save()
                     member.board.close()
                     self.status[member.run.id] = "interrupted"
                 return
-            if time.monotonic() - last_save > interval:
+            if due:
                 begin = time.monotonic()
                 for member in self.members:
                     member.save()
@@ -202,7 +215,7 @@ class _Cohort:
             fits = False
         if not fits:  # outside the handler, whose traceback keeps the allocated tensors alive
             raise self._too_large(batch, active)
-        self.images += len(batch.labels) * len(active)
+        self.images += self.batch_size * len(active)
         self._end_epoch([m for m in active if m.cause is None and m.ends_epoch])
 
     def _end_epoch(self, members: list[RunTrainer]) -> None:
@@ -221,9 +234,10 @@ class _Cohort:
         learnt = 0
         for part in batch.parts(self.options.micro_batch):
             learnt += len(part.labels)
-            self._learn(part, len(part.labels) / len(batch.labels), active, last=learnt == len(batch.labels))
+            self._learn(part, active, last=learnt == len(batch.labels))
 
-    def _learn(self, part: Batch, share: float, active: list[RunTrainer], last: bool) -> None:
+    def _learn(self, part: Batch, active: list[RunTrainer], last: bool) -> None:
+        share = len(part.labels) / self.batch_size
         begin = time.perf_counter()
         shown = self._teacher_shows(part, active)
         shared = (time.perf_counter() - begin) / len(active)
@@ -235,7 +249,7 @@ class _Cohort:
                 spec = member.spec
                 own = evaluation.fit(shown, member.teacher, spec.network, spec.transfer, member.heads)
                 own = replace(own, averages=member.averages)
-            member.learn(part, own, share)
+            member.learn(part, own, share, last)
             if last:  # member by member: each update frees gradients for the next
                 member.update()
             member.seconds += shared + time.perf_counter() - begin
@@ -243,12 +257,14 @@ class _Cohort:
     def _too_large(self, batch: Batch, active: list[RunTrainer]) -> OutOfMemoryError:
         """Return the error for a step that does not fit, with the largest micro-batch that does, found by trial."""
         tried = min(self.options.micro_batch or len(batch.labels), len(batch.labels))
-        size = tried // 2
+        size = tried // 2 if self.ranks.count == 1 else 0  # others wait for this rank's gradients: no trial
         while size and not self._fits(batch, size, active):
             size //= 2
         where = f"{provenance.device_name(self.device)} is out of memory at {tried} images at once"
         if len(self.members) > 1:
             where += f" with {len(self.members)} runs side by side"
+        if self.ranks.count > 1:
+            return OutOfMemoryError(f"{where} on one of {self.ranks.count} ranks: give a smaller `micro_batch`")
         if not size:
             return OutOfMemoryError(f"{where}, and not even one fits: use a device with more memory")
         return OutOfMemoryError(f"{where}: `micro_batch` {size} fits, and gives the same result up to rounding")
@@ -266,7 +282,7 @@ class _Cohort:
                 if not member.optimizer.state
                 for parameter in (*member.student.parameters(),) * 2
             ]
-            self._learn(next(batch.parts(size)), size / len(batch.labels), active, last=False)
+            self._learn(next(batch.parts(size)), active, last=False)
             del reserved
         except torch.OutOfMemoryError:
             fits = False
@@ -325,13 +341,17 @@ class _Cohort:
         precision = members[0].spec.recipe.precision  # the same for all: precision is part of the stream
         with compiled.eagerly() if self.compiled else nullcontext():
             workers = default_workers(images, None, self.device, self.processes)
-            return evaluation.predict([m.subject() for m in members], images, self.device, precision, workers)
+            subjects = [m.subject() for m in members]
+            return evaluation.predict(subjects, images, self.device, precision, workers, ranks=self.ranks)
 
     def _fail(self, run: Run, step: int, cause: str) -> None:
-        run.fail(step, cause)
+        if self.ranks.first:
+            run.fail(step, cause)
         self.status[run.id] = "failed"
 
     def _store(self, member: RunTrainer, predictions: evaluation.Predictions) -> None:
+        if not self.ranks.first:
+            return
         run, spec = member.run, member.spec
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in member.outcome.state_dict().items()}
         run.write("weights.safetensors", to_safetensors(state, {"run": run.id}))
@@ -355,6 +375,7 @@ class _Cohort:
                     "compiled": self.compiled,
                     "micro_batch": self.options.micro_batch,
                     "deterministic": self.options.deterministic,
+                    "ranks": self.ranks.count,
                 },
                 "origin": {**self.origin, "from_step": member.began},
             }

@@ -47,6 +47,7 @@ def compile_blocks(network: ViT, backend: str = "inductor") -> None:
 
     torch._dynamo.config.recompile_limit = _LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.optimize_ddp = False  # else it splits graphs for DistributedDataParallel; a block is small
     for block in network.blocks:
         for name in ("forward", "see"):
             setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, dynamic=False, backend=backend))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from atdiag.networks.timm.wrapping import Foreign
 from atdiag.networks.weights import files
 from atdiag.networks.weights.sources import WeightsError
 from atdiag.training.predictions import Predictions
+from atdiag.training.ranks import ALONE, RankGroup
 from atdiag.transfer import methods, ops, sizes
 from atdiag.transfer.attention import indices
 from atdiag.transfer.observation import CaptureRequest, Observation, of_teacher
@@ -34,6 +36,9 @@ AVERAGED_IMAGES = 2048
 
 COMPARED_IMAGES = 64
 """Number of training images on which a teacher's heads are compared (``teacher_heads="different"``)."""
+
+_Said = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""A batch's predictions, and the log-probability of each label."""
 
 
 @dataclass
@@ -194,11 +199,13 @@ def predict(
     precision: str = "float32",
     workers: int = 0,
     among: NDArray[np.int64] | None = None,
+    ranks: RankGroup = ALONE,
 ) -> list[Predictions]:
     """Predict with several subjects in one pass over the images.
 
     Each batch is loaded once, and each distinct teacher runs once for all students that need it. The batch size is
-    fixed, so a subject's numbers do not depend on which others are evaluated with it.
+    fixed, so a subject's numbers do not depend on which others are evaluated with it, nor on the number of ranks: they
+    take the batches in turn, and each gets the predictions on all images.
 
     workers: processes that load images in advance; they change no number. among: the classes to choose from, None for
     all; the logits of other classes count neither for the prediction nor for the probabilities.
@@ -216,13 +223,14 @@ def predict(
                 blocks = subject.transfer.layers
                 raise ValueError(f"a student that copies blocks {blocks} needs its teacher at test time, and has none")
             needed.setdefault(id(subject.teacher), (subject.teacher, []))[1].append(subject.transfer)
-    said: list[list[tuple[NDArray[np.int32], NDArray[np.float32]]]] = [[] for _ in subjects]
+    said: list[list[_Said]] = [[] for _ in subjects]
+    starts = range(ranks.index * BATCH, len(images), ranks.count * BATCH)
     with (
-        closing(loader.test_batches(images, BATCH, workers, pin=device.type == "cuda")) as batches,
+        closing(loader.test_batches(images, BATCH, workers, device.type == "cuda", starts)) as batches,
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        for start, batch in zip(range(0, len(images), BATCH), batches, strict=True):
+        for start, batch in zip(starts, batches, strict=True):
             pixels = _on(device, batch)
             shown = {key: show(teacher, pixels, of_teacher(transfers)) for key, (teacher, transfers) in needed.items()}
             for subject, out in zip(subjects, said, strict=True):
@@ -230,12 +238,19 @@ def predict(
                 own = subject.given(shown[key]) if key in shown else Observation()
                 logits = methods.forward_test(subject.network, subject.transfer, pixels, own).float().cpu()
                 out.append(_score(logits, images.labels[start : start + BATCH], among))
-    return [_gather(out, images) for out in said]
+    whole = _in_turn(ranks.gathered(said))
+    return [_gather(out, images) for out in whole]
 
 
-def _score(
-    logits: Tensor, labels: NDArray[np.int64], among: NDArray[np.int64] | None
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def _in_turn(said: list[list[list[_Said]]]) -> list[list[_Said]]:
+    """Return, for each subject, the batches that the ranks took in turn in the images' order."""
+    return [
+        [one for turn in zip_longest(*(rank[subject] for rank in said)) for one in turn if one is not None]
+        for subject in range(len(said[0]))
+    ]
+
+
+def _score(logits: Tensor, labels: NDArray[np.int64], among: NDArray[np.int64] | None) -> _Said:
     """Return a batch's predictions and the log-probability of each label."""
     if among is not None:
         others = torch.ones(logits.shape[-1], dtype=torch.bool)
@@ -245,7 +260,7 @@ def _score(
     return log_p.argmax(-1).astype(np.int32), log_p[np.arange(len(labels)), labels].astype(np.float32)
 
 
-def _gather(batches: list[tuple[NDArray[np.int32], NDArray[np.float32]]], images: Split) -> Predictions:
+def _gather(batches: list[_Said], images: Split) -> Predictions:
     return Predictions(
         prediction=np.concatenate([prediction for prediction, _ in batches]),
         label=images.labels.astype(np.int32),

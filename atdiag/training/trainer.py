@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from atdiag.core import randomness
@@ -29,6 +29,7 @@ from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import checkpoint as checkpoints
 from atdiag.training import evaluation, linear_head, planted
 from atdiag.training.board import Board
+from atdiag.training.ranks import ALONE, RankGroup
 from atdiag.transfer import methods
 from atdiag.transfer.observation import Observation
 from atdiag.transfer.ops import Averaged
@@ -52,9 +53,11 @@ class RunTrainer:
         steps_per_epoch: int,
         device: torch.device,
         heads: Mapping[int, tuple[int, ...]] | None = None,
+        ranks: RankGroup = ALONE,
     ) -> None:
         """averages, heads: as in :class:`~atdiag.training.evaluation.Predictor`."""
         self.run, self.spec, self.teacher, self.averages, self.heads = run, spec, teacher, averages, heads or {}
+        self.ranks = ranks
         recipe = spec.recipe
         self.total = recipe.epochs * steps_per_epoch
         self.steps_per_epoch = steps_per_epoch
@@ -70,6 +73,7 @@ class RunTrainer:
             for layer in spec.transfer.layers:
                 for parameter in self.student.blocks[layer].attn.unused_parameters(spec.transfer.tensor).values():
                     parameter.requires_grad_(False)
+        self._forward = ranks.parallel(_Forward(self.student, spec))
         self._ema = None if recipe.ema is None else _average(self.student, recipe.ema)
         self.optimizer = _optimizer(self.student, recipe, device)
         self.schedule = _schedule(self.optimizer, recipe, self.total, steps_per_epoch)
@@ -90,7 +94,7 @@ class RunTrainer:
         """Fault flag (1 after the first loss or gradient norm that is not finite), those two values, and the step."""
         self.cause: str | None = None
         self.board = Board(run)
-        if (saved := checkpoints.load(run)) is not None:
+        if (saved := _load(run, ranks)) is not None:
             if (saved.ema is None) != (self._ema is None):
                 raise ValueError(
                     f"{run.checkpoint} was written with another recipe: 'atdiag runs remove {run.id}' starts afresh"
@@ -110,9 +114,9 @@ class RunTrainer:
         return self.cause is not None or self.step >= self.total
 
     def save(self) -> None:
-        """Write a checkpoint, unless the run has stopped at a fault."""
+        """Write a checkpoint, unless the run has stopped at a fault. The ranks do so at the same step."""
         self.settle()
-        if self.cause is not None:
+        if self.cause is not None or not self.ranks.first:
             return
         checkpoints.save(
             self.run,
@@ -135,42 +139,41 @@ class RunTrainer:
         self.learn(batch, teacher)
         self.update()
 
-    def learn(self, part: Batch, teacher: Observation, share: float = 1.0) -> None:
+    def learn(self, part: Batch, teacher: Observation, share: float = 1.0, last: bool = True) -> None:
         """Accumulate the gradient of one micro-batch of a step.
 
-        share: the micro-batch's share of the batch's images. Every loss is a mean over images, and images do not
-        interact in a ViT, so the micro-batches' gradients sum to the whole batch's, up to rounding. teacher: its
-        observation for this micro-batch.
+        share: the micro-batch's share of the images of the batch of all ranks. Every loss is a mean over images, and
+        images do not interact in a ViT, so the micro-batches' gradients sum to the whole batch's, up to rounding.
+        teacher: its observation for this micro-batch. last: it is this rank's last of the step, which sums the ranks'
+        gradients.
         """
         spec, device = self.spec, part.images.device
         keep = drop_path(spec.recipe.drop_path, spec.network.depth, spec.seed.model, self.step, part.samples)
         if keep is not None:
             keep = keep.to(device, non_blocking=True)  # otherwise each step on a GPU waits for the transfer
-        with torch.autocast(device.type, torch.bfloat16, enabled=spec.recipe.precision == "bfloat16"):
-            logits, transfer_loss = self._forward(part.images, teacher, keep)
-        task_loss = classification_loss(logits.float(), part, spec.recipe.label_smoothing)
-        loss = task_loss if transfer_loss is None else task_loss + transfer_loss
-        (loss if share == 1 else share * loss).backward()  # type: ignore[no-untyped-call]
+        with self.ranks.alone(self._forward, not last):
+            with torch.autocast(device.type, torch.bfloat16, enabled=spec.recipe.precision == "bfloat16"):
+                logits, transfer_loss = self._forward(part.images, teacher, keep)
+            task_loss = classification_loss(logits.float(), part, spec.recipe.label_smoothing)
+            loss = task_loss if transfer_loss is None else task_loss + transfer_loss
+            weight = share * self.ranks.count  # the ranks' gradients are averaged, not summed
+            (loss if weight == 1 else weight * loss).backward()
         losses = [loss, task_loss, torch.zeros_like(loss) if transfer_loss is None else transfer_loss]
         self._losses += share * torch.stack([one.detach().to(self._losses.dtype) for one in losses])
-        if spec.transfer.loss == "ce" and self.step % self.steps_per_epoch % LOG_EVERY == 0:
+        if self._measures:
             assert transfer_loss is not None
             with torch.no_grad():
                 self._excess = self._excess + share * methods.excess(spec.transfer, teacher, transfer_loss.detach())
 
-    def _forward(self, images: Tensor, teacher: Observation, keep: Tensor | None) -> methods.Passed:
-        """Run the student, and return its logits with the loss besides that of the task, if any."""
-        if self.spec.planted is None:
-            return methods.forward(self.student, self.spec.transfer, images, teacher, keep)
-        seen = self.student.observe(images, planted.request(self.spec.planted), keep=keep)
-        assert seen.logits is not None
-        return methods.Passed(seen.logits, planted.loss(self.spec.planted, self.student, seen, images))
-
     def update(self) -> None:
         """Apply the accumulated gradients and end the step."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.ranks.count > 1 and self.step == self.began and any(p.grad is None for p in parameters):
+            raise RuntimeError("a weight of this student has no part in its loss: it can't be trained in ranks")
         norm = clip_grad_norm_(parameters, self.spec.recipe.clip_grad or math.inf)
-        losses, excess = self._losses, self._excess
+        losses, excess = self.ranks.add(self._losses), self._excess
+        if self._measures:
+            excess = self.ranks.add(excess)
         self._losses, self._excess = torch.zeros_like(losses), torch.zeros_like(excess)
         loss, task_loss, transfer_loss = losses
         self._watch(loss, norm)
@@ -181,13 +184,18 @@ class RunTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self._ema is not None:  # also after a fault on a GPU, which left the weights unchanged and finite
             self._ema.update(self.student)
-        if self.spec.transfer.loss == "ce" and self.step % self.steps_per_epoch % LOG_EVERY == 0:
+        if self._measures:
             self._kl.append(excess)
         self._latest += torch.stack([loss, task_loss, norm.detach().to(loss.dtype), transfer_loss])
         self.step += 1
         self._unsettled += 1
         if self._fetches_at_once or self._unsettled == LOG_EVERY:
             self.settle()
+
+    @property
+    def _measures(self) -> bool:
+        """Whether the current step measures the divergence between the student's maps and the teacher's."""
+        return self.spec.transfer.loss == "ce" and self.step % self.steps_per_epoch % LOG_EVERY == 0
 
     def forget(self) -> None:
         """Drop the gradients and losses of an abandoned step."""
@@ -249,8 +257,9 @@ class RunTrainer:
         line["seconds"] = round(self.seconds, 3)
         self.metrics.append(line)
         self.sums = {}
-        self.run.write_metrics(self.metrics)
-        self.board.write(self.metrics)
+        if self.ranks.first:
+            self.run.write_metrics(self.metrics)
+            self.board.write(self.metrics)
 
     @property
     def outcome(self) -> ViT:
@@ -260,6 +269,36 @@ class RunTrainer:
     def subject(self) -> evaluation.Predictor:
         """Return the trained network as a subject to evaluate."""
         return evaluation.Predictor(self.outcome, self.spec.transfer, self.teacher, self.averages, self.heads)
+
+
+class _Forward(nn.Module):
+    """A student's forward pass in training: its logits, with the loss besides that of the task if there is one."""
+
+    def __init__(self, student: ViT, spec: RunSpec) -> None:
+        super().__init__()
+        self.student, self.spec = student, spec
+
+    def forward(self, images: Tensor, teacher: Observation, keep: Tensor | None) -> methods.Passed:
+        """Arguments as in :func:`atdiag.transfer.methods.forward`."""
+        if self.spec.planted is None:
+            return methods.forward(self.student, self.spec.transfer, images, teacher, keep)
+        seen = self.student.observe(images, planted.request(self.spec.planted), keep=keep)
+        assert seen.logits is not None
+        return methods.Passed(seen.logits, planted.loss(self.spec.planted, self.student, seen, images))
+
+
+def _load(run: Run, ranks: RankGroup) -> checkpoints.Checkpoint | None:
+    """Return a run's checkpoint as the first rank reads it; None if it has none. Raises ValueError on all ranks."""
+    found: checkpoints.Checkpoint | ValueError | None = None
+    if ranks.first:
+        try:
+            found = checkpoints.load(run)
+        except ValueError as fault:
+            found = fault
+    found = ranks.shared(found)
+    if isinstance(found, ValueError):
+        raise found
+    return found
 
 
 def drop_path(rate: float, depth: int, seed: int, step: int, samples: np.ndarray) -> Tensor | None:

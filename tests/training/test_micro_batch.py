@@ -103,10 +103,10 @@ def room_for(monkeypatch):
     def set_(images: int) -> None:
         learn = trainer.RunTrainer.learn
 
-        def limited(self, part, teacher, share=1.0):
+        def limited(self, part, teacher, *how):
             if len(part.labels) > images:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            learn(self, part, teacher, share)
+            learn(self, part, teacher, *how)
 
         monkeypatch.setattr(trainer.RunTrainer, "learn", limited)
 

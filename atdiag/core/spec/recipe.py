@@ -48,6 +48,16 @@ class Recipe(Spec):
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: automatic mixed precision, with weights and optimiser in float32."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed, in pairs."""
+        return bool(self.mixup or self.cutmix)
+
+    @property
+    def most_ranks(self) -> int:
+        """Ranks that can share a batch: one for each image, or for each pair of images that are mixed."""
+        return (self.batch_size + 1) // 2 if self.mixes else self.batch_size
+
     def canonical(self) -> dict[str, Any]:
         """Replace a decay of 0, whose average equals the weights, by None."""
         return {"ema": self.ema or None}

@@ -100,7 +100,7 @@ def _draw_halves(
     name: str, shape: tuple[int, ...], network: Network, generator: np.random.Generator
 ) -> NDArray[np.float32] | None:
     """Draw gate and value of a packed gated MLP as two matrices, as if they were not packed."""
-    if not name.endswith("mlp.fc1.weight"):
+    if not (network.own("swiglu").get("packed") and name.startswith("blocks.") and name.endswith("mlp.fc1.weight")):
         return None
     bound = (6 / (shape[1] + shape[0] // 2)) ** 0.5
     values: NDArray[np.float32] = np.float32(bound) * (2 * generator.random(shape, dtype=np.float32) - 1)

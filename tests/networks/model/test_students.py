@@ -275,7 +275,7 @@ def test_head_rows_choose_the_teachers_classes(perturbed, small_images):
     assert {"head.weight", "head.bias"} <= set(start.taken)
     with pytest.raises(ValueError, match=r"head_rows \[5\] are out of range: the teacher's head has 5 classes"):
         students.start_from(student, teacher, Init(source="teacher", head=True, head_rows=(4, 5, 2)))
-    with pytest.raises(ValueError, match=r"head.weight: teacher \(2, 12\), student \(3, 12\)"):
+    with pytest.raises(ValueError, match=r"head.weight: teacher \(2, 16\), student \(3, 16\)"):
         students.start_from(student, teacher, Init(source="teacher", head=True, head_rows=(4, 1)))
 
 

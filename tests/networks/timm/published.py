@@ -96,7 +96,7 @@ MODERN: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "a mean of normed tokens": ("vit_base_patch16_siglip_gap_224", SMALL, ("norm_before_pool",)),
     "sapiens": (
         "vit_base_patch16_sapiens2",
-        SMALL | {"img_size": 64, "num_kv_heads": None},
+        SMALL | {"img_size": 64, "num_kv_heads": (3, 3)},
         ("layer_scale", "no_abs_pos", "qk_norm", "registers", "rms_norm", "rope", "swiglu"),
     ),
     "aimv2": (

@@ -3,6 +3,7 @@
     <runs>/<id>/spec.json            the spec
                 metrics.jsonl        one line per epoch
                 checkpoint           while it trains
+                cohort.json          while it trains, in one run of those side by side: where, how far, how fast
                 tensorboard/         the same numbers as events
                 failure.json         if it stopped at a fault
                 weights.safetensors  the trained student
@@ -19,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -38,6 +40,11 @@ from atdiag.core.spec import RunSpec
 
 FILES = ("spec.json", "metrics.jsonl", "weights.safetensors", "predictions.npz")
 """The files of a finished run besides its result; none of them changes any more."""
+
+COHORT = "cohort.json"
+"""File in a run's directory that says how its cohort's training goes (:mod:`atdiag.training.pulse`)."""
+
+_ID = re.compile(r"[0-9a-f]{16}")
 
 State = Literal["finished", "training", "interrupted", "failed", "new"]
 
@@ -229,7 +236,7 @@ class Run:
         """
         document = {"id": self.id, **result, "files": self.hashes()}
         self.write("result.json", json.dumps({**document, "digest": digest(document)}, indent=1))
-        for name in ("checkpoint", "failure.json"):
+        for name in ("checkpoint", "failure.json", COHORT):
             (self.path / name).unlink(missing_ok=True)
 
     def _locked(self) -> bool:
@@ -290,6 +297,14 @@ class Store:
         else:
             run.write("spec.json", spec.model_dump_json(indent=1))
         return run
+
+    def every(self) -> list[Run]:
+        """Return all folders that are named like a run, in no order: one request of the file system."""
+        try:
+            with os.scandir(self.root) as found:
+                return [Run(self.root / one.name) for one in found if _ID.fullmatch(one.name)]
+        except FileNotFoundError:
+            return []
 
     def list(self) -> list[Run]:
         """Return all runs, oldest first, including folders that lost their spec but hold another file of a run."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
 from atdiag.core.spec import RunSpec
-from atdiag.execution import cost, devices
+from atdiag.execution import bench, cost, devices, gpus
 
 _STARTUP_SECONDS = 8.0
 
@@ -37,22 +37,68 @@ class Plan:
     todo: tuple[RunSpec, ...]
     device: str
     processes: int
-    """Number of processes that fit the device."""
+    """Number of processes that fit the devices."""
     speed: float
     """FLOP/s of one training process."""
+    gpu: str | None = None
+    """The kind of GPU, where the plan is for one that is named or known."""
+    devices: int = 1
+    """Number of devices."""
+    basis: str = ""
+    """Where the speed is from, as ``measured``."""
 
     @property
     def seconds(self) -> float:
         """Estimated wall-clock seconds."""
         return estimate(self.todo, self.processes, self.speed)
 
+    @property
+    def device_seconds(self) -> float:
+        """Estimated seconds of all devices together, as a cluster charges them."""
+        each = max(1, self.processes // self.devices)
+        return sum(cost.seconds(spec, self.speed * each) for spec in self.todo)
 
-def make(specs: Sequence[RunSpec], store: Store, options: ExecutionOptions) -> Plan:
-    """Plan runs, checking once which are finished. Raises UserError for an unknown device."""
-    device = devices.named(options.device) or devices.resolve(None)
+
+def make(
+    specs: Sequence[RunSpec], store: Store, options: ExecutionOptions, gpu: str | None = None, cluster: bool = False
+) -> Plan:
+    """Plan runs, checking once which are finished. Raises UserError for an unknown device.
+
+    gpu: plan for this kind of GPU, which need not be here. cluster: they are trained on other machines, and without
+    a number of devices every cohort has its own.
+    """
     todo = tuple(pending(specs, store))
-    processes = devices.processes_for(device, options.threads)
-    return Plan(tuple(specs), todo, device, processes, cost.measured_speed(store, device))
+    device = "cuda" if gpu is not None else devices.named(options.device) or devices.resolve(None)
+    if gpu is None and not cluster and devices.is_here(device):
+        places = devices.slots(options)
+        processes, many = len(places), len({tuple(place.items()) for place in places})
+    else:
+        many = devices.number(options.devices) or (max(1, len(cohorts(todo))) if cluster else 1)
+        processes = many * (options.per_device or 1)
+        if device == "cpu" and not cluster:
+            processes = devices.processes_for(device, options.threads)
+    speed, basis, kind = _speed(todo, store, device, gpu, cluster)
+    if device != "cpu":
+        speed /= max(1, processes // many)  # processes on one device share it
+    return Plan(tuple(specs), todo, device, processes, speed, kind, many, basis)
+
+
+def _speed(
+    todo: Sequence[RunSpec], store: Store, device: str, gpu: str | None, cluster: bool
+) -> tuple[float, str, str | None]:
+    """Return the FLOP/s of a device, where they are from, and the kind of GPU if it is known."""
+    width = min((spec.network.width for spec in todo), default=gpus.WIDE)
+    if gpu is not None:
+        return gpus.speed(gpu, width), gpus.named(gpu).origin, gpu
+    if (found := cost.measured_speed(store, device, default=0.0)) > 0:
+        return found, "as in finished runs", None
+    here = not cluster and devices.is_here(device)
+    if here and (kept := bench.kept(device)) is not None:
+        return kept, "measured by atdiag doctor --bench", None
+    if device == "cuda":
+        kind = (gpus.here() if here else None) or gpus.USUAL
+        return gpus.speed(kind, width), gpus.named(kind).origin, kind
+    return cost.usual(device), "assumed", None
 
 
 def pending(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:
@@ -88,6 +134,12 @@ def share_out(specs: Sequence[RunSpec], processes: int) -> list[Job]:
         bins[place].setdefault(index, []).append(spec)
         position += own
     return [Job(tuple(tuple(cohort) for cohort in part.values())) for part in bins if part]
+
+
+def single(jobs: Sequence[Job]) -> list[Job]:
+    """Return each cohort of some jobs as a job of its own, the longest first."""
+    alone = [Job((cohort,)) for job in jobs for cohort in job.cohorts]
+    return sorted(alone, key=lambda job: -sum(cost.seconds(spec) for spec in job.specs))
 
 
 def estimate(specs: Sequence[RunSpec], processes: int, flops_per_second: float = cost.FLOPS_PER_SECOND) -> float:

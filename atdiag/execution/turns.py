@@ -32,7 +32,7 @@ def train_in_turn(order: Order, tell: Callable[[Update], None], should_stop: Cal
     before = torch.get_num_threads()
     if options.threads:
         torch.set_num_threads(options.threads)
-    meter = _Meter([_steps(group) for group in order.cohorts], tell)
+    meter = _Meter([steps(group) for group in order.cohorts], tell)
     try:
         with paths.looking_in(options.data_dir):
             for group in order.cohorts:
@@ -53,7 +53,8 @@ def train_in_turn(order: Order, tell: Callable[[Update], None], should_stop: Cal
         torch.set_num_threads(before)
 
 
-def _steps(cohort: Sequence[RunSpec]) -> int:
+def steps(cohort: Sequence[RunSpec]) -> int:
+    """Return the optimisation steps of a cohort's runs together."""
     return sum(spec.recipe.epochs * (spec.data.train // spec.recipe.batch_size) for spec in cohort)
 
 

@@ -29,6 +29,7 @@ from atdiag.data.splits import Split
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import compiled, determinism, evaluation, provenance
+from atdiag.training.pulse import Pulse
 from atdiag.training.trainer import RunTrainer
 from atdiag.transfer.observation import Observation, of_teacher
 from atdiag.transfer.ops import Averaged
@@ -124,6 +125,7 @@ class _Cohort:
     ) -> None:
         self.device = device = provenance.best_device() if options.device is None else torch.device(options.device)
         self.options, self.processes = options, processes
+        self.pulse = Pulse(provenance.device_name(device))
         self.status: dict[str, Status] = {}
         self.on_progress: OnProgress = ignore
         self.should_stop: Callable[[], bool] = lambda: False
@@ -170,6 +172,7 @@ class _Cohort:
             raise
         finally:
             self._leave_batches()
+            self.pulse.end()
 
     def _work(self) -> None:
         last_save = time.monotonic()
@@ -387,4 +390,5 @@ class _Cohort:
 
     def _tell(self, doing: str) -> None:
         to_do = sum(m.total - m.step for m in self.members)
+        self.pulse.beat(self.members, self.images, doing)
         self.on_progress(Progress(self.total - to_do, self.total, self.images, doing))

@@ -117,7 +117,8 @@ def announce(plan: Plan, session: ExperimentSession) -> None:
     if plan.device == "cuda":
         typer.echo(f"{todo}: about {on_devices(plan)}")
     else:
-        where = f"in {count(min(plan.processes, len(plan.todo)), 'process')} on {plan.device}"
+        what = "task" if session.on_cluster else "process"
+        where = f"in {count(min(plan.processes, len(plan.todo)), what)} on {plan.device}"
         typer.echo(f"{todo} {where}: about {duration(plan.seconds)}")
 
 

@@ -241,8 +241,8 @@ class SlurmExecutor:
         if all(one.task.hopeless for one in live):
             task = live[0].task
             raise FaultError(
-                f"SLURM job {task.job} waits and won't start by itself ({task.reason}): 'scancel {task.job}' removes it; "
-                "then ask for what the cluster has, with `slurm.partition`, `slurm.time` and the like"
+                f"SLURM job {task.job} waits and does not start by itself ({task.reason}): 'scancel {task.job}' removes it. "
+                "Ask for what the cluster has, with `slurm.partition`, `slurm.time` and the like"
             )
 
     def _ended(self, unfinished: dict[str, Run], statuses: dict[str, str]) -> bool:
@@ -267,7 +267,7 @@ class SlurmExecutor:
         what = why(bad[0]) if bad else "its SLURM task ended before it did"
         more = f"; {len(bad) - 1} more tasks ended so" if len(bad) > 1 else ""
         raise FaultError(
-            f"{count(len(lost), 'run')} unfinished: {what}{more}; nothing is lost, and the same command goes on from there"
+            f"{count(len(lost), 'run')} unfinished: {what}{more}; the same command goes on from there"
         )
 
 

@@ -47,7 +47,7 @@ HOPELESS = frozenset(
 ) | {"launch failed requeued held", "job requeued in held state"}
 """Reasons for which a waiting task does not start unless someone does something."""
 _CLUSTER = re.compile(
-    r"contact|timed out|temporarily|communicat|connect|munge|credential|socket|zero bytes|slurmctld|backup controller",
+    r"contact|timed out|temporarily|communicat|connect|munge|credential|socket|zero bytes|slurmctld|configuration",
     re.I,
 )
 """Words of refusals that are the cluster's fault, not the user's."""

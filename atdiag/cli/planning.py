@@ -153,8 +153,9 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
     if own:
         announce(plan, session)
     table = Table(title=f"{series.ablation}: what would be run", title_justify="left")
-    for name in ("arm", "seed", "run", "state", "thread-s"):
-        table.add_column(name, justify="right" if name in ("seed", "thread-s") else "left", no_wrap=name != "arm")
+    unit = "GPU-s" if plan.device == "cuda" else "thread-s"
+    for name in ("arm", "seed", "run", "state", unit):
+        table.add_column(name, justify="right" if name in ("seed", unit) else "left", no_wrap=name != "arm")
     planned = experiments.planned(series)
     for name, spec in planned:
         seconds = f"{cost.seconds(spec, plan.speed):.0f}"

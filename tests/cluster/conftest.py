@@ -15,7 +15,7 @@ def node(tmp_path_factory):
 
 
 @pytest.fixture
-def slurm(node, monkeypatch):
+def cluster(node, monkeypatch):
     """Let this test's commands find the SLURM of this machine."""
     for name, value in node.items():
         monkeypatch.setenv(name, value)

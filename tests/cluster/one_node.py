@@ -42,6 +42,7 @@ SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
+SlurmdParameters=config_overrides
 KillWait=5
 MaxArraySize={array}
 OverTimeLimit=0

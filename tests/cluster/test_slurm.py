@@ -14,7 +14,7 @@ import pytest
 
 from atdiag.core.errors import FaultError, UserError
 from atdiag.core.runs import COHORT, Store, file_sha256
-from atdiag.execution import plan, slurm
+from atdiag.execution import plan, slurm, slurm_commands
 from atdiag.execution.inprocess import InProcessExecutor
 from atdiag.execution.run import execute
 from atdiag.execution.slurm import SlurmExecutor
@@ -61,7 +61,7 @@ def digests(specs, store: Store) -> list[str]:
     return [file_sha256(store.run(spec).weights) for spec in specs]
 
 
-def test_the_table_is_the_local_one(slurm, tmp_path):
+def test_the_table_is_the_local_one(cluster, tmp_path):
     """``layers --from top --k 6`` gives the same numbers to the digit, trained here and by SLURM."""
     line = [sys.executable, "-m", "atdiag", *LINES["layers"], *SETS, "--seeds", "1", "--json"]
     there = ["--executor", "slurm", "--slurm.poll", "0.5"]
@@ -80,7 +80,7 @@ def test_the_table_is_the_local_one(slurm, tmp_path):
     assert len(list((tmp_path / "there" / "slurm").glob("*/job.sh"))) == 1
 
 
-def test_twenty_interruptions(slurm, tmp_path):
+def test_twenty_interruptions(cluster, tmp_path):
     """Tasks are cancelled, requeued or killed at random: all end with the weights of uninterrupted runs."""
     specs, chance = scratch(epochs=60, seeds=20), random.Random(0)
     here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
@@ -127,7 +127,7 @@ def slurm_queue(root: Path):
     return [one for one in slurm.queue(root) if not one.task.ended]
 
 
-def test_ten_submissions_at_once_train_each_run_once(slurm, tmp_path):
+def test_ten_submissions_at_once_train_each_run_once(cluster, tmp_path):
     line = [sys.executable, "-m", "atdiag", *LINES["layers"], *SETS, "--seeds", "1", "--executor", "slurm"]
     words = [*line, "--slurm.poll", "0.5", "--runs", str(tmp_path / "runs")]
     several = [
@@ -145,7 +145,7 @@ def test_ten_submissions_at_once_train_each_run_once(slurm, tmp_path):
         assert len(list((run.path / "tensorboard").iterdir())) == 1
 
 
-def test_near_its_time_limit_a_task_writes_a_checkpoint_and_goes_back_to_the_queue(slurm, tmp_path):
+def test_near_its_time_limit_a_task_writes_a_checkpoint_and_goes_back_to_the_queue(cluster, tmp_path):
     (spec,), store = scratch(epochs=200), Store(tmp_path / "runs")
     executor = submitted([spec], store)
     task = f"{executor.submitted[0].job}_0"
@@ -161,7 +161,7 @@ def test_near_its_time_limit_a_task_writes_a_checkpoint_and_goes_back_to_the_que
     assert digests([spec], store) == digests([spec], Store(tmp_path / "here"))
 
 
-def test_a_node_that_fails_loses_nothing(slurm, tmp_path):
+def test_a_node_that_fails_loses_nothing(cluster, tmp_path):
     (spec,), store = scratch(epochs=100), Store(tmp_path / "runs")
     executor = submitted([spec], store)
     until(lambda: store.run(spec).checkpoint.exists())
@@ -174,7 +174,7 @@ def test_a_node_that_fails_loses_nothing(slurm, tmp_path):
     assert store.run(spec).result()["origin"]["from_step"] > 0
 
 
-def test_a_node_with_another_source_refuses(slurm, tmp_path, monkeypatch):
+def test_a_node_with_another_source_refuses(cluster, tmp_path, monkeypatch):
     (spec,), store = scratch(epochs=1), Store(tmp_path / "runs")
     monkeypatch.setattr("atdiag.execution.source.digest", lambda: "0" * 64)
     executor = submitted([spec], store)
@@ -184,7 +184,7 @@ def test_a_node_with_another_source_refuses(slurm, tmp_path, monkeypatch):
     assert store.run(spec).state == "new"
 
 
-def test_what_the_cluster_refuses_is_said_in_its_words(slurm, tmp_path):
+def test_what_the_cluster_refuses_is_said_in_its_words(cluster, tmp_path):
     store = Store(tmp_path / "runs")
     with pytest.raises(UserError, match="invalid partition specified: nix.*may be debug, short"):
         submitted(scratch(1), store, replace(QUICK, partition="nix"))
@@ -198,20 +198,20 @@ def test_what_the_cluster_refuses_is_said_in_its_words(slurm, tmp_path):
     ("options", "reason"),
     [({"partition": "short", "time": "1:00:00"}, "PartitionTimeLimit"), ({"extra": "--hold"}, "JobHeldUser")],
 )
-def test_a_job_that_never_starts(slurm, tmp_path, options, reason):
+def test_a_job_that_never_starts(cluster, tmp_path, options, reason):
     executor = submitted(scratch(1), Store(tmp_path / "runs"), replace(QUICK, **options))
     with pytest.raises(FaultError, match=rf"does not start by itself \({reason}\): 'scancel (\d+)' removes it"):
         wait(executor, 60)
     command("scancel", executor.submitted[0].job)
 
 
-def test_a_node_that_does_not_see_the_disk(slurm, tmp_path):
+def test_a_node_that_does_not_see_the_disk(cluster, tmp_path):
     executor = submitted(scratch(1), Store(tmp_path / "runs"), replace(QUICK, extra="--begin=now+3"))
     folder = executor.submitted[0].folder
     runs = (folder / "runs.json").read_bytes()
     aside = folder.rename(tmp_path / "aside")
     folder.write_text("")  # where the node would write its log, there is no folder
-    until(lambda: not any(one.state in ("PENDING", "RUNNING", "COMPLETING") for one in slurm.slurm_commands.tasks()))
+    until(lambda: not any(one.state in ("PENDING", "RUNNING", "COMPLETING") for one in slurm_commands.tasks()))
     folder.unlink()
     aside.rename(folder)
     assert (folder / "runs.json").read_bytes() == runs

@@ -142,7 +142,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the result exists."""
-        return (self.path / "result.json").is_file()
+        return os.path.isfile(os.path.join(self.path, "result.json"))  # noqa: PTH113, PTH118 - asked of every run
 
     @property
     def checkpoint(self) -> Path:
@@ -300,21 +300,26 @@ class Store:
 
     def every(self) -> list[Run]:
         """Return all folders that are named like a run, in no order: one request of the file system."""
-        try:
-            with os.scandir(self.root) as found:
-                return [Run(self.root / one.name) for one in found if _ID.fullmatch(one.name)]
-        except FileNotFoundError:
-            return []
+        return [run for run in map(Run, map(Path, self._folders())) if _ID.fullmatch(run.id)]
 
     def list(self) -> list[Run]:
         """Return all runs, oldest first, including folders that lost their spec but hold another file of a run."""
-        made: dict[Path, float] = {}
-        for name in (*FILES, "result.json", "checkpoint"):  # in the order in which a run writes them
-            for path in self.root.glob(f"*/{name}"):
-                if path.parent not in made:
-                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                        made[path.parent] = path.stat().st_mtime
-        return [Run(path) for path in sorted(made, key=lambda path: (made[path], path.name))]
+        made: dict[str, float] = {}
+        for folder in self._folders():
+            for name in (*FILES, "result.json", "checkpoint"):  # in the order in which a run writes them
+                try:  # mostly the first: one request of the file system for each run
+                    made[folder] = os.stat(os.path.join(folder, name)).st_mtime  # noqa: PTH116, PTH118 - for speed
+                    break
+                except OSError:  # missing, or deleted meanwhile
+                    continue
+        return [Run(Path(path)) for path in sorted(made, key=lambda path: (made[path], path))]
+
+    def _folders(self) -> list[str]:
+        try:
+            with os.scandir(self.root) as found:
+                return [one.path for one in found if one.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def find(self, prefix: str) -> Run:
         """Return the run whose id starts with ``prefix`` (at least 4 digits). Raises UserError unless it is unique."""

@@ -241,8 +241,9 @@ class SlurmExecutor:
         if all(one.task.hopeless for one in live):
             task = live[0].task
             raise FaultError(
-                f"SLURM job {task.job} waits and does not start by itself ({task.reason}): 'scancel {task.job}' removes it. "
-                "Ask for what the cluster has, with `slurm.partition`, `slurm.time` and the like"
+                f"SLURM job {task.job} waits and does not start by itself ({task.reason}): "
+                f"'scancel {task.job}' removes it. "
+                "Ask for what the cluster has, with `slurm.partition`, `slurm.time` and such"
             )
 
     def _ended(self, unfinished: dict[str, Run], statuses: dict[str, str]) -> bool:
@@ -266,9 +267,7 @@ class SlurmExecutor:
         self._followed = {}
         what = why(bad[0]) if bad else "its SLURM task ended before it did"
         more = f"; {len(bad) - 1} more tasks ended so" if len(bad) > 1 else ""
-        raise FaultError(
-            f"{count(len(lost), 'run')} unfinished: {what}{more}; the same command goes on from there"
-        )
+        raise FaultError(f"{count(len(lost), 'run')} unfinished: {what}{more}; the same command goes on from there")
 
 
 def on_node(options: ExecutionOptions) -> str:

@@ -178,7 +178,9 @@ def test_a_node_with_another_source_refuses(cluster, tmp_path, monkeypatch):
     (spec,), store = scratch(epochs=1), Store(tmp_path / "runs")
     monkeypatch.setattr("atdiag.execution.source.digest", lambda: "0" * 64)
     executor = submitted([spec], store)
-    with pytest.raises(FaultError, match="1 run unfinished: .*atdiag here is another .*ordered with 000000000000") as said:
+    with pytest.raises(
+        FaultError, match=r"1 run unfinished: .*atdiag here is another .*ordered with 000000000000"
+    ) as said:
         wait(executor)
     assert len(str(said.value).splitlines()) == 1
     assert store.run(spec).state == "new"
@@ -186,7 +188,7 @@ def test_a_node_with_another_source_refuses(cluster, tmp_path, monkeypatch):
 
 def test_what_the_cluster_refuses_is_said_in_its_words(cluster, tmp_path):
     store = Store(tmp_path / "runs")
-    with pytest.raises(UserError, match="invalid partition specified: nix.*may be debug, short"):
+    with pytest.raises(UserError, match=r"invalid partition specified: nix.*may be debug, short"):
         submitted(scratch(1), store, replace(QUICK, partition="nix"))
     assert not list((store.root / "slurm").glob("*/order-0.json"))
     limits = submitted(scratch(1), store, replace(QUICK, partition="short")).submitted[0]

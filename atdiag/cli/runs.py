@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="List, show, compare, verify, export and remove runs.")
 
 
+_MANY = 1000
+"""Runs above which they are listed as plain lines."""
+
+
 @app.command("list")
 def runs_list(runs: Runs = None, json_: Json = False) -> None:
     """List all runs, oldest first."""
@@ -36,6 +40,14 @@ def runs_list(runs: Runs = None, json_: Json = False) -> None:
     rows = run_index.rows(store)
     if json_:
         typer.echo(json.dumps(rows))
+        return
+    if len(rows) > _MANY:  # a table is laid out cell by cell, which takes a minute
+        typer.echo(f"{count(len(rows), 'run')} in {store.root}")
+        for row in rows:
+            top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
+            start = "" if row["start"] == "scratch" else f" from {row['start']}"
+            cells = (row["teacher"], row["student"] + start, row["transfer"], row["data"], row["seed"], top1)
+            typer.echo("  ".join((row["run"][:12], f"{row['state']:<11}", *filter(None, cells))))
         return
     table = Table(title=f"{count(len(rows), 'run')} in {store.root}", title_justify="left", box=box.SIMPLE_HEAD)
     table.collapse_padding, table.pad_edge = True, False

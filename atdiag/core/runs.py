@@ -273,6 +273,15 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
+def _folders(root: Path) -> list[str]:
+    """Return the folders in a folder; none if it does not exist."""
+    try:
+        with os.scandir(root) as found:
+            return [one.path for one in found if one.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 class Store:
     """A folder of runs."""
 
@@ -300,12 +309,12 @@ class Store:
 
     def every(self) -> list[Run]:
         """Return all folders that are named like a run, in no order: one request of the file system."""
-        return [run for run in map(Run, map(Path, self._folders())) if _ID.fullmatch(run.id)]
+        return [run for run in map(Run, map(Path, _folders(self.root))) if _ID.fullmatch(run.id)]
 
     def list(self) -> list[Run]:
         """Return all runs, oldest first, including folders that lost their spec but hold another file of a run."""
         made: dict[str, float] = {}
-        for folder in self._folders():
+        for folder in _folders(self.root):
             for name in (*FILES, "result.json", "checkpoint"):  # in the order in which a run writes them
                 try:  # mostly the first: one request of the file system for each run
                     made[folder] = os.stat(os.path.join(folder, name)).st_mtime  # noqa: PTH116, PTH118 - for speed
@@ -313,13 +322,6 @@ class Store:
                 except OSError:  # missing, or deleted meanwhile
                     continue
         return [Run(Path(path)) for path in sorted(made, key=lambda path: (made[path], path))]
-
-    def _folders(self) -> list[str]:
-        try:
-            with os.scandir(self.root) as found:
-                return [one.path for one in found if one.is_dir()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
 
     def find(self, prefix: str) -> Run:
         """Return the run whose id starts with ``prefix`` (at least 4 digits). Raises UserError unless it is unique."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from atdiag.cli.session import ExperimentSession
     from atdiag.core.runs import Store
     from atdiag.execution.plan import Plan
-    from atdiag.execution.watching import Group, View
+    from atdiag.execution.watching import Group, StoreView
 
 _SHOWN = 30
 """Groups that are shown at most."""
@@ -117,7 +117,7 @@ def _print(store: Store, once: bool, every: float, json_: bool) -> None:
         time.sleep(every)
 
 
-def line(view: View) -> str:
+def line(view: StoreView) -> str:
     """Format a view on one line: ``3 finished, 2 training; 812 images/s on 2 devices; about 2.1 h left``."""
     parts = [", ".join(f"{number:,} {state}" for state, number in view.states.items()) or "no runs"]
     if rates := [group.images_per_second for group in view.groups if group.images_per_second]:
@@ -130,7 +130,7 @@ def line(view: View) -> str:
     return "; ".join(parts)
 
 
-def _screen(view: View, store: Store) -> Table:
+def _screen(view: StoreView, store: Store) -> Table:
     """Return the table of a view."""
     table = console.table(
         f"{store.root}: {line(view)}", "cohort", "runs", "steps", "images/s", "left", "where", "doing"

@@ -94,7 +94,7 @@ def _speed(
         return found, "as in finished runs", None
     here = not cluster and devices.is_here(device)
     if here and (kept := bench.kept(device)) is not None:
-        return kept, "measured by atdiag doctor --bench", None
+        return kept, "measured by 'atdiag doctor --bench'", None
     if device == "cuda":
         kind = (gpus.here() if here else None) or gpus.USUAL
         return gpus.speed(kind, width), gpus.named(kind).origin, kind

@@ -27,7 +27,7 @@ class SlurmOptions:
     gres: str | None = _key("devices; gpu:1 by default where runs are trained on one; '' for none", flag="--gres")
     constraint: str | None = _key("features that a node must have", flag="--constraint")
     cpus: int | None = _key("processor cores of a task; 8 beside a GPU by default", flag="--cpus-per-task")
-    throttle: int | None = _key("tasks that run at once; by default as many as --devices says, else all")
+    throttle: int | None = _key("tasks that run at once; by default as many as there are devices to use, else all")
     setup: tuple[str, ...] = _key("lines of shell before the training, such as module load cuda", ())
     container: str | None = _key("what runs Python in a container, such as apptainer exec --nv atdiag.sif")
     python: str | None = _key("the Python on the nodes; by default the one in use here")

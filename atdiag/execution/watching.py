@@ -42,7 +42,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class View:
+class StoreView:
     """The runs of a store by state, those trained now, and those that failed."""
 
     states: dict[State, int]
@@ -69,12 +69,12 @@ class View:
         }
 
 
-def look(store: Store) -> View:
+def look(store: Store) -> StoreView:
     """Look at all runs of a store. A finished run costs one request of the file system."""
     return view(store.every())
 
 
-def view(runs: Iterable[Run]) -> View:
+def view(runs: Iterable[Run]) -> StoreView:
     """Look at some runs."""
     states: Counter[State] = Counter()
     training, failures = [], []
@@ -88,7 +88,9 @@ def view(runs: Iterable[Run]) -> View:
         elif state == "failed":
             failures.append((run.id, _cause(run)))
     order: tuple[State, ...] = ("finished", "training", "interrupted", "failed", "new")
-    return View({state: states[state] for state in order if states[state]}, groups(training), tuple(sorted(failures)))
+    return StoreView(
+        {state: states[state] for state in order if states[state]}, groups(training), tuple(sorted(failures))
+    )
 
 
 def groups(training: Iterable[Run]) -> tuple[Group, ...]:

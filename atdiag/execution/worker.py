@@ -51,7 +51,7 @@ def main() -> int:
             print(
                 f"atdiag here is another than where this was ordered (source {source.digest()[:12]}, ordered with "
                 f"{order.source[:12]}; {sys.executable}): install the same on the nodes, or name its Python with "
-                "--slurm.python",
+                "slurm.python",
                 file=sys.stderr,
             )
             return 2
@@ -112,7 +112,7 @@ class _Task:
         if not self._once.acquire(blocking=False):
             return
         if not self._images:
-            self._say("the time limit is too short for one step: give more with --slurm.time")
+            self._say("the time limit is too short for one step: give more with slurm.time")
             return
         job = slurm_job()
         self._say(f"the time limit is near: SLURM task {job} goes back to the queue after {self._took()}")

@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, Any
 from atdiag.api.sessions import ExperimentSession, open_session
 from atdiag.core import paths
 from atdiag.core.errors import UserError
+from atdiag.execution import devices, gpus
+
+_ON_GPUS = ("small", "paper")
+"""Profiles whose plans are for a GPU."""
 
 if TYPE_CHECKING:
     from atdiag.core.runs import Store
     from atdiag.core.spec import RunSpec
     from atdiag.execution.executor import Executor
     from atdiag.execution.plan import Plan
+    from atdiag.execution.slurm import Submission
     from atdiag.study.builder import Lab
     from atdiag.study.own import Budget
     from atdiag.study.protocol import Series, Study
@@ -43,13 +48,14 @@ def prepare(
     spoken: Callable[[str], str] = str,
     budget: str | None = None,
     gpu: str | None = None,
+    dry_run: bool = False,
     **given: Any,
 ) -> Prepared:
     """Plan an experiment. Raises UserError for any invalid option.
 
     sets: settings as ``NAME=VALUE``. spoken: spells the arguments that are named in notes. budget: a time such as
-    ``20m`` that chooses the epochs; gpu: the kind of GPU that it is meant for. given: the other options of
-    :func:`~atdiag.api.sessions.open_session`.
+    ``20m`` that chooses the epochs; gpu: the kind of GPU that it, or a dry run, is meant for. given: the other options
+    of :func:`~atdiag.api.sessions.open_session`.
     """
     from atdiag.study.builder import Lab
     from atdiag.study.own import Budget
@@ -57,13 +63,21 @@ def prepare(
     wanted = Budget.parse(budget, gpu)
     if gpu is not None:
         given["device"] = given.get("device") or "cuda"
-    session = open_session(set_=list(sets), **given)
+    session = replace(open_session(set_=list(sets), **given), gpu=gpu)
+    if dry_run and gpu is None and needs_gpu(session):
+        session = replace(session, gpu=gpus.USUAL)
     glance(make, session.settings)
     session = fitted(make, session, wanted)
     series = spread(make, Lab(session.settings), spoken=spoken)
     check_overrides(lambda lab: spread(make, lab).specs, series.specs, session.settings, list(sets))
     check_classes([series], session.settings)
     return Prepared(series, session.plan(series.specs), session)
+
+
+def needs_gpu(session: ExperimentSession) -> bool:
+    """Return whether a plan should be for a GPU though none is here: at a profile that no CPU trains, unless asked."""
+    here = any(map(devices.is_here, ("cuda", "mps")))
+    return session.options.device is None and session.settings.profile.name in _ON_GPUS and not here
 
 
 def glance(make: Make, settings: Settings) -> None:
@@ -101,25 +115,57 @@ def _named(make: Make) -> tuple[str, ...]:
 
 def train(series: Sequence[Series], plan: Plan, session: ExperimentSession, executor: Executor | None = None) -> None:
     """Train and measure what is missing, with progress bars."""
-    from atdiag.execution import devices
     from atdiag.execution.run import execute
     from atdiag.reports import console
     from atdiag.study import pipeline
 
     if plan.todo:
+        _inform(plan, session)
         with console.training(len(plan.specs), lambda: unfinished(plan, session.store)) as report:
-            execute(plan.specs, session.store, session.options, report, executor)
+            execute(plan.specs, session.store, session.options, report, executor or session.executor)
     with console.staged() as report:
-        pipeline.measure(series, session.store, devices.resolve(session.options.device), report)
+        pipeline.measure(series, session.store, _measuring(session), report)
+
+
+def submit(plan: Plan, session: ExperimentSession) -> list[Submission]:
+    """Submit what a cluster does not have in its queue yet, and return at once; what was submitted.
+
+    Raises what :meth:`~atdiag.execution.slurm.SlurmExecutor.submit` raises.
+    """
+    from atdiag.execution import plan as plans
+    from atdiag.execution.slurm import SlurmExecutor
+
+    assert isinstance(session.executor, SlurmExecutor)
+    _inform(plan, session)
+    store = session.store
+    store.root.mkdir(parents=True, exist_ok=True)
+    todo = [spec for spec in plans.pending(plan.specs, store) if store.run(spec).state != "training"]
+    jobs = plans.share_out(todo, session.executor.processes(session.options))
+    session.executor.submit(jobs, store, session.options)
+    return session.executor.submitted
+
+
+def _inform(plan: Plan, session: ExperimentSession) -> None:
+    """Tell a cluster's executor how fast its devices are taken to be, for time limits."""
+    from atdiag.execution.slurm import SlurmExecutor
+
+    if isinstance(session.executor, SlurmExecutor):
+        session.executor.speed = plan.speed
+
+
+def _measuring(session: ExperimentSession) -> str:
+    """Return the device for what is measured here: a login node need not have the one that trains."""
+    device = session.options.device
+    return devices.resolve(None if session.on_cluster and device and not devices.is_here(device) else device)
 
 
 def check(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> None:
     """Raise UserError, before training, if something can't be trained or measured."""
-    from atdiag.execution import devices
     from atdiag.study import pipeline
 
-    device = devices.resolve(plan.device)  # finished runs may still be measured
-    devices.fit_ranks(session.options.ranks, device)
+    if not session.on_cluster:
+        device = devices.resolve(plan.device)  # finished runs may still be measured
+        devices.fit_ranks(session.options, device)
     if plan.todo:
         paths.fit_for_runs(session.store.root, "runs")
     pipeline.check(series, plan.todo)

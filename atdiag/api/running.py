@@ -94,7 +94,7 @@ def run(
     with contextlib.ExitStack() as stored:
         if teacher is not None:
             options["teacher"] = as_references(teacher, given["runs"], stored)
-        ready = experiments.prepare(_made(ablation, function, options), sets, **given)
+        ready = experiments.prepare(_made(ablation, function, options), sets, dry_run=dry_run, **given)
         if dry_run:
             return _plan(ready)
         experiments.check([ready.series], ready.plan, ready.session)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atdiag.core import paths
-from atdiag.core.errors import UserError
+from atdiag.core.errors import UserError, suggest
 from atdiag.core.options import ExecutionOptions
 from atdiag.reports import console
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from atdiag.analysis.subjects import Subject
     from atdiag.core.runs import Store
     from atdiag.core.spec import RunSpec
+    from atdiag.execution.executor import Executor
     from atdiag.execution.plan import Plan
     from atdiag.networks.weights.classes import HeadRows
     from atdiag.reports.notebook import NotebookBar
@@ -68,6 +69,17 @@ class ExperimentSession:
     equivalence: float | None = None
     choice: Length | None = None
     """The training length chosen for a budget."""
+    gpu: str | None = None
+    """The kind of GPU that plans are for; None: what the options and this machine say."""
+    executor: Executor | None = None
+    """What trains; None: processes of this machine."""
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether a cluster trains, so that this machine need not have the device."""
+        from atdiag.execution.slurm import SlurmExecutor
+
+        return isinstance(self.executor, SlurmExecutor)
 
     def reading(self, series: Series) -> Reading:
         """Return the reading of a series, all of whose runs are finished and measured."""
@@ -79,7 +91,7 @@ class ExperimentSession:
         """Plan some runs: which are unfinished, and their cost."""
         from atdiag.execution import plan
 
-        made = plan.make(specs, self.store, self.options)
+        made = plan.make(specs, self.store, self.options, self.gpu, self.on_cluster)
         return made if self.choice is None else replace(made, speed=self.choice.flops_per_second)
 
 
@@ -95,9 +107,14 @@ def open_session(
     data: str | None = None,
     split: float | None = None,
     student: str | None = None,
+    executor: str | None = None,
     **given: Any,
 ) -> ExperimentSession:
-    """Resolve the options of an experiment. Raises UserError for any invalid one."""
+    """Resolve the options of an experiment. Raises UserError for any invalid one.
+
+    executor: ``local`` or ``slurm``; None: as the settings file says. given: execution options, and ``slurm_KEY`` for
+    the fields of :class:`~atdiag.execution.slurm_options.SlurmOptions`.
+    """
     from atdiag.core.runs import Store
     from atdiag.execution import devices, torchrun
     from atdiag.training import compiled
@@ -120,9 +137,35 @@ def open_session(
     )
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))
+    devices.number(options.devices)
+    trains = _executor(executor or settings.executor or "local", settings, given)
+    if trains is not None:
+        trains.processes(options)
+        options = replace(options, device=options.device or "cuda")
     if not paths.is_folder(settings.runs):  # an existing folder may be read-only: finished runs are only read
         paths.writable(settings.runs, "runs")
-    return ExperimentSession(settings, Store(settings.runs), options, equivalence)
+    return ExperimentSession(settings, Store(settings.runs), options, equivalence, executor=trains)
+
+
+EXECUTORS = ("local", "slurm")
+"""What can train, by name."""
+
+
+def _executor(name: str, settings: Settings, given: Mapping[str, Any]) -> Executor | None:
+    """Return what trains, by name; None for processes of this machine. Raises UserError."""
+    from atdiag.execution.slurm import SlurmExecutor
+    from atdiag.execution.slurm_options import SlurmOptions
+
+    if name not in EXECUTORS:
+        raise UserError(f"`executor` {name!r} is not known{suggest(name, EXECUTORS)}", f"known: {', '.join(EXECUTORS)}")
+    own = {key.removeprefix("slurm_"): value for key, value in given.items() if key.startswith("slurm_")}
+    line = {key: value for key, value in own.items() if value is not None}
+    options = SlurmOptions.parse(settings.slurm, line)
+    if name == "slurm":
+        return SlurmExecutor(options)
+    if line:
+        raise UserError(f"`slurm.{next(iter(line))}` is for a cluster", "add `executor` slurm")
+    return None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from atdiag.cli import data, diagnose, doctor, experiments, hooked, inspect, looks, probes, reproduce, runs, teachers
+from atdiag.cli import (
+    data,
+    diagnose,
+    doctor,
+    experiments,
+    fleet,
+    hooked,
+    inspect,
+    looks,
+    probes,
+    reproduce,
+    runs,
+    teachers,
+)
 from atdiag.cli.messages import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -83,6 +96,7 @@ def _complete(app: typer.Typer) -> None:
     app.command("pretrain")(teachers.pretrain)
     app.command("doctor")(doctor.doctor)
     app.add_typer(teachers.app, name="teachers")
+    runs.app.command("watch")(fleet.watch)
     app.add_typer(runs.app, name="runs")
     app.add_typer(data.app, name="data")
 

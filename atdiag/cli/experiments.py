@@ -18,9 +18,9 @@ from atdiag.api.experiments import check_classes as check_classes
 from atdiag.api.experiments import check_overrides as check_overrides
 from atdiag.api.experiments import references as references
 from atdiag.api.experiments import spread as spread
-from atdiag.cli import planning, settling
+from atdiag.cli import fleet, planning, settling
 from atdiag.cli.messages import RESERVED, as_typed, say
-from atdiag.cli.options import EXPERIMENT, SINGLE, joined
+from atdiag.cli.options import EXPERIMENT, SINGLE, WAIT, joined
 from atdiag.core.errors import UserError
 from atdiag.study import registry
 
@@ -44,7 +44,7 @@ def add_commands(app: typer.Typer) -> None:
         else:
             taken.add(one.name)
             own = inspect.signature(one.function).parameters  # ``datasets`` has a ``--data`` of its own
-            common = {name: option for name, option in {**EXPERIMENT, **SINGLE}.items() if name not in own}
+            common = {name: option for name, option in {**EXPERIMENT, **SINGLE, **WAIT}.items() if name not in own}
             app.command(one.name)(joined(one.function, common, _run))
 
 
@@ -56,21 +56,27 @@ def _run(
     set_: list[str],
     budget: str | None = None,
     gpu: str | None = None,
+    wait: bool = False,
     **given: Any,
 ) -> None:
     from atdiag.execution import devices
     from atdiag.reports import console, document, writers
 
-    ready = experiments.prepare(make, set_, as_typed, budget=budget, gpu=gpu, **given)
+    ready = experiments.prepare(make, set_, as_typed, budget=budget, gpu=gpu, dry_run=dry_run, **given)
     series, plan, session = ready.series, ready.plan, ready.session
     folder = document.folder(series, session.settings.profile.name, out.expanduser() if out else None)
     if dry_run:
         planning.show(series, plan, session, json_)
         return
-    if gpu is not None and not devices.is_here(plan.device):
+    if wait and not session.on_cluster:
+        raise UserError("`wait` follows jobs of a cluster", "add `executor` slurm, or leave it out")
+    if gpu is not None and not session.on_cluster and not devices.is_here(plan.device):
         raise UserError(f"there is no {plan.device} device on this machine", "add `dry_run` to plan for one elsewhere")
     check([series], plan, session)
     planning.header(series, session)
+    if session.on_cluster and plan.todo and not wait:
+        fleet.submit(plan, session, json_)
+        return
     train([series], plan, session)
     reading = session.reading(series)
     written = writers.write_reading(reading, folder)

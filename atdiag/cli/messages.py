@@ -54,6 +54,8 @@ def as_typed(text: str) -> str:
 
 
 def _option(name: str) -> str:
+    if name.startswith("slurm."):
+        return f"--{name}"
     return f"--set {name}" if "." in name else f"--{name.strip('_').replace('_', '-')}"
 
 

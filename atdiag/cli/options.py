@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from atdiag.execution.slurm_options import SlurmOptions
 
 Runs = Annotated[
     Path | None, typer.Option("--runs", help="Where run directories live. [default: $ATDIAG_RUNS, else ./runs]")
@@ -55,7 +58,11 @@ _Budget = Annotated[
     typer.Option(metavar="TIME", help="Train for as many epochs as fit this time, as 20m or 3h, all runs together."),
 ]
 _Gpu = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The GPU that --budget is meant for: h100 or h200. [default: here]")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The GPU that a dry run or --budget is meant for: h100, a100, rtx4090 and others. [default: here]",
+    ),
 ]
 _Student = Annotated[
     str | None,
@@ -109,18 +116,51 @@ _Ranks = Annotated[
         show_default=False,
     ),
 ]
+_Devices = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="GPUs to use: how many, as 8, or which, as 0,2 (2, is one alone). [default: all]"),
+]
+_PerDevice = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Training processes on each device, for small networks.")
+]
+_Executor = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="local, or slurm: submit a job array (docs/clusters.md; --slurm.partition and the like). [default: local]",
+    ),
+]
+_Wait = Annotated[bool, typer.Option("--wait", help="With --executor slurm: follow the jobs, then show the table.")]
 
 Common = Mapping[str, tuple[Any, Any]]
 """Options by parameter name: annotation and default."""
 
 EXECUTION: Common = {
     "device": (_Device, None),
+    "devices": (_Devices, None),
+    "per_device": (_PerDevice, None),
     "micro_batch": (_MicroBatch, None),
     "deterministic": (_Deterministic, False),
     "ranks": (_Ranks, 1),
     "data_dir": (DataDir, None),
 }
 """Execution options: fields of :class:`~atdiag.core.options.ExecutionOptions` by name."""
+
+SLURM: Common = {
+    f"slurm_{one.name}": (
+        Annotated[
+            str | None,
+            typer.Option(f"--slurm.{one.name}", hidden=True, help=f"{one.metadata['about'].capitalize()}."),
+        ],
+        None,
+    )
+    for one in fields(SlurmOptions)
+}
+"""``--slurm.KEY``: hidden, since there are many; ``docs/clusters.md`` lists them."""
+
+FLEET: Common = {"executor": (_Executor, None), **SLURM}
+
+WAIT: Common = {"wait": (_Wait, False)}
 
 SINGLE: Common = {"student": (_Student, None), "budget": (_Budget, None), "gpu": (_Gpu, None)}
 """Options of single experiments alone."""
@@ -139,6 +179,7 @@ EXPERIMENT: Common = {
     "out": (_Out, None),
     "runs": (Runs, None),
     **EXECUTION,
+    **FLEET,
 }
 """Options common to all experiments; ``SINGLE`` only to single ones."""
 

@@ -12,7 +12,7 @@ import typer
 
 from atdiag.api import experiments
 from atdiag.core.spec.data import OF_SCENES
-from atdiag.core.text import count, duration
+from atdiag.core.text import byte_size, count, duration
 from atdiag.reports import console
 from atdiag.study.profiles import OWN_PROFILE
 
@@ -110,14 +110,36 @@ def announce(plan: Plan, session: ExperimentSession) -> None:
         return
     begun = sum(store.run(spec).checkpoint.exists() for spec in plan.todo)
     go_on = f" ({begun} go on from their checkpoints)" if begun else ""
-    side_by_side, ranks = min(plan.processes, len(plan.todo)), session.options.ranks
-    where = f"in {count(side_by_side, 'process')} on {plan.device}"
-    if ranks > 1:
-        where = f"in {count(side_by_side, 'process')} of {ranks} ranks on {plan.device}"
-    typer.echo(
+    ranks = session.options.ranks
+    todo = (
         f"{seeds}{count(len(plan.specs), 'run')}, {len(plan.specs) - len(plan.todo)} finished before; "
-        f"{len(plan.todo)} to do{go_on} {where}: about {duration(plan.seconds)}"
+        f"{len(plan.todo)} to do{go_on}"
     )
+    if plan.device == "cuda":
+        typer.echo(f"{todo}: about {on_devices(plan)}")
+    else:
+        what = "task" if session.on_cluster else "process"
+        of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
+        where = f"in {count(min(plan.processes, len(plan.todo)), what)}{of_ranks} on {plan.device}"
+        typer.echo(f"{todo} {where}: about {duration(plan.seconds)}")
+
+
+def on_devices(plan: Plan) -> str:
+    """Format what a plan costs on GPUs: ``412 GPU-hours, 53 h on 8 h100 (326 TFLOP/s each, measured)``."""
+    rate = f"{plan.device_speed / 1e12:.3g} TFLOP/s each, {plan.basis}"
+    name = plan.gpu or "GPU"
+    hours = plan.device_seconds / 3600
+    spent = f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
+    many = f"{plan.devices} {name}" if plan.gpu else count(plan.devices, name)
+    return f"{spent} GPU-hours, {duration(plan.seconds)} on {many} ({rate})"
+
+
+def _disk(plan: Plan) -> str:
+    """Format the disk that the unfinished runs of a plan take."""
+    from atdiag.execution import cost
+
+    disk = cost.disk(plan.todo)
+    return f"{byte_size(round(disk.finished))} when finished, up to {byte_size(round(disk.training))} more in training"
 
 
 def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) -> None:
@@ -132,18 +154,23 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
     if own:
         announce(plan, session)
     table = Table(title=f"{series.ablation}: what would be run", title_justify="left")
-    for name in ("arm", "seed", "run", "state", "thread-s"):
-        table.add_column(name, justify="right" if name in ("seed", "thread-s") else "left", no_wrap=name != "arm")
+    unit = "GPU-s" if plan.device == "cuda" else "thread-s"
+    for name in ("arm", "seed", "run", "state", unit):
+        table.add_column(name, justify="right" if name in ("seed", unit) else "left", no_wrap=name != "arm")
     planned = experiments.planned(series)
     for name, spec in planned:
         seconds = f"{cost.seconds(spec, plan.speed):.0f}"
         table.add_row(name, str(spec.seed.model), spec.id, store.run(spec).state, seconds)
     console.show_table(table)
-    if not own:
+    if not own and plan.device == "cuda":
+        typer.echo(f"{count(len(plan.specs), 'run')}, {len(plan.todo)} to do, about {on_devices(plan)}.")
+    elif not own:
         typer.echo(
             f"{count(len(plan.specs), 'run')}, {len(plan.todo)} to do, about {duration(plan.seconds)} in "
             f"{count(plan.processes, 'process')} on {plan.device}."
         )
+    if plan.todo:
+        typer.echo(f"Disk: {_disk(plan)}.")
     for measure in measures(series):
         typer.echo(f"Then, of finished runs: {measure}.")
     for note in dict.fromkeys([*series.notes, *(note for study in series.studies for note in study.notes)]):
@@ -160,7 +187,18 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
             {"arm": name, "run": s.id, "state": store.run(s).state, "spec": s.model_dump(mode="json")}
             for name, s in planned
         ]
-        typer.echo(json.dumps({"ablation": series.ablation, "seconds": round(plan.seconds), "runs": runs}))
+        record: dict[str, Any] = {"ablation": series.ablation, "seconds": round(plan.seconds), "runs": runs}
+        disk = cost.disk(plan.todo)
+        record["plan"] = {
+            "device": plan.device,
+            "gpu": plan.gpu,
+            "devices": plan.devices,
+            "device_seconds": round(plan.device_seconds),
+            "flops_per_second": round(plan.speed),
+            "basis": plan.basis,
+            "disk_bytes": {"finished": round(disk.finished), "training": round(disk.training)},
+        }
+        typer.echo(json.dumps(record))
 
 
 def measures(series: Series) -> list[str]:

@@ -17,7 +17,7 @@ import typer
 
 from atdiag.cli import experiments, planning
 from atdiag.cli.messages import as_typed
-from atdiag.cli.options import EXECUTION, EXPERIMENT, joined
+from atdiag.cli.options import EXECUTION, EXPERIMENT, FLEET, joined
 from atdiag.cli.session import ExperimentSession, open_session
 from atdiag.core import paths, text
 from atdiag.core.text import count
@@ -61,7 +61,7 @@ class Analyses:
 def add_commands(app: typer.Typer) -> None:
     """Add both commands, with the options of the experiments."""
     app.command("reproduce")(joined(reproduce, EXPERIMENT, _reproduce))
-    training = {*EXECUTION, "dry_run"} - {"data_dir"}
+    training = {*EXECUTION, *FLEET, "dry_run"} - {"data_dir"}
     common = {name: option for name, option in EXPERIMENT.items() if name not in training}
     app.command("figures")(joined(figures, common, _figures))
 

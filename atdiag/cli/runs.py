@@ -18,11 +18,14 @@ from atdiag.core.text import count
 from atdiag.reports import console
 
 if TYPE_CHECKING:
-    from atdiag.core.runs import Run, Store
-    from atdiag.core.spec import Transfer
+    from atdiag.core.runs import Store
     from atdiag.training.audit import Verdict
 
 app = typer.Typer(no_args_is_help=True, help="List, show, compare, verify, export and remove runs.")
+
+
+_MANY = 1000
+"""Runs above which they are listed as plain lines."""
 
 
 @app.command("list")
@@ -31,10 +34,20 @@ def runs_list(runs: Runs = None, json_: Json = False) -> None:
     from rich import box
     from rich.table import Table
 
+    from atdiag.reports import run_index
+
     store = store_of(runs)
-    rows = [_listed(run) for run in store.list()]
+    rows = run_index.rows(store)
     if json_:
         typer.echo(json.dumps(rows))
+        return
+    if len(rows) > _MANY:  # a table is laid out cell by cell, which takes a minute
+        typer.echo(f"{count(len(rows), 'run')} in {store.root}")
+        for row in rows:
+            top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
+            start = "" if row["start"] == "scratch" else f" from {row['start']}"
+            cells = (row["teacher"], row["student"] + start, row["transfer"], row["data"], row["seed"], top1)
+            typer.echo("  ".join((row["run"][:12], f"{row['state']:<11}", *filter(None, cells))))
         return
     table = Table(title=f"{count(len(rows), 'run')} in {store.root}", title_justify="left", box=box.SIMPLE_HEAD)
     table.collapse_padding, table.pad_edge = True, False
@@ -47,47 +60,6 @@ def runs_list(runs: Runs = None, json_: Json = False) -> None:
             row["run"][:12], row["state"], row["teacher"], student, row["transfer"], row["data"], row["seed"], top1
         )
     console.show_table(table)
-
-
-def _listed(run: Run) -> dict[str, Any]:
-    try:
-        spec = run.spec
-        return {
-            "run": run.id,
-            "state": run.state,
-            "teacher": spec.teacher.label if spec.teacher else "",
-            "student": " ".join(spec.network.components) or "standard",
-            "start": spec.init.source + (f" less {'+'.join(spec.init.reinit)}" if spec.init.reinit else ""),
-            "transfer": _transfer_text(spec.transfer),
-            "data": f"{spec.data.name} {spec.data.train}x{spec.recipe.epochs}",
-            "seed": f"{spec.seed.data}/{spec.seed.model}",
-            "top1": run.result()["top1"] if run.finished else None,
-        }
-    except (ValueError, KeyError):  # damaged, or of another version: still list the others
-        nothing = dict.fromkeys(("teacher", "student", "start", "transfer", "data", "seed"), "")
-        return {"run": run.id, "state": "damaged", **nothing, "top1": None}
-
-
-def _transfer_text(transfer: Transfer) -> str:
-    """Format a transfer: ``copy 0-11``, ``distill q 6-11 x3``, ``distill 0-5 heads 0,2 mean over queries, mse x3``."""
-    from atdiag.core.selection import ranges
-
-    words: list[str] = [transfer.method]
-    if transfer.tensor != "map":
-        words.append(transfer.tensor)
-    if transfer.layers:
-        words.append(ranges(transfer.layers))
-    if transfer.teacher_layers:
-        words.append(f"from {ranges(transfer.teacher_layers)}")
-    if transfer.heads is not None:
-        words.append(f"heads {ranges(transfer.heads)}")
-    if transfer.average is not None:
-        words.append(f"mean over {transfer.average}")
-    if transfer.method == "distill" and transfer.tensor == "map" and transfer.loss != "ce":
-        words.append(str(transfer.loss))
-    if transfer.weight is not None:
-        words.append(f"x{transfer.weight:g}")
-    return " ".join(words)
 
 
 def store_of(runs: Path | None) -> Store:

@@ -16,6 +16,10 @@ class ExecutionOptions:
 
     device: str | None = None
     """cuda, mps or cpu; None: the best device on the machine where the run executes."""
+    devices: str | None = None
+    """GPUs to use: how many (``8``), or which of the visible ones (``0,2``; ``2,`` is the third alone). None: all."""
+    per_device: int | None = None
+    """Training processes on each device; None: one, or on a CPU as many as fit its cores."""
     threads: int | None = None
     """Threads of one training process on a CPU; None: the cores divided among the processes."""
     micro_batch: int | None = None

@@ -42,3 +42,9 @@ def small_file(path: Path, most: int = 16 * MIB) -> bytes:
 def available_cores() -> int:
     """Return the number of cores that this process may use (respects affinity and SLURM's cgroups)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def slurm_job() -> str | None:
+    """Return the SLURM job that this process belongs to, as ``123_4`` or ``123``; None outside SLURM."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")

@@ -3,6 +3,7 @@
     <runs>/<id>/spec.json            the spec
                 metrics.jsonl        one line per epoch
                 checkpoint           while it trains
+                cohort.json          while it trains, in one run of those side by side: where, how far, how fast
                 tensorboard/         the same numbers as events
                 failure.json         if it stopped at a fault
                 weights.safetensors  the trained student
@@ -19,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -38,6 +40,11 @@ from atdiag.core.spec import RunSpec
 
 FILES = ("spec.json", "metrics.jsonl", "weights.safetensors", "predictions.npz")
 """The files of a finished run besides its result; none of them changes any more."""
+
+COHORT = "cohort.json"
+"""File in a run's directory that says how its cohort's training goes (:mod:`atdiag.training.pulse`)."""
+
+_ID = re.compile(r"[0-9a-f]{16}")
 
 State = Literal["finished", "training", "interrupted", "failed", "new"]
 
@@ -135,7 +142,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the result exists."""
-        return (self.path / "result.json").is_file()
+        return os.path.isfile(os.path.join(self.path, "result.json"))  # noqa: PTH113, PTH118 - asked of every run
 
     @property
     def checkpoint(self) -> Path:
@@ -229,7 +236,7 @@ class Run:
         """
         document = {"id": self.id, **result, "files": self.hashes()}
         self.write("result.json", json.dumps({**document, "digest": digest(document)}, indent=1))
-        for name in ("checkpoint", "failure.json"):
+        for name in ("checkpoint", "failure.json", COHORT):
             (self.path / name).unlink(missing_ok=True)
 
     def _locked(self) -> bool:
@@ -266,6 +273,15 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
+def _folders(root: Path) -> list[str]:
+    """Return the folders in a folder; none if it does not exist."""
+    try:
+        with os.scandir(root) as found:
+            return [one.path for one in found if one.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 class Store:
     """A folder of runs."""
 
@@ -291,15 +307,21 @@ class Store:
             run.write("spec.json", spec.model_dump_json(indent=1))
         return run
 
+    def every(self) -> list[Run]:
+        """Return all folders that are named like a run, in no order: one request of the file system."""
+        return [run for run in map(Run, map(Path, _folders(self.root))) if _ID.fullmatch(run.id)]
+
     def list(self) -> list[Run]:
         """Return all runs, oldest first, including folders that lost their spec but hold another file of a run."""
-        made: dict[Path, float] = {}
-        for name in (*FILES, "result.json", "checkpoint"):  # in the order in which a run writes them
-            for path in self.root.glob(f"*/{name}"):
-                if path.parent not in made:
-                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                        made[path.parent] = path.stat().st_mtime
-        return [Run(path) for path in sorted(made, key=lambda path: (made[path], path.name))]
+        made: dict[str, float] = {}
+        for folder in _folders(self.root):
+            for name in (*FILES, "result.json", "checkpoint"):  # in the order in which a run writes them
+                try:  # mostly the first: one request of the file system for each run
+                    made[folder] = os.stat(os.path.join(folder, name)).st_mtime  # noqa: PTH116, PTH118 - for speed
+                    break
+                except OSError:  # missing, or deleted meanwhile
+                    continue
+        return [Run(Path(path)) for path in sorted(made, key=lambda path: (made[path], path))]
 
     def find(self, prefix: str) -> Run:
         """Return the run whose id starts with ``prefix`` (at least 4 digits). Raises UserError unless it is unique."""

@@ -58,7 +58,8 @@ def duration(seconds: float) -> str:
 def byte_size(count: int) -> str:
     """Format a number of bytes.
 
-    >>> byte_size(5_408), byte_size(12_345_678)
-    ('5.4 kB', '12.3 MB')
+    >>> byte_size(5_408), byte_size(12_345_678), byte_size(6_609_200_000)
+    ('5.4 kB', '12.3 MB', '6.6 GB')
     """
-    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if count >= unit), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from statistics import median
 
 from atdiag.core.runs import DamagedRunError, Store
@@ -22,6 +24,9 @@ _BLOCK = 90e6
 """Minimum cost of a block in a step, in floating-point operations, for launching its kernels (fitted to miniatures of
 width 32 and 48; negligible for a ViT-S)."""
 
+
+_PREDICTION = 32
+"""Bytes of a test image's prediction."""
 
 _RELATIVE = {"copy": 0.65, "distill": 0.95}
 """Cost of a method's step in all layers, relative to its operation count: a copy-student has no q and k to learn, and
@@ -69,26 +74,41 @@ def _of_teacher(spec: RunSpec) -> float:
     return 2 * macs(spec.teacher.network) * (max(spec.transfer.sources) + 1) / spec.teacher.network.depth
 
 
-WIDE = 768
-"""Width of the networks for which the FLOP/s of a GPU were measured."""
-
-GPUS = {"h100": 326e12, "h200": 354e12}
-"""GPU -> FLOP/s of training a ViT-B there: batch 128, bfloat16, compiled, images already on the device
-(``benchmarks/results/gpu``)."""
-
-
-def gpu_speed(gpu: str, width: int) -> float:
-    """Return the FLOP/s assumed of a GPU: as measured for a ViT-B, and in proportion less for narrower networks.
-
-    That proportion is a guess, and so is that images come fast enough.
-    """
-    return GPUS[gpu] * min(1.0, width / WIDE)
+def parameters(network: Network) -> float:
+    """Return about how many parameters a network has, to a percent or two: matrices, and their biases and norms."""
+    c, hidden = network.width, network.width * network.mlp_ratio
+    block = 4 * c * c + 2 * c * hidden + 4 * c + hidden + c + 4 * c
+    patches = network.patch_size**2 * network.channels * c
+    return network.depth * block + patches + network.tokens * c + c * network.classes
 
 
-def measured_speed(store: Store, device: str, newest: int = 30) -> float:
-    """Return the FLOP/s of a training process on this device: the newest finished runs' median, or the default.
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that runs take on a disk: when they are finished, and in addition while all of them are in training."""
 
-    Of a run over several ranks, that of one of them.
+    finished: float
+    training: float
+
+
+def disk(specs: Iterable[RunSpec]) -> Disk:
+    """Estimate the disk that runs take: weights and predictions, and a checkpoint with the optimiser's two moments."""
+    finished = training = 0.0
+    for spec in specs:
+        weights = 4 * parameters(spec.network)
+        finished += weights + _PREDICTION * sources.find(spec.data).test_images(spec.data)
+        training += weights * (3 if spec.recipe.ema is None else 4)
+    return Disk(finished, training)
+
+
+def usual(device: str) -> float:
+    """Return the FLOP/s of a training process on a device, where nothing was measured."""
+    return FLOPS_PER_SECOND if device == "cpu" else _GPU_FLOPS_PER_SECOND
+
+
+def measured_speed(store: Store, device: str, newest: int = 30, default: float | None = None) -> float:
+    """Return the FLOP/s of a training process on this device: the newest finished runs' median, else a default.
+
+    Of a run over several ranks, that of one of them. default: None for :func:`usual`.
     """
     found = []
     for run in store.list()[-newest:]:
@@ -100,5 +120,4 @@ def measured_speed(store: Store, device: str, newest: int = 30) -> float:
             where = result["environment"]
             if long and where["device"].startswith(device):
                 found.append(work / result["seconds"] / where.get("ranks", 1))
-    usual = FLOPS_PER_SECOND if device == "cpu" else _GPU_FLOPS_PER_SECOND
-    return median(found) if len(found) > 2 else usual
+    return median(found) if len(found) > 2 else default if default is not None else usual(device)

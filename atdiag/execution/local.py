@@ -1,10 +1,10 @@
-"""Execute jobs in processes on this machine, one for each job."""
+"""Execute jobs in processes on this machine: on a CPU one for each job, on several GPUs one for each cohort."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
+import os
 import signal
 import subprocess
 import sys
@@ -14,11 +14,13 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from atdiag.core import resources
 from atdiag.core.errors import FaultError, StoppedError
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.progress import Progress
 from atdiag.core.runs import Store
-from atdiag.execution import devices
+from atdiag.execution import devices, last_words, plan, turns
+from atdiag.execution.dispatch import Dispatch
 from atdiag.execution.executor import Update
 from atdiag.execution.order import Order
 from atdiag.execution.plan import Job
@@ -33,39 +35,48 @@ class LocalExecutor:
     takes_ranks = True
 
     def __init__(self) -> None:
-        self._workers: list[subprocess.Popen[str]] = []
+        self._workers: dict[int, subprocess.Popen[str]] = {}
+        self._orders: list[Order] = []
+        self._slots: list[dict[str, str]] = []
+        self._queue = Dispatch(0, 0)
         self._messages: SimpleQueue[tuple[int, dict[str, Any] | None]] = SimpleQueue()
         self._errors: list[list[str]] = []
         self._latest: dict[int, Progress] = {}
-        self._open: set[int] = set()
         self._store: Store | None = None
 
     def processes(self, options: ExecutionOptions) -> int:
-        """Return how many training processes fit the device. Raises UserError if it is not on this machine."""
-        return devices.processes_for(devices.resolve(options.device), options.threads, options.ranks)
+        """Return how many training processes fit the devices. Raises UserError for one that is not on this machine."""
+        return len(devices.slots(options))
 
     def submit(self, jobs: Sequence[Job], store: Store, options: ExecutionOptions) -> None:
-        """Start a process for each job."""
+        """Start a process for each job; on several GPUs for each cohort, the next where a device is free."""
+        self._slots = devices.slots(options)
         options = replace(options, device=devices.resolve(options.device))
+        if options.device == "cpu":
+            if options.threads is None and options.per_device is not None:
+                options = replace(options, threads=max(1, resources.available_cores() // len(self._slots)))
+        elif len(self._slots) > 1:
+            jobs = plan.single(jobs)
         runs, command = store.root.resolve(), tuple(sys.argv)
-        self._store, self._latest, self._errors = store, {}, [[] for _ in jobs]
-        self._open, self._workers = set(), []
-        for index, job in enumerate(jobs):
-            order = Order(runs, options, processes=len(jobs), command=command, cohorts=job.cohorts)
-            self._workers.append(self._start(index, order))
-            self._open.add(index)
+        side_by_side = min(len(self._slots), len(jobs))
+        self._store, self._errors = store, [[] for _ in jobs]
+        self._latest = {i: Progress(0, sum(map(turns.steps, job.cohorts))) for i, job in enumerate(jobs)}
+        self._orders = [Order(runs, options, side_by_side, command, job.cohorts) for job in jobs]
+        self._workers, self._queue = {}, Dispatch(len(jobs), len(self._slots))
+        self._start_next()
 
     def poll(self) -> Update | None:
         """Wait up to half a second for a message from any worker."""
-        if not self._open:
+        if self._queue.over:
             return None
         statuses: dict[str, str] = {}
         doing = ""
         with contextlib.suppress(Empty):
             index, message = self._messages.get(timeout=0.5)
             if message is None:
-                self._open.discard(index)
+                self._queue.ended(index)
                 self._ended(index, self._workers[index].wait())
+                self._start_next()
             else:
                 self._latest[index] = Progress(**message["progress"])
                 statuses, doing = message["statuses"], self._latest[index].doing
@@ -75,23 +86,29 @@ class LocalExecutor:
 
     def cancel(self) -> None:
         """Ask every worker to write its checkpoints and stop, and wait for it."""
-        for worker in self._workers:
+        for worker in self._workers.values():
             if worker.poll() is None:
                 worker.terminate()
-        for worker in self._workers:
+        for worker in self._workers.values():
             try:
                 worker.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 worker.kill()
-        self._open = set()
+        self._queue = Dispatch(0, 0)
 
-    def _start(self, index: int, order: Order) -> subprocess.Popen[str]:
+    def _start_next(self) -> None:
+        """Start the jobs for which there is a place."""
+        for index, place in self._queue.starts():
+            self._workers[index] = self._start(index, self._orders[index], self._slots[place])
+
+    def _start(self, index: int, order: Order, more: dict[str, str]) -> subprocess.Popen[str]:
         worker = subprocess.Popen(
             [sys.executable, "-P", "-m", "atdiag.execution.worker"],  # -P: don't import from the working folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, **more},
             start_new_session=True,  # Ctrl-C reaches the workers through us, once
         )
         assert worker.stdin is not None
@@ -130,9 +147,7 @@ class LocalExecutor:
             last = f"it was ended by {signal.Signals(-code).name}"
             last += " (out of memory?)" if code == -signal.SIGKILL else ""
         else:
-            # The exception's first line: its further lines are indented, as is the traceback.
-            last = next((line for line in reversed(words) if not line[0].isspace()), f"exit code {code}")
-            last = re.sub(r"^atdiag\.[\w.]+Error: ", "", last)  # our own errors' messages are complete
+            last = last_words.cause(words) or f"exit code {code}"
         assert self._store is not None
         log = self._store.root / "last-fault.log"
         try:

@@ -16,6 +16,7 @@ class Order:
     """Cohorts to train in turn, the folder of their runs, and the execution options.
 
     processes: number of such processes that share the machine. command: the command line to record in the runs.
+    source: the hash of the source that may execute it (:func:`atdiag.execution.source.digest`); empty: any.
     """
 
     runs: Path
@@ -23,6 +24,7 @@ class Order:
     processes: int
     command: tuple[str, ...]
     cohorts: tuple[tuple[RunSpec, ...], ...]
+    source: str = ""
 
     def to_json(self) -> str:
         """Return the order as one line of JSON."""
@@ -32,6 +34,7 @@ class Order:
                 "options": self.options.to_json(),
                 "processes": self.processes,
                 "command": self.command,
+                "source": self.source,
                 "cohorts": [[spec.model_dump(mode="json") for spec in cohort] for cohort in self.cohorts],
             }
         )
@@ -45,5 +48,6 @@ class Order:
             options=ExecutionOptions.from_json(document["options"]),
             processes=document["processes"],
             command=tuple(document["command"]),
+            source=document.get("source", ""),
             cohorts=tuple(tuple(map(RunSpec.model_validate, cohort)) for cohort in document["cohorts"]),
         )

@@ -14,7 +14,7 @@ from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
 from atdiag.core.spec import RunSpec
 from atdiag.core.text import count
-from atdiag.execution import cost, devices
+from atdiag.execution import bench, cost, devices, gpus
 
 _STARTUP_SECONDS = 8.0
 
@@ -39,26 +39,77 @@ class Plan:
     todo: tuple[RunSpec, ...]
     device: str
     processes: int
-    """Number of processes that fit the device."""
+    """Number of processes that fit the devices."""
     speed: float
     """FLOP/s of one training process."""
+    gpu: str | None = None
+    """The kind of GPU, where the plan is for one that is named or known."""
+    devices: int = 1
+    """Number of devices."""
+    basis: str = ""
+    """Where the speed is from, as ``measured``."""
+    ranks: int = 1
+    """Number of ranks, each on a device of its own, that one training process consists of."""
 
     @property
     def seconds(self) -> float:
         """Estimated wall-clock seconds."""
         return estimate(self.todo, self.processes, self.speed)
 
+    @property
+    def device_seconds(self) -> float:
+        """Estimated seconds of all devices together, as a cluster charges them."""
+        return sum(cost.seconds(spec, self.device_speed) for spec in self.todo)
 
-def make(specs: Sequence[RunSpec], store: Store, options: ExecutionOptions) -> Plan:
+    @property
+    def device_speed(self) -> float:
+        """FLOP/s of one device: of all processes that share it."""
+        return self.speed / self.ranks * max(1, self.processes * self.ranks // self.devices)
+
+
+def make(
+    specs: Sequence[RunSpec], store: Store, options: ExecutionOptions, gpu: str | None = None, cluster: bool = False
+) -> Plan:
     """Plan runs, checking once which are finished.
 
-    Raises UserError for an unknown device, and for more ranks than share a batch.
+    gpu: plan for this kind of GPU, which need not be here. cluster: they are trained on other machines, and without
+    a number of devices every cohort has its own. Raises UserError for an unknown device, and for more ranks than share
+    a batch.
     """
-    device = devices.named(options.device) or devices.resolve(None)
-    todo = tuple(pending(specs, store))
-    fit_ranks(todo, options.ranks)
-    processes = devices.processes_for(device, options.threads, options.ranks)
-    return Plan(tuple(specs), todo, device, processes, cost.measured_speed(store, device) * options.ranks)
+    todo, ranks = tuple(pending(specs, store)), options.ranks
+    fit_ranks(todo, ranks)
+    device = "cuda" if gpu is not None else devices.named(options.device) or devices.resolve(None)
+    if gpu is None and not cluster and devices.is_here(device):
+        places = devices.slots(options)
+        processes = len(places)
+        many = len({name for place in places for name in place.get(devices.VISIBLE, "").split(",")})
+    else:
+        many = devices.number(options.devices) or (max(1, len(cohorts(todo))) if cluster else 1)
+        processes = max(1, many // ranks) * (options.per_device or 1)
+        if device == "cpu" and not cluster:
+            processes = devices.processes_for(device, options.threads, ranks)
+    speed, basis, kind = _speed(todo, store, device, gpu, cluster)
+    if device != "cpu":
+        speed /= max(1, processes * ranks // many)  # processes on one device share it
+    return Plan(tuple(specs), todo, device, processes, speed * ranks, kind, many, basis, ranks)
+
+
+def _speed(
+    todo: Sequence[RunSpec], store: Store, device: str, gpu: str | None, cluster: bool
+) -> tuple[float, str, str | None]:
+    """Return the FLOP/s of a device, where they are from, and the kind of GPU if it is known."""
+    width = min((spec.network.width for spec in todo), default=gpus.WIDE)
+    if gpu is not None:
+        return gpus.speed(gpu, width), gpus.named(gpu).origin, gpu
+    if (found := cost.measured_speed(store, device, default=0.0)) > 0:
+        return found, "as in finished runs", None
+    here = not cluster and devices.is_here(device)
+    if here and (kept := bench.kept(device)) is not None:
+        return kept, "measured by 'atdiag doctor --bench'", None
+    if device == "cuda":
+        kind = (gpus.here() if here else None) or gpus.USUAL
+        return gpus.speed(kind, width), gpus.named(kind).origin, kind
+    return cost.usual(device), "assumed", None
 
 
 def fit_ranks(specs: Sequence[RunSpec], ranks: int) -> None:
@@ -106,6 +157,12 @@ def share_out(specs: Sequence[RunSpec], processes: int) -> list[Job]:
         bins[place].setdefault(index, []).append(spec)
         position += own
     return [Job(tuple(tuple(cohort) for cohort in part.values())) for part in bins if part]
+
+
+def single(jobs: Sequence[Job]) -> list[Job]:
+    """Return each cohort of some jobs as a job of its own, the longest first."""
+    alone = [Job((cohort,)) for job in jobs for cohort in job.cohorts]
+    return sorted(alone, key=lambda job: -sum(cost.seconds(spec) for spec in job.specs))
 
 
 def estimate(specs: Sequence[RunSpec], processes: int, flops_per_second: float = cost.FLOPS_PER_SECOND) -> float:

@@ -39,7 +39,8 @@ def execute(
         )
     while todo := plan.pending(specs, store):
         plan.fit_ranks(todo, options.ranks)
-        devices.fit_ranks(options.ranks, devices.resolve(options.device))
+        if options.ranks > 1:
+            devices.fit_ranks(options, devices.resolve(options.device))
         processes = executor.processes(options)
         store.root.mkdir(parents=True, exist_ok=True)
         elsewhere = {spec.id for spec in todo if store.run(spec).state == "training"}

@@ -45,7 +45,7 @@ def train_in_turn(
         options = replace(options, threads=max(1, available_cores() // (order.processes * ranks.here)))
     if options.threads:
         torch.set_num_threads(options.threads)
-    meter = _Meter([_steps(group) for group in order.cohorts], tell)
+    meter = _Meter([steps(group) for group in order.cohorts], tell)
     try:
         with paths.looking_in(options.data_dir):
             for group in order.cohorts:
@@ -70,7 +70,8 @@ def train_in_turn(
     return False
 
 
-def _steps(cohort: Sequence[RunSpec]) -> int:
+def steps(cohort: Sequence[RunSpec]) -> int:
+    """Return the optimisation steps of a cohort's runs together."""
     return sum(spec.recipe.epochs * (spec.data.train // spec.recipe.batch_size) for spec in cohort)
 
 

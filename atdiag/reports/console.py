@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atdiag.core.progress import OnProgress, Progress
+from atdiag.core.text import duration
 from atdiag.reports import tables
 from atdiag.reports.notebook import NotebookBar
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _REFRESH = 0.5
 """Seconds between two counts of the finished runs, which read the state of each."""
+_MINUTE = 60.0
+"""Seconds after which a log that is no terminal gets a line, if nothing else was said."""
 
 
 def bar(*columns: ProgressColumn) -> Bar | NotebookBar:
@@ -58,7 +61,7 @@ def staged() -> Iterator[OnProgress]:
 
 @contextlib.contextmanager
 def training(runs: int, unfinished: Callable[[], int]) -> Iterator[OnProgress]:
-    """Show training progress: a bar on a terminal, elsewhere a line for each finished run.
+    """Show training progress: a bar on a terminal, elsewhere a line for each finished run, and one a minute.
 
     unfinished: returns the number of unfinished runs.
     """
@@ -72,12 +75,12 @@ def training(runs: int, unfinished: Callable[[], int]) -> Iterator[OnProgress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    said, looked = "", 0.0
+    said, said_at, looked, begun = "", time.monotonic(), 0.0, time.monotonic()
     with bar(*columns) as shown:
         task = shown.add_task("starting", total=None, rate="")
 
         def report(now: Progress) -> None:
-            nonlocal said, looked
+            nonlocal said, said_at, looked
             if time.monotonic() < looked + _REFRESH:
                 return
             looked = time.monotonic()
@@ -85,11 +88,21 @@ def training(runs: int, unfinished: Callable[[], int]) -> Iterator[OnProgress]:
             rate = f"{now.images / elapsed:.0f} images/s" if now.images and elapsed else ""
             text = f"{runs - unfinished()}/{runs} runs" if now.total else now.doing
             shown.update(task, completed=now.done, total=now.total or None, rate=rate, description=text)
-            if not (shown.console.is_terminal or shown.console.is_jupyter) and text != said:
-                said = text
-                shown.console.print(f"{text} {rate}".rstrip(), highlight=False)
+            if shown.console.is_terminal or shown.console.is_jupyter:
+                return
+            if text != said or looked - said_at >= _MINUTE:
+                more = f", {_far(now, looked - begun)}" if text == said else ""
+                said, said_at = text, looked
+                shown.console.print(f"{text}{more} {rate}".rstrip(), highlight=False)
 
         yield report
+
+
+def _far(now: Progress, seconds: float) -> str:
+    """Format how far a training is: ``34 % of the steps after 12 min, testing``."""
+    share = f"{100 * now.done / now.total:.0f} % of the steps " if now.total else ""
+    doing = f", {now.doing}" if now.total and now.doing not in ("", "training") else ""
+    return f"{share}after {duration(seconds)}{doing}"
 
 
 def table(title: str, *columns: str) -> Table:

@@ -15,13 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from atdiag.core.errors import UserError, suggest
+from atdiag.core.errors import UserError
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.resources import small_file
 from atdiag.core.runs import Store, write_atomically
 from atdiag.core.spec import RunSpec
 from atdiag.core.text import count, duration
-from atdiag.execution import cost, devices, plan, rate
+from atdiag.execution import devices, gpus, plan, rate
 from atdiag.networks.registry import preprocessing
 from atdiag.study import settings as profiles
 from atdiag.study.profiles import OWN_PROFILE
@@ -71,11 +71,9 @@ class Budget:
     @staticmethod
     def parse(text: str | None, gpu: str | None = None) -> Budget | None:
         """Parse ``20m``, ``1.5h``, ``90s`` or ``2d``; None without a text. Raises UserError."""
-        if gpu is not None and gpu not in cost.GPUS:
-            raise UserError(f"`gpu` {gpu!r} is not known{suggest(gpu, cost.GPUS)}", f"known: {', '.join(cost.GPUS)}")
+        if gpu is not None:
+            gpus.named(gpu)
         if text is None:
-            if gpu is not None:
-                raise UserError(f"`gpu` {gpu} says where a time is meant", f"give one, as `budget` 1h `gpu` {gpu}")
             return None
         found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(s|m|h|d)[a-z]*", text.strip().lower())
         if not found or not float(found[1]):
@@ -161,7 +159,7 @@ def _chosen(
 ) -> Length:
     if budget.gpu:
         processes = 1
-        speed = cost.gpu_speed(budget.gpu, min(spec.network.width for spec in specs[2]))
+        speed = gpus.speed(budget.gpu, min(spec.network.width for spec in specs[2]))
     else:
         device = devices.resolve(options.device)
         processes = devices.processes_for(device, options.threads)

@@ -44,6 +44,10 @@ class Settings:
     """The user's overrides by dotted name, as applied."""
     classes: Path | None = None
     """The user's list of the classes of the teacher's head, one for each row."""
+    executor: str | None = None
+    """What runs cohorts, as the settings file names it."""
+    slurm: dict[str, Any] = field(default_factory=dict)
+    """The file's table ``[slurm]``, as it stands there."""
     varied: dict[str, Any] = field(default_factory=dict)
     """Settings varied by the experiment on top of these, likewise."""
     chosen: dict[str, Any] = field(default_factory=dict)
@@ -109,7 +113,8 @@ def resolve(
     if classes is not None and not (classes := classes.expanduser()).is_file():
         raise UserError(f"`classes` {classes}: there is no such file", "give a text file with one class per line")
     size = None if student is None else parse(student, name)
-    return Settings(resolved, pairs, root, place, overrides, classes, student=size)
+    fleet = file.get("executor"), file.get("slurm", {})
+    return Settings(resolved, pairs, root, place, overrides, classes, *fleet, student=size)
 
 
 def changed(settings: Settings, name: str, value: Any) -> Settings:
@@ -196,8 +201,9 @@ _FILE_KEYS = {
     "first_seed": (int, "first_seed = 100"),
     "runs": (str, 'runs = "runs"'),
     "data_dir": (str, 'data_dir = "/data"'),
+    "executor": (str, 'executor = "slurm"'),
 }
-_FILE_TABLES = ("data", "recipe", "transfer")
+_FILE_TABLES = ("data", "recipe", "transfer", "slurm")
 
 _SETTINGS = (
     *(f"data.{field}" for field in Data.model_fields),
@@ -209,7 +215,7 @@ _SETTINGS = (
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """Read ``atdiag.toml``: profile, seeds, first_seed, runs, data_dir, and the tables data, recipe and transfer."""
+    """Read ``atdiag.toml``: the keys of ``_FILE_KEYS``, and the tables data, recipe, transfer and slurm."""
     if not path.exists():
         return {}
     try:
@@ -226,6 +232,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         elif key in _FILE_TABLES:
             if not isinstance(value, dict):
                 raise UserError(f"{path}: {key} = {short(value)} is not a table", f"write its fields under '[{key}]'")
+            if key == "slurm":
+                out["slurm"] = value
+                continue
             out["set"] |= {f"{key}.{name}": v for name, v in _flatten(value).items()}
         else:
             known = [*_FILE_KEYS, *_FILE_TABLES]

@@ -30,6 +30,7 @@ from atdiag.data.splits import Split
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import compiled, determinism, evaluation, provenance
+from atdiag.training.pulse import Pulse
 from atdiag.training.ranks import ALONE, RankGroup
 from atdiag.training.teacher_facts import TeacherFacts
 from atdiag.training.trainer import RunTrainer
@@ -113,6 +114,7 @@ class _Cohort:
         device = provenance.best_device() if options.device is None else torch.device(options.device)
         self.device = device = ranks.device(device)
         self.options, self.ranks, self.processes = options, ranks, processes * ranks.here
+        self.pulse = Pulse(provenance.device_name(device))
         self.status: dict[str, Status] = {}
         self.on_progress: OnProgress = ignore
         self.should_stop: Callable[[], bool] = lambda: False
@@ -163,6 +165,7 @@ class _Cohort:
             raise
         finally:
             self._leave_batches()
+            self.pulse.end()
 
     def _work(self) -> None:
         last_save = time.monotonic()
@@ -397,4 +400,5 @@ class _Cohort:
 
     def _tell(self, doing: str) -> None:
         to_do = sum(m.total - m.step for m in self.members)
+        self.pulse.beat(self.members, self.images, doing)
         self.on_progress(Progress(self.total - to_do, self.total, self.images, doing))

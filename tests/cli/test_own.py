@@ -229,7 +229,7 @@ def test_a_budget_on_a_gpu_is_no_measurement(place, monkeypatch, capsys):
     assert wrong(capsys, *line, "h10").startswith("--gpu 'h10' is not known, did you mean 'h100'?")
     assert (
         wrong(capsys, *line[:5], "--gpu", "h100")
-        == "--gpu h100 says where a time is meant: give one, as --budget 1h --gpu h100"
+        == "there is no cuda device on this machine: add --dry-run to plan for one elsewhere"
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from atdiag.core.errors import UserError
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed
-from atdiag.execution import cost, rate
+from atdiag.execution import gpus, rate
 from atdiag.networks.registry import preprocessing
 from atdiag.study import own
 from atdiag.study.own import Budget, Length
@@ -46,8 +46,8 @@ def test_the_settings_of_a_length():
 
 
 def test_gpus_that_were_measured():
-    assert cost.gpu_speed("h100", 768) == cost.gpu_speed("h100", 1024) == cost.GPUS["h100"]
-    assert cost.gpu_speed("h100", 192) == cost.GPUS["h100"] / 4
+    assert gpus.speed("h100", 768) == gpus.speed("h100", 1024) == gpus.GPUS["h100"].measured
+    assert gpus.speed("h100", 192) == gpus.GPUS["h100"].flops_per_second / 4
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class RankGroup:
             return module
         device = next(module.parameters()).device
         # Older versions of torch do not know the argument's new name.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
         # Of a patch embedding's gradient, where a channel of one has another stride: the same memory.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return DistributedDataParallel(

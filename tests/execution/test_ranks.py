@@ -193,12 +193,12 @@ def test_an_executor_of_one_process_refuses_ranks(tmp_path):
 
 def test_too_few_devices(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
-    devices.fit_ranks(2, "cuda")
-    devices.fit_ranks(40, "cpu")
+    devices.fit_ranks(replace(ONE, ranks=2), "cuda")
+    devices.fit_ranks(replace(ONE, ranks=40), "cpu")
     with pytest.raises(UserError, match=r"`ranks` 3 on cuda: each needs a device of its own, .* has 2: give 1 to 2"):
-        devices.fit_ranks(3, "cuda")
+        devices.fit_ranks(replace(ONE, ranks=3), "cuda")
     with pytest.raises(UserError, match="this machine has 1: leave `ranks` out"):
-        devices.fit_ranks(2, "mps")
+        devices.fit_ranks(replace(ONE, ranks=2), "mps")
 
 
 def test_a_process_of_several_ranks_takes_the_cores_of_each(monkeypatch):

@@ -18,6 +18,7 @@ from atdiag.core.spec import Network, Teacher
 from atdiag.networks.registry import sizes
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, METHODS, Arm, Contrast, Report, Series, Study
+from atdiag.study.registry import ablation
 from atdiag.study.student import parse
 from atdiag.study.verdicts import effect, verb_phrase
 
@@ -45,6 +46,7 @@ class SizeCase:
         ]
 
 
+@ablation(order=140, reproduce={}, papers=())
 def crosssize(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as dinov2_l; all: every one.")] = "deit_b",

@@ -25,7 +25,15 @@ from atdiag.study.verdicts import outcome
 if TYPE_CHECKING:
     from atdiag.stats.association import Fact, Kind, TestedFact
 
-MILLIONS = {"ImageNet-1k": 1.28, "ImageNet-21k": 14, "LVD-142M": 142, "WIT-400M": 400, "WebLI": 10_000}
+MILLIONS = {
+    "ImageNet-1k": 1.28,
+    "ImageNet-21k": 14,
+    "LVD-142M": 142,
+    "WIT-400M": 400,
+    "LVD-1689M": 1689,
+    "5.4B image-text pairs, videos": 5400,
+    "WebLI": 10_000,
+}
 """Sizes of the pre-training data sets, in millions of images."""
 OBJECTIVES = ("supervised", "self-distillation", "masked", "contrastive", "image-text")
 AUGMENTATIONS = ("multi-crop", "colour", "blur", "solarise", "RandAugment", "Mixup", "CutMix")

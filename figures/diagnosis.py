@@ -63,6 +63,7 @@ def diagnosis(title: str, rows: Sequence[Row], margin: float) -> Figure:
     names = {style.BLUE: "blue: transfer", style.VERMILLION: "red: accused", style.GREEN: "green: cleared"}
     said = [names[colour] for colour in dict.fromkeys(_COLOURS[kind] for kind in found) if colour in names]
     said += ["grey, open: not accused"] if "not accused" in found else []
-    below = f"top-1 points, 95 % intervals; shaded: margin of {margin:g} points\n{'; '.join(said)}"
+    key = textwrap.fill("; ".join(said), 54)
+    below = f"top-1 points, 95 % intervals; shaded: margin of {margin:g} points\n{key}"
     style.describe(figure, title, below)
     return figure

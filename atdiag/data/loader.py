@@ -170,7 +170,7 @@ def shard(recipe: Recipe, rank: int, ranks: int) -> NDArray[np.int64]:
 
     Raises ValueError if there are more ranks than images, or than pairs of images.
 
-    >>> [shard(Recipe(batch_size=7, mixup=0.8), rank, 3).tolist() for rank in range(3)]
+    >>> [shard(Recipe(epochs=1, batch_size=7, mixup=0.8), rank, 3).tolist() for rank in range(3)]
     [[0, 6], [1, 5], [2, 3, 4]]
     """
     if ranks > recipe.most_ranks:

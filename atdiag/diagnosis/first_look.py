@@ -97,8 +97,8 @@ def _components(case: Case) -> str:
 def nearest_neighbour(data: Data) -> tuple[float, float]:
     """Return the accuracy of the nearest training image by pixels (cosine similarity), and chance, both in per cent.
 
-    Over at most :data:`TRAIN_IMAGES` and :data:`TEST_IMAGES` images, evenly spaced. Raises UserError for images that
-    can't be read.
+    Over at most :data:`TRAIN_IMAGES` and :data:`TEST_IMAGES` images, evenly spaced; chance over all test images. Raises
+    UserError for images that can't be read.
     """
     import torch
 
@@ -116,8 +116,8 @@ def nearest_neighbour(data: Data) -> tuple[float, float]:
     middle = pixels[0].mean(0)
     number = int(max(one.max() for one in labels)) + 1
     found = classifiers.neighbours(pixels[0] - middle, labels[0], pixels[1] - middle, number, k=1)
-    chance = labels[1].bincount().max() / len(labels[1])
-    return 100 * float((found == labels[1]).double().mean()), 100 * float(chance)
+    every = data_set.test_split(data).labels
+    return 100 * float((found == labels[1]).double().mean()), 100 * float(np.bincount(every).max() / len(every))
 
 
 def branch_gains(subject: Subject, pictures: ImageSet) -> NDArray[np.float64]:

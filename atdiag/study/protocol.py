@@ -116,11 +116,12 @@ class Study:
                 f"{self.teacher.label} is a specimen (planted: {fault}). It stands for no published family, and no "
                 "claim of a paper is judged by it."
             )
-        if size := other_size.option(self.arms[0].specs[0].network, self.teacher.network):
+        planned = [arm.specs[0] for arm in self.arms if arm.specs]
+        if planned and (size := other_size.option(planned[0].network, self.teacher.network)):
             object.__setattr__(self, "options", {**self.options, "student": size})
             if self.claims:
                 notes.append("No claim of a paper is judged: the papers' students have their teacher's size.")
-        notes += other_size.notes(arm.specs[0] for arm in self.arms)
+        notes += other_size.notes(planned)
         notes += [
             f"{', '.join(names[:-1])} and {names[-1]} are the same runs here: "
             f"one condition under {len(names)} names, counted once."

@@ -33,7 +33,7 @@ class Placement:
     quick: Mapping[str, Any] | None = None
     """Replaces either of them with ``--quick``."""
     papers: tuple[str, ...] = ("2026",)
-    """The papers whose analysis it is: 2024 (Li et al.), 2026 (Qin et al.)."""
+    """The papers whose analysis it is: 2024 (Li et al.), 2026 (Qin et al.); without one it is not reproduced."""
 
     def options(self, profile: str, quick: bool) -> Mapping[str, Any]:
         """Return the options at a profile."""
@@ -96,7 +96,8 @@ def placed() -> dict[str, tuple[Callable[..., Any], Placement]]:
     """Return the ablations in ``atdiag reproduce``, by name, in order."""
     out: dict[str, tuple[Callable[..., Any], Placement]] = {}
     for one in installed():
-        if one.function is not None and (place := placement(one.function)) is not None:
+        place = None if one.function is None else placement(one.function)
+        if one.function is not None and place is not None and place.papers:
             out.setdefault(one.name, (one.function, place))
     return out
 

@@ -370,7 +370,7 @@ class _Cohort:
                 "seconds": round(member.seconds, 3),
                 "images_per_second": round(trained / member.seconds, 1) if member.seconds else None,
                 "start": asdict(member.start) if member.start else None,
-                **self._chosen(member),
+                **member.chosen_heads,
                 "teacher": spec.teacher.label if spec.teacher else None,
                 "weights": asdict(origin) if (origin := getattr(member.teacher, "origin", None)) else None,
                 "environment": {
@@ -384,12 +384,6 @@ class _Cohort:
             }
         )
 
-    @staticmethod
-    def _chosen(member: RunTrainer) -> dict[str, Any]:
-        """Return the teacher's heads that were chosen for a student, by block."""
-        found = {str(block): list(heads) for block, heads in member.heads.items()}
-        return {"teacher_heads": found} if found else {}
-
     def _validated(self, member: RunTrainer) -> dict[str, Any]:
         if self.validation is None:
             return {}
@@ -400,5 +394,6 @@ class _Cohort:
 
     def _tell(self, doing: str) -> None:
         to_do = sum(m.total - m.step for m in self.members)
-        self.pulse.beat(self.members, self.images, doing)
+        if self.ranks.first:
+            self.pulse.beat(self.members, self.images, doing)
         self.on_progress(Progress(self.total - to_do, self.total, self.images, doing))

@@ -266,6 +266,12 @@ class RunTrainer:
         """The network that is tested and stored: the student, or the moving average of its weights."""
         return self.student if self._ema is None else self._ema.module
 
+    @property
+    def chosen_heads(self) -> dict[str, Any]:
+        """The teacher's heads that were chosen for the student, by block, for the result; empty if none were."""
+        found = {str(block): list(heads) for block, heads in self.heads.items()}
+        return {"teacher_heads": found} if found else {}
+
     def subject(self) -> evaluation.Predictor:
         """Return the trained network as a subject to evaluate."""
         return evaluation.Predictor(self.outcome, self.spec.transfer, self.teacher, self.averages, self.heads)

@@ -19,7 +19,17 @@ from atdiag.networks.registry import teachers
 from tests.commands import ran, wrong
 
 SIZES = {"image_size": 20, "patch_size": 4, "channels": 1, "width": 16, "depth": 2, "heads": 2, "classes": 10}
-VALUES = {"layer_scale": {"layer_scale_init": 0.3}, "registers": {"registers": 3}, "ln_eps": {"norm_eps": 1e-5}}
+MODERN = (
+    *("rope", "qk_norm", "swiglu", "rms_norm", "mlp_norm", "attn_norm", "post_norm", "gelu_tanh", "no_qkv_bias"),
+    *("no_proj_bias", "patch_norm", "no_last_norm", "distillation_token"),
+)
+"""Components of which no student is written as a class of timm."""
+VALUES = {
+    "distillation_token": {"registers": 1},
+    "layer_scale": {"layer_scale_init": 0.3},
+    "registers": {"registers": 3},
+    "ln_eps": {"norm_eps": 1e-5},
+}
 BEIT = ("layer_scale", "mean_pool", "no_abs_pos", "no_k_bias", "rel_pos_bias")
 CLIP = ("ln_eps", "no_patch_bias", "pre_norm", "quick_gelu")
 
@@ -60,6 +70,7 @@ TIMMS = {
     "no class token": network(class_token=False),
     **{name: network(name) for name in ("layer_scale", "registers", "no_patch_bias", "quick_gelu", "ln_eps")},
     **{name: network(name) for name in ("no_k_bias", "no_abs_pos", "mean_pool", "attention_pool", "rel_pos_bias")},
+    **{name: network(name) for name in ("norm_before_pool", "pool_includes_prefix")},  # idle with a class token's head
     "beit": network(*BEIT),
     "beit with a class token's head": network(*(name for name in BEIT if name != "mean_pool")),
     "clip": network(*CLIP),
@@ -69,6 +80,7 @@ OWN = {
     "a norm before the blocks, and a patch bias": network("pre_norm"),
     "registers and position biases": network("registers", "rel_pos_bias"),
     "beit with quick GELU": network(*BEIT, "quick_gelu"),
+    **{name: network(name) for name in MODERN},
 }
 
 

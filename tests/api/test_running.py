@@ -214,8 +214,9 @@ def test_a_network_that_timm_builds_by_name_is_as_its_file_is():
     reference = storing.store(other, Path("teachers"))
     assert reference.startswith("file:vit_tiny_patch16_224@")
     assert teachers.teacher(reference, "small", 64).label == "vit_tiny_patch16_224 (own file)"
-    with pytest.raises(UserError, match=r"has rope, swiglu.* make it by timm.create_model"):
-        storing.store(timm.create_model("eva02_tiny_patch14_224", depth=2, num_classes=3), Path("teachers"))
+    small = {"depth": 2, "embed_dim": 96, "num_heads": 3, "num_classes": 3}
+    with pytest.raises(UserError, match=r"has parallel_blocks.* make it by timm.create_model"):
+        storing.store(timm.create_model("vit_base_patch16_xp_224", **small), Path("teachers"))
     plain = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
     with pytest.raises(UserError, match=r"not known how the images .* set model.pretrained_cfg"):
         storing.store(plain, Path("teachers"))

@@ -20,7 +20,7 @@ def no_cuda(monkeypatch):
 def test_a_plan_can_name_an_absent_device(folder, no_cuda):
     code, out = ran("reinit", "--device", "cuda", "--dry-run", "--seeds", "1", *SETS)
     assert code == 0
-    assert "1 process on cuda" in out
+    assert "GPU-hours" in out
     assert list(folder.iterdir()) == []
 
 
@@ -33,7 +33,7 @@ def test_an_absent_device_is_refused_even_if_all_runs_are_finished(no_cuda):
     """Before the header is printed: what is finished may still have to be measured."""
     finished = SimpleNamespace(todo=(), device="cuda")
     with pytest.raises(UserError, match="leave `device` out"):
-        experiments.check([], finished, SimpleNamespace())
+        experiments.check([], finished, SimpleNamespace(on_cluster=False))
 
 
 def found(*options) -> str | None:

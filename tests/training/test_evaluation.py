@@ -82,9 +82,9 @@ def test_a_cohort_evaluates_with_the_default_number_of_workers(bench, monkeypatc
     asked = []
     real = evaluation.loader.test_batches
 
-    def noted(images, size, workers, pin):
+    def noted(images, size, workers, pin, *others):
         asked.append(workers)
-        return real(images, size, workers, pin)
+        return real(images, size, workers, pin, *others)
 
     monkeypatch.setattr(cohort, "default_workers", lambda images, recipe, device, processes: 2 if recipe is None else 0)
     monkeypatch.setattr(evaluation.loader, "test_batches", noted)

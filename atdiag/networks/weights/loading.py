@@ -210,8 +210,11 @@ def _published_as(found: Converted, model: Any) -> list[TeacherEntry]:
 
 def _check_heads(found: Converted, model: Any, path: Path) -> None:
     """Check the number of heads, which shapes do not show, against registry entries of this format."""
-    rows, heads = _published_as(found, model), model.blocks[0].attn.num_heads
-    if rows and heads not in {row.heads for row in rows}:
+    rows = _published_as(found, model)
+    if not rows:
+        return
+    heads = model.blocks[0].attn.num_heads
+    if heads not in {row.heads for row in rows}:
         raise WeightsError(
             f"{path} is a checkpoint in {found.format}'s format, whose network of width {model.embed_dim} has "
             f"{rows[0].heads} heads, not {heads}",

@@ -24,13 +24,16 @@ SIZES = {
     "mae": "blh",
     "mocov3": "sb",
     "ibot": "sbl",
-    "siglip2": "bl",
+    "siglip2": ("b", "l", "so"),
     "dinov2": "sbl",
     "dinov2_reg": "sbl",
     "clip": "bl",
     "beitv2": "bl",
     "deit3": "sbl",
     "beit": "b",
+    "dinov3": "sbl",
+    "eva02": "sb",
+    "pe": "sb",
 }
 NAMED_2026 = {"deit", "dino", "dinov2", "dinov2_reg", "clip", "beitv2", "ibot", "mae", "siglip2"}
 

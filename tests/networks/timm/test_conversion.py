@@ -177,6 +177,6 @@ def test_a_student_learns_from_every_teacher(name, native):
     for key, parameter in student.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
     copied = methods.forward_test(student.eval(), Transfer(method="copy", layers=(0, 1)), x, shown)
-    assert copied.shape == (2, 3) and not torch.allclose(copied, logits)
+    assert copied.shape == (2, 3) and not torch.equal(copied, logits)  # DINOv3's LayerScale begins at 1e-5
     for transfer in (Transfer(method="distill", layers=(0, 1), tensor="v"), Transfer(method="features", layers=(1,))):
         assert methods.forward(student, transfer, x, shown).loss.isfinite()

@@ -6,7 +6,8 @@ from tests.drawings import check
 from tests.studies import fabricated, lab
 
 
-def test_crosssize_shows_each_gain_above_its_own_baseline():
+def made_up() -> Reading:
+    """Make a reading of two sizes."""
     from ablations.crosssize import crosssize as planned
 
     series = planned(lab(), "deit_b")
@@ -15,7 +16,11 @@ def test_crosssize_shows_each_gain_above_its_own_baseline():
         fabricated(study, some, base=base)
         for study, some, base in zip(series.studies, effects, (31.2, 43.7), strict=True)
     )
-    figure = crosssize.crosssize(Reading(series, reports, (), ""))
+    return Reading(series, reports, (), "")
+
+
+def test_crosssize_shows_each_gain_above_its_own_baseline():
+    figure = crosssize.crosssize(made_up())
     drawn = " ".join(check(figure))
     assert all(text in drawn for text in ("31.2 %", "43.7 %", "teacher: 90.0 %", "copy", "distill"))
     (axes,) = figure.axes

@@ -16,6 +16,7 @@ from atdiag.study.protocol import BASELINE, Contrast, Footing
 from figures import captions, epochs, gains, grids, layer_curve, losses, match, recipes, rescue, style
 from tests import series_shapes as shapes
 from tests.drawings import check
+from tests.figures.test_crosssize import made_up
 
 
 def joined(drawn) -> set[str]:
@@ -249,6 +250,7 @@ def test_a_caption_states_shared_facts_and_the_scale_once():
 
 OF = {
     "contrasts": shapes.GAINS["one"].reports[0],
+    "crosssize": made_up(),
     "epochs": shapes.EPOCHS["usual"],
     "gains": shapes.GAINS["usual"],
     "layer_curve": shapes.CURVES["one"].reports[0],

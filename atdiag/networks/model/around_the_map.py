@@ -150,7 +150,7 @@ COMPONENTS = (
     Component(
         "layer_scale",
         "A learned factor per channel on each residual branch. It starts small (0.1 to 1e-6), so that every block "
-        "starts near the identity, which lets deep networks train. The value ``branch`` says which branch has it, if "
+        "starts near the identity, which lets deep networks train. The value 'branch' says which branch has it, if "
         "only one.",
         "Touvron et al. 2021, Going deeper with Image Transformers (CaiT), section 2",
         found=lambda model: any(scale is not None for scale in branch_scales(first_block(model))),
@@ -226,7 +226,7 @@ COMPONENTS = (
         "swiglu",
         "A gated MLP: one projection, passed through SiLU, multiplies another. It is two thirds as wide as the "
         "standard student's plain MLP, so that its three matrices have as many weights as that one's two. The value "
-        "``packed`` says that timm keeps both projections in one matrix.",
+        "'packed' says that timm keeps both projections in one matrix.",
         "Shazeer 2020, GLU Variants Improve Transformer; for ViTs Fang et al. 2023, EVA-02",
         found=_is_swiglu,
         values=_swiglu_values,
@@ -265,7 +265,7 @@ COMPONENTS = (
     Component(
         "rms_norm",
         "RMSNorm in place of LayerNorm, everywhere: it divides by the root of the mean square, subtracts no mean, and "
-        "has no bias. The value ``eps`` is its epsilon.",
+        "has no bias. The value 'eps' is its epsilon.",
         "Zhang and Sennrich 2019, Root Mean Square Layer Normalization; for ViTs Fini et al. 2025, AIMv2",
         found=_is_rms_normed,
         values=_rms_values,
@@ -340,8 +340,8 @@ COMPONENTS = (
     Component(
         "attention_pool",
         "The output is pooled by one learned query that attends to all patches, in place of class token or mean. "
-        "Values say where it is not as wide as the blocks (`heads`, ``hidden``: its MLP's) or takes all tokens "
-        "(``prefix``).",
+        "Values say where it is not as wide as the blocks ('heads', 'hidden': its MLP's) or takes all tokens "
+        "('prefix').",
         "Zhai et al. 2022, Scaling Vision Transformers, section 3.1; used by SigLIP",
         found=lambda model: isinstance(getattr(model, "attn_pool", None), AttentionPoolLatent),
         values=readout.pool_values,

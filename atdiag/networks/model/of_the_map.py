@@ -74,8 +74,8 @@ COMPONENTS = (
         "rope",
         "Rotary position embedding: the channels of queries and keys, in pairs, are rotated by angles proportional to "
         "their patch's row or column, so that a logit depends on the offset between two patches. Class token and "
-        "registers are not rotated. The value ``kind`` says which angles: ``cat`` counts patches (EVA-02), ``dinov3`` "
-        "takes coordinates in [-1, 1], and in ``mixed`` frequencies are learned for each head and block. What DINOv3 "
+        "registers are not rotated. The value 'kind' says which angles: 'cat' counts patches (EVA-02), 'dinov3' "
+        "takes coordinates in [-1, 1], and in 'mixed' frequencies are learned for each head and block. What DINOv3 "
         "does to coordinates in its own pre-training (shift, jitter, rescaling) is left out.",
         "Su et al. 2021, RoFormer; along two axes Fang et al. 2023, EVA-02; mixed: Heo et al. 2024, section 3.2",
         found=positions.is_known_rotary,

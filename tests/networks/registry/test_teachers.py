@@ -37,8 +37,8 @@ SIZES = {
 }
 NAMED_2026 = {"deit", "dino", "dinov2", "dinov2_reg", "clip", "beitv2", "ibot", "mae", "siglip2"}
 
-LICENCES = {"clip": "MIT", "beit": "MIT"}
-"""Where timm's table keeps its default (Apache-2.0) and the authors' repositories say otherwise."""
+LICENCES = {"clip": "MIT", "beit": "MIT", "dinov3": "DINOv3"}
+"""Where timm's table keeps its default (Apache-2.0) and the authors' repositories say otherwise, and a shorter name."""
 
 
 @pytest.fixture
@@ -133,6 +133,7 @@ def test_the_miniatures_keep_their_components():
         "dinov2_reg_s": ("layer_scale", "registers"),
         "clip_b": ("no_patch_bias", "pre_norm", "quick_gelu"),
         "beitv2_b": ("layer_scale", "no_abs_pos", "rel_pos_bias"),
+        "eva02_s": ("qk_norm", "rope", "swiglu"),
     }
 
 

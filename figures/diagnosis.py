@@ -62,7 +62,7 @@ def diagnosis(title: str, rows: Sequence[Row], margin: float) -> Figure:
     found = dict.fromkeys(row.kind for row in rows)
     names = {style.BLUE: "blue: transfer", style.VERMILLION: "red: accused", style.GREEN: "green: cleared"}
     said = [names[colour] for colour in dict.fromkeys(_COLOURS[kind] for kind in found) if colour in names]
-    said += ["grey, open: not accused"] if "not accused" in found else []
+    said += ["open: not accused"] if "not accused" in found else []
     key = textwrap.fill("; ".join(said), 54)
     below = f"top-1 points, 95 % intervals; shaded: margin of {margin:g} points\n{key}"
     style.describe(figure, title, below)

@@ -278,9 +278,16 @@ class _Maker:
             told = "its map is its teacher's, so it computes no queries and keys of its own there"
             self.miss(tuple(f"attn.hook_{n}" for n in ("q", "k", "score_q", "score_k", "attn_scores")), told)
         elif before:
-            swapped = not self.parallel
-            self.out.add(Direct(self.full("attn.hook_q"), f"{path}.q_norm", "input", swapped=swapped), heads)
-            self.out.add(Direct(self.full("attn.hook_k"), f"{path}.k_norm", "input", swapped=swapped), grouped)
+            site = sites.locate(self.block, self.root.get(self.path))[0] if isinstance(attn, Attention) else None
+            for name, shape in (("q", heads), ("k", grouped)):
+                place = Direct(
+                    self.full(f"attn.hook_{name}"),
+                    f"{path}.{name}_norm",
+                    "input",
+                    swapped=not self.parallel,
+                    within=None if site is None else (self.path, site),
+                )
+                self.out.add(place, shape)
         elif isinstance(attn, Attention) and attn.qk_hooks:
             told = (
                 f"they pass through {', '.join(attn.qk_hooks)} within the attention; read hook_score_q and hook_score_k"

@@ -83,11 +83,16 @@ class Direct:
     """Whether the module sees [B, H, N, d] and the point is [B, N, H, d]."""
     total: str = ""
     """A key of ``Pass.kept``: if it is there, the value comes from it."""
+    within: tuple[str, Site] | None = None
+    """Block and site of our attention that calls the module: nnsight enters it first, since it can't go back."""
 
     def visit(self, on: Pass) -> None:
         """Take the value."""
         if not (on.wants(self.points) or self.total in on.kept):
             return
+        if self.within is not None:
+            block, site = self.within
+            sites.node(site, on.root.get(block))
         envoy = on.root.get(self.path) if self.path else on.root
         own = getattr(envoy, self.side)
         value = given = on.kept.pop(self.total) if self.total in on.kept else own

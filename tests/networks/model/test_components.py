@@ -193,9 +193,11 @@ def test_miniatures_have_the_components_of_the_registry(name):
     wanted = teachers.miniature_network(name)
     assert components.inspect(students.build(wanted, 0)) == wanted.components
     missing = set(teachers.row(name).components) - set(wanted.components)
-    assert set(wanted.components) <= set(teachers.row(name).components)
+    # EVA-02's miniature has a norm of q and k besides, so that every component on the map can be seen at mini.
+    assert set(wanted.components) - set(teachers.row(name).components) == ({"qk_norm"} if name == "eva02_s" else set())
     # Components that the miniature was pre-trained without: CLIP's at epsilon 1e-6, BEiT's with a bias of k.
-    assert missing == {"clip_b": {"ln_eps"}, "beitv2_b": {"no_k_bias"}}.get(name, set())
+    without = {"clip_b": {"ln_eps"}, "beitv2_b": {"no_k_bias"}, "eva02_s": {"mean_pool", "no_k_bias"}}
+    assert missing == without.get(name, set())
 
 
 @pytest.mark.parametrize("name", teachers.miniatures())

@@ -54,6 +54,7 @@ def test_the_notebook_runs_from_top_to_bottom(here):
     assert (here / "student" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_runs(here):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
     assert "seeds=3" in blocks[0]

@@ -54,6 +54,7 @@ def alone(tmp_path_factory):
     return store
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_does(tmp_path):
     one, two, told = Store(tmp_path / "one"), Store(tmp_path / "two"), []
     execute([SPEC], one, ONE, executor=InProcessExecutor())

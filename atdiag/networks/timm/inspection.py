@@ -159,7 +159,8 @@ def _block_facts(block: Any) -> tuple[int, int, frozenset[str]]:
         differences.add("no_layer_norm")
     hidden = _inspect_mlp(block.mlp, differences)
     _inspect_attention(block.attn, differences)
-    if (block.attn.proj.bias is None) != (block.mlp.fc2.bias is None):
+    out = getattr(block.mlp, "fc2", None)  # an MLP of another kind has its own names, and is a difference anyway
+    if out is not None and (block.attn.proj.bias is None) != (out.bias is None):
         differences.add("no_mlp_bias")
     return int(block.attn.num_heads), hidden, frozenset(differences)
 

@@ -160,7 +160,7 @@ def _fitted(asked: Asked, session: ExperimentSession, budget: Budget | None) -> 
 
     def planned(settings: Settings) -> list[RunSpec]:
         case = asked.case(settings)
-        return [spec for arm in arms(case) for spec in case.arm(arm).specs[: asked.seeds[0]]]
+        return [spec for arm in arms(case, together=True) for spec in case.arm(arm).specs[: asked.seeds[0]]]
 
     settings, choice = own.within(session.settings, budget, planned, session.store, session.options)
     return replace(session, settings=settings, choice=choice)

@@ -26,6 +26,9 @@ IMAGES = 64
 TRAIN_IMAGES, TEST_IMAGES = 2000, 500
 """Images that the nearest neighbours are found among and for, at most."""
 
+SIDE = 32
+"""Pixels on a side to which larger images are averaged for that: 2,000 of 224 px would take gigabytes."""
+
 REGISTERS, SINK, UNIFORM, ONE_HOT, ALIKE, SHUT = 0.5, 0.5, 0.98, 0.1, 0.01, 0.01
 """From where on a statistic is mentioned: the share of attention on registers, and on the most attended token; the
 entropy of a row as a share of that of a uniform one, at least (uniform) and at most (one-hot); the divergence between
@@ -107,17 +110,20 @@ def nearest_neighbour(data: Data) -> tuple[float, float]:
     from atdiag.training import classifiers
 
     data_set = sources.find(data)
+    train, test = data_set.train_split(data, 0), data_set.test_split(data)
     pixels, labels = [], []
-    for split, most in ((data_set.train_split(data, 0), TRAIN_IMAGES), (data_set.test_split(data), TEST_IMAGES)):
-        chosen = images.of_split(data, split, images.spread(min(most, len(split)), len(split)))
-        batches = list(chosen.batches(256))
-        pixels.append(torch.cat([batch.pixels.flatten(1) for batch in batches]))
-        labels.append(torch.from_numpy(np.concatenate([batch.labels for batch in batches if batch.labels is not None])))
+    for split, most in ((train, TRAIN_IMAGES), (test, TEST_IMAGES)):
+        rows = images.spread(min(most, len(split)), len(split))
+        small = [
+            torch.nn.functional.adaptive_avg_pool2d(batch.pixels, min(SIDE, batch.pixels.shape[-1])).flatten(1)
+            for batch in images.of_split(data, split, rows).batches(256)
+        ]
+        pixels.append(torch.cat(small))
+        labels.append(torch.from_numpy(split.labels[rows]))
     middle = pixels[0].mean(0)
     number = int(max(one.max() for one in labels)) + 1
     found = classifiers.neighbours(pixels[0] - middle, labels[0], pixels[1] - middle, number, k=1)
-    every = data_set.test_split(data).labels
-    return 100 * float((found == labels[1]).double().mean()), 100 * float(np.bincount(every).max() / len(every))
+    return 100 * float((found == labels[1]).double().mean()), 100 * float(np.bincount(test.labels).max() / len(test))
 
 
 def branch_gains(subject: Subject, pictures: ImageSet) -> NDArray[np.float64]:

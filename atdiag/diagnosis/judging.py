@@ -66,7 +66,7 @@ def transfers(answers: Answers, outline: Outline, look: Look) -> LookResult:
 
 def accuse(answers: Answers, outline: Outline, shown: LookResult) -> LookResult:
     """Ask about every accusation at a look, and about what opens once one is made."""
-    look, graph = shown.look, outline.graph
+    look, graph, follow_ups = shown.look, outline.graph, outline.follow_ups
     asked = [one for family in outline.families for one in family]
     p_values: dict[str, float] = {}
     parts: dict[str, tuple[Estimate, ...]] = {}
@@ -78,7 +78,7 @@ def accuse(answers: Answers, outline: Outline, shown: LookResult) -> LookResult:
             parts[one.name] = tuple(estimate(got, part.weights) for part in one.parts)
             p_values[one.name] = p_value(one, parts[one.name])
         rejected = graph.rejected(p_values, look.level)
-        opened = [one for name in rejected for one in outline.follow_ups.get(name, ())]
+        opened = [one for name in rejected for one in follow_ups.get(name, ())]
         asked = [one for one in opened if one.name not in p_values]
     known = outline.hypotheses
     findings = tuple(

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from shutil import which
 
@@ -72,8 +73,9 @@ def visible(environment: Mapping[str, str] = os.environ) -> list[str]:
     return out
 
 
+@cache
 def _gpus() -> int:
-    """Return how many GPUs this machine shows: by ``nvidia-smi``, else by the driver's folder."""
+    """Return, asking once, how many GPUs this machine shows: by ``nvidia-smi``, else by the driver's folder."""
     try:
         shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
         if shown.returncode == 0:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ Plan = Callable[[Settings], list[RunSpec]]
 
 _MOST_EPOCHS = 300
 """Longer trainings are not chosen: DeiT's length."""
-_FEW = 10
-"""Epochs of the smaller experiment that is proposed where a budget is too small."""
+_FEW = (10, 4)
+"""Epochs of the smaller experiment that is proposed where a budget is too small: the first that fit."""
+_PARTS = (1, 2, 3)
+"""Its image size: the usual one, or the largest whose grid is that part of the usual grid."""
 _FEWEST_IMAGES = 500
 """Training images that such an experiment has at least."""
 
@@ -191,23 +194,29 @@ def _too_little(
 ) -> UserError:
     """Return the refusal of a budget for less than one epoch, with fewer or smaller images for which it is enough."""
     network = specs[0].network
-    half = max(network.grid // 2, 1) * network.patch_size
     classes, fewer = network.classes, ""
-    for size in (network.image_size, half):
+    for epochs, part in product(_FEW, _PARTS):
+        size = network.image_size if part == 1 else max(network.grid // part, 1) * network.patch_size
 
-        def spent(images: int, size: int = size) -> float:
+        def spent(images: int, size: int = size, epochs: int = epochs) -> float:
             sizes = {"data.per_class": images, "data.test_per_class": images, "data.image_size": size}
-            return seconds(planned(_long(profiles.overriding(settings, sizes), _FEW, budget)))
+            return seconds(planned(_long(profiles.overriding(settings, sizes), epochs, budget)))
 
-        smaller = "" if size == network.image_size else f"`data.image_size`={size} "
+        def sizes(images: int, size: int = size, smaller: bool = part > 1) -> str:
+            pixels = f"`data.image_size`={size} " if smaller else ""
+            return f"{pixels}`data.per_class`={images} `data.test_per_class`={images}"
+
         try:
             start, end = spent(100), spent(200)
             images = int(100 + (budget.seconds - start) / (end - start) * 100)
             images = min(images // 10 * 10 if images > 20 else images, specs[0].data.train // classes)
             if images * classes >= _FEWEST_IMAGES and spent(images) <= budget.seconds:
-                sizes = f"{smaller}`data.per_class`={images} `data.test_per_class`={images}"
-                fewer = f", or add {sizes}, which leaves time for {_FEW} epochs"
+                fewer = f", or add {sizes(images)}, which leaves time for {epochs} epochs"
                 break
+            images = -(-_FEWEST_IMAGES // classes)
+            least = spent(images)
+            if least < needed and images * classes <= specs[0].data.train:
+                fewer = f", or `budget` {-(-least // 60):.0f}m with {sizes(images)}, for {epochs} epochs"
         except UserError:  # a batch of more images than these, or a size that the user's own settings exclude
             continue
     minutes = -(-needed // 60)

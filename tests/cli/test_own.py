@@ -246,6 +246,21 @@ def test_a_budget_that_is_too_small_names_one_that_is_not(place, monkeypatch, ca
     assert both == "--budget chooses the epochs, and recipe.epochs sets them: leave one of them out"
 
 
+def test_a_budget_that_is_far_too_small_names_the_smallest_experiment_of_use(place, tmp_path, monkeypatch, capsys):
+    from atdiag.execution import rate
+
+    for cls in ("yes", "no"):
+        (tmp_path / "many" / cls).mkdir(parents=True)
+        for i in range(420):
+            shutil.copy(place / "flat" / "ant0.jpg", tmp_path / "many" / cls / f"{i}.jpg")
+    monkeypatch.setattr(rate, "measure", lambda specs, options: 2e9)
+    line = ("benchmark", "--teacher", "mine.pth", "--data", str(tmp_path / "many"), "--split", "0.2", "--dry-run")
+    said = wrong(capsys, *line, "--budget", "10s")
+    budget, sets = re.search(r"or --budget (\d+m) with (.*), for 4 epochs", said).groups()
+    assert "--set data.per_class=250" in sets
+    assert ran(*line, "--budget", budget, *sets.split())[0] == 0
+
+
 # --- what would settle it --------------------------------------------------------------------------------------------
 
 

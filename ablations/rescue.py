@@ -14,7 +14,7 @@ import typer
 
 from ablations import claims, found
 from atdiag.core.errors import UserError
-from atdiag.core.spec import Network, Transfer
+from atdiag.core.spec import Network, Teacher, Transfer
 from atdiag.networks.model.acting import matters, why_idle
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, Contrast, Report, Study
@@ -36,18 +36,8 @@ def rescue(
 ) -> Study:
     """Add the teacher's native components to the student (all, each alone, all but one), and transfer."""
     source = lab.teacher(teacher)
-    own, beyond = source.network.components, source.network.differences
-    if beyond:
-        raise UserError(
-            f"{source.label} has {', '.join(beyond)}, which no student can be given yet: there is no native student",
-            "choose another teacher, or another experiment: all but reinit take this one",
-        )
-    if not own:
-        raise UserError(
-            f"{source.label} has no native component, so there is nothing to add: "
-            "its standard student is its native one",
-            "the same line with 'benchmark' for 'rescue' shows whether its attention transfers",
-        )
+    has_native_student(source, "rescue")
+    own = source.network.components
     standard, native = lab.student(source), lab.student(source, own)
     passed = lab.transfer(transfer, standard)
     plain, full, control = f"standard + {transfer}", f"native + {transfer}", "native, scratch"
@@ -101,6 +91,22 @@ def rescue(
             ),
         ),
     )
+
+
+def has_native_student(source: Teacher, experiment: str) -> None:
+    """Raise UserError for a teacher whose native student does not exist, or is its standard one."""
+    own, beyond = source.network.components, source.network.differences
+    if beyond:
+        raise UserError(
+            f"{source.label} has {', '.join(beyond)}, which no student can be given yet: there is no native student",
+            "choose another teacher, or another experiment: all but reinit take this one",
+        )
+    if not own:
+        raise UserError(
+            f"{source.label} has no native component, so there is nothing to add: "
+            "its standard student is its native one",
+            f"the same line with 'benchmark' for {experiment!r} shows whether its attention transfers",
+        )
 
 
 def _distinct(

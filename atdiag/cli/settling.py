@@ -160,7 +160,8 @@ def _images(planned: Plan, name: str, estimate: Estimate, session: ExperimentSes
         return Step(f"{name}: the estimate is 0, which nothing would settle", "")
     # |value| >= (1.96 + 0.84) standard errors, of which only the part of the images is left with many seeds.
     needed = ceil((2.8 / abs(estimate.value)) ** 2 * estimate.var_cluster)
-    why = f"{name}: {estimate.value:+.1f} points would take more than 1,000 seeds"
+    size = f"{estimate.value:+.{estimate.digits}f} {estimate.scale}"
+    why = f"{name}: {size} would take more than 1,000 seeds"
     if needed <= have:
         return Step(why, "")
     why += f", or about {needed:,} test images in place of {have:,}"

@@ -89,7 +89,8 @@ def rows(report: Report) -> list[ArmResult]:
 
 def interval(estimate: Estimate) -> str:
     """Format an interval: ``+3.1 [+1.2, +5.0]``."""
-    return f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
+    form = f"+.{estimate.digits}f"
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def probability(estimate: Estimate) -> str:

@@ -59,6 +59,9 @@ FEWEST_SEEDS = 3
 """Minimum number of seeds for a verdict: two say too little about how seeds vary (see above)."""
 
 
+Scale = Literal["points", "log-odds"]
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """The correctness of one arm on the n test images. Raises ValueError for shapes that do not match."""
@@ -81,7 +84,7 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A contrast in top-1 points with its uncertainty."""
+    """A contrast in top-1 points (or in log-odds) with its uncertainty."""
 
     value: float
     low: float
@@ -109,6 +112,13 @@ class Estimate:
     """The margin, in points, within which it was found to be equivalent to 0; None: not found, or not tested."""
     undertrained: bool = False
     """Whether the study's baseline is so near chance that no contrast is informative."""
+    scale: Scale = "points"
+    """In what it is measured: value, interval, ``se`` and variance components."""
+
+    @property
+    def digits(self) -> int:
+        """How many decimals it is shown with: one of points, two of log-odds."""
+        return 1 if self.scale == "points" else 2
 
     @property
     def decides(self) -> bool:
@@ -133,12 +143,18 @@ class Estimate:
         return min(self.seeds, self.clusters) - 1 or self.df
 
 
-def estimate(arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: float = 0.95) -> Estimate:
+def estimate(
+    arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: float = 0.95, scale: Scale = "points"
+) -> Estimate:
     """Estimate the contrast ``sum_a weights[a] * accuracy(a)``, over the seeds that all its arms share.
 
     ``{"copy": 1, "scratch": -1}`` is a difference, ``{"a": 1, "b": -1, "c": -1, "d": 1}`` a difference of differences,
     ``{"copy": 1}`` one arm's accuracy. Arms of weight 0 are ignored. If all clusters score alike in all seeds (an arm
     minus itself, an arm without errors) the variance is 0 and the interval has no width.
+
+    scale: ``log-odds`` estimates ``sum_a weights[a] * log(accuracy(a) / (1 - accuracy(a)))``, natural logarithm, with
+    the variance of its linearisation (the delta method): an arm's answers count ``1 / (accuracy (1 - accuracy))`` fold.
+    An accuracy counts as half an image away from 0 and from 1 at least.
 
     Raises ValueError for an unknown arm, no arm, arms that share no seed or were measured on different images, and
     images that all belong to one cluster.
@@ -160,7 +176,7 @@ def estimate(arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: 
 
     points = np.zeros((len(common), len(first.clusters)))
     for name, arm in chosen.items():
-        points += 100 * used[name] * np.stack([arm.correct[seed] for seed in common])
+        points += used[name] * _scored(np.stack([arm.correct[seed] for seed in common]), scale)
     points = points.round(9)  # weights such as 0.1 + 0.2 - 0.3 leave a rounding error of 1e-15, which is no effect
     scores = _cluster_scores(points, first.clusters)
     seeds, clusters = scores.shape
@@ -201,7 +217,18 @@ def estimate(arms: Mapping[str, Outcomes], weights: Mapping[str, float], level: 
         var_seed=var_seed,
         var_cluster=var_cluster,
         var_residual=var_residual,
+        scale=scale,
     )
+
+
+def _scored(correct: NDArray[np.bool_], scale: Scale) -> NDArray[np.float64]:
+    """Convert right and wrong answers [S, n] to scores [S, n] whose mean is their accuracy on the scale."""
+    if scale == "points":
+        return 100.0 * correct
+    half = 0.5 / correct.size
+    share = min(max(float(correct.mean()), half), 1 - half)
+    scores: NDArray[np.float64] = log(share / (1 - share)) + (correct - correct.mean()) / (share * (1 - share))
+    return scores
 
 
 def _cluster_scores(points: NDArray[np.float64], clusters: NDArray[np.int32]) -> NDArray[np.float64]:

@@ -69,7 +69,8 @@ def corrected(reports: Iterable[Report], equivalence: float | None = None) -> li
 
     def read_among(report: Report) -> Report:
         def read(name: str, estimate: Estimate) -> Estimate:
-            within = equivalence if equivalence is not None and equivalent(estimate, equivalence) else None
+            tested = equivalence is not None and estimate.scale == "points" and equivalent(estimate, equivalence)
+            within = equivalence if tested else None
             return replace(estimate, adjusted=adjusted.get(report.made_of(name)), within=within)
 
         return _changed(report, read)
@@ -96,7 +97,7 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
     for arm in study.arms:
         versus = None if arm.name == baseline else estimate(measured, {arm.name: 1, baseline: -1})
         rows.append(_row(arm, answers[arm.name], store, study.measures, versus))
-    asked = {c.name: estimate(measured, c.weights) for c in study.contrasts}
+    asked = {c.name: estimate(measured, c.weights, scale=c.scale) for c in study.contrasts}
     reference, warning = None, ""
     if study.reference is not None:
         said = answered(study.reference, store, study.test_set)

@@ -20,7 +20,7 @@ from atdiag.study import other_size
 if TYPE_CHECKING:
     from atdiag.core.runs import Run
     from atdiag.networks.weights.classes import HeadRows
-    from atdiag.stats.contrasts import Estimate
+    from atdiag.stats.contrasts import Estimate, Scale
     from atdiag.study.claims import Claim, Judged
 
 METHODS = ("copy", "distill")
@@ -48,10 +48,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A linear combination of arms, in top-1 points."""
+    """A linear combination of arms, in top-1 points or in log-odds."""
 
     name: str
     weights: Mapping[str, float]
+    scale: Scale = "points"
 
 
 class Measurement(Protocol):
@@ -293,18 +294,19 @@ class Report:
         arms = [(row.arm, row.contrast) for row in self.rows if row.contrast is not None]
         return [*arms, *self.contrasts.items()]
 
-    def made_of(self, name: str) -> tuple[str | None, frozenset[tuple[tuple[str, ...], float]]]:
-        """Return what defines a contrast: its test set, and its runs with their weights.
+    def made_of(self, name: str) -> tuple[str | None, frozenset[tuple[tuple[str, ...], float]], Scale]:
+        """Return what defines a contrast: its test set, its runs with their weights, and its scale.
 
         A contrast between arms that are the same runs has no runs: it is zero by construction.
         """
         runs = {row.arm: row.runs for row in self.rows}
-        asked = {contrast.name: contrast.weights for contrast in self.study.contrasts}
-        weights: Mapping[str, float] = asked.get(name) or {name: 1, self.rows[0].arm: -1}
+        asked = {contrast.name: contrast for contrast in self.study.contrasts}
+        one = asked.get(name) or Contrast(name, {name: 1, self.rows[0].arm: -1})
         total: dict[tuple[str, ...], float] = {}
-        for arm, weight in weights.items():
+        for arm, weight in one.weights.items():
             total[runs[arm]] = total.get(runs[arm], 0) + weight
-        return self.study.test_set, frozenset((run, weight) for run, weight in total.items() if abs(weight) > 1e-9)
+        made = frozenset((run, weight) for run, weight in total.items() if abs(weight) > 1e-9)
+        return self.study.test_set, made, one.scale
 
     def row(self, arm: str) -> ArmResult:
         """Return the row of an arm."""

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
 
 
 def effect(estimate: Estimate) -> str:
-    """Format an estimate: ``+3.1 points [1.2, 5.0]``."""
-    return f"{estimate.value:+.1f} points [{estimate.low:+.1f}, {estimate.high:+.1f}]"
+    """Format an estimate: ``+3.1 points [1.2, 5.0]``, ``+0.31 log-odds [+0.12, +0.50]``."""
+    form = f"+.{estimate.digits}f"
+    return f"{estimate.value:{form}} {estimate.scale} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 Outcome = Literal["gains", "fails", "undecided"]

@@ -31,6 +31,7 @@ def test_every_command_has_help(folder):
         "tensors",
         "averages",
         "crosssize",
+        "pace",
         "diagnose",
         "reproduce",
         "figures",

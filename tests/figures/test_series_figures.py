@@ -17,6 +17,7 @@ from figures import captions, epochs, gains, grids, layer_curve, losses, match, 
 from tests import series_shapes as shapes
 from tests.drawings import check
 from tests.figures.test_crosssize import made_up
+from tests.figures.test_pace import made_up as paces
 
 
 def joined(drawn) -> set[str]:
@@ -257,6 +258,7 @@ OF = {
     "layer_curves": shapes.CURVES["usual"],
     "losses": shapes.LOSSES["usual"],
     "match": shapes.MATCHES["usual"],
+    "pace": paces(),
     "recipes": shapes.RECIPES["usual"],
     "rescue": shapes.RESCUES["usual"],
 }

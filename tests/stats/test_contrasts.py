@@ -293,3 +293,43 @@ def test_outcomes_and_levels_are_checked():
         Outcomes({}, np.array([], dtype=np.int32))
     with pytest.raises(ValueError, match="level"):
         estimate(random_arms(0), DIFFERENCE, level=95)
+
+
+# --- log-odds --------------------------------------------------------------------------------------------------------
+
+
+def _drawn(shares, seeds=6, images=400, seed=0):
+    draw = np.random.default_rng(seed)
+    clusters = np.arange(images, dtype=np.int32)
+    return {
+        name: Outcomes({s: draw.random(images) < share for s in range(seeds)}, clusters)
+        for name, share in shares.items()
+    }
+
+
+def test_a_contrast_in_log_odds_is_that_of_the_accuracies():
+    made = _drawn({"a": 0.9, "b": 0.6, "c": 0.5, "d": 0.2})
+    weights = {"a": 1, "b": -1, "c": -1, "d": 1}
+    shares = {name: np.mean(list(arm.correct.values())) for name, arm in made.items()}
+    expected = sum(weight * np.log(shares[name] / (1 - shares[name])) for name, weight in weights.items())
+    found = estimate(made, weights, scale="log-odds")
+    assert found.value == pytest.approx(expected, abs=1e-9)
+    assert (found.scale, found.digits) == ("log-odds", 2)
+
+
+def test_the_standard_error_in_log_odds_is_the_delta_methods():
+    (made,) = _drawn({"a": 0.8}).values()
+    points, odds = estimate({"a": made}, {"a": 1}), estimate({"a": made}, {"a": 1}, scale="log-odds")
+    share = points.value / 100
+    assert odds.se == pytest.approx(points.se / 100 / (share * (1 - share)))
+    assert odds.df == pytest.approx(points.df)
+    # and it is the spread of the estimate over studies
+    values = [estimate(_drawn({"a": 0.8}, seed=i), {"a": 1}, scale="log-odds").value for i in range(200)]
+    assert np.std(values) == pytest.approx(odds.se, rel=0.35)
+
+
+def test_log_odds_of_an_arm_without_errors_are_finite():
+    clusters = np.arange(50, dtype=np.int32)
+    perfect = Outcomes({s: np.ones(50, bool) for s in range(3)}, clusters)
+    found = estimate({"a": perfect}, {"a": 1}, scale="log-odds")
+    assert found.value == pytest.approx(np.log(149.5 / 0.5))

@@ -14,7 +14,6 @@ from atdiag.core.selection import ranges
 from atdiag.core.text import count, listed
 
 if TYPE_CHECKING:
-    from atdiag.analysis.images import ImageSet
     from atdiag.analysis.statistics import Stats
     from atdiag.analysis.subjects import Subject
     from atdiag.core.spec import Data, Network
@@ -66,6 +65,7 @@ def look(case: Case, subject: Subject, teacher: float | None) -> FirstLook:
     another task. Raises UserError for images that can't be read.
     """
     from atdiag.analysis import images, statistics
+    from atdiag.hooks.branches import branch_gains
 
     data = case.lab.settings.profile.data
     some = images.choose(IMAGES, data, subject.network)
@@ -124,34 +124,6 @@ def nearest_neighbour(data: Data) -> tuple[float, float]:
     number = int(max(one.max() for one in labels)) + 1
     found = classifiers.neighbours(pixels[0] - middle, labels[0], pixels[1] - middle, number, k=1)
     return 100 * float((found == labels[1]).double().mean()), 100 * float(np.bincount(test.labels).max() / len(test))
-
-
-def branch_gains(subject: Subject, pictures: ImageSet) -> NDArray[np.float64]:
-    """Return the gain of each block's attention branch [L]: the mean over images and tokens of ||branch|| / ||stream||.
-
-    The branch is what is added to the stream, after LayerScale. NaN for a block that adds none by itself.
-    """
-    import torch
-
-    from atdiag.hooks.model import HookedViT
-
-    model = HookedViT(subject)
-    depth = subject.network.depth
-    pairs = {n: (f"blocks.{n}.hook_resid_pre", f"blocks.{n}.hook_attn_out") for n in range(depth)}
-    pairs = {n: pair for n, pair in pairs.items() if {*pair} <= model.hook_dict.keys()}
-    sums, images = np.full(depth, np.nan), 0
-    if not pairs:
-        return sums
-    for n in pairs:
-        sums[n] = 0
-    with torch.no_grad():
-        for batch in pictures.batches(32):
-            _, cache = model.run_with_cache(batch.pixels, [name for pair in pairs.values() for name in pair])
-            images += len(batch.pixels)
-            for n, (stream, branch) in pairs.items():
-                ratio = cache[branch].norm(dim=-1) / cache[stream].norm(dim=-1)
-                sums[n] += float(ratio.mean(-1).double().sum())
-    return sums / images
 
 
 def signs(found: Stats, gains: NDArray[np.float64]) -> list[Sign]:

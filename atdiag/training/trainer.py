@@ -148,7 +148,7 @@ class RunTrainer:
         gradients.
         """
         spec, device = self.spec, part.images.device
-        keep = drop_path(spec.recipe.drop_path, spec.network.depth, spec.seed.model, self.step, part.samples)
+        keep = branch_factors(spec, self.step, self.total, part.samples)
         if keep is not None:
             keep = keep.to(device, non_blocking=True)  # otherwise each step on a GPU waits for the transfer
         with self.ranks.alone(self._forward, not last):
@@ -319,6 +319,23 @@ def drop_path(rate: float, depth: int, seed: int, step: int, samples: np.ndarray
     draws = randomness.uniform(seed, "drop_path", step, np.arange(2 * depth).reshape(depth, 2, 1), samples)
     factors = np.where(draws >= rates, 1 / (1 - rates), 0.0).astype(np.float32)
     return torch.from_numpy(factors)[..., None, None]
+
+
+def branch_factors(spec: RunSpec, step: int, total: int, samples: np.ndarray) -> Tensor | None:
+    """Return the factors of both branches of each block at a step, [depth, 2, B, 1, 1]; None where all are 1.
+
+    Drop path's (:func:`drop_path`), and for the attention branch a warm-up: at step s of the first ``branch_warmup``
+    of all steps, W of them, its factor is s / W.
+    """
+    depth = spec.network.depth
+    keep = drop_path(spec.recipe.drop_path, depth, spec.seed.model, step, samples)
+    warmup = round(spec.recipe.branch_warmup * total)
+    if step >= warmup:
+        return keep
+    if keep is None:
+        keep = torch.ones(depth, 2, len(samples), 1, 1)
+    keep[:, 0] *= step / warmup
+    return keep
 
 
 def classification_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:

@@ -17,6 +17,7 @@ from figures import captions, epochs, gains, grids, layer_curve, losses, match, 
 from tests import series_shapes as shapes
 from tests.drawings import check
 from tests.figures.test_crosssize import made_up
+from tests.figures.test_gain import made_up as variants
 from tests.figures.test_pace import made_up as paces
 
 
@@ -253,6 +254,7 @@ OF = {
     "contrasts": shapes.GAINS["one"].reports[0],
     "crosssize": made_up(),
     "epochs": shapes.EPOCHS["usual"],
+    "gain": variants(),
     "gains": shapes.GAINS["usual"],
     "layer_curve": shapes.CURVES["one"].reports[0],
     "layer_curves": shapes.CURVES["usual"],

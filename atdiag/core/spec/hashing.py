@@ -38,6 +38,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "recipe.flip": False,
     "recipe.erase": 0.0,
     "recipe.ema": None,
+    "recipe.branch_warmup": 0.0,
     "teacher.operation": None,
     "planted": None,
     "network.values": [],

@@ -28,6 +28,8 @@ class Recipe(Spec):
     label_smoothing: Share = 0.0
     drop_path: BelowOne = 0.0
     """Stochastic depth rate of the last block, rising linearly from 0 at the first."""
+    branch_warmup: Share = 0.0
+    """Share of the training over which the attention branch of every block grows linearly from 0 to its full size."""
     mixup: NonNegative = 0.0
     """Alpha of Mixup (0: off)."""
     cutmix: NonNegative = 0.0

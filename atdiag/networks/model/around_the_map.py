@@ -42,14 +42,30 @@ POST_NORM = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock, PostNormBlock)
 
 def _scaled_branches(model: Any) -> dict[str, Value]:
     attn, mlp = (scale is not None for scale in branch_scales(first_block(model)))
-    return {} if attn and mlp else {"branch": "attn" if attn else "mlp"}
+    values: dict[str, Value] = {} if attn and mlp else {"branch": "attn" if attn else "mlp"}
+    return values | ({"frozen": True} if any(getattr(m, "frozen", False) for m in model.modules()) else {})
 
 
-def _drop_scale(vit: VisionTransformer, network: Network) -> None:
-    """Take the LayerScale of the other branch away, if only one is to have it."""
-    if (branch := network.own("layer_scale").get("branch")) is not None:
-        for block in vit.blocks:
+def _fit_scales(vit: VisionTransformer, network: Network) -> None:
+    """Take the LayerScale of the other branch away, if only one is to have it; freeze it, if it is to stay as it is."""
+    own = network.own("layer_scale")
+    for block in vit.blocks:
+        if (branch := own.get("branch")) is not None:
             setattr(block, "ls2" if branch == "attn" else "ls1", nn.Identity())
+        for scale in (block.ls1, block.ls2):
+            if own.get("frozen") and not isinstance(scale, nn.Identity):
+                scale.gamma.requires_grad_(False)
+                scale.frozen = True
+
+
+def _scales_by_block(
+    name: str, shape: tuple[int, ...], network: Network, generator: np.random.Generator
+) -> NDArray[np.float32] | None:
+    """Return the initial LayerScale of a block that has one of its own; None for all other parameters."""
+    if not name.endswith(".gamma"):
+        return None
+    value = network.own("layer_scale").get(f"block_{name.split('.')[1]}")
+    return None if value is None else np.full(shape, value, np.float32)
 
 
 # --- MLP -----------------------------------------------------------------------------------------------------------
@@ -151,12 +167,14 @@ COMPONENTS = (
         "layer_scale",
         "A learned factor per channel on each residual branch. It starts small (0.1 to 1e-6), so that every block "
         "starts near the identity, which lets deep networks train. The value 'branch' says which branch has it, if "
-        "only one.",
+        "only one; 'frozen', that it stays at its initial value, a constant gain; 'block_0', 'block_1', ... are the "
+        "initial values of single blocks.",
         "Touvron et al. 2021, Going deeper with Image Transformers (CaiT), section 2",
         found=lambda model: any(scale is not None for scale in branch_scales(first_block(model))),
         values=_scaled_branches,
         arguments=lambda network: {"init_values": network.layer_scale_init},
-        attach=_drop_scale,
+        attach=_fit_scales,
+        drawn=_scales_by_block,
         keys=renamed({"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}),
         parameters=("ls1.", "ls2."),
         initial=lambda network: {"gamma": network.layer_scale_init},

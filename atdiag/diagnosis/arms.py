@@ -43,6 +43,13 @@ class Case:
         network = self.teacher.network
         return () if network.differences else network.components
 
+    @property
+    def smaller_than(self) -> int | None:
+        """The image size that the teacher was trained at, if it sees smaller images here; None if not, or not known."""
+        settings = self.lab.settings
+        trained, here = settings.chosen.get("data.image_size"), settings.profile.data.image_size
+        return trained if trained is not None and here is not None and here < trained else None
+
     @cached_property
     def idle(self) -> Mapping[str, str]:
         """The native components that can't matter under the transfer -> why."""

@@ -16,7 +16,7 @@ from atdiag.core.text import count, listed
 if TYPE_CHECKING:
     from atdiag.analysis.statistics import Stats
     from atdiag.analysis.subjects import Subject
-    from atdiag.core.spec import Data, Network
+    from atdiag.core.spec import Data
     from atdiag.diagnosis.arms import Case
 
 IMAGES = 64
@@ -73,17 +73,19 @@ def look(case: Case, subject: Subject, teacher: float | None) -> FirstLook:
     neighbour, chance = nearest_neighbour(data)
     own = "its head is for another task" if teacher is None else f"itself {teacher:.1f} %"
     accuracy = f"{own}, nearest neighbour by pixels {neighbour:.1f} %, chance {chance:.1f} %"
-    facts = (_network(case.teacher.network), _components(case), accuracy)
+    facts = (_network(case), _components(case), accuracy)
     return FirstLook(facts, neighbour, tuple(signs(found, branch_gains(subject, some))))
 
 
-def _network(network: Network) -> str:
+def _network(case: Case) -> str:
+    network, trained = case.teacher.network, case.smaller_than
     special = [*(["a class token"] if network.class_token else [])]
     special += [count(network.registers, "register")] if network.registers else []
     patches = f"{network.grid} x {network.grid} patches of {network.patch_size} px at {network.image_size} px"
     return (
         f"{count(network.depth, 'block')} of width {network.width} with {count(network.heads, 'head')}; "
         f"{count(network.tokens, 'token')}: {listed([*special, patches])}"
+        f"{'' if trained is None else f' (it was trained at {trained} px)'}"
     )
 
 

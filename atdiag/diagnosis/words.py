@@ -121,6 +121,10 @@ def _advice(plan: AnalysisPlan, found: Conclusion) -> list[Advice]:
     out += [advice for name in found.causes for advice in _against(plan, found, name)]
     match found.verdict:
         case "weak teacher":
+            if (size := plan.case.smaller_than) is not None:
+                here = plan.case.lab.settings.profile.data.image_size
+                larger = f"Show it larger images: it was trained at {size} px, and sees {here} px here:"
+                out.append(Advice(larger, "diagnose", {"data.image_size": str(size)}))
             out.append(Advice("Take a stronger teacher, or fewer images or epochs, where a student knows less."))
         case "undertrained":
             epochs = 2 * plan.case.arm(BASELINE).specs[0].recipe.epochs

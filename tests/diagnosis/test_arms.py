@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
 from atdiag.diagnosis import arms, planning
 from atdiag.execution import plan as plans
+from atdiag.study.builder import Lab
 from atdiag.study.settings import resolve
 
 SEEDS = (5, 8, 12)
@@ -128,3 +130,13 @@ def test_a_teacher_with_more_than_a_student_can_have(monkeypatch):
     assert more.outline.components == ()
     assert not more.outline.start
     assert "rope" in more.outline.not_asked["the architecture"]
+
+
+def test_images_smaller_than_those_that_the_teacher_was_trained_on():
+    own = case()
+    assert own.smaller_than is None
+    profile = own.lab.settings.profile
+    for size, expected in ((64, 224), (224, None), (384, None)):
+        seen = replace(profile, data=profile.data.model_copy(update={"image_size": size}))
+        chosen = replace(own.lab.settings, profile=seen, chosen={"data.image_size": 224})
+        assert replace(own, lab=Lab(chosen)).smaller_than == expected

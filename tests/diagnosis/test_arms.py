@@ -137,6 +137,6 @@ def test_images_smaller_than_those_that_the_teacher_was_trained_on():
     assert own.smaller_than is None
     profile = own.lab.settings.profile
     for size, expected in ((64, 224), (224, None), (384, None)):
-        seen = replace(profile, data=profile.data.model_copy(update={"image_size": size}))
+        seen = profile.model_copy(update={"data": profile.data.model_copy(update={"image_size": size})})
         chosen = replace(own.lab.settings, profile=seen, chosen={"data.image_size": 224})
         assert replace(own, lab=Lab(chosen)).smaller_than == expected

@@ -11,7 +11,8 @@ from atdiag.analysis import images, subjects
 from atdiag.analysis.statistics import OF_HEADS, Stats
 from atdiag.core.spec import Data, Network
 from atdiag.data import sources
-from atdiag.diagnosis.first_look import branch_gains, nearest_neighbour, signs
+from atdiag.diagnosis.first_look import nearest_neighbour, signs
+from atdiag.hooks.branches import branch_gains
 from atdiag.networks.registry.specimens import specimens
 
 NETWORK = Network(image_size=20, patch_size=4, width=32, depth=4, heads=2, classes=10)

@@ -33,6 +33,7 @@ def test_every_command_has_help(folder):
         "crosssize",
         "pace",
         "gain",
+        "blockwise",
         "diagnose",
         "reproduce",
         "figures",

@@ -16,6 +16,7 @@ from atdiag.study.protocol import BASELINE, Contrast, Footing
 from figures import captions, epochs, gains, grids, layer_curve, losses, match, recipes, rescue, style
 from tests import series_shapes as shapes
 from tests.drawings import check
+from tests.figures.test_blockwise import made_up as blocks
 from tests.figures.test_crosssize import made_up
 from tests.figures.test_gain import made_up as variants
 from tests.figures.test_pace import made_up as paces
@@ -251,6 +252,7 @@ def test_a_caption_states_shared_facts_and_the_scale_once():
 
 
 OF = {
+    "blockwise": blocks(),
     "contrasts": shapes.GAINS["one"].reports[0],
     "crosssize": made_up(),
     "epochs": shapes.EPOCHS["usual"],

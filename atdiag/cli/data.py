@@ -10,12 +10,13 @@ from typing import Annotated
 
 import typer
 
+from atdiag.cli.helping import App
 from atdiag.cli.options import DataDir, Json
 from atdiag.cli.session import resolve
 from atdiag.core.progress import Progress
 from atdiag.reports import console
 
-app = typer.Typer(help="List the data sets and where they are found; check one.")
+app = App(help="List the data sets and where they are found; check one.")
 
 
 @app.callback(invoke_without_command=True)

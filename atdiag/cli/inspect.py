@@ -43,9 +43,9 @@ def trace(
     images: Images = None,
     mean: Annotated[bool, typer.Option("--mean", help="Only the mean over the images.")] = False,
 ) -> Shown:
-    """Write a network's internal values: attention maps, queries, keys, values, outputs, the residual stream.
+    """Write a network's internal values: maps, q, k, v, residual.
 
-    The file has a tensor for each quantity and block, such as map.5 [images, heads, tokens, tokens].
+    Attention maps, queries, keys, values, outputs of attention and MLP, the residual stream. The file has a tensor for each quantity and block, such as map.5 [images, heads, tokens, tokens].
     """
     from atdiag.api import analyses
 
@@ -69,9 +69,9 @@ def similarity(
     layer_map: LayerMap = None,
     images: Images = None,
 ) -> Shown:
-    """Compare two networks' attention, head by head: Jensen-Shannon divergence by layer, in bits, and CKA.
+    """Compare two networks' attention, head by head.
 
-    Heads have no order: they are matched one to one with the least divergence (optimal), each with its nearest (best),
+    By Jensen-Shannon divergence of the maps, in bits, and CKA of the residual stream, layer by layer. Heads have no order: they are matched one to one with the least divergence (optimal), each with its nearest (best),
     by index (same), or averaged first. 0: the same maps; 1: disjoint.
     """
     from atdiag.api import analyses
@@ -122,9 +122,9 @@ def intervene(
     images: Images = None,
     classes: Classes = None,
 ) -> Shown:
-    """Replace a trained network's attention, without training, and measure the effect.
+    """Replace a network's attention, and measure the effect.
 
-    Reports accuracy before and after, and the change of the residual stream, block by block.
+    Trains nothing. Reports accuracy before and after, and the change of the residual stream, block by block.
     """
     from atdiag.api import analyses
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -135,15 +136,35 @@ _Wait = Annotated[bool, typer.Option("--wait", help="With --executor slurm: foll
 Common = Mapping[str, tuple[Any, Any]]
 """Options by parameter name: annotation and default."""
 
-EXECUTION: Common = {
-    "device": (_Device, None),
-    "devices": (_Devices, None),
-    "per_device": (_PerDevice, None),
-    "micro_batch": (_MicroBatch, None),
-    "deterministic": (_Deterministic, False),
-    "ranks": (_Ranks, 1),
-    "data_dir": (DataDir, None),
-}
+
+def under(heading: str, options: Common) -> Common:
+    """Return options that stand under a heading of their own in a command's help."""
+    out = {}
+    for name, (annotation, default) in options.items():
+        kind, option = get_args(annotation)
+        option = copy(option)
+        option.rich_help_panel = heading
+        out[name] = (Annotated[kind, option], default)
+    return out
+
+
+SCALE_PANEL = "Common options (data and scale)"
+OUTPUT_PANEL = "Common options (output)"
+MACHINE_PANEL = "Common options (machine)"
+"""Headings of the options that experiments share."""
+
+EXECUTION: Common = under(
+    MACHINE_PANEL,
+    {
+        "device": (_Device, None),
+        "devices": (_Devices, None),
+        "per_device": (_PerDevice, None),
+        "micro_batch": (_MicroBatch, None),
+        "deterministic": (_Deterministic, False),
+        "ranks": (_Ranks, 1),
+        "data_dir": (DataDir, None),
+    },
+)
 """Execution options: fields of :class:`~atdiag.core.options.ExecutionOptions` by name."""
 
 SLURM: Common = {
@@ -158,26 +179,36 @@ SLURM: Common = {
 }
 """``--slurm.KEY``: hidden, since there are many; ``docs/clusters.md`` lists them."""
 
-FLEET: Common = {"executor": (_Executor, None), **SLURM}
+FLEET: Common = under(MACHINE_PANEL, {"executor": (_Executor, None), **SLURM})
 
-WAIT: Common = {"wait": (_Wait, False)}
+WAIT: Common = under(MACHINE_PANEL, {"wait": (_Wait, False)})
 
-SINGLE: Common = {"student": (_Student, None), "budget": (_Budget, None), "gpu": (_Gpu, None)}
+SINGLE: Common = under(SCALE_PANEL, {"student": (_Student, None), "budget": (_Budget, None), "gpu": (_Gpu, None)})
 """Options of single experiments alone."""
 
 EXPERIMENT: Common = {
-    "data": (_Data, None),
-    "split": (Split, None),
-    "profile": (Profile, None),
-    "set_": (Set, []),
-    "seeds": (_Seeds, None),
-    "first_seed": (_FirstSeed, None),
-    "equivalence": (_Equivalence, None),
-    "classes": (Classes, None),
-    "dry_run": (_DryRun, False),
-    "json_": (Json, False),
-    "out": (_Out, None),
-    "runs": (Runs, None),
+    **under(
+        SCALE_PANEL,
+        {
+            "data": (_Data, None),
+            "split": (Split, None),
+            "profile": (Profile, None),
+            "set_": (Set, []),
+            "seeds": (_Seeds, None),
+            "first_seed": (_FirstSeed, None),
+            "equivalence": (_Equivalence, None),
+            "classes": (Classes, None),
+        },
+    ),
+    **under(
+        OUTPUT_PANEL,
+        {
+            "dry_run": (_DryRun, False),
+            "json_": (Json, False),
+            "out": (_Out, None),
+            "runs": (Runs, None),
+        },
+    ),
     **EXECUTION,
     **FLEET,
 }

@@ -84,7 +84,10 @@ def figures(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Analyses, such as benchmark; or all.")],
     quick: _Quick = False,
 ) -> tuple[Analyses, list[str]]:
-    """Draw figures and write tables of finished analyses; trains nothing."""
+    """Draw figures and write tables of finished analyses.
+
+    Trains nothing.
+    """
     from atdiag.core.errors import UserError, suggest
 
     placed = registry.placed()

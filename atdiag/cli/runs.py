@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atdiag.cli.helping import App
 from atdiag.cli.messages import say
 from atdiag.cli.options import Json, Runs
 from atdiag.core import paths
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from atdiag.core.runs import Store
     from atdiag.training.audit import Verdict
 
-app = typer.Typer(no_args_is_help=True, help="List, show, compare, verify, export and remove runs.")
+app = App(no_args_is_help=True, help="List, show, compare, verify, export and remove runs.")
 
 
 _MANY = 1000

@@ -11,10 +11,11 @@ from typing import Annotated
 
 import typer
 
+from atdiag.cli.helping import App
 from atdiag.cli.options import Json, Profile, Runs
 from atdiag.core import paths
 
-app = typer.Typer()
+app = App()
 
 
 @app.callback(invoke_without_command=True)
@@ -30,7 +31,10 @@ def teachers(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """List the teachers: weights and licence, native components, tokens, and whether they are on this machine."""
+    """List the teachers: weights, licences, native components.
+
+    Also their tokens, and whether the weights are on this machine.
+    """
     if context.invoked_subcommand is not None:
         return
     if coverage:
@@ -116,7 +120,10 @@ def pretrain(
     out: Annotated[Path | None, typer.Option(help="The file to write. [default: ./<name>.safetensors]")] = None,
     install: Annotated[bool, typer.Option("--install", help="Replace the shipped one.")] = False,
 ) -> None:
-    """Pre-train a miniature teacher again, and compare its accuracy with the shipped one's."""
+    """Pre-train a miniature again, and compare its accuracy.
+
+    A miniature teacher or a specimen; the accuracy is compared with that of the shipped weights.
+    """
     from atdiag.core.errors import UserError
     from atdiag.core.options import ExecutionOptions
     from atdiag.core.runs import Store

@@ -54,9 +54,9 @@ def diagnose(
 ) -> Asked:
     """Tell whether this attention transfers, and if not, why.
 
-    Writes a plan, asks the other experiments' arms in an order, with one error rate over all questions and looks, and stops when
-    the answer is known. Ends with a verdict and what to change. Runs are shared with the
-    experiments, and finished ones never trained again.
+    Writes a plan, asks the other experiments' arms in an order, with one error rate over all questions and looks, and
+    stops when the answer is known. Ends with a verdict and what to change. Runs are shared with the experiments,
+    and finished ones never trained again.
     """
     return Asked(teacher, transfer, looks, margin)
 

@@ -43,6 +43,7 @@ class _Grouped:
     """Options by ``rich_help_panel``: a command's own first, those of a panel under its heading."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and options, under their headings."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for parameter in ctx.command.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is None:
@@ -56,6 +57,7 @@ class _Grouped:
                     formatter.write_dl([(f"{name:{min(width, 22)}}", text) for name, text in rows], col_max=22)
 
     def get_help(self, ctx: Any) -> str:
+        """Return the help text."""
         text: str = super().get_help(ctx)  # type: ignore[misc]
         return coloured(text)
 
@@ -72,10 +74,12 @@ class Group(_Grouped, TyperGroup):
         return "Commands"
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, then the commands."""
         super().format_options(ctx, formatter)
         self.format_commands(ctx, formatter)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write every command with its summary, under its heading."""
         sections: dict[str, list[tuple[str, str]]] = {}
         names = self.list_commands(ctx)
         width = max(map(len, names))

@@ -45,7 +45,8 @@ def trace(
 ) -> Shown:
     """Write a network's internal values: maps, q, k, v, residual.
 
-    Attention maps, queries, keys, values, outputs of attention and MLP, the residual stream. The file has a tensor for each quantity and block, such as map.5 [images, heads, tokens, tokens].
+    Attention maps, queries, keys, values, outputs of attention and MLP, the residual stream. The file has a tensor for
+    each quantity and block, such as map.5 [images, heads, tokens, tokens].
     """
     from atdiag.api import analyses
 
@@ -71,8 +72,9 @@ def similarity(
 ) -> Shown:
     """Compare two networks' attention, head by head.
 
-    By Jensen-Shannon divergence of the maps, in bits, and CKA of the residual stream, layer by layer. Heads have no order: they are matched one to one with the least divergence (optimal), each with its nearest (best),
-    by index (same), or averaged first. 0: the same maps; 1: disjoint.
+    By Jensen-Shannon divergence of the maps, in bits, and CKA of the residual stream, layer by layer. Heads have no
+    order: they are matched one to one with the least divergence (optimal), each with its nearest (best), by index
+    (same), or averaged first. 0: the same maps; 1: disjoint.
     """
     from atdiag.api import analyses
 

@@ -40,8 +40,9 @@ def attention_stats(
 ) -> Shown:
     """Summarise attention by layer and head in numbers.
 
-    For several subjects side by side: entropy, attention distance, share on class token and registers, sinks, redundancy of heads, effective rank,
-    high-norm tokens. The module atdiag.analysis.statistics defines each and gives its source.
+    For several subjects side by side: entropy, attention distance, share on class token and registers, sinks,
+    redundancy of heads, effective rank, high-norm tokens. The module atdiag.analysis.statistics defines each and
+    gives its source.
     """
     from atdiag.api import looks
 

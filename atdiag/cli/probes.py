@@ -43,8 +43,9 @@ def probe(
 ) -> Shown:
     """Probe every layer for the classes, and exit at each.
 
-    The early exit applies the trained head to every layer. A linear probe (its regularisation chosen on held-out training images if each class has two or more), nearest
-    neighbours by cosine, and nearest class means, on class token, mean patch token, and both.
+    The early exit applies the trained head to every layer. A linear probe (its regularisation chosen on held-out
+    training images if each class has two or more), nearest neighbours by cosine, and nearest class means, on class
+    token, mean patch token, and both.
     """
     from atdiag.api import analyses
 

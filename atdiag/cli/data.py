@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from atdiag.cli import completing
 from atdiag.cli.helping import App
 from atdiag.cli.options import DataDir, Json
 from atdiag.cli.session import resolve
@@ -41,7 +42,12 @@ def data_list(context: typer.Context, data_dir: DataDir = None, json_: Json = Fa
 
 @app.command("check")
 def data_check(
-    name: Annotated[str, typer.Argument(help="A data set, such as cifar10, folder:PATH or timm:PATH.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A data set, such as cifar10, folder:PATH or timm:PATH.", autocompletion=completing.data_sets
+        ),
+    ],
     data_dir: DataDir = None,
     download: Annotated[
         bool, typer.Option("--download", help="Fetch imagenette, cifar10 or cifar100 if it is not there.")

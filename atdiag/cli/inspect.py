@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atdiag.cli import completing
 from atdiag.cli.options import Classes
 from atdiag.cli.session import SUBJECT, Given, Images, LayerMap, Layers, Shown, add
 from atdiag.reports.console import table
@@ -104,7 +105,10 @@ def intervene(
     given: Given,
     subject: Annotated[str, typer.Argument(metavar="A", help=f"The network that is changed: {SUBJECT}.")],
     from_: Annotated[
-        list[str] | None, typer.Option("--from", metavar="B", help="Put in this network's. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--from", metavar="B", help="Put in this network's. Repeatable.", autocompletion=completing.subjects
+        ),
     ] = None,
     with_: Annotated[
         list[str] | None,

@@ -15,6 +15,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from atdiag.cli import completing
+from atdiag.cli.completing import completed
 from atdiag.execution.slurm_options import SlurmOptions
 
 Runs = Annotated[
@@ -22,7 +24,11 @@ Runs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")]
 Profile = Annotated[
-    str | None, typer.Option(help="The scale: mini, small, paper or own. [default: own with --data FOLDER, else mini]")
+    str | None,
+    typer.Option(
+        autocompletion=completing.BY_NAME["profile"],
+        help="The scale: mini, small, paper or own. [default: own with --data FOLDER, else mini]",
+    ),
 ]
 Set = Annotated[
     list[str],
@@ -222,9 +228,12 @@ def joined(function: Callable[..., Any], common: Common, call: Callable[..., Non
     missing, and each common option by name.
     """
     signature = inspect.signature(function, eval_str=True)
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
+    own = [
+        p.replace(kind=p.KEYWORD_ONLY, annotation=completed(p.name, p.annotation))
+        for p in list(signature.parameters.values())[1:]
+    ]
     shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=completed(name, annotation))
         for name, (annotation, default) in common.items()
     ]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atdiag.cli import completing
 from atdiag.cli.helping import App
 from atdiag.cli.messages import say
 from atdiag.cli.options import Json, Runs
@@ -78,7 +79,10 @@ def store_of(runs: Path | None) -> Store:
 
 
 @app.command("show")
-def runs_show(run: Annotated[str, typer.Argument(help="A run's id, or its first digits.")], runs: Runs = None) -> None:
+def runs_show(
+    run: Annotated[str, typer.Argument(help="A run's id, or its first digits.", autocompletion=completing.runs)],
+    runs: Runs = None,
+) -> None:
     """Show one run: its spec, state and results."""
     from atdiag.core.errors import UserError
 
@@ -101,7 +105,10 @@ def runs_show(run: Annotated[str, typer.Argument(help="A run's id, or its first 
 
 @app.command("remove")
 def runs_remove(
-    run: Annotated[list[str], typer.Argument(help="Ids of runs, or their first digits.")], runs: Runs = None
+    run: Annotated[
+        list[str], typer.Argument(help="Ids of runs, or their first digits.", autocompletion=completing.runs)
+    ],
+    runs: Runs = None,
 ) -> None:
     """Delete runs. Getting their results back requires training again."""
     from atdiag.core.errors import UserError
@@ -118,7 +125,10 @@ def runs_remove(
 
 @app.command("verify")
 def runs_verify(
-    run: Annotated[list[str] | None, typer.Argument(help="Ids of runs, or their first digits. [default: all]")] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ids of runs, or their first digits. [default: all]", autocompletion=completing.runs),
+    ] = None,
     runs: Runs = None,
     json_: Json = False,
 ) -> None:
@@ -168,8 +178,8 @@ def _tally(verdicts: list[Verdict]) -> str:
 
 @app.command("diff")
 def runs_diff(
-    a: Annotated[str, typer.Argument(help="A run's id, or its first digits.")],
-    b: Annotated[str, typer.Argument(help="Another's.")],
+    a: Annotated[str, typer.Argument(help="A run's id, or its first digits.", autocompletion=completing.runs)],
+    b: Annotated[str, typer.Argument(help="Another's.", autocompletion=completing.runs)],
     runs: Runs = None,
     json_: Json = False,
 ) -> None:
@@ -240,7 +250,7 @@ def runs_export(
 
 @app.command("export-model")
 def runs_export_model(
-    run: Annotated[str, typer.Argument(help="A run's id, or its first digits.")],
+    run: Annotated[str, typer.Argument(help="A run's id, or its first digits.", autocompletion=completing.runs)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder, new or empty.")],
     experiment: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The .json of its experiment, for the contrast in the card.")

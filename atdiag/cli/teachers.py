@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from atdiag.cli import completing
 from atdiag.cli.helping import App
 from atdiag.cli.options import Json, Profile, Runs
 from atdiag.core import paths
@@ -22,7 +23,7 @@ app = App()
 def teachers(
     context: typer.Context,
     profile: Profile = None,
-    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family.", autocompletion=completing.families)] = None,
     specimens: Annotated[
         bool, typer.Option("--specimens", help="The specimens instead: miniatures with a planted, known fault.")
     ] = False,
@@ -91,7 +92,12 @@ def _specimens(family: str | None, json_: bool) -> None:
 
 @app.command("pull")
 def teachers_pull(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Teachers, such as mocov3_s or timm:MODEL.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...", help="Teachers, such as mocov3_s or timm:MODEL.", autocompletion=completing.teachers
+        ),
+    ],
 ) -> None:
     """Download published weights in advance, and check that they load."""
     from atdiag.networks.registry import teachers as registry
@@ -115,7 +121,12 @@ def _coverage(json_: bool) -> None:
 
 
 def pretrain(
-    name: Annotated[str, typer.Argument(help="The miniature or specimen to rebuild, such as clip_b.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="The miniature or specimen to rebuild, such as clip_b.", autocompletion=completing.miniatures
+        ),
+    ],
     runs: Runs = None,
     out: Annotated[Path | None, typer.Option(help="The file to write. [default: ./<name>.safetensors]")] = None,
     install: Annotated[bool, typer.Option("--install", help="Replace the shipped one.")] = False,

@@ -1,7 +1,8 @@
 """Profiles (the scale of experiments), and the resolution of a user's settings.
 
-Precedence, for the profile and for every setting: command line, then environment, then ``atdiag.toml`` in the working
-directory, then the default (``mini``).
+Precedence, for the profile and for every setting: command line, then environment, then the nearest ``atdiag.toml`` (of
+the working directory, or of a folder above it), then the default (``mini``). Relative paths in the file are relative to
+the file's folder.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from atdiag.study.profiles import METHODS, OWN_PROFILE, PROFILES, Profile
 from atdiag.study.sense import short
 from atdiag.study.student import StudentSize, parse
 from atdiag.study.transfer_settings import TransferSettings
+
+_FILE = "atdiag.toml"
 
 SEEDS = 1_000_000
 """Studies have seeds below this; miniature teachers were pre-trained with this one."""
@@ -54,6 +57,8 @@ class Settings:
     """Settings that were chosen for the user (:mod:`atdiag.study.own`), likewise; the user's own override them."""
     student: StudentSize | None = None
     """The size of all students; None: their teacher's."""
+    file: Path | None = None
+    """The ``atdiag.toml`` that was read, if any."""
 
 
 def resolve(
@@ -80,7 +85,7 @@ def resolve(
     first_seed: the first of ``seeds`` seeds in a row; by default 0. student: the size of all students, as typed
     (:mod:`atdiag.study.student`); None: their teacher's.
     """
-    path = folder / "atdiag.toml"
+    path = _settings_file(folder)
     file = _read_file(path)
     line = _typed({"data.name": ("data", data and sources.named(data)), "data.split": ("split", split)}, sets)
     named = str(line.get("data.name", ""))
@@ -90,7 +95,7 @@ def resolve(
         raise UserError("profile own is for your own images", "name them by `data` FOLDER")
     if split is not None and name == "mini" and not named:
         raise UserError("`split` holds out images of yours", "add `data` FOLDER")
-    given = data_dir or environment.get(paths.DATA) or file.get("data_dir")
+    given = data_dir or environment.get(paths.DATA) or _of_file(path, file.get("data_dir"))
     place = None if given is None else Path(given).expanduser().absolute()
     overrides = _overrides(path, file.get("set", {}), line)
     with paths.looking_in(place):
@@ -106,15 +111,45 @@ def resolve(
     if not 0 <= first <= SEEDS - count:
         asked = f"`first_seed` {first}" if first_seed is not None else f"{path}: first_seed = {first}"
         raise UserError(asked, f"give a number from 0 to {SEEDS - count}")
-    root = (
-        runs.expanduser() if runs else Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
-    )
     pairs = tuple(Seed(data=i, model=i) for i in range(first, first + count))
     if classes is not None and not (classes := classes.expanduser()).is_file():
         raise UserError(f"`classes` {classes}: there is no such file", "give a text file with one class per line")
     size = None if student is None else parse(student, name)
     fleet = file.get("executor"), file.get("slurm", {})
-    return Settings(resolved, pairs, root, place, overrides, classes, *fleet, student=size)
+    return Settings(
+        resolved,
+        pairs,
+        _runs(runs, environment, path, file),
+        place,
+        overrides,
+        classes,
+        *fleet,
+        student=size,
+        file=path if file else None,
+    )
+
+
+def runs_folder(runs: Path | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> Path:
+    """Return the folder of runs alone. Raises UserError if the settings file can't be read."""
+    path = _settings_file(folder)
+    return _runs(runs, environment, path, _read_file(path))
+
+
+def _runs(runs: Path | None, environment: Mapping[str, str], path: Path, file: Mapping[str, Any]) -> Path:
+    given = runs or environment.get("ATDIAG_RUNS") or _of_file(path, file.get("runs")) or "runs"
+    return Path(given).expanduser()
+
+
+def _of_file(path: Path, value: str | None) -> Path | None:
+    """Return a path that stands in a settings file, from the working directory."""
+    return path.parent / Path(value).expanduser() if value else None
+
+
+def _settings_file(folder: Path) -> Path:
+    """Return the nearest ``atdiag.toml``, of the folder or of one above it; the folder's own if there is none."""
+    above = [folder.joinpath(*[".."] * i) for i in range(len(folder.absolute().parents) + 1)]
+    # os.path.exists: a folder above that may not be searched holds nothing for us.
+    return next((place / _FILE for place in above if os.path.exists(place / _FILE)), folder / _FILE)  # noqa: PTH110
 
 
 def changed(settings: Settings, name: str, value: Any) -> Settings:
@@ -172,7 +207,7 @@ def without(settings: Settings, name: str) -> Profile | None:
 
 def profile_name(profile: str | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> str:
     """Return the name of the selected profile. Raises UserError for an unknown one, saying where it was given."""
-    path = folder / "atdiag.toml"
+    path = _settings_file(folder)
     return _name(profile, environment, path, _read_file(path))
 
 
@@ -205,7 +240,7 @@ _FILE_KEYS = {
 }
 _FILE_TABLES = ("data", "recipe", "transfer", "slurm")
 
-_SETTINGS = (
+SETTINGS = (
     *(f"data.{field}" for field in Data.model_fields),
     *(f"recipe.{field}" for field in Recipe.model_fields),
     *(f"recipe.{method}.{field}" for method in METHODS for field in Recipe.model_fields),
@@ -267,7 +302,7 @@ def _overrides(path: Path, file: Mapping[str, Any], line: Mapping[str, Any]) -> 
     """Return the overrides from the file and the command line; the line wins, for one method or all."""
     for origin, given in ((f"{path}: ", file), ("", line)):
         for name in given:
-            if name not in _SETTINGS:
+            if name not in SETTINGS:
                 raise UserError(
                     f"{origin}{name!r} is not a setting{_near(name)}",
                     "'atdiag reinit --dry-run' lists the settings",
@@ -289,8 +324,8 @@ def _culprit(profile: Profile, path: Path, overrides: Mapping[str, Any], line: M
 
 def _near(name: str) -> str:
     """Return ", did you mean 'recipe.lr'?" for ``lr``, and for any other slip the closest setting."""
-    whole = [setting for setting in _SETTINGS if setting.count(".") == 1 and setting.endswith(f".{name}")]
-    return f", did you mean {whole[0]!r}?" if whole else suggest(name, _SETTINGS)
+    whole = [setting for setting in SETTINGS if setting.count(".") == 1 and setting.endswith(f".{name}")]
+    return f", did you mean {whole[0]!r}?" if whole else suggest(name, SETTINGS)
 
 
 def _general(name: str) -> str:

@@ -318,4 +318,7 @@ def _planned(ready: PreparedDiagnosis) -> Result:
 
 def train(ready: PreparedDiagnosis, todo: Sequence[RunSpec], executor: Executor | None = None) -> None:
     """Train what is missing, with a progress bar."""
+    from atdiag.study import asked
+
+    asked.record(ready.session.store, "diagnose", {"": [spec.id for spec in todo]})
     experiments.train([], ready.session.plan(todo), ready.session, executor)

@@ -62,7 +62,7 @@ def components(incomplete: str) -> list[str]:
 
     from atdiag.networks.registry.published import published
 
-    ours = {name for row in published().values() for name in row.components}
+    ours = {name for row in published().values() for name in row.components or ()}
     return _beginning(incomplete, sorted(ours | {entry.name for entry in entry_points(group="atdiag.components")}))
 
 

@@ -6,6 +6,8 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +19,8 @@ from atdiag.cli.messages import say
 from atdiag.cli.options import Json, Runs
 from atdiag.core import paths
 from atdiag.core.text import count
-from atdiag.reports import console
+from atdiag.reports import console, run_lines
+from atdiag.reports.run_lines import STATES
 
 if TYPE_CHECKING:
     from atdiag.core.runs import Store
@@ -26,42 +29,45 @@ if TYPE_CHECKING:
 app = App(no_args_is_help=True, help="List, show, compare, verify, export and remove runs.")
 
 
-_MANY = 1000
-"""Runs above which they are listed as plain lines."""
-
-
 @app.command("list")
-def runs_list(runs: Runs = None, json_: Json = False) -> None:
-    """List all runs, oldest first."""
-    from rich import box
-    from rich.table import Table
+def runs_list(
+    runs: Runs = None,
+    ablation: Annotated[
+        str | None, typer.Option(help="Only runs of these experiments.", autocompletion=completing.experiments)
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Only runs with these teachers; none: without.", autocompletion=completing.teachers),
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Only runs in these states: {', '.join(STATES)}.", autocompletion=completing.choices(*STATES)
+        ),
+    ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="All columns, and full ids.")] = False,
+    json_: Json = False,
+) -> None:
+    """List runs, oldest first, one on each line.
 
-    from atdiag.reports import run_index
+    On a terminal long names are shortened to its width; a pipe gets them in full.
+    """
+    from atdiag.study.registry import installed
 
     store = store_of(runs)
-    rows = run_index.rows(store)
+    known = [*(one.name for one in installed()), "diagnose"]
+    every = run_lines.rows(store, known)
+    listed = run_lines.chosen(every, ablation, teacher, state, known)
     if json_:
-        typer.echo(json.dumps(rows))
+        typer.echo(json.dumps(listed))
         return
-    if len(rows) > _MANY:  # a table is laid out cell by cell, which takes a minute
-        typer.echo(f"{count(len(rows), 'run')} in {store.root}")
-        for row in rows:
-            top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
-            start = "" if row["start"] == "scratch" else f" from {row['start']}"
-            cells = (row["teacher"], row["student"] + start, row["transfer"], row["data"], row["seed"], top1)
-            typer.echo("  ".join((row["run"][:12], f"{row['state']:<11}", *filter(None, cells))))
-        return
-    table = Table(title=f"{count(len(rows), 'run')} in {store.root}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.collapse_padding, table.pad_edge = True, False
-    for name in ("run", "state", "teacher", "student", "transfer", "data", "seed", "top-1"):
-        table.add_column(name, no_wrap=name in ("run", "state", "seed", "top-1"), overflow="fold")
-    for row in rows:
-        top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
-        student = row["student"].replace(" ", "\n") + ("" if row["start"] == "scratch" else f"\nfrom {row['start']}")
-        table.add_row(
-            row["run"][:12], row["state"], row["teacher"], student, row["transfer"], row["data"], row["seed"], top1
-        )
-    console.show_table(table)
+    on_terminal = sys.stdout.isatty()
+    if on_terminal or not listed:
+        of = "" if len(listed) == len(every) else f" of {len(every):,}"
+        typer.echo(f"{count(len(listed), 'run')}{of} in {store.root}")
+    if listed:
+        width = shutil.get_terminal_size().columns if on_terminal else None
+        typer.echo("\n".join(run_lines.lines(listed, wide, width)))
 
 
 def store_of(runs: Path | None) -> Store:
@@ -82,25 +88,29 @@ def store_of(runs: Path | None) -> Store:
 def runs_show(
     run: Annotated[str, typer.Argument(help="A run's id, or its first digits.", autocompletion=completing.runs)],
     runs: Runs = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything: spec, epochs, result, provenance.")] = False,
 ) -> None:
-    """Show one run: its spec, state and results."""
+    """Show what one run is, and how it went."""
     from atdiag.core.errors import UserError
 
-    found = store_of(runs).find(run)
-    document: dict[str, Any] = {"run": found.id, "state": found.state}
+    store = store_of(runs)
+    found = store.find(run)
     try:
-        document["spec"] = found.spec.model_dump(mode="json")
+        spec = found.spec.model_dump(mode="json")
     except ValueError:
         raise UserError(
             f"{found.path / 'spec.json'} can't be read, or is not this run's",
             f"'atdiag runs remove {found.id}' deletes it",
         ) from None
-    document["metrics"] = found.progress()
+    if not json_:
+        typer.echo("\n".join(run_lines.summary(found, store)))
+        return
+    document: dict[str, Any] = {"run": found.id, "state": found.state, "spec": spec, "metrics": found.progress()}
     if found.finished:
         document["result"] = found.result()
     if failure := found.failure():
         document["failure"] = failure
-    typer.echo(json.dumps(document, indent=1))
+    typer.echo(json.dumps(document))
 
 
 @app.command("remove")

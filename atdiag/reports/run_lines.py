@@ -152,9 +152,9 @@ def summary(run: Run, store: Store) -> list[str]:
     spec = run.spec
     row = run_index.listed(run)
     who = asked.read(store).get(run.id, {})
+    age = _age(store, run.id, time.time())
     told: dict[str, str] = {
-        "run": f"{run.id}, {run.state}"
-        + (f" {_short(age)} ago" if (age := _age(store, run.id, time.time())) is not None else ""),
+        "run": f"{run.id}, {run.state}" + ("" if age is None else f" {_short(age)} ago"),
         "asked by": "; ".join(f"{name}: {arm or _described(row)}" for name, arm in who.items()) or "not recorded",
         "teacher": row["teacher"] or "none",
         "student": _student(spec.network),

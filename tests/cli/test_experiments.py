@@ -100,7 +100,7 @@ def test_the_output_of_an_experiment(home, at_home, name):
     for file in found["files"]:
         assert Path(file).stat().st_size > 100
         assert Path(file).parent == Path("results") / f"{name}-clip_b-mini"
-        assert f"  {file}\n" in printed
+    assert f"\n  {found['files'][0]}  (and {', '.join(suffixes[1:])})\n" in printed
     flat = " ".join(printed.split())
     assert "Verdict " + " ".join(as_typed(found["verdict"]).split()) in flat
     assert "clip_b (mini) itself" in printed

@@ -36,6 +36,7 @@ LAYERS: list[str] = [
 LOWEST = [
     *("atdiag.core.errors", "atdiag.core.text", "atdiag.core.selection", "atdiag.core.progress", "atdiag.core.options"),
     *("atdiag.core.resources", "atdiag.core.paths", "atdiag.core.spec", "atdiag.core.randomness", "atdiag.core.runs"),
+    "atdiag.core.asked",
 ]
 """The lowest layer has an order of its own: runs knows spec and nothing above, spec knows nothing else of atdiag."""
 

@@ -130,7 +130,7 @@ def train(series: Sequence[Series], plan: Plan, session: ExperimentSession, exec
 
 def remember(series: Sequence[Series], store: Store) -> None:
     """Record which experiments ask for which runs, for lists of runs."""
-    from atdiag.study import asked
+    from atdiag.core import asked
 
     for one in series:
         arms: dict[str, list[str]] = {}

@@ -147,6 +147,7 @@ BY_NAME: dict[str, Complete] = {
     "over": choices("examples", "queries", "heads", "layers"),
     "losses": losses,
     "tensors": choices("map", "q", "k", "v"),
+    "track": choices("wandb"),
     "paper": choices("2024", "2026", "all"),
     "measure": choices("margin", "top1", "loss"),
     "by": choices("head", "position", "layer"),

@@ -130,6 +130,10 @@ _Devices = Annotated[
 _PerDevice = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Training processes on each device, for small networks.")
 ]
+_Track = Annotated[
+    str | None,
+    typer.Option(metavar="WHERE", help="Show training there, too: wandb (docs/following.md). [default: nowhere]"),
+]
 _Executor = Annotated[
     str | None,
     typer.Option(
@@ -169,6 +173,7 @@ EXECUTION: Common = under(
         "deterministic": (_Deterministic, False),
         "ranks": (_Ranks, 1),
         "data_dir": (DataDir, None),
+        "track": (_Track, None),
     },
 )
 """Execution options: fields of :class:`~atdiag.core.options.ExecutionOptions` by name."""

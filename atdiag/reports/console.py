@@ -157,7 +157,7 @@ def show_reading(
 def show_files(files: Sequence[Path]) -> None:
     """Print paths without interpreting markup: a line for each folder and stem, with the kinds of its files.
 
-    ``results/reinit-clip_b-mini/attn-copy-1cbcce.csv  (and .md, .json, .png)``; the first is a whole path, to be copied.
+    ``results/reinit-clip_b-mini/attn-copy-1cbcce.csv  (and .md, .json, .png)``; the first is a whole path.
     """
     kinds: dict[Path, list[Path]] = {}
     for path in files:

@@ -6,12 +6,12 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from atdiag.core import asked
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.runs import Run, Store
 from atdiag.core.spec import Data, Network
 from atdiag.core.text import count, duration
 from atdiag.reports import run_index
-from atdiag.study import asked
 
 STATES = ("finished", "training", "interrupted", "failed", "new", "damaged")
 

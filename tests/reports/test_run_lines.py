@@ -6,11 +6,11 @@ import re
 
 import pytest
 
+from atdiag.core import asked
 from atdiag.core.errors import UserError
 from atdiag.core.runs import Store
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed, Teacher, Transfer
 from atdiag.reports import run_index, run_lines
-from atdiag.study import asked
 from tests.commands import atdiag, wrong
 
 NETWORK = Network(image_size=20, patch_size=4, channels=1, width=16, depth=12, heads=2, classes=10, mean=(0.2,))

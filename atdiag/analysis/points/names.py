@@ -45,8 +45,11 @@ def act_name(name: str, layer: int | None = None, part: str | None = None) -> st
 
     part: the part of the block (``attn``, ``mlp``, ``ln1``, ``ls1`` ...), where the name does not say which.
     """
-    if ("." in name or name.startswith("hook_")) and layer is None and part is None:
-        return name
+    if "." in name or name.startswith("hook_"):
+        if layer is None and part is None:
+            return name
+        own, _, leaf = name.rpartition(".")  # ("attn.hook_pattern", 5) and ("hook_pattern", 5) name it, too
+        name, part = leaf.removeprefix("hook_"), part or own or None
     where = None if layer is None else str(layer)
     if layer is None and (found := re.match(r"([a-z_]+?)(\d+)([a-z]?.*)$", name)):
         name, where, part = found[1], found[2], found[3] or part

@@ -24,15 +24,21 @@ def record(store: Store, ablation: str, arms: Mapping[str, Sequence[str]]) -> No
     """
     folder = store.root / FOLDER
     path = folder / f"{ablation}-{digest(arms)[:8]}.json"
-    if path.exists() or not any(arms.values()):
+    if not any(arms.values()):
         return
     with contextlib.suppress(OSError):
+        if path.exists():
+            path.touch()  # the one that asked last is the last in a list
+            return
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"experiment": ablation, "arms": arms}))
 
 
 def read(store: Store) -> dict[str, dict[str, str]]:
-    """Return the experiments that asked for each run: id -> experiment -> arm. Files that can't be read are skipped."""
+    """Return the experiments that asked for each run, in the order in which they last did: id -> experiment -> arm.
+
+    Files that can't be read are skipped.
+    """
     out: dict[str, dict[str, str]] = {}
     for path in sorted((store.root / FOLDER).glob("*.json"), key=_age):
         try:
@@ -42,7 +48,8 @@ def read(store: Store) -> dict[str, dict[str, str]]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         for run, arm in pairs:
-            out.setdefault(run, {}).setdefault(name, arm)
+            who = out.setdefault(run, {})
+            who[name] = arm or who.pop(name, "")
     return out
 
 

@@ -287,7 +287,7 @@ def test_arguments_named_in_messages_exist_on_the_command_line():
     named = {argument for path in LIBRARY for argument in named_arguments(ast.parse(path.read_text()))}
     assert len(named) > 20
     setting = {one for one in named if "." in one and not one.startswith("slurm.")}
-    wrong = [one for one in setting if one not in settings._SETTINGS]
+    wrong = [one for one in setting if one not in settings.SETTINGS]
     wrong += [one for one in named - setting if messages.as_typed(f"`{one}`") not in typed]
     assert wrong == []
 

@@ -44,7 +44,7 @@ from atdiag.cli.messages import (
 from atdiag.execution import torchrun
 
 
-class _Commands(helping.Group):
+class _Commands(helping.CommandGroup):
     """Commands in groups, with ablations from entry points in the first."""
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -66,7 +66,7 @@ class _Command(_Grouped, TyperCommand):
     pass
 
 
-class Group(_Grouped, TyperGroup):
+class CommandGroup(_Grouped, TyperGroup):
     """A group of commands, each with its summary in full."""
 
     def panel(self, name: str) -> str:
@@ -95,7 +95,7 @@ class Group(_Grouped, TyperGroup):
 class App(typer.Typer):
     """A Typer whose commands have this layout."""
 
-    def __init__(self, group: type[Group] = Group, **settings: Any) -> None:
+    def __init__(self, group: type[CommandGroup] = CommandGroup, **settings: Any) -> None:
         super().__init__(cls=group, **settings)
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:

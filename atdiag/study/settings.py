@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,16 +18,13 @@ from pydantic import ValidationError
 
 from atdiag.core import paths
 from atdiag.core.errors import UserError, suggest
-from atdiag.core.resources import small_file
 from atdiag.core.spec import Data, Recipe, Seed
 from atdiag.data import sources
-from atdiag.study import sense
+from atdiag.study import sense, settings_file
 from atdiag.study.profiles import METHODS, OWN_PROFILE, PROFILES, Profile
 from atdiag.study.sense import short
 from atdiag.study.student import StudentSize, parse
 from atdiag.study.transfer_settings import TransferSettings
-
-_FILE = "atdiag.toml"
 
 SEEDS = 1_000_000
 """Studies have seeds below this; miniature teachers were pre-trained with this one."""
@@ -85,8 +81,8 @@ def resolve(
     first_seed: the first of ``seeds`` seeds in a row; by default 0. student: the size of all students, as typed
     (:mod:`atdiag.study.student`); None: their teacher's.
     """
-    path = _settings_file(folder)
-    file = _read_file(path)
+    path = settings_file.find(folder)
+    file = settings_file.read(path)
     line = _typed({"data.name": ("data", data and sources.named(data)), "data.split": ("split", split)}, sets)
     named = str(line.get("data.name", ""))
     own = bool(data) and sources.is_real(named)
@@ -95,7 +91,7 @@ def resolve(
         raise UserError("profile own is for your own images", "name them by `data` FOLDER")
     if split is not None and name == "mini" and not named:
         raise UserError("`split` holds out images of yours", "add `data` FOLDER")
-    given = data_dir or environment.get(paths.DATA) or _of_file(path, file.get("data_dir"))
+    given = data_dir or environment.get(paths.DATA) or settings_file.place(path, file.get("data_dir"))
     place = None if given is None else Path(given).expanduser().absolute()
     overrides = _overrides(path, file.get("set", {}), line)
     with paths.looking_in(place):
@@ -131,25 +127,13 @@ def resolve(
 
 def runs_folder(runs: Path | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> Path:
     """Return the folder of runs alone. Raises UserError if the settings file can't be read."""
-    path = _settings_file(folder)
-    return _runs(runs, environment, path, _read_file(path))
+    path = settings_file.find(folder)
+    return _runs(runs, environment, path, settings_file.read(path))
 
 
 def _runs(runs: Path | None, environment: Mapping[str, str], path: Path, file: Mapping[str, Any]) -> Path:
-    given = runs or environment.get("ATDIAG_RUNS") or _of_file(path, file.get("runs")) or "runs"
+    given = runs or environment.get("ATDIAG_RUNS") or settings_file.place(path, file.get("runs")) or "runs"
     return Path(given).expanduser()
-
-
-def _of_file(path: Path, value: str | None) -> Path | None:
-    """Return a path that stands in a settings file, from the working directory."""
-    return path.parent / Path(value).expanduser() if value else None
-
-
-def _settings_file(folder: Path) -> Path:
-    """Return the nearest ``atdiag.toml``, of the folder or of one above it; the folder's own if there is none."""
-    above = [folder.joinpath(*[".."] * i) for i in range(len(folder.absolute().parents) + 1)]
-    # os.path.exists: a folder above that may not be searched holds nothing for us.
-    return next((place / _FILE for place in above if os.path.exists(place / _FILE)), folder / _FILE)  # noqa: PTH110
 
 
 def changed(settings: Settings, name: str, value: Any) -> Settings:
@@ -207,8 +191,8 @@ def without(settings: Settings, name: str) -> Profile | None:
 
 def profile_name(profile: str | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> str:
     """Return the name of the selected profile. Raises UserError for an unknown one, saying where it was given."""
-    path = _settings_file(folder)
-    return _name(profile, environment, path, _read_file(path))
+    path = settings_file.find(folder)
+    return _name(profile, environment, path, settings_file.read(path))
 
 
 def _name(
@@ -230,16 +214,6 @@ def _name(
     return str(name)
 
 
-_FILE_KEYS = {
-    "profile": (str, 'profile = "mini"'),
-    "seeds": (int, "seeds = 3"),
-    "first_seed": (int, "first_seed = 100"),
-    "runs": (str, 'runs = "runs"'),
-    "data_dir": (str, 'data_dir = "/data"'),
-    "executor": (str, 'executor = "slurm"'),
-}
-_FILE_TABLES = ("data", "recipe", "transfer", "slurm")
-
 SETTINGS = (
     *(f"data.{field}" for field in Data.model_fields),
     *(f"recipe.{field}" for field in Recipe.model_fields),
@@ -247,42 +221,6 @@ SETTINGS = (
     *(f"transfer.{field}" for field in TransferSettings.model_fields),
 )
 """Settings that can be overridden, by dotted name. ``recipe.lr`` applies to all methods, ``recipe.copy.lr`` to one."""
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """Read ``atdiag.toml``: the keys of ``_FILE_KEYS``, and the tables data, recipe, transfer and slurm."""
-    if not path.exists():
-        return {}
-    try:
-        content = tomllib.loads(small_file(path).decode())
-    except (ValueError, RecursionError, OSError) as fault:  # invalid TOML or UTF-8, a number of 5,000 digits, a folder
-        raise UserError(f"{path} can't be read ({fault})") from None
-    out: dict[str, Any] = {"set": {}}
-    for key, value in content.items():
-        if key in _FILE_KEYS:
-            wanted, example = _FILE_KEYS[key]
-            if not isinstance(value, wanted) or isinstance(value, bool):
-                raise UserError(f"{path}: {key} = {short(value)} has the wrong type", f"write it as '{example}'")
-            out[key] = value
-        elif key in _FILE_TABLES:
-            if not isinstance(value, dict):
-                raise UserError(f"{path}: {key} = {short(value)} is not a table", f"write its fields under '[{key}]'")
-            if key == "slurm":
-                out["slurm"] = value
-                continue
-            out["set"] |= {f"{key}.{name}": v for name, v in _flatten(value).items()}
-        else:
-            known = [*_FILE_KEYS, *_FILE_TABLES]
-            names = ", ".join([*_FILE_KEYS, *(f"[{table}]" for table in _FILE_TABLES)])
-            raise UserError(f"{path}: unknown key {key!r}{suggest(key, known)} (known: {names})")
-    return out
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in table.items():
-        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
 
 
 def _typed(options: Mapping[str, tuple[str, Any]], sets: Sequence[str]) -> dict[str, Any]:

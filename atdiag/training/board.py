@@ -72,8 +72,8 @@ class Board:
 
             unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
             out["system/memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-        if now and torch.cuda.is_initialized():
-            out["system/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if now and torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+            out["system/gpu_memory_gb"] = peak / 1e9
         return out
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ def find(folder: Path) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what the file sets: its keys, ``slurm`` as it stands there, and the other tables by dotted name in ``set``.
+    """Return what the file sets: its keys, ``slurm`` as it stands there, the other tables by dotted name in ``set``.
 
     Empty if there is no such file. Raises UserError for what it can't mean.
     """

@@ -63,7 +63,7 @@ def test_command_line_wins_over_environment_over_file(tmp_path):
 
     found = asked(folder=tmp_path, profile="mini", environment=everywhere)
     assert (found.runs, len(found.seeds)) == (Path("environment_runs"), 5)
-    assert asked(folder=tmp_path, profile="mini").runs == Path("file_runs")
+    assert asked(folder=tmp_path, profile="mini").runs == tmp_path / "file_runs"
 
 
 def test_an_empty_variable_is_an_unset_one():

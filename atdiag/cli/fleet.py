@@ -78,10 +78,10 @@ _Every = Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="Time be
 
 
 def watch(runs: Runs = None, once: _Once = False, every: _Every = 5.0, json_: Json = False) -> None:
-    """Look on while runs are trained anywhere: cohorts, nodes, rates, time left, failures. Ctrl-C ends it.
+    """Look on while runs are trained anywhere.
 
-    From run directories alone. Off a terminal a line a minute, with --json one JSON record for each look; both end
-    when nothing is trained any more.
+    Cohorts, nodes, rates, time left, failures, from run directories alone. Ctrl-C ends it. Off a terminal a line a
+    minute, with --json one JSON record for each look; both end when nothing is trained any more.
     """
     from rich.console import Console
 

@@ -120,7 +120,10 @@ def runs_remove(
     ],
     runs: Runs = None,
 ) -> None:
-    """Delete runs. Getting their results back requires training again."""
+    """Delete runs.
+
+    Getting their results back requires training again.
+    """
     from atdiag.core.errors import UserError
     from atdiag.core.runs import RunBusyError
 
@@ -142,9 +145,10 @@ def runs_verify(
     runs: Runs = None,
     json_: Json = False,
 ) -> None:
-    """Hash every file of finished runs again, and name what is damaged.
+    """Hash the files of finished runs again, and name damage.
 
-    Exit code 1 if anything is. Also checks that spec, predictions, accuracy and teacher's weights are consistent.
+    Exit code 1 if anything is damaged. Also checks that spec, predictions, accuracy and teacher's weights are
+    consistent.
     """
     from atdiag.training import audit
 
@@ -193,7 +197,10 @@ def runs_diff(
     runs: Runs = None,
     json_: Json = False,
 ) -> None:
-    """Show how two runs differ: specs, then environments, then results."""
+    """Show how two runs differ.
+
+    Specs first, then environments, then results.
+    """
     from rich.table import Table
 
     from atdiag.core.errors import UserError
@@ -231,9 +238,10 @@ def runs_export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write. [default: the terminal]")] = None,
     runs: Runs = None,
 ) -> None:
-    """Write all runs as one CSV: specs, states, results, environments.
+    """Write all runs as one CSV.
 
-    Unreadable runs are included with the state damaged; 'atdiag runs verify' examines them.
+    Specs, states, results, environments. Unreadable runs are included with the state damaged; 'atdiag runs verify'
+    examines them.
     """
     from atdiag.core.errors import UserError
     from atdiag.core.runs import write_atomically
@@ -268,9 +276,10 @@ def runs_export_model(
     runs: Runs = None,
     json_: Json = False,
 ) -> None:
-    """Write a trained student with a model card, for timm.create_model("local-dir:DIR", pretrained=True).
+    """Write a trained student with a model card, for timm.
 
-    Where timm has no class of the same function (a student that copies needs its teacher), a small loader comes along.
+    timm.create_model("local-dir:DIR", pretrained=True) loads it. Where timm has no class of the same function (a
+    student that copies needs its teacher), a small loader comes along.
     """
     from atdiag.api.exporting import export_model
 

@@ -83,7 +83,7 @@ def listed(run: Run) -> dict[str, Any]:
             "top1": result["top1"] if run.finished else None,
             "ordered_by": str(command[1]) if len(command) > 1 else "",
         }
-    except (ValueError, KeyError):  # damaged, or of another version: still list the others
+    except (ValueError, KeyError, TypeError, AttributeError):  # damaged, or of another version: still list the others
         nothing = dict.fromkeys(("teacher", "student", "start", "transfer", "data", "seed", "ordered_by"), "")
         return {"run": run.id, "state": "damaged", **nothing, "top1": None}
 

@@ -75,6 +75,7 @@ def test_help_is_cut_nowhere(columns, monkeypatch):
 def test_every_command_has_one_full_line(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     rows = ran("--help")[1].partition("Ask:")[2].splitlines()
+    rows += ran("runs", "--help")[1].partition("Commands:")[2].splitlines()
     for row in filter(None, rows):
         assert re.match(r"  [a-z]|[A-Z].*:$", row), f"{row!r} goes on from the line before: shorten that docstring"
 

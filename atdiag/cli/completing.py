@@ -8,6 +8,7 @@ Part of the command line: imports nothing heavy before a command is called.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Annotated, Any, get_args, get_origin
@@ -155,11 +156,17 @@ BY_NAME: dict[str, Complete] = {
 """The completion of options and arguments by the name of their parameter."""
 
 
-def completed(name: str, annotation: Any) -> Any:
-    """Return a parameter's annotation with the completion of its name, unless it has one of its own or none exists."""
-    if name not in BY_NAME or get_origin(annotation) is not Annotated:
+def completed(name: str, annotation: Any, default: Any = None) -> Any:
+    """Return a parameter's annotation with the completion of its name, unless it has one of its own or none exists.
+
+    default: ``inspect.Parameter.empty`` for a parameter without one, which is an argument.
+    """
+    if name not in BY_NAME:
         return annotation
-    kind, option = get_args(annotation)[:2]
+    if get_origin(annotation) is Annotated:
+        kind, option = get_args(annotation)[:2]
+    else:
+        kind, option = annotation, typer.Argument() if default is inspect.Parameter.empty else typer.Option()
     if getattr(option, "autocompletion", None) is not None:
         return annotation
     option = copy(option)

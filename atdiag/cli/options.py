@@ -234,7 +234,7 @@ def joined(function: Callable[..., Any], common: Common, call: Callable[..., Non
     """
     signature = inspect.signature(function, eval_str=True)
     own = [
-        p.replace(kind=p.KEYWORD_ONLY, annotation=completed(p.name, p.annotation))
+        p.replace(kind=p.KEYWORD_ONLY, annotation=completed(p.name, p.annotation, p.default))
         for p in list(signature.parameters.values())[1:]
     ]
     shared = [

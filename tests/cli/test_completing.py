@@ -86,7 +86,9 @@ def test_another_packages_option_keeps_its_own_completion():
     own = typer.Option(autocompletion=lambda incomplete: ["mine"])
     annotation = completing.Annotated[str, own]
     assert completing.completed("teacher", annotation) is annotation
-    assert completing.completed("teacher", str) is str
+    bare = completing.get_args(completing.completed("teacher", str))
+    assert (bare[0], bare[1].autocompletion) == (str, completing.teachers)
+    assert completing.completed("threshold", str) is str
     given = completing.Annotated[str, typer.Option()]
     assert completing.get_args(completing.completed("teacher", given))[1].autocompletion is completing.teachers
     assert completing.get_args(given)[1].autocompletion is None, "the original is left alone"

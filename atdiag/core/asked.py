@@ -17,10 +17,11 @@ from atdiag.core.runs import Store, digest, write_atomically
 FOLDER = ".experiments"
 
 
-def record(store: Store, ablation: str, arms: Mapping[str, Sequence[str]]) -> None:
+def record(store: Store, ablation: str, arms: Mapping[str, Sequence[str]], trains: bool = True) -> None:
     """Write the ids of the runs of an experiment's arms; once for each set of them. A full or read-only disk: nothing.
 
-    An arm without a name is described by its runs.
+    An arm without a name is described by its runs. trains: whether some of them are trained now; if not, an experiment
+    that is recorded already leaves everything as it is.
     """
     folder = store.root / FOLDER
     path = folder / f"{ablation}-{digest(arms)[:8]}.json"
@@ -28,7 +29,8 @@ def record(store: Store, ablation: str, arms: Mapping[str, Sequence[str]]) -> No
         return
     with contextlib.suppress(OSError):
         if path.exists():
-            path.touch()  # the one that asked last is the last in a list
+            if trains:
+                path.touch()  # the one that asked last is the last in a list
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"experiment": ablation, "arms": arms}))

@@ -121,7 +121,14 @@ def test_show_is_short(store):
 
 def test_records_of_experiments(store):
     before = sorted((store.root / asked.FOLDER).iterdir())
-    asked.record(store, "rescue", {"standard": [store.list()[0].id]})
+    first = store.list()[0].id
+    (rescue,) = (store.root / asked.FOLDER).glob("rescue-*")
+    os.utime(rescue, (1, 1))
+    asked.record(store, "rescue", {"standard": [first]}, trains=False)
+    assert list(asked.read(store)[first]) == ["rescue", "layers"]
+    assert rescue.stat().st_mtime == 1, "a second time writes nothing, unless it trains"
+    asked.record(store, "rescue", {"standard": [first]})
+    assert list(asked.read(store)[first]) == ["layers", "rescue"], "the one that asked last is last"
     asked.record(store, "sizes", {})
     assert sorted((store.root / asked.FOLDER).iterdir()) == before, "the same again, and nothing, write nothing"
     (store.root / asked.FOLDER / "x-1.json").write_text('{"experiment": "x", "arms": [1]}')

@@ -34,7 +34,10 @@ def averages(
         str, typer.Option("--over", help="Some of examples, queries, heads, layers.")
     ] = "examples,queries,heads,layers",
 ) -> Study:
-    """Average the teacher's maps over examples, queries, heads or layers first: what is then lost?"""
+    """Average the teacher's maps first: what is then lost?
+
+    Over examples, queries, heads or layers.
+    """
     names = comma_separated(over, "over", "examples,queries")
     for name in names:
         choose(name, DIMENSIONS, "over")

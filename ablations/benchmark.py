@@ -29,6 +29,9 @@ def benchmark(
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(gains.METHODS)}.")] = "copy,distill,finetune",
 ) -> Study:
-    """Copy, distill and fine-tune beside scratch: what does each teacher give a student?"""
+    """Copy, distill, fine-tune: what does each teacher give?
+
+    Each teacher's arms stand beside a student from scratch.
+    """
     wanted = comma_separated(methods, "methods", ",".join(gains.METHODS[:3]))
     return gains.study(lab, "benchmark", teacher, wanted, claims=claims.of("benchmark"))

@@ -43,7 +43,7 @@ def blockwise(
     teacher: Annotated[str, typer.Option(help="Teachers, such as dinov2_s.")] = "dinov2_s",
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
 ) -> Series:
-    """Transfer the attention of each block alone: which gains, and what of a block goes with it?"""
+    """Transfer the attention of each block alone: which gains?"""
     source = lab.teacher(teacher)
     student = lab.student(source)
 

@@ -56,7 +56,10 @@ def crosssize(
     ] = None,
     methods: Annotated[str, typer.Option(help="Some of copy and distill.")] = "copy,distill",
 ) -> Series:
-    """Transfer from one teacher to students of several sizes: does size decide what they gain?"""
+    """Transfer from one teacher to students of several sizes.
+
+    Does size decide what they gain?
+    """
     if lab.settings.student is not None:
         raise UserError("`student` is one size, and crosssize compares several", "give `students` s,b")
     passed = comma_separated(methods, "methods", "copy,distill")

@@ -38,7 +38,10 @@ def datasets(
     ] = None,
     methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy",
 ) -> Series:
-    """Transfer on several data sets, each beside its own baseline: does the outcome persist?"""
+    """Transfer on several data sets: does the outcome persist?
+
+    Each data set has its own baseline.
+    """
     given = USUAL.get(lab.settings.profile.name, "") if data is None else data
     wanted = [sources.named(name) for name in comma_separated(given, "data", "digits,larger")]
     passed = comma_separated(methods, "methods", "copy,distill")

@@ -33,7 +33,10 @@ def epochs(
     ] = None,
     methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy",
 ) -> Series:
-    """Transfer at several training lengths, each with its own baseline: does the outcome persist?"""
+    """Train for several lengths: does the outcome persist?
+
+    Each length has its own baseline.
+    """
     usual = lab.settings.profile.recipe["none"].epochs
     lengths = (
         (usual // 2 or 1, usual, 2 * usual)

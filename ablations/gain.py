@@ -52,7 +52,7 @@ def gain(
     ] = "0.1,0.3",
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
 ) -> Study:
-    """Replace LayerScale by what it might be (a frozen gain, a gate, a warm-up): which changes the transfer?"""
+    """Take LayerScale apart: which part changes the transfer?"""
     source = lab.teacher(teacher)
     standard = lab.student(source)
     passed = lab.transfer(transfer, standard)

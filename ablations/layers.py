@@ -35,7 +35,10 @@ def layers(
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
     sweep: Annotated[bool, typer.Option("--sweep", help="Every k from 0 to the depth, as a curve.")] = False,
 ) -> Study:
-    """Transfer the attention of the top (or bottom) k blocks only, beside none and all."""
+    """Transfer the attention of the top (or bottom) k blocks only.
+
+    Beside them stand no transfer and the transfer of all blocks.
+    """
     ends = ENDS[choose(from_, tuple(ENDS), "from_")]
     source = lab.teacher(teacher)
     student = lab.student(source)

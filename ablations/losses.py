@@ -33,7 +33,7 @@ def losses(
     losses: Annotated[str, typer.Option("--losses", help=f"Some of {', '.join(distinct())}.")] = "ce,mse,jsd,l1",
     weights: Annotated[str, typer.Option("--weights", help="Weights of the loss.")] = "0.3,3,30",
 ) -> Series:
-    """Distill with several losses and weights of the loss: is the outcome due to the loss?"""
+    """Distill with several losses and weights: is it the loss?"""
     names = comma_separated(losses, "losses", "ce,mse,jsd,l1")
     for name in names:
         choose(name, distinct(), "losses")

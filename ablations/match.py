@@ -48,7 +48,10 @@ def match(
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(gains.METHODS)}.")] = PASSED,
 ) -> Series:
-    """Measure how far each student's attention maps are from its teacher's, and what it gains."""
+    """Measure how closely students match their teachers' maps.
+
+    By the distance of each student's attention maps from its teacher's, beside what it gains.
+    """
     passed = comma_separated(methods, "methods", "copy,distill")
     measures = (Match(lab.teacher(teacher)),)
     study = gains.study(lab, "match", teacher, passed, measures=measures, claims=claims.of("match"))

@@ -82,7 +82,7 @@ def ood(
     ] = None,
     methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy,finetune",
 ) -> Series:
-    """Evaluate transfer on other test sets: does the outcome persist out of distribution?"""
+    """Evaluate on other test sets: does the outcome persist?"""
     wanted = testsets.expand(
         comma_separated(
             USUAL.get(lab.settings.profile.name, _CORRUPTED) if on is None else on, "on", "imagenet-r,gaussian_noise:5"

@@ -61,7 +61,7 @@ def pace(
     ] = None,
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
 ) -> Series:
-    """Rescue by native components at several training budgets: is it one of what is learnt, or of speed?"""
+    """Rescue at several training budgets: is it one of speed?"""
     lengths = _budgets(lab, budgets)
     studies = tuple(
         _study(_under(lab, length), teacher, length, components, transfer, length < lengths[-1]) for length in lengths

@@ -78,7 +78,10 @@ def recipes(
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_b,clip_b; all: every one.")] = "all",
     transfer: Annotated[str, typer.Option(help="The transfer whose outcome counts: copy or distill.")] = "copy",
 ) -> Series:
-    """Find the facts of pre-training or architecture that the failing teachers have in common."""
+    """Find the facts that the failing teachers have in common.
+
+    Facts of pre-training and of architecture are tested against the families' outcomes.
+    """
     choose(transfer, METHODS, "transfer")
     study = gains.study(lab, "recipes", teacher, [transfer])
     return Series("recipes", (study,), figure="recipes", verdict=verdict, findings=findings, notes=_NOTES)

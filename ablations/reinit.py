@@ -34,7 +34,10 @@ def reinit(
     teacher: Annotated[str, typer.Option(help="Teachers, such as clip_b; all: every one.")] = "clip_b",
     transfer: Annotated[str, typer.Option(help="The transfer of the third arm: copy or distill.")] = "copy",
 ) -> Study:
-    """Start from the teacher's weights with attention or MLP re-initialised, with and without transfer."""
+    """Re-initialise the teacher's attention or MLP, and transfer.
+
+    The student starts from the teacher's weights with that module re-initialised, without and with transfer.
+    """
     choose(module, list(MODULES), "module")
     source = lab.teacher(teacher)
     student = lab.student(source)

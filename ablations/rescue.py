@@ -34,7 +34,10 @@ def rescue(
     teacher: Annotated[str, typer.Option(help="Teachers, such as clip_b; all: every one.")] = "clip_b",
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
 ) -> Study:
-    """Add the teacher's native components to the student (all, each alone, all but one), and transfer."""
+    """Add native components to the student: do they rescue it?
+
+    All of the teacher's native components, each alone, all but one; each student without and with transfer.
+    """
     source = lab.teacher(teacher)
     has_native_student(source, "rescue")
     own = source.network.components

@@ -30,7 +30,7 @@ def sizes(
     family: Annotated[str, typer.Option(help="Families, such as deit,dinov2; all: every one with two sizes.")] = "all",
     methods: Annotated[str, typer.Option(help="Some of copy, distill and finetune.")] = "copy,distill",
 ) -> Series:
-    """Transfer from every size of a family: is the outcome due to the family or the size?"""
+    """Transfer from every size of a family: is it due to size?"""
     by_family: dict[str, list[str]] = {}
     for name in lab.teachers:
         by_family.setdefault(teachers.row(name).family, []).append(name)

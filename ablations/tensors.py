@@ -32,7 +32,7 @@ def tensors(
     methods: Annotated[str, typer.Option("--methods", help="Some of copy, distill.")] = "copy,distill",
     tensors: Annotated[str, typer.Option("--tensors", help="Some of map, q, k, v.")] = "map,q,k,v",
 ) -> Study:
-    """Transfer the map, or the queries, keys or values alone: which of them carries the benefit?"""
+    """Transfer the map, or q, k, v alone: which carries the gain?"""
     wanted = comma_separated(methods, "methods", "copy,distill")
     for method in wanted:
         choose(method, METHODS, "methods")

@@ -36,6 +36,7 @@ LAYERS: list[str] = [
 LOWEST = [
     *("atdiag.core.errors", "atdiag.core.text", "atdiag.core.selection", "atdiag.core.progress", "atdiag.core.options"),
     *("atdiag.core.resources", "atdiag.core.paths", "atdiag.core.spec", "atdiag.core.randomness", "atdiag.core.runs"),
+    "atdiag.core.asked",
 ]
 """The lowest layer has an order of its own: runs knows spec and nothing above, spec knows nothing else of atdiag."""
 
@@ -286,7 +287,7 @@ def test_arguments_named_in_messages_exist_on_the_command_line():
     named = {argument for path in LIBRARY for argument in named_arguments(ast.parse(path.read_text()))}
     assert len(named) > 20
     setting = {one for one in named if "." in one and not one.startswith("slurm.")}
-    wrong = [one for one in setting if one not in settings._SETTINGS]
+    wrong = [one for one in setting if one not in settings.SETTINGS]
     wrong += [one for one in named - setting if messages.as_typed(f"`{one}`") not in typed]
     assert wrong == []
 

@@ -264,6 +264,7 @@ def diagnose(
     micro_batch: int | None = None,
     deterministic: bool = False,
     ranks: int = 1,
+    track: str | None = None,
     executor: Executor | None = None,
     dry_run: bool = False,
 ) -> Result:
@@ -282,7 +283,13 @@ def diagnose(
     places = {"runs": runs, "data_dir": data_dir, "classes": classes}
     given: dict[str, Any] = {name: None if path is None else Path(path) for name, path in places.items()}
     given |= {"profile": profile, "first_seed": first_seed, "split": split}
-    given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic, "ranks": ranks}
+    given |= {
+        "device": device,
+        "micro_batch": micro_batch,
+        "deterministic": deterministic,
+        "ranks": ranks,
+        "track": track,
+    }
     given["data"] = str(data) if isinstance(data, str | Path) else None
     sets = [*(data_sets(data) if isinstance(data, Mapping) else []), *as_sets(settings)]
     typed = looks if isinstance(looks, str) else ",".join(map(str, looks))
@@ -318,4 +325,7 @@ def _planned(ready: PreparedDiagnosis) -> Result:
 
 def train(ready: PreparedDiagnosis, todo: Sequence[RunSpec], executor: Executor | None = None) -> None:
     """Train what is missing, with a progress bar."""
+    from atdiag.core import asked
+
+    asked.record(ready.session.store, "diagnose", {"": [spec.id for spec in todo]})
     experiments.train([], ready.session.plan(todo), ready.session, executor)

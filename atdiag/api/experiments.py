@@ -119,6 +119,7 @@ def train(series: Sequence[Series], plan: Plan, session: ExperimentSession, exec
     from atdiag.reports import console
     from atdiag.study import pipeline
 
+    remember(series, session.store, bool(plan.todo))
     if plan.todo:
         _inform(plan, session)
         with console.training(len(plan.specs), lambda: unfinished(plan, session.store)) as report:
@@ -127,7 +128,18 @@ def train(series: Sequence[Series], plan: Plan, session: ExperimentSession, exec
         pipeline.measure(series, session.store, _measuring(session), report)
 
 
-def submit(plan: Plan, session: ExperimentSession) -> list[Submission]:
+def remember(series: Sequence[Series], store: Store, trains: bool) -> None:
+    """Record which experiments ask for which runs, for lists of runs. trains: whether some are trained now."""
+    from atdiag.core import asked
+
+    for one in series:
+        arms: dict[str, list[str]] = {}
+        for name, spec in planned(one):
+            arms.setdefault(name, []).append(spec.id)
+        asked.record(store, one.ablation, arms, trains)
+
+
+def submit(series: Sequence[Series], plan: Plan, session: ExperimentSession) -> list[Submission]:
     """Submit what a cluster does not have in its queue yet, and return at once; what was submitted.
 
     Raises what :meth:`~atdiag.execution.slurm.SlurmExecutor.submit` raises.
@@ -139,6 +151,7 @@ def submit(plan: Plan, session: ExperimentSession) -> list[Submission]:
     _inform(plan, session)
     store = session.store
     store.root.mkdir(parents=True, exist_ok=True)
+    remember(series, store, bool(plan.todo))
     todo = [spec for spec in plans.pending(plan.specs, store) if store.run(spec).state != "training"]
     jobs = plans.share_out(todo, session.executor.processes(session.options))
     session.executor.submit(jobs, store, session.options)

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from atdiag.execution.executor import Executor
 
 
+_OTHERS = {name: name for name in ("diagnose", "intervene", "probe", "similarity", "trace", "maps", "patch")}
+_OTHERS |= {"attention-stats": "attention_stats", "attention_stats": "attention_stats", "hooks": "hook_points"}
+"""Commands that are no experiments -> their functions in Python."""
+
+
 @in_own_context
 def run(
     ablation: str,
@@ -48,6 +53,7 @@ def run(
     micro_batch: int | None = None,
     deterministic: bool = False,
     ranks: int = 1,
+    track: str | None = None,
     executor: Executor | None = None,
     dry_run: bool = False,
     **options: Any,
@@ -85,7 +91,13 @@ def run(
     places = {"runs": runs, "data_dir": data_dir, "classes": classes}
     given: dict[str, Any] = {name: None if path is None else Path(path) for name, path in places.items()}
     given |= {"profile": profile, "seeds": seeds, "first_seed": first_seed, "equivalence": equivalence}
-    given |= {"device": device, "micro_batch": micro_batch, "deterministic": deterministic, "ranks": ranks}
+    given |= {
+        "device": device,
+        "micro_batch": micro_batch,
+        "deterministic": deterministic,
+        "ranks": ranks,
+        "track": track,
+    }
     given |= {"data": named, "split": split, "budget": budget, "gpu": gpu}
     given["student"] = ",".join(f"{k}={v}" for k, v in student.items()) if isinstance(student, Mapping) else student
     folder = None if out is None else Path(out).expanduser()
@@ -149,6 +161,8 @@ def _function(ablation: str) -> Callable[..., Any]:
     found: dict[str, registry.Installed] = {}
     for one in registry.installed():
         found.setdefault(one.name, one)
+    if ablation in _OTHERS and ablation not in found:
+        raise UserError(f"{ablation!r} is no experiment", f"call atdiag.{_OTHERS[ablation]}")
     if ablation not in found:
         raise UserError(f"unknown experiment {ablation!r}{suggest(ablation, found)}", f"known: {', '.join(found)}")
     one = found[ablation]

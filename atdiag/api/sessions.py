@@ -117,7 +117,7 @@ def open_session(
     """
     from atdiag.core.runs import Store
     from atdiag.execution import devices, torchrun
-    from atdiag.training import compiled
+    from atdiag.training import compiled, tracking
 
     given = {**given, "ranks": torchrun.ranks(given.get("ranks", 1))}
     if equivalence is not None and not 0 < equivalence < 100:
@@ -138,6 +138,7 @@ def open_session(
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))
     devices.number(options.devices)
+    tracking.check(options.track)
     trains = _executor(executor or settings.executor or "local", settings, given)
     if trains is not None:
         trains.processes(options)

@@ -11,7 +11,6 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from atdiag.cli import (
     data,
@@ -19,6 +18,7 @@ from atdiag.cli import (
     doctor,
     experiments,
     fleet,
+    helping,
     hooked,
     inspect,
     looks,
@@ -33,6 +33,7 @@ from atdiag.cli.messages import (
     EXIT_PIPE,
     EXIT_TERMINATED,
     EXIT_USAGE,
+    GROUPS,
     RESERVED,
     TYPED,
     as_typed,
@@ -43,18 +44,22 @@ from atdiag.cli.messages import (
 from atdiag.execution import torchrun
 
 
-class _Commands(TyperGroup):
-    """Commands in listing order, with ablations from entry points first."""
+class _Commands(helping.CommandGroup):
+    """Commands in groups, with ablations from entry points in the first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the experiments first, in the order in which they were added; then everything else."""
+        """Return the commands by group; the experiments after ``diagnose``, in the order in which they were added."""
         found = [name for name in self.commands if name not in RESERVED]
-        return [*found, *(name for name in RESERVED if name in self.commands)]
+        first, *others = (name for name in RESERVED if name in self.commands)
+        return [first, *found, *others]
+
+    def panel(self, name: str) -> str:
+        """Return the heading of a command."""
+        return next((heading for heading, names in GROUPS.items() if name in names), next(iter(GROUPS)))
 
 
-app = typer.Typer(
-    cls=_Commands,
-    add_completion=False,
+app = helping.App(
+    _Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

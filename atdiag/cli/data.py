@@ -10,12 +10,14 @@ from typing import Annotated
 
 import typer
 
+from atdiag.cli import completing
+from atdiag.cli.helping import App
 from atdiag.cli.options import DataDir, Json
 from atdiag.cli.session import resolve
 from atdiag.core.progress import Progress
 from atdiag.reports import console
 
-app = typer.Typer(help="List the data sets and where they are found; check one.")
+app = App(help="List the data sets and where they are found; check one.")
 
 
 @app.callback(invoke_without_command=True)
@@ -40,7 +42,12 @@ def data_list(context: typer.Context, data_dir: DataDir = None, json_: Json = Fa
 
 @app.command("check")
 def data_check(
-    name: Annotated[str, typer.Argument(help="A data set, such as cifar10, folder:PATH or timm:PATH.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A data set, such as cifar10, folder:PATH or timm:PATH.", autocompletion=completing.data_sets
+        ),
+    ],
     data_dir: DataDir = None,
     download: Annotated[
         bool, typer.Option("--download", help="Fetch imagenette, cifar10 or cifar100 if it is not there.")

@@ -52,10 +52,11 @@ def diagnose(
     looks: _Looks = diagnosing.SEEDS,
     margin: _Margin = MARGIN,
 ) -> Asked:
-    """Will this attention transfer, if not why, and what do I change? A plan, shared runs, and a verdict.
+    """Tell whether this attention transfers, and if not, why.
 
-    Asks the other experiments' arms in an order, with one error rate over all questions and looks, and stops when
-    the answer is known. Runs are shared with the experiments, and finished ones never trained again.
+    Writes a plan, asks the other experiments' arms in an order, with one error rate over all questions and looks, and
+    stops when the answer is known. Ends with a verdict and what to change. Runs are shared with the experiments,
+    and finished ones never trained again.
     """
     return Asked(teacher, transfer, looks, margin)
 

@@ -19,7 +19,10 @@ _Bench = Annotated[
 
 
 def doctor(runs: Runs = None, bench: _Bench = False, json_: Json = False) -> None:
-    """Check this machine: versions, device, disk, data, and that fused and explicit attention agree."""
+    """Check this machine: versions, devices, disk, data.
+
+    Also that fused and explicit attention agree on it.
+    """
     from rich.console import Console
 
     from atdiag.study import settings as profiles

@@ -75,7 +75,7 @@ def _run(
     check([series], plan, session)
     planning.header(series, session)
     if session.on_cluster and plan.todo and not wait:
-        fleet.submit(plan, session, json_)
+        fleet.submit([series], plan, session, json_)
         return
     train([series], plan, session)
     reading = session.reading(series)

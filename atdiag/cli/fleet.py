@@ -18,24 +18,27 @@ from atdiag.core.text import count, duration, shortlist
 from atdiag.reports import console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from atdiag.cli.session import ExperimentSession
     from atdiag.core.runs import Store
     from atdiag.execution.plan import Plan
     from atdiag.execution.watching import Group, StoreView
+    from atdiag.study.protocol import Series
 
 _SHOWN = 30
 """Groups that are shown at most."""
 
 
-def submit(plan: Plan, session: ExperimentSession, json_: bool) -> None:
+def submit(series: Sequence[Series], plan: Plan, session: ExperimentSession, json_: bool) -> None:
     """Submit what is neither finished nor queued, and say what is where."""
     from atdiag.execution import slurm
 
     planning.announce(plan, session)
     before = slurm.queue(session.store.root.absolute() / "slurm")
-    made = experiments.submit(plan, session)
+    made = experiments.submit(series, plan, session)
     wanted = {spec.id for spec in plan.todo}
     found = [one for one in before if not one.task.ended and one.runs & wanted]
     if found:
@@ -75,10 +78,10 @@ _Every = Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="Time be
 
 
 def watch(runs: Runs = None, once: _Once = False, every: _Every = 5.0, json_: Json = False) -> None:
-    """Look on while runs are trained anywhere: cohorts, nodes, rates, time left, failures. Ctrl-C ends it.
+    """Look on while runs are trained anywhere.
 
-    From run directories alone. Off a terminal a line a minute, with --json one JSON record for each look; both end
-    when nothing is trained any more.
+    Cohorts, nodes, rates, time left, failures, from run directories alone. Ctrl-C ends it. Off a terminal a line a
+    minute, with --json one JSON record for each look; both end when nothing is trained any more.
     """
     from rich.console import Console
 

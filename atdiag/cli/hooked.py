@@ -25,9 +25,9 @@ def hooks(
     given: Given,
     subject: Annotated[str, typer.Argument(help=f"What to examine: {SUBJECT}.")],
 ) -> Shown:
-    """List a network's hook points with their shapes, and what it lacks.
+    """List a network's hook points with their shapes.
 
-    atdiag.hooked(SUBJECT) gives it TransformerLens's interface: run_with_cache, run_with_hooks.
+    Also what it lacks. atdiag.hooked(SUBJECT) gives it TransformerLens's interface: run_with_cache, run_with_hooks.
     """
     from atdiag.api import points
 
@@ -64,9 +64,10 @@ def patch(
     ] = None,
     classes: Classes = None,
 ) -> Shown:
-    """Put one network's values into another's run, one head (or position) at a time, and map the effect.
+    """Put one network's values into another's run, head by head.
 
-    Activation patching: each patch changes one place, and the rest of A runs on from there.
+    Activation patching: each patch changes one place (a head, a position or a layer), the rest of A runs on from
+    there, and the effect is mapped.
     """
     from atdiag.api import points
 

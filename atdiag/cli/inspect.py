@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from atdiag.cli import completing
 from atdiag.cli.options import Classes
 from atdiag.cli.session import SUBJECT, Given, Images, LayerMap, Layers, Shown, add
 from atdiag.reports.console import table
@@ -43,9 +44,10 @@ def trace(
     images: Images = None,
     mean: Annotated[bool, typer.Option("--mean", help="Only the mean over the images.")] = False,
 ) -> Shown:
-    """Write a network's internal values: attention maps, queries, keys, values, outputs, the residual stream.
+    """Write a network's internal values: maps, q, k, v, residual.
 
-    The file has a tensor for each quantity and block, such as map.5 [images, heads, tokens, tokens].
+    Attention maps, queries, keys, values, outputs of attention and MLP, the residual stream. The file has a tensor for
+    each quantity and block, such as map.5 [images, heads, tokens, tokens].
     """
     from atdiag.api import analyses
 
@@ -69,10 +71,11 @@ def similarity(
     layer_map: LayerMap = None,
     images: Images = None,
 ) -> Shown:
-    """Compare two networks' attention, head by head: Jensen-Shannon divergence by layer, in bits, and CKA.
+    """Compare two networks' attention, head by head.
 
-    Heads have no order: they are matched one to one with the least divergence (optimal), each with its nearest (best),
-    by index (same), or averaged first. 0: the same maps; 1: disjoint.
+    By Jensen-Shannon divergence of the maps, in bits, and CKA of the residual stream, layer by layer. Heads have no
+    order: they are matched one to one with the least divergence (optimal), each with its nearest (best), by index
+    (same), or averaged first. 0: the same maps; 1: disjoint.
     """
     from atdiag.api import analyses
 
@@ -102,7 +105,10 @@ def intervene(
     given: Given,
     subject: Annotated[str, typer.Argument(metavar="A", help=f"The network that is changed: {SUBJECT}.")],
     from_: Annotated[
-        list[str] | None, typer.Option("--from", metavar="B", help="Put in this network's. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--from", metavar="B", help="Put in this network's. Repeatable.", autocompletion=completing.subjects
+        ),
     ] = None,
     with_: Annotated[
         list[str] | None,
@@ -122,9 +128,9 @@ def intervene(
     images: Images = None,
     classes: Classes = None,
 ) -> Shown:
-    """Replace a trained network's attention, without training, and measure the effect.
+    """Replace a network's attention, and measure the effect.
 
-    Reports accuracy before and after, and the change of the residual stream, block by block.
+    Trains nothing. Reports accuracy before and after, and the change of the residual stream, block by block.
     """
     from atdiag.api import analyses
 

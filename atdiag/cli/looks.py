@@ -38,10 +38,11 @@ def attention_stats(
     ] = None,
     rank_images: Annotated[int, typer.Option(help="Images for the effective rank, which is slow.")] = 64,
 ) -> Shown:
-    """Summarise attention by layer and head in numbers, for several subjects side by side.
+    """Summarise attention by layer and head in numbers.
 
-    Entropy, attention distance, share on class token and registers, sinks, redundancy of heads, effective rank,
-    high-norm tokens. The module atdiag.analysis.statistics defines each and gives its source.
+    For several subjects side by side: entropy, attention distance, share on class token and registers, sinks,
+    redundancy of heads, effective rank, high-norm tokens. The module atdiag.analysis.statistics defines each and
+    gives its source.
     """
     from atdiag.api import looks
 
@@ -96,7 +97,9 @@ def maps(
     head: Annotated[str, typer.Option(help="mean, all, or a head's number.")] = "mean",
     no_rollout: Annotated[bool, typer.Option("--no-rollout", help="Omit the attention rollout.")] = False,
 ) -> Shown:
-    """Draw attention maps: subjects in rows, layers in columns, a figure for each image and query.
+    """Draw attention maps of subjects side by side.
+
+    Subjects in rows, layers in columns, a figure for each image and query.
 
     Each row ends with the attention rollout up to its last layer.
     """

@@ -17,17 +17,16 @@ EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130
 LOOKING = ("hooks", "trace", "similarity", "intervene", "patch", "probe", "attention-stats", "maps")
 """Commands that analyse networks: they train nothing, and write their files at the end."""
 
-RESERVED = (
-    "diagnose",
-    "reproduce",
-    "figures",
-    "teachers",
-    "pretrain",
-    "doctor",
-    "runs",
-    "data",
-    *LOOKING,
-)
+GROUPS = {
+    "Ask": ("diagnose", "reproduce"),
+    "Look inside": LOOKING,
+    "Teachers and data": ("teachers", "pretrain", "data"),
+    "Runs": ("runs", "figures"),
+    "Machine": ("doctor",),
+}
+"""Headings of ``atdiag --help``; the experiments stand in the first group, after its first command."""
+
+RESERVED = tuple(name for names in GROUPS.values() for name in names)
 """Names of commands that are not experiments."""
 
 

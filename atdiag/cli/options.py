@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
+from atdiag.cli import completing
+from atdiag.cli.completing import completed
 from atdiag.execution.slurm_options import SlurmOptions
 
 Runs = Annotated[
@@ -21,7 +24,11 @@ Runs = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")]
 Profile = Annotated[
-    str | None, typer.Option(help="The scale: mini, small, paper or own. [default: own with --data FOLDER, else mini]")
+    str | None,
+    typer.Option(
+        autocompletion=completing.BY_NAME["profile"],
+        help="The scale: mini, small, paper or own. [default: own with --data FOLDER, else mini]",
+    ),
 ]
 Set = Annotated[
     list[str],
@@ -123,6 +130,10 @@ _Devices = Annotated[
 _PerDevice = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Training processes on each device, for small networks.")
 ]
+_Track = Annotated[
+    str | None,
+    typer.Option(metavar="WHERE", help="Show training there, too: wandb (docs/following.md). [default: nowhere]"),
+]
 _Executor = Annotated[
     str | None,
     typer.Option(
@@ -135,15 +146,36 @@ _Wait = Annotated[bool, typer.Option("--wait", help="With --executor slurm: foll
 Common = Mapping[str, tuple[Any, Any]]
 """Options by parameter name: annotation and default."""
 
-EXECUTION: Common = {
-    "device": (_Device, None),
-    "devices": (_Devices, None),
-    "per_device": (_PerDevice, None),
-    "micro_batch": (_MicroBatch, None),
-    "deterministic": (_Deterministic, False),
-    "ranks": (_Ranks, 1),
-    "data_dir": (DataDir, None),
-}
+
+def under(heading: str, options: Common) -> Common:
+    """Return options that stand under a heading of their own in a command's help."""
+    out = {}
+    for name, (annotation, default) in options.items():
+        kind, option = get_args(annotation)
+        option = copy(option)
+        option.rich_help_panel = heading
+        out[name] = (Annotated[kind, option], default)
+    return out
+
+
+SCALE_PANEL = "Common options (data and scale)"
+OUTPUT_PANEL = "Common options (output)"
+MACHINE_PANEL = "Common options (machine)"
+"""Headings of the options that experiments share."""
+
+EXECUTION: Common = under(
+    MACHINE_PANEL,
+    {
+        "device": (_Device, None),
+        "devices": (_Devices, None),
+        "per_device": (_PerDevice, None),
+        "micro_batch": (_MicroBatch, None),
+        "deterministic": (_Deterministic, False),
+        "ranks": (_Ranks, 1),
+        "data_dir": (DataDir, None),
+        "track": (_Track, None),
+    },
+)
 """Execution options: fields of :class:`~atdiag.core.options.ExecutionOptions` by name."""
 
 SLURM: Common = {
@@ -158,26 +190,36 @@ SLURM: Common = {
 }
 """``--slurm.KEY``: hidden, since there are many; ``docs/clusters.md`` lists them."""
 
-FLEET: Common = {"executor": (_Executor, None), **SLURM}
+FLEET: Common = under(MACHINE_PANEL, {"executor": (_Executor, None), **SLURM})
 
-WAIT: Common = {"wait": (_Wait, False)}
+WAIT: Common = under(MACHINE_PANEL, {"wait": (_Wait, False)})
 
-SINGLE: Common = {"student": (_Student, None), "budget": (_Budget, None), "gpu": (_Gpu, None)}
+SINGLE: Common = under(SCALE_PANEL, {"student": (_Student, None), "budget": (_Budget, None), "gpu": (_Gpu, None)})
 """Options of single experiments alone."""
 
 EXPERIMENT: Common = {
-    "data": (_Data, None),
-    "split": (Split, None),
-    "profile": (Profile, None),
-    "set_": (Set, []),
-    "seeds": (_Seeds, None),
-    "first_seed": (_FirstSeed, None),
-    "equivalence": (_Equivalence, None),
-    "classes": (Classes, None),
-    "dry_run": (_DryRun, False),
-    "json_": (Json, False),
-    "out": (_Out, None),
-    "runs": (Runs, None),
+    **under(
+        SCALE_PANEL,
+        {
+            "data": (_Data, None),
+            "split": (Split, None),
+            "profile": (Profile, None),
+            "set_": (Set, []),
+            "seeds": (_Seeds, None),
+            "first_seed": (_FirstSeed, None),
+            "equivalence": (_Equivalence, None),
+            "classes": (Classes, None),
+        },
+    ),
+    **under(
+        OUTPUT_PANEL,
+        {
+            "dry_run": (_DryRun, False),
+            "json_": (Json, False),
+            "out": (_Out, None),
+            "runs": (Runs, None),
+        },
+    ),
     **EXECUTION,
     **FLEET,
 }
@@ -191,9 +233,12 @@ def joined(function: Callable[..., Any], common: Common, call: Callable[..., Non
     missing, and each common option by name.
     """
     signature = inspect.signature(function, eval_str=True)
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
+    own = [
+        p.replace(kind=p.KEYWORD_ONLY, annotation=completed(p.name, p.annotation, p.default))
+        for p in list(signature.parameters.values())[1:]
+    ]
     shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=completed(name, annotation))
         for name, (annotation, default) in common.items()
     ]
 

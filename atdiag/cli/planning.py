@@ -6,6 +6,7 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from atdiag.api import experiments
 from atdiag.core.spec.data import OF_SCENES
 from atdiag.core.text import byte_size, count, duration
+from atdiag.execution import elsewhere
 from atdiag.reports import console
 from atdiag.study.profiles import OWN_PROFILE
 
@@ -86,6 +88,8 @@ def _warnings(studies: tuple[Study, ...], settings: Settings) -> None:
             typer.echo(f"its weights are not on this machine: {teachers.how_to_get(missing[0])}")
         else:
             typer.echo(f"the weights of {names(missing)} are not on this machine: {teachers.how_to_get(missing[0])}")
+    if settings.file is not None and settings.file.parent != Path():
+        typer.echo(f"settings of {settings.file}")
     own = settings.profile.name == OWN_PROFILE  # whose first lines name the folder and its division
     told = {k: v for k, v in settings.overrides.items() if not (own and k in ("data.name", "data.split"))}
     if told:
@@ -108,6 +112,7 @@ def announce(plan: Plan, session: ExperimentSession) -> None:
     if not plan.todo:
         typer.echo(f"{seeds}{count(len(plan.specs), 'run')}, all finished before: nothing to train")
         return
+    _elsewhere(plan, session)
     begun = sum(store.run(spec).checkpoint.exists() for spec in plan.todo)
     go_on = f" ({begun} go on from their checkpoints)" if begun else ""
     ranks = session.options.ranks
@@ -122,6 +127,14 @@ def announce(plan: Plan, session: ExperimentSession) -> None:
         of_ranks = f" of {ranks} ranks" if ranks > 1 else ""
         where = f"in {count(min(plan.processes, len(plan.todo)), what)}{of_ranks} on {plan.device}"
         typer.echo(f"{todo} {where}: about {duration(plan.seconds)}")
+
+
+def _elsewhere(plan: Plan, session: ExperimentSession) -> None:
+    """Print where nearby some of the runs to do are finished."""
+    if found := elsewhere.finished(session.store, plan.todo):
+        place, number = found
+        verb = "is" if number == 1 else "are"
+        typer.echo(f"{count(number, 'run')} of these {verb} finished in {place}: --runs {place} takes them")
 
 
 def on_devices(plan: Plan) -> str:
@@ -170,6 +183,8 @@ def show(series: Series, plan: Plan, session: ExperimentSession, json_: bool) ->
             f"{count(plan.processes, 'process')} on {plan.device}."
         )
     if plan.todo:
+        if not own:
+            _elsewhere(plan, session)
         typer.echo(f"Disk: {_disk(plan)}.")
     for measure in measures(series):
         typer.echo(f"Then, of finished runs: {measure}.")

@@ -41,10 +41,11 @@ def probe(
     neighbours: Annotated[int, typer.Option(help="How many nearest neighbours vote.")] = 20,
     classes: Classes = None,
 ) -> Shown:
-    """Probe every layer's tokens for the classes, and apply the trained head to every layer.
+    """Probe every layer for the classes, and exit at each.
 
-    A linear probe (its regularisation chosen on held-out training images if each class has two or more), nearest
-    neighbours by cosine, and nearest class means, on class token, mean patch token, and both.
+    The early exit applies the trained head to every layer. A linear probe (its regularisation chosen on held-out
+    training images if each class has two or more), nearest neighbours by cosine, and nearest class means, on class
+    token, mean patch token, and both.
     """
     from atdiag.api import analyses
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atdiag.cli import experiments, planning
+from atdiag.cli import completing, experiments, planning
 from atdiag.cli.messages import as_typed
 from atdiag.cli.options import EXECUTION, EXPERIMENT, FLEET, joined
 from atdiag.cli.session import ExperimentSession, open_session
@@ -81,10 +81,18 @@ def reproduce(lab: Lab, paper: _Paper = "2026", quick: _Quick = False) -> Analys
 
 def figures(
     lab: Lab,
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Analyses, such as benchmark; or all.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...", help="Analyses, such as benchmark; or all.", autocompletion=completing.analyses
+        ),
+    ],
     quick: _Quick = False,
 ) -> tuple[Analyses, list[str]]:
-    """Draw figures and write tables of finished analyses; trains nothing."""
+    """Draw figures and write tables of finished analyses.
+
+    Trains nothing.
+    """
     from atdiag.core.errors import UserError, suggest
 
     placed = registry.placed()

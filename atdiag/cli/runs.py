@@ -6,60 +6,68 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atdiag.cli import completing
+from atdiag.cli.helping import App
 from atdiag.cli.messages import say
 from atdiag.cli.options import Json, Runs
 from atdiag.core import paths
 from atdiag.core.text import count
-from atdiag.reports import console
+from atdiag.reports import console, run_lines
+from atdiag.reports.run_lines import STATES
 
 if TYPE_CHECKING:
     from atdiag.core.runs import Store
     from atdiag.training.audit import Verdict
 
-app = typer.Typer(no_args_is_help=True, help="List, show, compare, verify, export and remove runs.")
-
-
-_MANY = 1000
-"""Runs above which they are listed as plain lines."""
+app = App(no_args_is_help=True, help="List, show, compare, verify, export and remove runs.")
 
 
 @app.command("list")
-def runs_list(runs: Runs = None, json_: Json = False) -> None:
-    """List all runs, oldest first."""
-    from rich import box
-    from rich.table import Table
+def runs_list(
+    runs: Runs = None,
+    ablation: Annotated[
+        str | None, typer.Option(help="Only runs of these experiments.", autocompletion=completing.experiments)
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Only runs with these teachers; none: without.", autocompletion=completing.teachers),
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Only runs in these states: {', '.join(STATES)}.", autocompletion=completing.choices(*STATES)
+        ),
+    ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="All columns, and full ids.")] = False,
+    json_: Json = False,
+) -> None:
+    """List runs, oldest first, one on each line.
 
-    from atdiag.reports import run_index
+    On a terminal long names are shortened to its width; a pipe gets them in full.
+    """
+    from atdiag.study.registry import installed
 
     store = store_of(runs)
-    rows = run_index.rows(store)
+    known = [*(one.name for one in installed()), "diagnose"]
+    every = run_lines.rows(store, known)
+    listed = run_lines.chosen(every, ablation, teacher, state, known)
     if json_:
-        typer.echo(json.dumps(rows))
+        typer.echo(json.dumps(listed))
         return
-    if len(rows) > _MANY:  # a table is laid out cell by cell, which takes a minute
-        typer.echo(f"{count(len(rows), 'run')} in {store.root}")
-        for row in rows:
-            top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
-            start = "" if row["start"] == "scratch" else f" from {row['start']}"
-            cells = (row["teacher"], row["student"] + start, row["transfer"], row["data"], row["seed"], top1)
-            typer.echo("  ".join((row["run"][:12], f"{row['state']:<11}", *filter(None, cells))))
-        return
-    table = Table(title=f"{count(len(rows), 'run')} in {store.root}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.collapse_padding, table.pad_edge = True, False
-    for name in ("run", "state", "teacher", "student", "transfer", "data", "seed", "top-1"):
-        table.add_column(name, no_wrap=name in ("run", "state", "seed", "top-1"), overflow="fold")
-    for row in rows:
-        top1 = "" if row["top1"] is None else f"{row['top1']:.1f}"
-        student = row["student"].replace(" ", "\n") + ("" if row["start"] == "scratch" else f"\nfrom {row['start']}")
-        table.add_row(
-            row["run"][:12], row["state"], row["teacher"], student, row["transfer"], row["data"], row["seed"], top1
-        )
-    console.show_table(table)
+    on_terminal = sys.stdout.isatty()
+    if on_terminal or not listed:
+        of = "" if len(listed) == len(every) else f" of {len(every):,}"
+        typer.echo(f"{count(len(listed), 'run')}{of} in {store.root}")
+    if listed:
+        width = shutil.get_terminal_size().columns if on_terminal else None
+        typer.echo("\n".join(run_lines.lines(listed, wide, width)))
 
 
 def store_of(runs: Path | None) -> Store:
@@ -77,32 +85,45 @@ def store_of(runs: Path | None) -> Store:
 
 
 @app.command("show")
-def runs_show(run: Annotated[str, typer.Argument(help="A run's id, or its first digits.")], runs: Runs = None) -> None:
-    """Show one run: its spec, state and results."""
+def runs_show(
+    run: Annotated[str, typer.Argument(help="A run's id, or its first digits.", autocompletion=completing.runs)],
+    runs: Runs = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything: spec, epochs, result, provenance.")] = False,
+) -> None:
+    """Show what one run is, and how it went."""
     from atdiag.core.errors import UserError
 
-    found = store_of(runs).find(run)
-    document: dict[str, Any] = {"run": found.id, "state": found.state}
+    store = store_of(runs)
+    found = store.find(run)
     try:
-        document["spec"] = found.spec.model_dump(mode="json")
+        spec = found.spec.model_dump(mode="json")
     except ValueError:
         raise UserError(
             f"{found.path / 'spec.json'} can't be read, or is not this run's",
             f"'atdiag runs remove {found.id}' deletes it",
         ) from None
-    document["metrics"] = found.progress()
+    if not json_:
+        typer.echo("\n".join(run_lines.summary(found, store)))
+        return
+    document: dict[str, Any] = {"run": found.id, "state": found.state, "spec": spec, "metrics": found.progress()}
     if found.finished:
         document["result"] = found.result()
     if failure := found.failure():
         document["failure"] = failure
-    typer.echo(json.dumps(document, indent=1))
+    typer.echo(json.dumps(document))
 
 
 @app.command("remove")
 def runs_remove(
-    run: Annotated[list[str], typer.Argument(help="Ids of runs, or their first digits.")], runs: Runs = None
+    run: Annotated[
+        list[str], typer.Argument(help="Ids of runs, or their first digits.", autocompletion=completing.runs)
+    ],
+    runs: Runs = None,
 ) -> None:
-    """Delete runs. Getting their results back requires training again."""
+    """Delete runs.
+
+    Getting their results back requires training again.
+    """
     from atdiag.core.errors import UserError
     from atdiag.core.runs import RunBusyError
 
@@ -117,13 +138,17 @@ def runs_remove(
 
 @app.command("verify")
 def runs_verify(
-    run: Annotated[list[str] | None, typer.Argument(help="Ids of runs, or their first digits. [default: all]")] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ids of runs, or their first digits. [default: all]", autocompletion=completing.runs),
+    ] = None,
     runs: Runs = None,
     json_: Json = False,
 ) -> None:
-    """Hash every file of finished runs again, and name what is damaged.
+    """Hash the files of finished runs again, and name damage.
 
-    Exit code 1 if anything is. Also checks that spec, predictions, accuracy and teacher's weights are consistent.
+    Exit code 1 if anything is damaged. Also checks that spec, predictions, accuracy and teacher's weights are
+    consistent.
     """
     from atdiag.training import audit
 
@@ -167,12 +192,15 @@ def _tally(verdicts: list[Verdict]) -> str:
 
 @app.command("diff")
 def runs_diff(
-    a: Annotated[str, typer.Argument(help="A run's id, or its first digits.")],
-    b: Annotated[str, typer.Argument(help="Another's.")],
+    a: Annotated[str, typer.Argument(help="A run's id, or its first digits.", autocompletion=completing.runs)],
+    b: Annotated[str, typer.Argument(help="Another's.", autocompletion=completing.runs)],
     runs: Runs = None,
     json_: Json = False,
 ) -> None:
-    """Show how two runs differ: specs, then environments, then results."""
+    """Show how two runs differ.
+
+    Specs first, then environments, then results.
+    """
     from rich.table import Table
 
     from atdiag.core.errors import UserError
@@ -210,9 +238,10 @@ def runs_export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write. [default: the terminal]")] = None,
     runs: Runs = None,
 ) -> None:
-    """Write all runs as one CSV: specs, states, results, environments.
+    """Write all runs as one CSV.
 
-    Unreadable runs are included with the state damaged; 'atdiag runs verify' examines them.
+    Specs, states, results, environments. Unreadable runs are included with the state damaged; 'atdiag runs verify'
+    examines them.
     """
     from atdiag.core.errors import UserError
     from atdiag.core.runs import write_atomically
@@ -239,7 +268,7 @@ def runs_export(
 
 @app.command("export-model")
 def runs_export_model(
-    run: Annotated[str, typer.Argument(help="A run's id, or its first digits.")],
+    run: Annotated[str, typer.Argument(help="A run's id, or its first digits.", autocompletion=completing.runs)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder, new or empty.")],
     experiment: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The .json of its experiment, for the contrast in the card.")
@@ -247,9 +276,10 @@ def runs_export_model(
     runs: Runs = None,
     json_: Json = False,
 ) -> None:
-    """Write a trained student with a model card, for timm.create_model("local-dir:DIR", pretrained=True).
+    """Write a trained student with a model card, for timm.
 
-    Where timm has no class of the same function (a student that copies needs its teacher), a small loader comes along.
+    timm.create_model("local-dir:DIR", pretrained=True) loads it. Where timm has no class of the same function (a
+    student that copies needs its teacher), a small loader comes along.
     """
     from atdiag.api.exporting import export_model
 

@@ -20,7 +20,7 @@ from atdiag.api.sessions import check_exists
 from atdiag.api.sessions import open_session as open_session
 from atdiag.api.sessions import resolve as resolve
 from atdiag.cli.messages import as_typed
-from atdiag.cli.options import DataDir, Json, Profile, Runs, Set, Split, joined
+from atdiag.cli.options import DataDir, Json, Profile, Runs, Set, Split, joined, under
 from atdiag.reports import console
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def add(app: typer.Typer, name: str, function: Callable[..., Shown]) -> None:
     function: takes the common options as the analyses in Python do; returns the result and its tables, to be printed.
     """
     own = inspect.signature(function).parameters
-    common = {option: given for option, given in _COMMON.items() if option not in own}
+    common = under("Common options", {option: given for option, given in _COMMON.items() if option not in own})
 
     def call(work: partial[Shown], json_: bool, **given: Any) -> None:
         for parameter in ("subject", "subjects", "other", "others"):  # before anything heavy is loaded

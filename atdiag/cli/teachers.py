@@ -11,17 +11,19 @@ from typing import Annotated
 
 import typer
 
+from atdiag.cli import completing
+from atdiag.cli.helping import App
 from atdiag.cli.options import Json, Profile, Runs
 from atdiag.core import paths
 
-app = typer.Typer()
+app = App()
 
 
 @app.callback(invoke_without_command=True)
 def teachers(
     context: typer.Context,
     profile: Profile = None,
-    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family.", autocompletion=completing.families)] = None,
     specimens: Annotated[
         bool, typer.Option("--specimens", help="The specimens instead: miniatures with a planted, known fault.")
     ] = False,
@@ -30,7 +32,10 @@ def teachers(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """List the teachers: weights and licence, native components, tokens, and whether they are on this machine."""
+    """List the teachers: weights, licences, native components.
+
+    Also their tokens, and whether the weights are on this machine.
+    """
     if context.invoked_subcommand is not None:
         return
     if coverage:
@@ -87,7 +92,12 @@ def _specimens(family: str | None, json_: bool) -> None:
 
 @app.command("pull")
 def teachers_pull(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Teachers, such as mocov3_s or timm:MODEL.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...", help="Teachers, such as mocov3_s or timm:MODEL.", autocompletion=completing.teachers
+        ),
+    ],
 ) -> None:
     """Download published weights in advance, and check that they load."""
     from atdiag.networks.registry import teachers as registry
@@ -111,12 +121,20 @@ def _coverage(json_: bool) -> None:
 
 
 def pretrain(
-    name: Annotated[str, typer.Argument(help="The miniature or specimen to rebuild, such as clip_b.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="The miniature or specimen to rebuild, such as clip_b.", autocompletion=completing.miniatures
+        ),
+    ],
     runs: Runs = None,
     out: Annotated[Path | None, typer.Option(help="The file to write. [default: ./<name>.safetensors]")] = None,
     install: Annotated[bool, typer.Option("--install", help="Replace the shipped one.")] = False,
 ) -> None:
-    """Pre-train a miniature teacher again, and compare its accuracy with the shipped one's."""
+    """Pre-train a miniature again, and compare its accuracy.
+
+    A miniature teacher or a specimen; the accuracy is compared with that of the shipped weights.
+    """
     from atdiag.core.errors import UserError
     from atdiag.core.options import ExecutionOptions
     from atdiag.core.runs import Store

@@ -30,6 +30,8 @@ class ExecutionOptions:
     """Processes that train each run together, every one on a device of its own and on its share of every batch."""
     data_dir: str | None = None
     """Folder of all data sets; None: from the environment where the run executes."""
+    track: str | None = None
+    """Where training is shown besides TensorBoard: ``wandb``; None: nowhere."""
     checkpoint_seconds: float = 30.0
     """Minimum time between two checkpoints of a run."""
 

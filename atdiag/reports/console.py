@@ -133,19 +133,20 @@ def show_table(table: Table, highlight: bool = True) -> None:
 def show_reading(
     reading: Reading, files: Sequence[Path], spoken: Callable[[str], str] = str, steps: Sequence[str] = ()
 ) -> None:
-    """Print a reading's table, claims, notes, verdict and files; ``spoken`` spells out the arguments named in texts.
+    """Print a reading's verdict, table, claims, notes and files; ``spoken`` spells out the arguments named in texts.
 
-    steps: lines after the verdict, on what would settle what is undecided.
+    steps: lines after the notes, on what would settle what is undecided.
     """
     from rich.console import Console
 
     console = Console()
+    console.print(f"\n[bold]Verdict[/bold]  {spoken(reading.verdict)}\n", highlight=False)
     show_table(tables.terminal(reading))
     if tested := [one for one in reading.judged if one.verdict != "not testable here"]:
         show_table(tables.claims_table(tested))
     for note in tables.notes(reading):
         console.print(f"- {spoken(note)}", style="dim", highlight=False)
-    console.print(f"\n[bold]Verdict[/bold]  {spoken(reading.verdict)}\n", highlight=False)
+    console.print()
     for step in steps:
         console.print(step, highlight=False, markup=False, soft_wrap=True)
     if steps:
@@ -154,6 +155,12 @@ def show_reading(
 
 
 def show_files(files: Sequence[Path]) -> None:
-    """Print paths, one per line, without interpreting markup."""
+    """Print paths without interpreting markup: a line for each folder and stem, with the kinds of its files.
+
+    ``results/reinit-clip_b-mini/attn-copy-1cbcce.csv  (and .md, .json, .png)``; the first is a whole path.
+    """
+    kinds: dict[Path, list[Path]] = {}
     for path in files:
-        print(f"  {path}")
+        kinds.setdefault(path.with_suffix(""), []).append(path)
+    for first, *others in kinds.values():
+        print(f"  {first}" + (f"  (and {', '.join(path.suffix for path in others)})" if others else ""))

@@ -17,7 +17,7 @@ from atdiag.core.selection import ranges
 from atdiag.core.spec import Transfer
 
 INDEX = ".index.json"
-_FORM = 1
+_FORM = 2
 """Form of the rows: an index of another one is made anew."""
 _FEW = 200
 """Runs below which no index is worth a file."""
@@ -69,6 +69,8 @@ def listed(run: Run) -> dict[str, Any]:
     """Return a run's row: what it is, its state, and its accuracy."""
     try:
         spec = run.spec
+        result = run.result() if run.finished else {}
+        command = result.get("origin", {}).get("command") or []
         return {
             "run": run.id,
             "state": run.state,
@@ -78,10 +80,11 @@ def listed(run: Run) -> dict[str, Any]:
             "transfer": _transfer_text(spec.transfer),
             "data": f"{spec.data.name} {spec.data.train}x{spec.recipe.epochs}",
             "seed": f"{spec.seed.data}/{spec.seed.model}",
-            "top1": run.result()["top1"] if run.finished else None,
+            "top1": result["top1"] if run.finished else None,
+            "ordered_by": str(command[1]) if len(command) > 1 else "",
         }
-    except (ValueError, KeyError):  # damaged, or of another version: still list the others
-        nothing = dict.fromkeys(("teacher", "student", "start", "transfer", "data", "seed"), "")
+    except (ValueError, KeyError, TypeError, AttributeError):  # damaged, or of another version: still list the others
+        nothing = dict.fromkeys(("teacher", "student", "start", "transfer", "data", "seed", "ordered_by"), "")
         return {"run": run.id, "state": "damaged", **nothing, "top1": None}
 
 

@@ -1,14 +1,14 @@
 """Profiles (the scale of experiments), and the resolution of a user's settings.
 
-Precedence, for the profile and for every setting: command line, then environment, then ``atdiag.toml`` in the working
-directory, then the default (``mini``).
+Precedence, for the profile and for every setting: command line, then environment, then the nearest ``atdiag.toml`` (of
+the working directory, or of a folder above it), then the default (``mini``). Relative paths in the file are relative to
+the file's folder.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +18,9 @@ from pydantic import ValidationError
 
 from atdiag.core import paths
 from atdiag.core.errors import UserError, suggest
-from atdiag.core.resources import small_file
 from atdiag.core.spec import Data, Recipe, Seed
 from atdiag.data import sources
-from atdiag.study import sense
+from atdiag.study import sense, settings_file
 from atdiag.study.profiles import METHODS, OWN_PROFILE, PROFILES, Profile
 from atdiag.study.sense import short
 from atdiag.study.student import StudentSize, parse
@@ -54,6 +53,8 @@ class Settings:
     """Settings that were chosen for the user (:mod:`atdiag.study.own`), likewise; the user's own override them."""
     student: StudentSize | None = None
     """The size of all students; None: their teacher's."""
+    file: Path | None = None
+    """The ``atdiag.toml`` that was read, if any."""
 
 
 def resolve(
@@ -80,8 +81,8 @@ def resolve(
     first_seed: the first of ``seeds`` seeds in a row; by default 0. student: the size of all students, as typed
     (:mod:`atdiag.study.student`); None: their teacher's.
     """
-    path = folder / "atdiag.toml"
-    file = _read_file(path)
+    path = settings_file.find(folder)
+    file = settings_file.read(path)
     line = _typed({"data.name": ("data", data and sources.named(data)), "data.split": ("split", split)}, sets)
     named = str(line.get("data.name", ""))
     own = bool(data) and sources.is_real(named)
@@ -90,7 +91,7 @@ def resolve(
         raise UserError("profile own is for your own images", "name them by `data` FOLDER")
     if split is not None and name == "mini" and not named:
         raise UserError("`split` holds out images of yours", "add `data` FOLDER")
-    given = data_dir or environment.get(paths.DATA) or file.get("data_dir")
+    given = data_dir or environment.get(paths.DATA) or settings_file.place(path, file.get("data_dir"))
     place = None if given is None else Path(given).expanduser().absolute()
     overrides = _overrides(path, file.get("set", {}), line)
     with paths.looking_in(place):
@@ -106,15 +107,33 @@ def resolve(
     if not 0 <= first <= SEEDS - count:
         asked = f"`first_seed` {first}" if first_seed is not None else f"{path}: first_seed = {first}"
         raise UserError(asked, f"give a number from 0 to {SEEDS - count}")
-    root = (
-        runs.expanduser() if runs else Path(environment.get("ATDIAG_RUNS") or file.get("runs") or "runs").expanduser()
-    )
     pairs = tuple(Seed(data=i, model=i) for i in range(first, first + count))
     if classes is not None and not (classes := classes.expanduser()).is_file():
         raise UserError(f"`classes` {classes}: there is no such file", "give a text file with one class per line")
     size = None if student is None else parse(student, name)
     fleet = file.get("executor"), file.get("slurm", {})
-    return Settings(resolved, pairs, root, place, overrides, classes, *fleet, student=size)
+    return Settings(
+        resolved,
+        pairs,
+        _runs(runs, environment, path, file),
+        place,
+        overrides,
+        classes,
+        *fleet,
+        student=size,
+        file=path if file else None,
+    )
+
+
+def runs_folder(runs: Path | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> Path:
+    """Return the folder of runs alone. Raises UserError if the settings file can't be read."""
+    path = settings_file.find(folder)
+    return _runs(runs, environment, path, settings_file.read(path))
+
+
+def _runs(runs: Path | None, environment: Mapping[str, str], path: Path, file: Mapping[str, Any]) -> Path:
+    given = runs or environment.get("ATDIAG_RUNS") or settings_file.place(path, file.get("runs")) or "runs"
+    return Path(given).expanduser()
 
 
 def changed(settings: Settings, name: str, value: Any) -> Settings:
@@ -172,8 +191,8 @@ def without(settings: Settings, name: str) -> Profile | None:
 
 def profile_name(profile: str | None = None, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> str:
     """Return the name of the selected profile. Raises UserError for an unknown one, saying where it was given."""
-    path = folder / "atdiag.toml"
-    return _name(profile, environment, path, _read_file(path))
+    path = settings_file.find(folder)
+    return _name(profile, environment, path, settings_file.read(path))
 
 
 def _name(
@@ -195,59 +214,13 @@ def _name(
     return str(name)
 
 
-_FILE_KEYS = {
-    "profile": (str, 'profile = "mini"'),
-    "seeds": (int, "seeds = 3"),
-    "first_seed": (int, "first_seed = 100"),
-    "runs": (str, 'runs = "runs"'),
-    "data_dir": (str, 'data_dir = "/data"'),
-    "executor": (str, 'executor = "slurm"'),
-}
-_FILE_TABLES = ("data", "recipe", "transfer", "slurm")
-
-_SETTINGS = (
+SETTINGS = (
     *(f"data.{field}" for field in Data.model_fields),
     *(f"recipe.{field}" for field in Recipe.model_fields),
     *(f"recipe.{method}.{field}" for method in METHODS for field in Recipe.model_fields),
     *(f"transfer.{field}" for field in TransferSettings.model_fields),
 )
 """Settings that can be overridden, by dotted name. ``recipe.lr`` applies to all methods, ``recipe.copy.lr`` to one."""
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """Read ``atdiag.toml``: the keys of ``_FILE_KEYS``, and the tables data, recipe, transfer and slurm."""
-    if not path.exists():
-        return {}
-    try:
-        content = tomllib.loads(small_file(path).decode())
-    except (ValueError, RecursionError, OSError) as fault:  # invalid TOML or UTF-8, a number of 5,000 digits, a folder
-        raise UserError(f"{path} can't be read ({fault})") from None
-    out: dict[str, Any] = {"set": {}}
-    for key, value in content.items():
-        if key in _FILE_KEYS:
-            wanted, example = _FILE_KEYS[key]
-            if not isinstance(value, wanted) or isinstance(value, bool):
-                raise UserError(f"{path}: {key} = {short(value)} has the wrong type", f"write it as '{example}'")
-            out[key] = value
-        elif key in _FILE_TABLES:
-            if not isinstance(value, dict):
-                raise UserError(f"{path}: {key} = {short(value)} is not a table", f"write its fields under '[{key}]'")
-            if key == "slurm":
-                out["slurm"] = value
-                continue
-            out["set"] |= {f"{key}.{name}": v for name, v in _flatten(value).items()}
-        else:
-            known = [*_FILE_KEYS, *_FILE_TABLES]
-            names = ", ".join([*_FILE_KEYS, *(f"[{table}]" for table in _FILE_TABLES)])
-            raise UserError(f"{path}: unknown key {key!r}{suggest(key, known)} (known: {names})")
-    return out
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in table.items():
-        out |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
 
 
 def _typed(options: Mapping[str, tuple[str, Any]], sets: Sequence[str]) -> dict[str, Any]:
@@ -267,7 +240,7 @@ def _overrides(path: Path, file: Mapping[str, Any], line: Mapping[str, Any]) -> 
     """Return the overrides from the file and the command line; the line wins, for one method or all."""
     for origin, given in ((f"{path}: ", file), ("", line)):
         for name in given:
-            if name not in _SETTINGS:
+            if name not in SETTINGS:
                 raise UserError(
                     f"{origin}{name!r} is not a setting{_near(name)}",
                     "'atdiag reinit --dry-run' lists the settings",
@@ -289,8 +262,8 @@ def _culprit(profile: Profile, path: Path, overrides: Mapping[str, Any], line: M
 
 def _near(name: str) -> str:
     """Return ", did you mean 'recipe.lr'?" for ``lr``, and for any other slip the closest setting."""
-    whole = [setting for setting in _SETTINGS if setting.count(".") == 1 and setting.endswith(f".{name}")]
-    return f", did you mean {whole[0]!r}?" if whole else suggest(name, _SETTINGS)
+    whole = [setting for setting in SETTINGS if setting.count(".") == 1 and setting.endswith(f".{name}")]
+    return f", did you mean {whole[0]!r}?" if whole else suggest(name, SETTINGS)
 
 
 def _general(name: str) -> str:

@@ -138,7 +138,7 @@ class _Cohort:
             try:
                 teacher = self.teacher if s.teacher else None
                 averages, heads = prepared.averages(s), prepared.heads(s)
-                self.members.append(RunTrainer(run, s, teacher, averages, steps, device, heads, ranks))
+                self.members.append(RunTrainer(run, s, teacher, averages, steps, device, heads, ranks, options.track))
             except ValueError as fault:  # a checkpoint that can't be read, teacher weights that do not fit
                 self._fail(run, 0, str(fault))
         self.compiled = compiled.wanted(device)

@@ -54,8 +54,9 @@ class RunTrainer:
         device: torch.device,
         heads: Mapping[int, tuple[int, ...]] | None = None,
         ranks: RankGroup = ALONE,
+        track: str | None = None,
     ) -> None:
-        """averages, heads: as in :class:`~atdiag.training.evaluation.Predictor`."""
+        """averages, heads: as in :class:`~atdiag.training.evaluation.Predictor`. track: where curves are shown, too."""
         self.run, self.spec, self.teacher, self.averages, self.heads = run, spec, teacher, averages, heads or {}
         self.ranks = ranks
         recipe = spec.recipe
@@ -93,7 +94,7 @@ class RunTrainer:
         self._fault = torch.zeros(4, dtype=exact, device=device)
         """Fault flag (1 after the first loss or gradient norm that is not finite), those two values, and the step."""
         self.cause: str | None = None
-        self.board = Board(run)
+        self.board = Board(run, track)
         if (saved := _load(run, ranks)) is not None:
             if (saved.ema is None) != (self._ema is None):
                 raise ValueError(

@@ -121,6 +121,8 @@ def test_the_same_question_names_the_same_runs(ablation):
     ("given", "message"),
     [
         (("reinet", {}), "unknown experiment 'reinet', did you mean 'reinit'"),
+        (("diagnose", {}), "'diagnose' is no experiment: call atdiag.diagnose"),
+        (("attention-stats", {}), "'attention-stats' is no experiment: call atdiag.attention_stats"),
         (("reinit", {"modul": "attn"}), "reinit has no option 'modul', did you mean 'module'"),
         (("reinit", {"module": "atn"}), "`module` 'atn', did you mean 'attn'"),
         (("reinit", {"teacher": "klip_b"}), "unknown teacher 'klip_b', did you mean 'clip_b'"),

@@ -100,7 +100,7 @@ def test_the_output_of_an_experiment(home, at_home, name):
     for file in found["files"]:
         assert Path(file).stat().st_size > 100
         assert Path(file).parent == Path("results") / f"{name}-clip_b-mini"
-        assert f"  {file}\n" in printed
+    assert f"\n  {found['files'][0]}  (and {', '.join(suffixes[1:])})\n" in printed
     flat = " ".join(printed.split())
     assert "Verdict " + " ".join(as_typed(found["verdict"]).split()) in flat
     assert "clip_b (mini) itself" in printed
@@ -234,7 +234,9 @@ def test_runs_list_show_remove(home, at_home, tmp_path, monkeypatch, capsys):
 
     copy = next(row for row in listed if row["transfer"] == "copy 6-11")
     assert (copy["teacher"], copy["student"], copy["start"]) == ("clip_b (mini)", "standard", "scratch")
-    shown = json.loads(ran("runs", "show", copy["run"][:6])[1])
+    assert copy["experiments"][0] in LINES and copy["arm"]
+    assert len(ran("runs", "show", copy["run"][:6])[1].splitlines()) <= 12
+    shown = json.loads(ran("runs", "show", copy["run"][:6], "--json")[1])
     assert (shown["run"], shown["state"]) == (copy["run"], "finished")
     assert shown["result"]["top1"] == copy["top1"]
     assert shown["spec"]["transfer"]["layers"] == [6, 7, 8, 9, 10, 11]

@@ -9,7 +9,9 @@ import pytest
 from atdiag.cli import experiments
 from atdiag.core import paths
 from atdiag.core.errors import UserError
-from tests.commands import SETS, ran, wrong
+from atdiag.core.runs import Store
+from atdiag.core.spec import RunSpec
+from tests.commands import LINES, SETS, ran, wrong
 
 
 @pytest.fixture
@@ -55,3 +57,30 @@ def test_data_dir_affects_only_its_own_command(folder, tmp_path, monkeypatch, gi
     assert found() == before == (str(tmp_path / given / "imagenette") if given else None)
     assert paths.data_dir() == (tmp_path / given if given else None)
     assert dict(os.environ) == environment
+
+
+def test_runs_finished_in_a_store_nearby_are_mentioned_before_they_are_trained_again(folder, monkeypatch):
+    words = [*LINES["layers"], *SETS, "--seeds", "1", "--dry-run"]
+    code, out = ran(*words, "--json")
+    assert code == 0 and "takes them" not in out
+    one = RunSpec.model_validate(json.loads(out.splitlines()[-1])["runs"][0]["spec"])
+    Store(folder / "runs").create(one).finish({"top1": 1.0})
+    inside = folder / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    assert "1 run of these is finished in ../runs: --runs ../runs takes them" in ran(*words)[1]
+    assert "takes them" not in ran(*words, "--runs", "../runs")[1]
+
+
+def test_the_settings_of_a_folder_above_count_and_are_said(folder, monkeypatch):
+    (folder / "atdiag.toml").write_text('runs = "kept"\nseeds = 1\n')
+    inside = folder / "one" / "two"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    out = ran(*LINES["layers"], *SETS, "--dry-run")[1]
+    assert "settings of ../../atdiag.toml" in out and ", 1 seed" in out
+    assert ran("runs", "list")[1] == "0 runs in ../../kept\n"
+    (inside / "atdiag.toml").write_text("seeds = 2\n")  # the nearest alone
+    out = ran(*LINES["layers"], *SETS, "--dry-run")[1]
+    assert "settings of" not in out and ", 2 seeds" in out
+    assert ran("runs", "list")[1] == "0 runs in runs\n"

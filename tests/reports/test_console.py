@@ -42,6 +42,13 @@ def test_paths_are_printed_literally(capsys):
     assert capsys.readouterr().out == "  [bold]a\n  b c\n"
 
 
+def test_files_of_one_stem_are_one_line(capsys):
+    names = ["out/x.csv", "out/x.md", "out/x-0.5.png", "out/x-0.5.pdf", "other/x.csv", "out/x.json"]
+    console.show_files([Path(name) for name in names])
+    lines = ["out/x.csv  (and .md, .json)", "out/x-0.5.png  (and .pdf)", "other/x.csv"]
+    assert capsys.readouterr().out.splitlines() == [f"  {line}" for line in lines]
+
+
 @pytest.mark.parametrize("columns", ["20", "60", "200"])
 def test_no_column_of_a_table_is_cut(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)

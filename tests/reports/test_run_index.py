@@ -43,7 +43,7 @@ def test_the_index_holds_finished_runs_and_is_used(store, monkeypatch):
     assert read == [first[2]["run"]], "finished runs came from the index"
 
 
-@pytest.mark.parametrize("content", ["", "{torn", "[]", '{"form": 0, "rows": {}}', '{"form": 1, "rows": {"a": [1]}}'])
+@pytest.mark.parametrize("content", ["", "{torn", "[]", '{"form": 0, "rows": {}}', '{"form": 2, "rows": {"a": [1]}}'])
 def test_an_index_that_is_torn_or_of_another_form_is_made_anew(store, content):
     first = run_index.rows(store)
     (store.root / run_index.INDEX).write_text(content)

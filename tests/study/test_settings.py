@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Recipe
 from atdiag.study.profiles import METHODS, PROFILES
-from atdiag.study.settings import SEEDS, Settings, resolve
+from atdiag.study.settings import SEEDS, Settings, resolve, runs_folder
 from atdiag.study.transfer_settings import TransferSettings
 from atdiag.training import pretraining
 
@@ -63,7 +63,7 @@ def test_command_line_wins_over_environment_over_file(tmp_path):
 
     found = asked(folder=tmp_path, profile="mini", environment=everywhere)
     assert (found.runs, len(found.seeds)) == (Path("environment_runs"), 5)
-    assert asked(folder=tmp_path, profile="mini").runs == Path("file_runs")
+    assert asked(folder=tmp_path, profile="mini").runs == tmp_path / "file_runs"
 
 
 def test_an_empty_variable_is_an_unset_one():
@@ -358,3 +358,21 @@ def test_the_folder_of_all_data_sets_can_stand_in_the_file(tmp_path, monkeypatch
     assert resolve(folder=tmp_path, environment={"ATDIAG_DATA": "/another"}).data_dir == Path("/another")
     assert resolve(folder=tmp_path, data_dir=Path("/a/third")).data_dir == Path("/a/third")
     assert dict(os.environ) == before  # resolving settings writes no environment variable
+
+
+def test_the_nearest_file_above_counts_with_paths_of_its_own_folder(tmp_path, monkeypatch):
+    inside = tmp_path / "a" / "b"
+    inside.mkdir(parents=True)
+    (tmp_path / "atdiag.toml").write_text('data_dir = "images"\nruns = "runs"\nseeds = 5')
+    monkeypatch.chdir(inside)
+    found = resolve(environment={})
+    assert (found.runs, len(found.seeds), found.file) == (Path("../../runs"), 5, Path("../../atdiag.toml"))
+    assert found.data_dir is not None and found.data_dir.resolve() == tmp_path / "images"
+    assert runs_folder(environment={}) == found.runs
+    assert runs_folder(Path("mine"), environment={}) == Path("mine")
+    (tmp_path / "a" / "atdiag.toml").write_text('runs = "/elsewhere"')
+    found = resolve(environment={})
+    assert (found.runs, len(found.seeds), found.data_dir) == (Path("/elsewhere"), 3, None), "the nearest one alone"
+    (tmp_path / "a" / "atdiag.toml").write_text("sed = 1")
+    with pytest.raises(UserError, match=r"\.\./atdiag\.toml: unknown key 'sed'"):
+        resolve(environment={})

@@ -205,8 +205,13 @@ def test_tensorboard_has_each_metric_once_even_after_a_kill(bench):
     events = EventAccumulator(str(bench.run(spec).path / "tensorboard")).Reload()
     lines = bench.run(spec).progress()
     assert [line["step"] for line in lines] == [5, 10, 15]
-    assert set(events.Tags()["scalars"]) == set(lines[0]) - {"epoch", "step"}
-    for name in events.Tags()["scalars"]:
+    tags = {*events.Tags()["scalars"]}
+    system = {name for name in tags if name.startswith("system/")}
+    assert tags - system == set(lines[0]) - {"epoch", "step"}
+    assert {"system/images_per_second", "system/memory_gb"} <= system
+    assert all(event.value > 0 for name in system for event in events.Scalars(name))
+    assert [event.step for event in events.Scalars("system/images_per_second")] == [5, 10, 15]
+    for name in tags - system:
         curve = events.Scalars(name)
         assert [event.step for event in curve] == [5, 10, 15]
         assert [event.value for event in curve] == pytest.approx([line[name] for line in lines], rel=1e-6)

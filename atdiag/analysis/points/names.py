@@ -44,9 +44,17 @@ def act_name(name: str, layer: int | None = None, part: str | None = None) -> st
     """Return the full name of a point from a short one: ``act_name("scale", 2, "ln1")``, ``act_name("k6")``.
 
     part: the part of the block (``attn``, ``mlp``, ``ln1``, ``ls1`` ...), where the name does not say which.
+
+    >>> act_name("pattern", 5), act_name("hook_pattern", 5), act_name("attn.hook_pattern", 5)
+    ('blocks.5.attn.hook_pattern', 'blocks.5.attn.hook_pattern', 'blocks.5.attn.hook_pattern')
+    >>> act_name("ln1.hook_scale", 2), act_name("hook_resid_pre", 0), act_name("hook_embed")
+    ('blocks.2.ln1.hook_scale', 'blocks.0.hook_resid_pre', 'hook_embed')
     """
-    if ("." in name or name.startswith("hook_")) and layer is None and part is None:
-        return name
+    if "." in name or name.startswith("hook_"):
+        if layer is None and part is None:
+            return name
+        own, _, leaf = name.rpartition(".")  # ("attn.hook_pattern", 5) and ("hook_pattern", 5) name it, too
+        name, part = leaf.removeprefix("hook_"), part or own or None
     where = None if layer is None else str(layer)
     if layer is None and (found := re.match(r"([a-z_]+?)(\d+)([a-z]?.*)$", name)):
         name, where, part = found[1], found[2], found[3] or part

@@ -191,9 +191,7 @@ def _inside(path: Path) -> Mapping[str, Any]:
     if kind == "index":
         return {}  # shards have no metadata of the whole
     if kind == "safetensors":
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        texts = header.get("__metadata__", {})
+        texts = weights.texts(path)
         return {key: _from_json(texts[key]) for key in INSIDE if key in texts}
     contents = files.outline(path)
     return {key: contents[key] for key in INSIDE if key in contents}

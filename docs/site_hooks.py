@@ -58,8 +58,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "cli.md", content="\n".join(_cli())))
     for one in _ablations():
         if files.get_file_from_path(page := f"experiments/{one.name}.md") is None:
-            about = inspect.getdoc(inspect.getmodule(one.function)) or ""
-            files.append(File.generated(config, page, content=f"# {one.name}\n\n{about}\n"))
+            files.append(File.generated(config, page, content="\n".join(_experiment(one))))
     return files
 
 
@@ -146,6 +145,19 @@ def _cli() -> Iterator[str]:
             yield "\nand the [options of every experiment](#options-of-every-experiment).\n"
         else:
             yield from _table(options)
+
+
+def _experiment(one: registry.Installed) -> Iterator[str]:
+    """Yield a page on an experiment that has none of its own: its module's docstring, and its row in the overview."""
+    headline, _, about = (inspect.getdoc(inspect.getmodule(one.function)) or one.name).partition("\n")
+    row = re.search(
+        rf"^\| `{one.name}` \| (.*?) \| (.*?) \|$", (ROOT / "docs/experiments.md").read_text(), re.MULTILINE
+    )
+    yield f"# {one.name}\n\n{headline}\n{about}\n"
+    yield f"```console\n$ atdiag {one.name}\n$ atdiag {one.name} --dry-run\n```\n"
+    if row:
+        arms, question = (text.replace("](", "](../") for text in row.groups())
+        yield f"**Arms:** {arms}.\n\n**Question:** {question}\n"
 
 
 def _of_experiment(name: str) -> Iterator[str]:

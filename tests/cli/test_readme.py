@@ -12,8 +12,9 @@ from tests.commands import LINES, ran
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHOWN = ("README.md", "design.md", "diagnose.md", "experiments.md", "looking-inside.md", "published.md", "results.md")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = ("README.md", "design.md", "diagnose.md", "experiments.md", "index.md", "looking-inside.md", "published.md")
+SHOWN += ("results.md", "transfer.md")
 """Pages whose every command is run here; those on faults, data, GPUs and one's own files need what is not here."""
 
 

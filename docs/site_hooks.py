@@ -134,17 +134,17 @@ def _cli() -> Iterator[str]:
     yield f"{_text(root.help or '')}\n"
     yield "This page is made from the commands when the site is built. `atdiag COMMAND --help` says the same.\n"
     yield "## Options of every experiment\n"
-    yield from _table(common)
+    yield from _list(common)
     for command, context in _walk(root, above):
         yield f"\n## {context.command_path}\n"
         yield f"{_text(command.help or '')}\n"
         yield "```\n" + " ".join([context.command_path, *command.collect_usage_pieces(context)]) + "\n```\n"
         options = _options(command, context)
         if context.info_name in experiments and context.parent is above:
-            yield from _table({name: row for name, row in options.items() if name not in common})
+            yield from _list({name: row for name, row in options.items() if name not in common})
             yield "\nand the [options of every experiment](#options-of-every-experiment).\n"
         else:
-            yield from _table(options)
+            yield from _list(options)
 
 
 def _experiment(one: registry.Installed) -> Iterator[str]:
@@ -167,7 +167,7 @@ def _of_experiment(name: str) -> Iterator[str]:
     common = _common()
     own = _options(command, type(context)(command, parent=context, info_name=name))
     yield "\n## Its options\n"
-    yield from _table({key: row for key, row in own.items() if key not in common})
+    yield from _list({key: row for key, row in own.items() if key not in common})
     yield "\nand the [options of every experiment](../cli.md#options-of-every-experiment).\n"
     stated = claims._all().get(name, ())
     if stated:
@@ -178,14 +178,14 @@ def _of_experiment(name: str) -> Iterator[str]:
             yield f"| {claim.name} | {_text(claim.text)} | {_text(claim.paper)} | {_text(claim.source)} |"
 
 
-def _table(rows: dict[str, tuple[str, str]]) -> Iterator[str]:
-    yield "| option | what it does |\n| --- | --- |"
+def _list(rows: dict[str, tuple[str, str]]) -> Iterator[str]:
+    """Yield a list of definitions, which is readable at any width."""
     for typed, does in rows.values():
-        yield f"| {typed} | {does} |"
+        yield f"{typed}\n:   {does}\n"
 
 
 def _code(text: str) -> str:
-    return "`" + text.replace("|", "\\|") + "`"
+    return f"`{text}`"
 
 
 def _text(text: str) -> str:

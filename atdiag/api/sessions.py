@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def resolve(given_data_dir: Path | None = None, **given: Any) -> Settings:
-    """Resolve settings from options as typed, and set the data folder that they name.
+    """Resolve settings from options as typed, and set the folders of data and runs that they name.
 
     Raises UserError for any invalid setting.
     """
@@ -47,6 +47,7 @@ def resolve(given_data_dir: Path | None = None, **given: Any) -> Settings:
     settings = profiles.resolve(data_dir=given_data_dir, **given)
     if settings.data_dir is not None:
         paths.look_in(settings.data_dir)
+    paths.runs_are_in(settings.runs)
     return settings
 
 

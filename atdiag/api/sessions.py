@@ -109,6 +109,7 @@ def open_session(
     split: float | None = None,
     student: str | None = None,
     executor: str | None = None,
+    recipe: str | None = None,
     **given: Any,
 ) -> ExperimentSession:
     """Resolve the options of an experiment. Raises UserError for any invalid one.
@@ -135,6 +136,7 @@ def open_session(
         data=data,
         split=split,
         student=student,
+        recipe=recipe,
     )
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))

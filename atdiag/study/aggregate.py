@@ -113,7 +113,7 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
         tuple(rows),
         asked,
         reference,
-        settings.overrides,
+        settings.told,
         dropped,
         weights,
         warning,

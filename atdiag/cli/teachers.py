@@ -113,9 +113,8 @@ def _coverage(json_: bool) -> None:
 def pretrain(
     name: Annotated[str, typer.Argument(help="The miniature or specimen to rebuild, such as clip_b.")],
     objective: Annotated[
-        str | None,
-        typer.Option(help="supervised, or mae: a masked autoencoder, which sees no label. [default: as the shipped one]"),
-    ] = None,
+        str, typer.Option(help="supervised, or mae: a masked autoencoder, which sees no label (none ships).")
+    ] = "supervised",
     runs: Runs = None,
     out: Annotated[Path | None, typer.Option(help="The file to write. [default: ./<name>.safetensors]")] = None,
     install: Annotated[bool, typer.Option("--install", help="Replace the shipped one.")] = False,
@@ -132,12 +131,9 @@ def pretrain(
     from atdiag.training import pretraining
 
     spec = pretraining.spec(name, objective)
-    if name in specimens() or objective in (None, pretraining.usual(name)):
-        own = name
-    else:
-        own = f"{name}-{objective}"
-        if install:
-            raise UserError(f"the shipped {name} is not {objective}", "leave `install` or `objective` out")
+    own = name if objective == "supervised" else f"{name}-{objective}"
+    if install and own != name:
+        raise UserError(f"the shipped {name} is supervised", "leave `install` or `objective` out")
     path = loading.shipped_path(name) if install else out.expanduser() if out else Path(f"{own}.safetensors")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder", f"name a file in it, such as {path / name}.safetensors")

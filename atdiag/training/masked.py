@@ -107,4 +107,5 @@ def targets(network: Network, images: Tensor) -> Tensor:
 def loss(vit: ViT, decoder: Decoder, images: Tensor, hide: Tensor, keep: Tensor | None = None) -> Tensor:
     """Return the mean squared error of the hidden patches' normalised pixels, mean over images. See :func:`encode`."""
     errors = (decoder(encode(vit, images, hide, keep), hide) - targets(vit.network, images)).square().mean(-1)
-    return (errors * hide).sum() / hide.sum()
+    mean: Tensor = (errors * hide).sum() / hide.sum()
+    return mean

@@ -36,20 +36,15 @@ MASKED_RECIPE = RECIPE.model_copy(update={"epochs": 3, "batch_size": 128, "lr": 
 """The same scenes; betas as He et al. 2022 (table 8)."""
 
 
-def usual(name: str) -> Objective:
-    """Return the objective with which a teacher's miniature is pre-trained unless another is asked for."""
-    return "mae" if teachers.family(name) == "mae" else "supervised"
-
-
-def spec(name: str, objective: str | None = None) -> RunSpec:
+def spec(name: str, objective: str = "supervised") -> RunSpec:
     """Return the run that pre-trains a miniature, or a specimen. All miniatures of one objective share one recipe.
 
-    objective: ``supervised`` or ``mae``; None: :func:`usual`. Raises UserError if the teacher has no miniature, for an
+    objective: ``supervised`` or ``mae``. Raises UserError if the teacher has no miniature, for an
     unknown objective, for a specimen that is derived from another teacher, and for a network that can't be a masked
     autoencoder.
     """
     known = get_args(Objective)
-    if objective is not None and objective not in known:
+    if objective not in known:
         raise UserError(
             f"`objective` {objective!r} is not known{suggest(objective, known)}", f"type {' or '.join(known)}"
         )
@@ -60,7 +55,7 @@ def spec(name: str, objective: str | None = None) -> RunSpec:
             )
         return _specimen(name)
     network = teachers.miniature_network(name)
-    if (objective or usual(name)) == "supervised":
+    if objective == "supervised":
         return RunSpec(network=network, data=DATA, recipe=RECIPE, seed=SEED)
     if unfit := [part for part in NOT_MASKED if part in network.components]:
         raise UserError(

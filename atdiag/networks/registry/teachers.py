@@ -196,7 +196,7 @@ def stand_in(name: str) -> str:
     def distance(other: str) -> tuple[int, bool]:
         return len(parts ^ set(table()["miniature"][other]["components"])), registry()[other].size != found.size
 
-    return min((one for one in reversed(miniatures()) if registry()[one].family != "mae"), key=distance)
+    return min(reversed(miniatures()), key=distance)
 
 
 def miniature_network(name: str) -> Network:

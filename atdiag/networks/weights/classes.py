@@ -118,8 +118,6 @@ def of_teacher(teacher: Teacher, typed: Path | None = None) -> HeadClasses:
     if teachers.is_shipped(teacher):
         if typed is not None:
             raise UserError(f"the classes of {teacher.label} are known: digits", "leave `classes` out")
-        if rows == 1:  # a masked autoencoder's has no head
-            return HeadClasses(rows)
         return HeadClasses(rows, data=Data(**weights.metadata(specimens.shipped_file(teacher))["data"]))
     if (run := _run(teacher)) is not None:
         if typed is not None:

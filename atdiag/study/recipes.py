@@ -145,7 +145,7 @@ def named(text: str, profile: str) -> dict[str, Any]:
         raise UserError(
             f"`recipe` {text} is for ImageNet ({epochs} epochs, RandAugment on colour images), and profile mini has "
             "scenes of 20 px",
-            "add `profile` paper or small, or `data` FOLDER; `recipe.FIELD`=VALUE sets a field alone at mini",
+            "add `profile` paper or small, or `data` FOLDER; at mini set single fields, as `recipe.layer_decay`=0.75",
         )
     return chosen
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isnan
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from atdiag.core.spec import Teacher
-from atdiag.stats.association import Ranks, spearman
-from atdiag.stats.contrasts import holm
 from atdiag.study.builder import Lab
 from atdiag.study.matching import HEAD_BY_HEAD, Match
 from atdiag.study.protocol import BASELINE, Arm, Report, Series, Study
 from atdiag.study.registry import ablation
 from atdiag.study.verdicts import effect, verb_phrase
+
+if TYPE_CHECKING:
+    from atdiag.stats.association import Ranks
 
 IMAGES = 64
 """Images that the teacher's blocks are measured on."""
@@ -95,6 +96,9 @@ def associations(report: Report, of_blocks: Mapping[str, Sequence[float]]) -> di
 
     A measurement that is missing for some block, or equal for all, is left out. Empty for fewer than three blocks.
     """
+    from atdiag.stats.association import spearman
+    from atdiag.stats.contrasts import holm
+
     blocks = [name for name in report.study.curve if name.startswith("block ")]
     effects = [report.row(name).contrast_or_raise().value for name in blocks]
     scratch = report.row(BASELINE).numbers

@@ -178,7 +178,7 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
     ``timm:MODEL[@/path/file]``  any softmax-attention ViT of timm
     ``/path/to/weights``         a weight file or folder of other programs, whose model is recognised
     ``1a2b3c``                   a run by its id or a prefix of it (at least 4 digits): its trained weights, or its
-                                 checkpoint if it is unfinished
+                                 checkpoint if it is unfinished; also ``run:1a2b3c``
     ``start:1a2b3c``             the same run's student at initialisation, without its teacher's overrides
     ``/path/to/file``            a run's folder, its checkpoint (or a copy beside ``spec.json``) or its weights; a file
                                  written by ``atdiag pretrain``
@@ -191,12 +191,12 @@ def find(reference: str, profile: str = "mini", data: Data | None = None, store:
         return _teacher(reference, profile, data)
     word, colon, rest = reference.partition(":")
     there = Path(reference).expanduser().exists()
-    if colon and word != "start" and not there:
-        near = suggest(f"{word.lower()}:{rest}", [f"start:{rest}", f"{TIMM}{rest}"])
+    if colon and word not in ("start", "run") and not there:
+        near = suggest(f"{word.lower()}:{rest}", [f"start:{rest}", f"run:{rest}", f"{TIMM}{rest}"])
         raise UserError(f"nothing is named {reference!r}{near}", _SUBJECTS)
     if there or "/" in reference or Path(reference).suffix:
         return _file(Path(reference).expanduser())
-    begin, run_id = reference.startswith(_START), reference.removeprefix(_START)
+    begin, run_id = reference.startswith(_START), reference.removeprefix(_START).removeprefix(stored.RUN)
     if store is not None and re.fullmatch("[0-9a-f]{1,16}", run_id):
         found = store.find(run_id)
         return of_start(found) if begin else of_run(found)

@@ -44,6 +44,7 @@ def run(
     seeds: int | None = None,
     first_seed: int | None = None,
     settings: Mapping[str, Any] | Sequence[str] | None = None,
+    recipe: str | None = None,
     equivalence: float | None = None,
     classes: str | Path | None = None,
     runs: str | Path | None = None,
@@ -71,9 +72,9 @@ def run(
     a folder's images to hold out for the test. budget: a time such as ``20m`` that chooses the epochs. options: the
     experiment's own, named as on the command line (``module``, ``from_``, ``k=(3, 6)``). student: the size of all
     students, as ``"deit_s"``, ``"timm:MODEL"`` or ``{"width": 384, "depth": 12, "heads": 6}``. settings: others by
-    dotted name (``{"recipe.epochs": 2}``). runs: the folder of runs. out: a folder for tables and figures; default:
-    none are written. executor: None for processes on this machine. dry_run: train nothing, and return the plan. The
-    others are those of the command line.
+    dotted name (``{"recipe.epochs": 2}``). recipe: published recipes by name (``"li2024-copy,mae-scratch"``). runs: the
+    folder of runs. out: a folder for tables and figures; default: none are written. executor: None for processes on
+    this machine. dry_run: train nothing, and return the plan. The others are those of the command line.
 
     A network is stored in ``<runs>/teachers``, in a file named by the hash of its weights, which is its identity.
 
@@ -98,7 +99,7 @@ def run(
         "ranks": ranks,
         "track": track,
     }
-    given |= {"data": named, "split": split, "budget": budget, "gpu": gpu}
+    given |= {"data": named, "split": split, "budget": budget, "gpu": gpu, "recipe": recipe}
     given["student"] = ",".join(f"{k}={v}" for k, v in student.items()) if isinstance(student, Mapping) else student
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def resolve(given_data_dir: Path | None = None, **given: Any) -> Settings:
-    """Resolve settings from options as typed, and set the data folder that they name.
+    """Resolve settings from options as typed, and set the folders of data and runs that they name.
 
     Raises UserError for any invalid setting.
     """
@@ -47,6 +47,7 @@ def resolve(given_data_dir: Path | None = None, **given: Any) -> Settings:
     settings = profiles.resolve(data_dir=given_data_dir, **given)
     if settings.data_dir is not None:
         paths.look_in(settings.data_dir)
+    paths.runs_are_in(settings.runs)
     return settings
 
 
@@ -108,6 +109,7 @@ def open_session(
     split: float | None = None,
     student: str | None = None,
     executor: str | None = None,
+    recipe: str | None = None,
     **given: Any,
 ) -> ExperimentSession:
     """Resolve the options of an experiment. Raises UserError for any invalid one.
@@ -134,6 +136,7 @@ def open_session(
         data=data,
         split=split,
         student=student,
+        recipe=recipe,
     )
     options = execution_options({**given, "data_dir": settings.data_dir, "threads": settings.profile.threads})
     options = replace(options, device=devices.named(options.device or settings.profile.device))

@@ -45,6 +45,8 @@ def length(series: Series, session: ExperimentSession) -> str:
         return f"{said}, as many as fit --budget {choice.budget} ({speed} on {choice.made[:10]} and kept in the runs)"
     if any(name.endswith(".epochs") for name in given):
         return f"{said}, as you set it"
+    if session.settings.recipe is not None:
+        return f"{said}, by --recipe {session.settings.recipe}"
     return f"{said}, the default; --budget 20m chooses what fits a time, --set recipe.epochs=N sets it"
 
 

@@ -79,6 +79,14 @@ _Student = Annotated[
         "[default: their teacher's]",
     ),
 ]
+_Recipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Published recipes in place of the profile's: li2024-copy, li2024-distill, li2024-finetune, mae-scratch, "
+        "deit, or several with commas (docs/recipes.md); --set overrides their fields.",
+    ),
+]
 _Seeds = Annotated[int | None, typer.Option(help="How many seeds. [default: the profile's; mini: 3]")]
 _FirstSeed = Annotated[
     int | None,
@@ -205,6 +213,7 @@ EXPERIMENT: Common = {
             "split": (Split, None),
             "profile": (Profile, None),
             "set_": (Set, []),
+            "recipe": (_Recipe, None),
             "seeds": (_Seeds, None),
             "first_seed": (_FirstSeed, None),
             "equivalence": (_Equivalence, None),

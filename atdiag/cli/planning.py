@@ -91,7 +91,7 @@ def _warnings(studies: tuple[Study, ...], settings: Settings) -> None:
     if settings.file is not None and settings.file.parent != Path():
         typer.echo(f"settings of {settings.file}")
     own = settings.profile.name == OWN_PROFILE  # whose first lines name the folder and its division
-    told = {k: v for k, v in settings.overrides.items() if not (own and k in ("data.name", "data.split"))}
+    told = {k: v for k, v in settings.told.items() if not (own and k in ("data.name", "data.split"))}
     if told:
         typer.echo("overrides: " + ", ".join(f"{name}={value}" for name, value in sorted(told.items())))
 

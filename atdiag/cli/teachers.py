@@ -127,6 +127,9 @@ def pretrain(
             help="The miniature or specimen to rebuild, such as clip_b.", autocompletion=completing.miniatures
         ),
     ],
+    objective: Annotated[
+        str, typer.Option(help="supervised, or mae: a masked autoencoder, which sees no label (none ships).")
+    ] = "supervised",
     runs: Runs = None,
     out: Annotated[Path | None, typer.Option(help="The file to write. [default: ./<name>.safetensors]")] = None,
     install: Annotated[bool, typer.Option("--install", help="Replace the shipped one.")] = False,
@@ -145,8 +148,11 @@ def pretrain(
     from atdiag.study import settings as profiles
     from atdiag.training import pretraining
 
-    spec = pretraining.spec(name)
-    path = loading.shipped_path(name) if install else out.expanduser() if out else Path(f"{name}.safetensors")
+    spec = pretraining.spec(name, objective)
+    own = name if objective == "supervised" else f"{name}-{objective}"
+    if install and own != name:
+        raise UserError(f"the shipped {name} is supervised", "leave `install` or `objective` out")
+    path = loading.shipped_path(name) if install else out.expanduser() if out else Path(f"{own}.safetensors")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder", f"name a file in it, such as {path / name}.safetensors")
     paths.writable(path.parent, "out")
@@ -159,7 +165,9 @@ def pretrain(
     options = ExecutionOptions(device="cpu", threads=1)
     with console.training(1, lambda: int(not store.run(spec).finished)) as report:
         execute([spec], store, options, report)
-    old = loading.metadata(loading.shipped_path(name))["top1"] if loading.shipped_path(name).exists() else None
+    shipped_here = own == name and loading.shipped_path(name).exists()
+    old = loading.metadata(loading.shipped_path(name))["top1"] if shipped_here else None
     pretraining.export(store.run(spec), path)
     shipped = "none" if old is None else f"{old:.1f} %"
-    typer.echo(f"top-1 {store.run(spec).result()['top1']:.1f} % (shipped: {shipped})\n  {path}")
+    measured = "top-1" if spec.masked is None else "linear probe"
+    typer.echo(f"{measured} {store.run(spec).result()['top1']:.1f} % (shipped: {shipped})\n  {path}")

@@ -1,4 +1,4 @@
-"""Folders on this machine, from environment variables: data sets, and a cache kept between runs."""
+"""Folders on this machine, from environment variables: data sets, runs, and a cache kept between runs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ DATA = "ATDIAG_DATA"
 """Environment variable for the folder of all data sets, also passed to training processes."""
 CACHE = "ATDIAG_CACHE"
 """Environment variable for the cache folder."""
+RUNS = "ATDIAG_RUNS"
+"""Environment variable for the folder of runs."""
 
 
 _DATA: ContextVar[Path | None] = ContextVar("data_dir", default=None)
+_RUNS: ContextVar[Path | None] = ContextVar("runs", default=None)
 
 
 def data_dir() -> Path | None:
@@ -41,6 +44,19 @@ def looking_in(folder: Path | str | None) -> Iterator[None]:
         yield
     finally:
         _DATA.reset(token)
+
+
+def runs() -> Path:
+    """Return the folder of runs, from :func:`runs_are_in`, else from the environment, else ``runs``.
+
+    Teachers that are named by a run's id (``run:ID``) are looked for there.
+    """
+    return _RUNS.get() or Path(os.environ.get(RUNS) or "runs").expanduser()
+
+
+def runs_are_in(folder: Path) -> None:
+    """Set the folder of runs for the rest of this context; resolving a command's settings does so."""
+    _RUNS.set(folder)
 
 
 def cache() -> Path:

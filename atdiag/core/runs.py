@@ -137,7 +137,20 @@ class Run:
             raise DamagedRunError(path, cause) from None
         if spec.id != self.id:
             raise DamagedRunError(path, f"it describes run {spec.id}")
-        return spec
+        return self._with_teacher_here(spec)
+
+    def _with_teacher_here(self, spec: RunSpec) -> RunSpec:
+        """Return a spec whose teacher, if it is a run of the same store, is found there although the store was moved.
+
+        The path is part of the teacher's name, which is not hashed.
+        """
+        if spec.teacher is None or not spec.teacher.name.startswith("run:"):
+            return spec
+        name, _, file = spec.teacher.name.partition("@")
+        here = Run(self.path.absolute().parent / name.removeprefix("run:")).weights
+        if Path(file).exists() or not here.exists():
+            return spec
+        return spec.model_copy(update={"teacher": spec.teacher.model_copy(update={"name": f"{name}@{here}"})})
 
     @property
     def finished(self) -> bool:

@@ -28,6 +28,8 @@ def comma_separated(text: str, argument: str, example: str) -> tuple[str, ...]:
 def indices(text: str | int | tuple[int, ...] | None, count: int, name: str) -> tuple[int, ...]:
     """Parse ``3,5,7-9``, ``top:6``, ``bottom:6`` (also ``last:6``, ``first:6``) or None (all): indices below ``count``.
 
+    ``bottom:21/24`` is that share of all, rounded down.
+
     Raises UserError that says what is wrong.
 
     >>> indices("0,3-5", 12, "transfer.layers"), indices("top:2", 12, "transfer.layers")
@@ -39,8 +41,12 @@ def indices(text: str | int | tuple[int, ...] | None, count: int, name: str) -> 
     ends = ("first:2", "last:2") if name.endswith("heads") else ("top:6", "bottom:6")
     asked = f"`{name}`={text}"
     hint = f"write it as '3,5,7-9', '{ends[0]}' or '{ends[1]}'"
-    if end := re.fullmatch(r"\s*([a-z]+)\s*:\s*(\d+)\s*", text):
+    if end := re.fullmatch(r"\s*([a-z]+)\s*:\s*(\d+)\s*(?:/\s*(\d+)\s*)?", text):
         word, number = end[1], int(end[2])
+        if end[3] is not None:
+            if not 0 < number <= int(end[3]):
+                raise UserError(f"{asked}: {number}/{end[3]} is no share of all", hint)
+            number = max(1, count * number // int(end[3]))
         if word not in _ENDS:
             raise UserError(f"{asked}: unknown word {word!r}{suggest(word, _ENDS)}", hint)
         if not 1 <= number <= count:

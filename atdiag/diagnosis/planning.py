@@ -65,7 +65,7 @@ class AnalysisPlan:
             "weights": self.case.teacher.weights,
             "transfer": self.case.transfer,
             "profile": settings.profile.name,
-            "overrides": dict(sorted(settings.overrides.items())),
+            "overrides": dict(sorted(settings.told.items())),
             "margin": self.case.margin,
             "looks": [{"seeds": look.seeds, "level": round(look.level, 6)} for look in self.looks],
             "first_seed": settings.seeds[0].data,

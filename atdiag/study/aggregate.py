@@ -114,7 +114,7 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
         tuple(rows),
         asked,
         reference,
-        settings.overrides,
+        settings.told,
         dropped,
         weights,
         warning,

@@ -71,9 +71,16 @@ class Lab:
                     f"it has {', '.join(have) or 'none'}",
                 )
         data = sources.find(self.settings.profile.data)
-        student = teacher.network.student(components, data.classes)
+        student = self._pooled(teacher.network.student(components, data.classes))
         size = self.settings.student
         return student if size is None else size.of(student, data.shape(self.settings.profile.data)[1])
+
+    def _pooled(self, student: Network) -> Network:
+        """Return the student, read by the mean of its patch tokens if the settings say so and it can be."""
+        kept = {"attention_pool", "distillation_token", "mean_pool"} & {*student.components}
+        if self.settings.profile.transfer.pool == "teacher" or kept or not student.class_token:
+            return student
+        return Network.model_validate({**student.model_dump(), "components": (*student.components, "mean_pool")})
 
     def transfer(
         self, method: str, network: Network, layers: Sequence[int] | None = None, allowed: Sequence[str] = METHODS

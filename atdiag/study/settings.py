@@ -20,7 +20,7 @@ from atdiag.core import paths
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import Data, Recipe, Seed
 from atdiag.data import sources
-from atdiag.study import sense, settings_file
+from atdiag.study import recipes, sense, settings_file
 from atdiag.study.profiles import METHODS, OWN_PROFILE, PROFILES, Profile
 from atdiag.study.sense import short
 from atdiag.study.student import StudentSize, parse
@@ -55,6 +55,13 @@ class Settings:
     """The size of all students; None: their teacher's."""
     file: Path | None = None
     """The ``atdiag.toml`` that was read, if any."""
+    recipe: str | None = None
+    """Published recipes, as typed; their settings are among the ``chosen``."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What is shown as the user's own settings: recipes by name, and the overrides."""
+        return ({} if self.recipe is None else {"recipe": self.recipe}) | self.overrides
 
 
 def resolve(
@@ -71,6 +78,7 @@ def resolve(
     data: str | None = None,
     split: float | None = None,
     student: str | None = None,
+    recipe: str | None = None,
 ) -> Settings:
     """Resolve a command's settings. Raises UserError for any invalid one.
 
@@ -79,7 +87,8 @@ def resolve(
 
     training: whether the command may train on the data; otherwise ten images, or one class, are enough.
     first_seed: the first of ``seeds`` seeds in a row; by default 0. student: the size of all students, as typed
-    (:mod:`atdiag.study.student`); None: their teacher's.
+    (:mod:`atdiag.study.student`); None: their teacher's. recipe: published recipes
+    by name (:mod:`atdiag.study.recipes`), below all other settings.
     """
     path = settings_file.find(folder)
     file = settings_file.read(path)
@@ -94,9 +103,10 @@ def resolve(
     given = data_dir or environment.get(paths.DATA) or settings_file.place(path, file.get("data_dir"))
     place = None if given is None else Path(given).expanduser().absolute()
     overrides = _overrides(path, file.get("set", {}), line)
+    chosen = {} if recipe is None else recipes.named(recipe, name)
     with paths.looking_in(place):
         try:
-            resolved = _apply(PROFILES[name], overrides, training)
+            resolved = _apply(PROFILES[name], _over(chosen, overrides), training)
         except UserError as fault:
             raise UserError(f"{_culprit(PROFILES[name], path, overrides, line)}{fault}") from None
     count = seeds if seeds is not None else file.get("seeds", resolved.seeds)
@@ -120,8 +130,10 @@ def resolve(
         overrides,
         classes,
         *fleet,
+        chosen=chosen,
         student=size,
         file=path if file else None,
+        recipe=recipe,
     )
 
 

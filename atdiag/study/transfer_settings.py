@@ -39,6 +39,10 @@ class TransferSettings(Spec):
     block for each of ``layers``; None: ``uniform``."""
     teacher_heads: Annotated[HeadRule | None, BeforeValidator(_head_rule)] = None
     """Of a student with another number of heads; None: ``first`` where the teacher has more, else ``repeat``."""
+    pool: Literal["teacher", "mean"] = "teacher"
+    """How the students are read: as the plain ViT with the teacher's tokens, or by the mean of their patch tokens, as
+    MAE's fine-tuning and the 2024 paper's students are. No effect where that is the plain way, and on native students
+    with a pooling of their own."""
     grid: Literal["resize", "resample"] = "resize"
     """Of a student with another patch size, on real images: show them to the teacher at the size that gives it the
     student's grid, or at the student's size, and resample its maps. Embedded images always resample."""

@@ -17,6 +17,9 @@ from atdiag.networks.weights import files
 VERSION = 2
 """Version 2 added the moving average of the weights and the run's id."""
 
+DECODER = "decoder."
+"""Prefix of a masked autoencoder's decoder among the student's weights."""
+
 _READ = (1, VERSION)
 """Versions that can be resumed. Fields that a later version added default to the earlier behaviour."""
 
@@ -41,9 +44,20 @@ class Checkpoint:
     version: int = VERSION
 
     @property
+    def network(self) -> dict[str, Any]:
+        """The student's weights, without those of a masked autoencoder's decoder."""
+        return {name: tensor for name, tensor in self.student.items() if not name.startswith(DECODER)}
+
+    @property
+    def decoder(self) -> dict[str, Any]:
+        """The weights of a masked autoencoder's decoder, which are kept beside the student's; empty without one."""
+        own = self.student.items()
+        return {name.removeprefix(DECODER): tensor for name, tensor in own if name.startswith(DECODER)}
+
+    @property
     def weights(self) -> dict[str, Any]:
         """The weights that would be tested if the run ended here."""
-        return self.student if self.ema is None else self.ema
+        return self.network if self.ema is None else self.ema
 
 
 def save(run: Run, checkpoint: Checkpoint) -> None:

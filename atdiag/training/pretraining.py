@@ -1,15 +1,17 @@
 """Pre-train a miniature teacher: a from-scratch run of its native network, with more scenes and more epochs.
 
-A specimen's run also has the losses that plant its fault, and its own length.
+A specimen's run also has the losses that plant its fault, and its own length. A masked autoencoder's sees no label:
+what is exported has no head, and its accuracy is that of a linear probe.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
-from atdiag.core.errors import UserError
+from atdiag.core.errors import UserError, suggest
 from atdiag.core.runs import Run
-from atdiag.core.spec import Data, Recipe, RunSpec, Seed
+from atdiag.core.spec import NOT_MASKED, Data, Masked, Recipe, RunSpec, Seed
 from atdiag.networks.registry import teachers
 from atdiag.networks.registry.specimens import specimens
 
@@ -24,14 +26,43 @@ SEED = Seed(data=1_000_000, model=1_000_000)
 """Outside the seeds of any study, so that no student shares its teacher's initialisation."""
 
 
-def spec(name: str) -> RunSpec:
-    """Return the run that pre-trains a miniature, all of which share one recipe, or a specimen.
+Objective = Literal["supervised", "mae"]
+"""By labels, or as a masked autoencoder."""
 
-    Raises UserError if the teacher has no miniature, and for a specimen that is derived from another teacher.
+MASKED = Masked()
+"""Three quarters of the patches hidden, as He et al. 2022."""
+
+MASKED_RECIPE = RECIPE.model_copy(update={"epochs": 3, "batch_size": 128, "lr": 1e-3, "betas": (0.9, 0.95)})
+"""The same scenes; betas as He et al. 2022 (table 8)."""
+
+
+def spec(name: str, objective: str = "supervised") -> RunSpec:
+    """Return the run that pre-trains a miniature, or a specimen. All miniatures of one objective share one recipe.
+
+    objective: ``supervised`` or ``mae``. Raises UserError if the teacher has no miniature, for an
+    unknown objective, for a specimen that is derived from another teacher, and for a network that can't be a masked
+    autoencoder.
     """
+    known = get_args(Objective)
+    if objective not in known:
+        raise UserError(
+            f"`objective` {objective!r} is not known{suggest(objective, known)}", f"type {' or '.join(known)}"
+        )
     if name in specimens():
+        if objective == "mae":
+            raise UserError(
+                f"{name} is a specimen: its fault is planted while it learns labels", "leave `objective` out"
+            )
         return _specimen(name)
-    return RunSpec(network=teachers.miniature_network(name), data=DATA, recipe=RECIPE, seed=SEED)
+    network = teachers.miniature_network(name)
+    if objective == "supervised":
+        return RunSpec(network=network, data=DATA, recipe=RECIPE, seed=SEED)
+    if unfit := [part for part in NOT_MASKED if part in network.components]:
+        raise UserError(
+            f"{name} has {' and '.join(unfit)}, with which it can't be a masked autoencoder here",
+            "choose one without it, such as deit_b",
+        )
+    return RunSpec(network=network, data=DATA, recipe=MASKED_RECIPE, seed=SEED, masked=MASKED)
 
 
 def _specimen(name: str) -> RunSpec:
@@ -52,14 +83,21 @@ def _specimen(name: str) -> RunSpec:
 
 def export(run: Run, path: Path) -> None:
     """Write a finished pre-training run as a teacher file, with its recipe, seed, versions and accuracy as metadata."""
+    import torch
+
     from atdiag.networks.model.vit import ViT
     from atdiag.networks.weights import files
     from atdiag.networks.weights.loading import save
     from atdiag.training.provenance import versions
 
-    vit = ViT(run.spec.network)
-    vit.load_state_dict(files.tensors(run.weights))
-    result = run.result()
+    network, state, result = run.spec.network, files.tensors(run.weights), run.result()
+    if (
+        run.spec.masked is not None
+    ):  # the head is a probe's, fitted to labels: a network without a head has one row of 0
+        network = network.model_copy(update={"classes": 1})
+        state |= {name: torch.zeros_like(state[name][:1]) for name in ("head.weight", "head.bias")}
+    vit = ViT(network)
+    vit.load_state_dict(state)
     facts = {
         "data": run.spec.data.model_dump(mode="json"),
         "recipe": run.spec.recipe.model_dump(mode="json"),
@@ -69,6 +107,7 @@ def export(run: Run, path: Path) -> None:
         "test_images": result["test_images"],
         "versions": versions(),
     }
-    if run.spec.planted is not None:
-        facts["planted"] = run.spec.planted.model_dump(mode="json")
+    for name in ("planted", "masked"):
+        if (how := getattr(run.spec, name)) is not None:
+            facts[name] = how.model_dump(mode="json")
     save(vit, path, facts)

@@ -10,16 +10,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from atdiag.core import randomness
 from atdiag.core.runs import Run
 from atdiag.core.spec import Recipe, RunSpec
 from atdiag.data.loader import Batch
@@ -27,8 +25,9 @@ from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import checkpoint as checkpoints
-from atdiag.training import evaluation, linear_head, planted
+from atdiag.training import evaluation, linear_head, masked, planted
 from atdiag.training.board import Board
+from atdiag.training.branches import branch_factors
 from atdiag.training.ranks import ALONE, RankGroup
 from atdiag.transfer import methods
 from atdiag.transfer.observation import Observation
@@ -74,9 +73,13 @@ class RunTrainer:
             for layer in spec.transfer.layers:
                 for parameter in self.student.blocks[layer].attn.unused_parameters(spec.transfer.tensor).values():
                     parameter.requires_grad_(False)
-        self._forward = ranks.parallel(_Forward(self.student, spec))
+        self.decoder: masked.Decoder | None = None
+        if spec.masked is not None:
+            self.decoder = masked.Decoder(spec.masked, spec.network, spec.seed.model).to(device)
+            self.student.head.requires_grad_(False)
+        self._forward = ranks.parallel(_Forward(self.student, spec, self.decoder))
         self._ema = None if recipe.ema is None else _average(self.student, recipe.ema)
-        self.optimizer = _optimizer(self.student, recipe, device)
+        self.optimizer = _optimizer(self.student, recipe, device, self.decoder)
         self.schedule = _schedule(self.optimizer, recipe, self.total, steps_per_epoch)
         self.step, self.seconds = 0, 0.0
         self.metrics: list[dict[str, Any]] = []
@@ -100,7 +103,9 @@ class RunTrainer:
                 raise ValueError(
                     f"{run.checkpoint} was written with another recipe: 'atdiag runs remove {run.id}' starts afresh"
                 )
-            self.student.load_state_dict(saved.student)
+            self.student.load_state_dict(saved.network)
+            if self.decoder is not None:
+                self.decoder.load_state_dict(saved.decoder)
             if self._ema is not None:
                 self._ema.module.load_state_dict(saved.ema)
             self.optimizer.load_state_dict(saved.optimizer)
@@ -123,7 +128,7 @@ class RunTrainer:
             self.run,
             checkpoints.Checkpoint(
                 self.step,
-                self.student.state_dict(),
+                self.student.state_dict() | self._decoder_state,
                 self.optimizer.state_dict(),
                 self.seconds,
                 self.metrics,
@@ -131,6 +136,11 @@ class RunTrainer:
                 None if self._ema is None else self._ema.module.state_dict(),
             ),
         )
+
+    @property
+    def _decoder_state(self) -> dict[str, Tensor]:
+        own = {} if self.decoder is None else self.decoder.state_dict()
+        return {f"{checkpoints.DECODER}{name}": tensor for name, tensor in own.items()}
 
     def advance(self, batch: Batch, teacher: Observation) -> None:
         """Take one optimisation step; a loss or gradient that is not finite stops the run *before* the update.
@@ -152,10 +162,15 @@ class RunTrainer:
         keep = branch_factors(spec, self.step, self.total, part.samples)
         if keep is not None:
             keep = keep.to(device, non_blocking=True)  # otherwise each step on a GPU waits for the transfer
+        hide = None
+        if spec.masked is not None:
+            hide = masked.hidden(spec.masked, spec.network, spec.seed.model, self.step, part.samples).to(device)
         with self.ranks.alone(self._forward, not last):
             with torch.autocast(device.type, torch.bfloat16, enabled=spec.recipe.precision == "bfloat16"):
-                logits, transfer_loss = self._forward(part.images, teacher, keep)
-            task_loss = classification_loss(logits.float(), part, spec.recipe.label_smoothing)
+                out, transfer_loss = self._forward(part.images, teacher, keep, hide)
+            task_loss = out
+            if hide is None:
+                task_loss = classification_loss(out.float(), part, spec.recipe.label_smoothing)
             loss = task_loss if transfer_loss is None else task_loss + transfer_loss
             weight = share * self.ranks.count  # the ranks' gradients are averaged, not summed
             (loss if weight == 1 else weight * loss).backward()
@@ -254,7 +269,8 @@ class RunTrainer:
         line |= {name: total / counts["kl_" if name == "kl" else ""] for name, total in self.sums.items()}
         if validation_top1 is not None:
             line["validation_top1"] = validation_top1
-        line["lr"] = self.optimizer.param_groups[0]["lr"]
+        first = self.optimizer.param_groups[0]
+        line["lr"] = first["lr"] / first.get("lr_scale", 1.0)
         line["seconds"] = round(self.seconds, 3)
         self.metrics.append(line)
         self.sums = {}
@@ -274,19 +290,29 @@ class RunTrainer:
         return {"teacher_heads": found} if found else {}
 
     def subject(self) -> evaluation.Predictor:
-        """Return the trained network as a subject to evaluate."""
+        """Return the trained network as a subject to evaluate; one that saw no labels gets a linear probe's head."""
+        if self.spec.masked is not None:
+            linear_head.fit(self.outcome, self.spec, self._losses.device)
         return evaluation.Predictor(self.outcome, self.spec.transfer, self.teacher, self.averages, self.heads)
 
 
 class _Forward(nn.Module):
-    """A student's forward pass in training: its logits, with the loss besides that of the task if there is one."""
+    """A student's forward pass in training: its logits, with the loss besides that of the task if there is one.
 
-    def __init__(self, student: ViT, spec: RunSpec) -> None:
+    Of a masked autoencoder it is the loss of the task in place of logits, which it has none of.
+    """
+
+    def __init__(self, student: ViT, spec: RunSpec, decoder: masked.Decoder | None = None) -> None:
         super().__init__()
-        self.student, self.spec = student, spec
+        self.student, self.spec, self.decoder = student, spec, decoder
 
-    def forward(self, images: Tensor, teacher: Observation, keep: Tensor | None) -> methods.Passed:
-        """Arguments as in :func:`atdiag.transfer.methods.forward`."""
+    def forward(
+        self, images: Tensor, teacher: Observation, keep: Tensor | None, hide: Tensor | None = None
+    ) -> methods.Passed:
+        """Arguments as in :func:`atdiag.transfer.methods.forward` and :func:`atdiag.training.masked.loss`."""
+        if self.decoder is not None:
+            assert hide is not None
+            return methods.Passed(masked.loss(self.student, self.decoder, images, hide, keep), None)
         if self.spec.planted is None:
             return methods.forward(self.student, self.spec.transfer, images, teacher, keep)
         seen = self.student.observe(images, planted.request(self.spec.planted), keep=keep)
@@ -308,37 +334,6 @@ def _load(run: Run, ranks: RankGroup) -> checkpoints.Checkpoint | None:
     return found
 
 
-def drop_path(rate: float, depth: int, seed: int, step: int, samples: np.ndarray) -> Tensor | None:
-    """Return drop-path factors [depth, 2, B, 1, 1] (attention and MLP branch of each block): 0 or 1 / (1 - rate).
-
-    The rate rises linearly from 0 at the first block (Huang et al. 2016; timm's rule). Each factor depends on seed,
-    step, layer and sample alone.
-    """
-    if rate == 0:
-        return None
-    rates = np.linspace(0, rate, depth)[:, None, None]
-    draws = randomness.uniform(seed, "drop_path", step, np.arange(2 * depth).reshape(depth, 2, 1), samples)
-    factors = np.where(draws >= rates, 1 / (1 - rates), 0.0).astype(np.float32)
-    return torch.from_numpy(factors)[..., None, None]
-
-
-def branch_factors(spec: RunSpec, step: int, total: int, samples: np.ndarray) -> Tensor | None:
-    """Return the factors of both branches of each block at a step, [depth, 2, B, 1, 1]; None where all are 1.
-
-    Drop path's (:func:`drop_path`), and for the attention branch a warm-up: at step s of the first ``branch_warmup``
-    of all steps, W of them, its factor is s / W.
-    """
-    depth = spec.network.depth
-    keep = drop_path(spec.recipe.drop_path, depth, spec.seed.model, step, samples)
-    warmup = round(spec.recipe.branch_warmup * total)
-    if step >= warmup:
-        return keep
-    if keep is None:
-        keep = torch.ones(depth, 2, len(samples), 1, 1)
-    keep[:, 0] *= step / warmup
-    return keep
-
-
 def classification_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     """Return cross-entropy with label smoothing; for mixed images, weighted over both labels (Zhang et al. 2018)."""
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
@@ -347,9 +342,18 @@ def classification_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tenso
     return batch.lam * loss + (1 - batch.lam) * F.cross_entropy(logits, batch.partner_labels, label_smoothing=smoothing)
 
 
-def _optimizer(student: ViT, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(
+    student: ViT, recipe: Recipe, device: torch.device, decoder: masked.Decoder | None = None
+) -> torch.optim.Optimizer:
     no_decay = student.no_weight_decay() | {"reg_token"}  # older versions of timm omit it
-    groups = param_groups_weight_decay(student, recipe.weight_decay, no_weight_decay_list=tuple(no_decay))
+    own = {"weight_decay": recipe.weight_decay, "no_weight_decay_list": tuple(no_decay)}
+    if recipe.layer_decay is None:
+        groups = param_groups_weight_decay(student, **own)
+    else:  # with an "lr_scale", by which timm's schedules multiply
+        groups = param_groups_layer_decay(student, **own, layer_decay=recipe.layer_decay)
+    if decoder is not None:
+        besides = ("mask_token", "pos_embed")
+        groups += param_groups_weight_decay(decoder, recipe.weight_decay, no_weight_decay_list=besides)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=device.type in ("cpu", "cuda"))
 
 
@@ -367,9 +371,11 @@ def _average(student: ViT, decay: float) -> ModelEmaV3:
 
 def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total: int, steps_per_epoch: int) -> CosineLRScheduler:
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total)
+    after = recipe.cosine_after_warmup and warmup < total
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(total, 1),
+        t_initial=max(total - warmup if after else total, 1),
+        warmup_prefix=after,
         lr_min=recipe.min_lr,
         warmup_t=warmup,
         warmup_lr_init=recipe.lr / max(warmup, 1),  # timm's default, 0, wastes the first step

@@ -124,7 +124,7 @@ def _losses(transfer: Transfer, teacher: Observation, own: Observation) -> list[
     if transfer.method == "features":
         return [feature_mse(teacher.features[source], own.features[layer]) for layer, source in pairs]
     return [
-        F.mse_loss(_tensor(transfer, own.seen[layer]).float(), _tensor(transfer, teacher.seen[source]).float())
+        F.mse_loss(_wide(_tensor(transfer, own.seen[layer])), _wide(_tensor(transfer, teacher.seen[source])))
         for layer, source in pairs
     ]
 
@@ -134,8 +134,8 @@ def hinton(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
 
     The factor T^2 makes the size of the gradient independent of the temperature (Hinton et al. 2015, section 2).
     """
-    target = (teacher.float() / temperature).log_softmax(-1)
-    own = (student.float() / temperature).log_softmax(-1)
+    target = (_wide(teacher) / temperature).log_softmax(-1)
+    own = (_wide(student) / temperature).log_softmax(-1)
     return temperature**2 * F.kl_div(own, target, log_target=True, reduction="batchmean")
 
 
@@ -146,8 +146,13 @@ def feature_mse(teacher: Tensor, student: Tensor) -> Tensor:
     and CLIP, would dominate the loss (whitening as in Wei et al. 2022, Contrastive learning rivals masked image
     modeling in fine-tuning via feature distillation, section 3).
     """
-    one, other = (F.layer_norm(x.float(), x.shape[-1:]) for x in (teacher, student))
+    one, other = (F.layer_norm(_wide(x), x.shape[-1:]) for x in (teacher, student))
     return F.mse_loss(other, one)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return a tensor in float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _maps(transfer: Transfer, teacher: Observation) -> dict[int, Map]:

@@ -7,7 +7,7 @@ import torch
 from ablations import gain
 from atdiag.core.errors import UserError
 from atdiag.networks.model import components, students
-from atdiag.training.trainer import branch_factors
+from atdiag.training.branches import branch_factors
 from tests.figures.test_gain import reported
 from tests.studies import arms, differences, lab
 

@@ -14,7 +14,7 @@ from atdiag.core.errors import UserError
 from atdiag.core.spec import Data, Init, Recipe, Transfer
 from atdiag.data.loader import Batch, Stream
 from atdiag.networks.model import students
-from atdiag.training import trainer
+from atdiag.training import branches, trainer
 
 CPU = torch.device("cpu")
 
@@ -89,7 +89,7 @@ def plain_timm(spec, steps):
     )
     for step in range(steps):
         batch = stream.batch(step).to(CPU)
-        keep = trainer.drop_path(recipe.drop_path, 6, spec.seed.model, step, batch.samples)
+        keep = branches.drop_path(recipe.drop_path, 6, spec.seed.model, step, batch.samples)
         if keep is not None:
             for block, (attention, mlp) in zip(vit.blocks, keep, strict=True):
                 block.drop_path1.factor, block.drop_path2.factor = attention, mlp
@@ -126,7 +126,7 @@ def test_transfer_none_equals_plain_timm_training(bench, rate, clip):
 
 def test_drop_path_is_timms():
     rate, samples = 0.4, np.arange(4000)
-    factors = trainer.drop_path(rate, 5, 0, 7, samples)
+    factors = branches.drop_path(rate, 5, 0, 7, samples)
     assert factors.shape == (5, 2, 4000, 1, 1)
     timms = VisionTransformer(embed_dim=16, depth=5, num_heads=2, drop_path_rate=rate)
     for block, pair in zip(timms.blocks, factors, strict=True):
@@ -134,10 +134,10 @@ def test_drop_path_is_timms():
         for factor in pair:
             assert torch.isclose(factor.unique(), torch.tensor([0.0, 1 / (1 - p)][p == 0 :])).all()
             assert (factor == 0).float().mean().item() == pytest.approx(p, abs=0.03)
-    some = trainer.drop_path(rate, 5, 0, 7, samples[[30, 2]])
+    some = branches.drop_path(rate, 5, 0, 7, samples[[30, 2]])
     assert torch.equal(some, factors[:, :, [30, 2]])
-    assert not torch.equal(trainer.drop_path(rate, 5, 0, 8, samples), factors)
-    assert trainer.drop_path(0.0, 5, 0, 7, samples) is None
+    assert not torch.equal(branches.drop_path(rate, 5, 0, 8, samples), factors)
+    assert branches.drop_path(0.0, 5, 0, 7, samples) is None
 
 
 def test_the_loss_of_a_mixed_batch_is_the_cross_entropy_to_its_soft_target():

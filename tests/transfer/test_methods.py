@@ -226,3 +226,24 @@ def test_feature_distillation_compares_residual_streams(student, teacher, shown)
     torch.testing.assert_close(loss, sum((a - b).square().mean() for a, b in whitened))
     mine = teacher.observe(IMAGES, EVERYTHING)
     assert methods.forward(teacher, transfer, IMAGES, mine).loss == 0
+
+
+@pytest.mark.parametrize("tensor", ["q", "k", "v"])
+def test_tensors_are_compared_in_the_precision_that_they_have(student, teacher, tensor):
+    transfer = Transfer(method="distill", layers=(0, 2), tensor=tensor, weight=2.0)
+    images, student, teacher = IMAGES.double(), student.double(), teacher.double()
+    seen = teacher.observe(images, of_teacher([transfer]))
+    own = student.observe(images, of_student(transfer))
+    found = methods.loss(transfer, seen, own)
+
+    def of(shown, layer):
+        return (shown.seen[layer].v if tensor == "v" else getattr(shown.seen[layer].qk, tensor)).detach().numpy()
+
+    assert found.dtype == torch.float64
+    wanted = 2 * sum(((of(seen, layer) - of(own, layer)) ** 2).mean() for layer in (0, 2))
+    assert float(found.detach()) == pytest.approx(wanted, rel=1e-14)
+    half = methods.loss(
+        transfer, teacher.bfloat16().observe(IMAGES.bfloat16(), of_teacher([transfer])),
+        student.bfloat16().observe(IMAGES.bfloat16(), of_student(transfer)),
+    )  # fmt: skip
+    assert half.dtype == torch.float32

@@ -21,6 +21,8 @@ from atdiag.core.spec.hashing import ADDED_FIELDS as ADDED_FIELDS
 from atdiag.core.spec.hashing import NOT_HASHED as NOT_HASHED
 from atdiag.core.spec.hashing import SEMANTICS as SEMANTICS
 from atdiag.core.spec.hashing import content_hash as content_hash
+from atdiag.core.spec.masked import NOT_MASKED as NOT_MASKED
+from atdiag.core.spec.masked import Masked as Masked
 from atdiag.core.spec.network import OWN as OWN
 from atdiag.core.spec.network import PLAIN_NORM_EPS as PLAIN_NORM_EPS
 from atdiag.core.spec.network import Network as Network

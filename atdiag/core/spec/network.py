@@ -227,9 +227,14 @@ class Teacher(Spec):
 
     @property
     def label(self) -> str:
-        """Display name: ``clip_b (mini)``, ``deit_s (own file)``; the plain name at paper scale and of own teachers."""
+        """Display name: ``clip_b (mini)``, ``deit_s (own file)``, ``run 1a2b3c``.
+
+        The plain name at paper scale, and of a user's own teachers.
+        """
         name, at, _ = self.name.partition("@")
         if at:
+            if name.startswith("run:"):
+                return f"run {name.removeprefix('run:')[:6]}"
             name = name.removeprefix("file:")  # a network of the user's own
             return f"{name} (own file{_BRANCHES[self.branch]})"
         return name if self.profile in ("paper", OWN) or ":" in name else f"{name} ({self.profile})"

@@ -47,6 +47,14 @@ class Recipe(Spec):
     """Decay per step of an exponential moving average (EMA) of the weights, such as 0.9999 (MAE's recipe from scratch):
     ``average = ema * average + (1 - ema) * weights`` after every update, starting from the initial weights. It does not
     change the training; the average is what is tested and stored. None, or 0: the weights themselves."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Layer-wise decay of the learning rate (Clark et al. 2020, ELECTRA; 0.75 in MAE's fine-tuning): block i of a
+    network of L blocks, counted from 1, learns at ``lr * layer_decay ** (L + 1 - i)``, the embedding as block 0, the
+    last norm as block L (timm's rule; at ``lr`` in MAE's code), and the head at ``lr``. Neither the warm-up nor
+    ``min_lr`` is exempt. None, or 1: no decay."""
+    cosine_after_warmup: bool = False
+    """Whether the cosine begins at its peak when the warm-up ends, as in MAE's code; False: the warm-up covers its
+    first part, as in timm's and DeiT's."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: automatic mixed precision, with weights and optimiser in float32."""
 
@@ -61,8 +69,10 @@ class Recipe(Spec):
         return (self.batch_size + 1) // 2 if self.mixes else self.batch_size
 
     def canonical(self) -> dict[str, Any]:
-        """Replace a decay of 0, whose average equals the weights, by None."""
-        return {"ema": self.ema or None}
+        """Reset what changes nothing: an average with a decay of 0, a layer decay of 1, a cosine after no warm-up."""
+        after = self.cosine_after_warmup and self.warmup_epochs > 0
+        decay = None if self.layer_decay == 1 else self.layer_decay
+        return {"ema": self.ema or None, "layer_decay": decay, "cosine_after_warmup": after}
 
 
 class Seed(Spec):

@@ -9,6 +9,7 @@ from atdiag.core.spec.base import Spec
 from atdiag.core.spec.data import Data
 from atdiag.core.spec.former import as_first_described
 from atdiag.core.spec.hashing import SEMANTICS, content_hash
+from atdiag.core.spec.masked import NOT_MASKED, Masked
 from atdiag.core.spec.network import Network, Teacher
 from atdiag.core.spec.recipe import Recipe, Seed
 from atdiag.core.spec.specimen import PlantedLosses
@@ -32,6 +33,9 @@ class RunSpec(Spec):
     seed: Seed
     planted: PlantedLosses | None = None
     """Losses that plant a fault, for the pre-training of a specimen; None in every other run."""
+    masked: Masked | None = None
+    """The masked autoencoder by which a teacher is pre-trained without labels; None in every other run. What is stored
+    is the network, its head a linear probe (as of ``init.probe``)."""
     semantics: int = SEMANTICS
 
     def canonical(self) -> dict[str, Any]:
@@ -56,6 +60,8 @@ class RunSpec(Spec):
         """Raise ValueError if student and teacher do not fit the transfer or the initialisation."""
         if self.planted is not None:
             self._check_planted(self.planted)
+        if self.masked is not None:
+            self._check_masked()
         needs = self.transfer.method != "none" or self.init.source == "teacher"
         if needs and self.teacher is None:
             raise ValueError("a transfer, or a start from a teacher, needs a teacher")
@@ -83,6 +89,16 @@ class RunSpec(Spec):
             raise ValueError("attention can be routed through registers only in a network that has some")
         if planted.gate and "layer_scale" not in self.network.components:
             raise ValueError("an attention branch can be gated only in a network with layer_scale")
+
+    def _check_masked(self) -> None:
+        if self.transfer.method != "none" or self.init.source != "scratch" or self.planted is not None:
+            raise ValueError("a masked autoencoder is pre-trained from scratch, without a transfer or planted losses")
+        if self.recipe.mixes:
+            raise ValueError("a masked autoencoder predicts the pixels of images that are not mixed: no mixup, cutmix")
+        if unfit := [name for name in NOT_MASKED if name in self.network.components]:
+            raise ValueError(f"a network with {', '.join(unfit)} can't be pre-trained as a masked autoencoder here")
+        if self.network.grid == 1:
+            raise ValueError("a masked autoencoder needs images of more than one patch")
 
     def _check_start(self, student: Network, teacher: Network) -> None:
         if self.init.source == "scratch":
@@ -155,7 +171,7 @@ class RunSpec(Spec):
     @property
     def probe_images(self) -> int:
         """The number of training images on which its head is fitted; 0 unless it is a linear probe."""
-        return min(self.data.train, PROBE_IMAGES) if self.init.probe else 0
+        return min(self.data.train, PROBE_IMAGES) if self.init.probe or self.masked else 0
 
     def _content(self) -> dict[str, Any]:
         """Return the content to hash.

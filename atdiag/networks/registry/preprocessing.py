@@ -10,6 +10,7 @@ from functools import lru_cache
 from math import isqrt
 from pathlib import Path
 
+from atdiag.data.catalogue import crop_share
 from atdiag.networks.registry import stored, teachers
 from atdiag.networks.weights import files, sources
 from atdiag.networks.weights.sources import Source
@@ -29,6 +30,8 @@ class Preprocessing:
 
 def of(reference: str) -> Preprocessing:
     """Return the preprocessing of the teacher that a reference names. Raises UserError if it names nothing."""
+    if reference.startswith(stored.RUN):
+        reference = teachers.canonical(reference)  # first: which run an id names depends on the folder of runs
     path, _ = sources.split_branch(reference.rpartition("@")[2])
     about = path.stat() if path.exists() else None
     return _of(reference, None if about is None else (about.st_size, about.st_mtime_ns))
@@ -41,7 +44,11 @@ def _of(reference: str, _stamp: tuple[int, int] | None) -> Preprocessing:
     from atdiag.networks.timm import architectures
 
     reference = teachers.canonical(reference)
-    if reference.startswith(stored.FILE) and (own := stored.network(sources.split_reference(reference)[1] or Path())):
+    path = sources.split_reference(reference)[1] or Path()
+    if reference.startswith(stored.RUN) and (run := stored.run_of(path)) and run.spec.data.image_size:
+        seen = run.spec.data
+        return Preprocessing(run.spec.network.image_size, seen.crop_share or crop_share(seen.name), seen.interpolation)
+    if reference.startswith(stored.OURS) and (own := stored.network(path)):
         return Preprocessing(own.image_size, 0.875, "bicubic")  # its file says nothing of crops
     source = teachers.source(reference)
     facts = timm.get_pretrained_cfg(source.model)

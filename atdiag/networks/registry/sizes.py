@@ -43,7 +43,7 @@ def network(reference: str, profile: str) -> Network:
         raise UserError(f"{reference} is a specimen: a student has the size of a network", "type s or b")
     reference = teachers.canonical(reference)
     name = reference.partition("@")[0]
-    if name.startswith(stored.FILE):
+    if name.startswith(stored.OURS):
         path = sources.split_reference(reference)[1]
         own = None if path is None else stored.network(path)
         if own is None:

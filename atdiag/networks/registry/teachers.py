@@ -12,6 +12,7 @@ A *reference* names a teacher:
 ``hf-hub:NAME``            a folder in timm's layout or transformers', or one in the hub's cache
 ``vit:NAME@/path/file``    the network that keys, shapes and ``config.json`` tell (see ``reading``); NAME is for tables
 ``file:NAME@/path/file``   a network that is stored with its architecture (see ``stored``); also the path alone
+``run:ID``                 a finished run's student (see ``stored``), in the folder of runs; also the run's folder
 =========================  ============================================================================================
 
 Users add their own by :func:`register_teacher` or an entry point. Imports nothing heavy; timm only for a look-up.
@@ -19,6 +20,7 @@ Users add their own by :func:`register_teacher` or an entry point. Imports nothi
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -164,6 +166,12 @@ def row(name: str) -> TeacherEntry:
     if name in specimens.specimens():
         raise UserError(f"{name} is a specimen, a miniature with a planted fault: it takes no file", f"type {name}")
     if name not in registry():
+        word, colon, rest = name.partition(":")
+        if colon:
+            near = suggest(f"{word.lower()}:", (TIMM, stored.RUN)).replace(":'", f":{rest}'")
+            raise UserError(f"unknown teacher {name!r}{near}", f"a prefix is {TIMM} or {stored.RUN}")
+        if re.fullmatch("[0-9a-f]{4,16}", name):
+            raise UserError(f"unknown teacher {name!r}", f"a run's student is named {stored.RUN}{name}")
         near = suggest(name, (*miniatures(), *specimens.specimens())) or suggest(name, registry())
         raise UserError(f"unknown teacher {name!r}{near}", "'atdiag teachers' lists them")
     return registry()[name]
@@ -211,8 +219,9 @@ def miniature_network(name: str) -> Network:
 def source(reference: str) -> Source:
     """Return what a reference's published network is built from. Raises UserError if it names nothing."""
     name, at, typed = reference.partition("@")
-    if name.startswith(stored.FILE):
-        return Source(name=name.removeprefix(stored.FILE), model="", file=sources.split_reference(reference)[1])
+    if name.startswith(stored.OURS):
+        _, file, _ = sources.split_reference(stored.of_id(reference) if name.startswith(stored.RUN) else reference)
+        return Source(name=name.removeprefix(stored.FILE), model="", file=file)
     if at and not typed:
         raise UserError(f"{reference!r} names no file", f"type {name}@/path/to/file")
     file, branch, facts = sources.split_marks(typed) if at else (None, "weights", {})
@@ -258,6 +267,8 @@ def canonical(reference: str) -> str:
     Raises UserError for a path that does not exist, or whose architecture can't be told.
     """
     name = reference.partition("@")[0]
+    if name.startswith(stored.RUN):
+        return stored.of_id(reference)
     if name.startswith((TIMM, reading.VIT, stored.FILE)) or name in registry():
         return reference
     typed = next((reference.removeprefix(p) for p in (HUB, "local-dir:") if reference.startswith(p)), reference)
@@ -277,6 +288,9 @@ def canonical(reference: str) -> str:
 def glance(reference: str, profile: str, image_size: int | None) -> None:
     """Raise UserError for a reference that can't be meant: :func:`teacher`'s first checks, without reading a file."""
     name, at, _ = reference.partition("@")
+    if name.startswith(stored.RUN):
+        stored.of_id(reference)
+        return
     known = name in registry() or reference in specimens.specimens()
     if name.startswith((TIMM, reading.VIT, stored.FILE)) or known:
         _, file, _ = sources.split_reference(reference)
@@ -285,7 +299,8 @@ def glance(reference: str, profile: str, image_size: int | None) -> None:
     elif not _existing(reference):
         canonical(reference)
         row(name)
-    if name.startswith(stored.FILE) or (not at and stored.network(Path(reference).expanduser())):
+    path = Path(reference).expanduser()
+    if name.startswith(stored.FILE) or (not at and (stored.run_of(path) or stored.network(path))):
         return  # a network of any size is right, scenes' included
     if image_size is None and (at or not known or not (is_published(name) or reference in specimens.specimens())):
         raise _needs_images(reference)
@@ -317,8 +332,8 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         return specimens.teacher(reference, profile, image_size)
     reference = canonical(reference)
     name = reference.partition("@")[0]
-    if name.startswith(stored.FILE):
-        return _stored(reference, image_size)
+    if name.startswith(stored.OURS):
+        return stored.teacher(reference, image_size)
     unlisted = name.startswith((TIMM, reading.VIT))
     published = not unlisted and is_published(row(name).name)
     if profile == "mini" and published and name == reference:
@@ -344,22 +359,6 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
         sha256=None if path is None else sources.sha256(path),
         branch="weights" if origin.branch == "teacher" else origin.branch,
     )
-
-
-def _stored(reference: str, image_size: int | None) -> Teacher:
-    """Return the spec of a network that is stored with its architecture, at an image size (default: its own)."""
-    path = source(reference).file
-    assert path is not None
-    network = stored.network(path)
-    if network is None:
-        raise UserError(f"{path}: there is no such file, or no architecture in its header{sources.near(path)}")
-    if image_size is not None and image_size % network.patch_size:
-        raise UserError(
-            f"{path.stem} has patches of {network.patch_size} px, and {image_size} px is not a multiple of that",
-            f"add `data.image_size`={network.image_size}",
-        )
-    size = {"image_size": image_size or network.image_size}
-    return Teacher(name=reference, profile=OWN, network=network.model_copy(update=size), sha256=sources.sha256(path))
 
 
 def _absolute(reference: str) -> str:

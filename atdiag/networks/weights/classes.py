@@ -29,7 +29,7 @@ from atdiag.core.resources import small_file
 from atdiag.core.spec import Data, RunSpec, Teacher
 from atdiag.core.text import shortlist
 from atdiag.data import image_folders, sources
-from atdiag.networks.registry import specimens, teachers
+from atdiag.networks.registry import specimens, stored, teachers
 from atdiag.networks.weights import files
 from atdiag.networks.weights import sources as weights
 
@@ -119,6 +119,12 @@ def of_teacher(teacher: Teacher, typed: Path | None = None) -> HeadClasses:
         if typed is not None:
             raise UserError(f"the classes of {teacher.label} are known: digits", "leave `classes` out")
         return HeadClasses(rows, data=Data(**weights.metadata(specimens.shipped_file(teacher))["data"]))
+    if (run := _run(teacher)) is not None:
+        if typed is not None:
+            raise UserError(
+                f"the classes of {teacher.label} are known: those of {run.data.name}", "leave `classes` out"
+            )
+        return of_run(run)
     if typed is not None:
         return of_list(typed, rows, teacher.label)
     if teacher.sha256 is None or teachers.is_published(teacher.name):
@@ -128,6 +134,13 @@ def of_teacher(teacher: Teacher, typed: Path | None = None) -> HeadClasses:
     except weights.WeightsMissingError:  # reading finished runs must not need their teacher's weights
         path = None
     return HeadClasses(rows) if path is None else of_file(path, rows)
+
+
+def _run(teacher: Teacher) -> RunSpec | None:
+    """Return the run of a teacher that is a run's student; None for any other, and if the run is not here."""
+    _, file, _ = weights.split_reference(teacher.name)
+    run = None if file is None or not teacher.name.startswith(stored.RUN) else stored.run_of(file)
+    return None if run is None else run.spec
 
 
 def of_list(path: Path, rows: int, whose: str) -> HeadClasses:

@@ -96,6 +96,8 @@ def _transfer_text(transfer: Transfer) -> str:
         words.append(f"from {ranges(transfer.teacher_layers)}")
     if transfer.heads is not None:
         words.append(f"heads {ranges(transfer.heads)}")
+    if transfer.different_heads is not None:
+        words.append(f"{transfer.different_heads} most different heads")
     if transfer.average is not None:
         words.append(f"mean over {transfer.average}")
     if transfer.method == "distill" and transfer.tensor == "map" and transfer.loss != "ce":

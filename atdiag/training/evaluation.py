@@ -51,7 +51,7 @@ class Predictor:
     averages: Mapping[int, Averaged] = field(default_factory=dict)
     """Block -> the teacher's map averaged over examples, for a student that copies such averages."""
     heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """The teacher's block -> its heads that were chosen, for a student that takes its most different ones."""
+    """The teacher's block -> its heads that were chosen, for a student that takes those that differ most."""
 
     def given(self, shown: Observation) -> Observation:
         """Return what the teacher shows, as the student is given it. The student must have a teacher."""
@@ -120,7 +120,7 @@ def chosen_heads(
     :func:`averages`.
     """
     transfer = spec.transfer
-    if transfer.teacher_heads != "different":
+    if transfer.teacher_heads != "different" and transfer.different_heads is None:
         return {}
     if run is not None and run.finished and (stored := run.result().get("teacher_heads")):
         return {int(block): tuple(heads) for block, heads in stored.items()}
@@ -131,7 +131,8 @@ def chosen_heads(
             apart = len(pixels) * sizes.head_divergence(seen.qk)
             sums[block] = apart if block not in sums else sums[block] + apart
     count = min(COMPARED_IMAGES, spec.data.train)
-    return {block: sizes.most_different(apart / count, spec.network.heads) for block, apart in sorted(sums.items())}
+    wanted = transfer.different_heads or spec.network.heads
+    return {block: sizes.most_different(apart / count, wanted) for block, apart in sorted(sums.items())}
 
 
 def _training_images(
@@ -175,6 +176,8 @@ def fit(
         if (own.heads, own.grid) != (theirs.heads, theirs.grid):
             raise ValueError("teacher and student differ in heads or grid: the transfer says how maps pass")
         return observation
+    if transfer.different_heads is not None:
+        observation = replace(observation, heads=heads or {})
     fitting = sizes.fitting(transfer, student, teacher.network, teacher.mean.device, heads)
     if fitting is None:
         return observation

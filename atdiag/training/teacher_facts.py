@@ -33,9 +33,10 @@ class TeacherFacts:
 
     def heads(self, spec: RunSpec) -> dict[int, tuple[int, ...]]:
         """Return the teacher's heads that a run takes, by block; empty unless it takes the most different ones."""
-        if self.teacher is None or spec.transfer.teacher_heads != "different":
+        chooses = spec.transfer.teacher_heads == "different" or spec.transfer.different_heads is not None
+        if self.teacher is None or not chooses:
             return {}
-        key = self._of(spec)
+        key = spec.transfer.different_heads, self._of(spec)
         if key not in self._heads:
             self._heads[key] = evaluation.chosen_heads(spec, self.teacher, images=self.images)
         return self._heads[key]

@@ -69,7 +69,7 @@ class RunTrainer:
         self.student.to(device).train()
         if spec.init.probe:
             linear_head.fit(self.student, spec, device)
-        if spec.transfer.method == "copy" and spec.transfer.heads is None:
+        if spec.transfer.method == "copy" and spec.transfer.takes_all_heads:
             for layer in spec.transfer.layers:
                 for parameter in self.student.blocks[layer].attn.unused_parameters(spec.transfer.tensor).values():
                     parameter.requires_grad_(False)

@@ -40,7 +40,8 @@ def trial(specs: Sequence[RunSpec], load_teacher: Callable[[Teacher], ViT | Fore
             image = torch.zeros(1, network.channels, network.image_size, network.image_size)
             with torch.no_grad():
                 shown = evaluation.show(network_of_teacher, image, observation.of_teacher([transfer]))
-                some = {block: tuple(range(network.heads)) for block in transfer.sources}  # in place of chosen ones
+                number = transfer.different_heads or network.heads
+                some = {block: tuple(range(number)) for block in transfer.sources}  # in place of chosen ones
                 shown = evaluation.fit(shown, network_of_teacher, network, transfer, some)
                 methods.forward(student, transfer, image, shown)
         except (RuntimeError, ValueError, TypeError, AssertionError, KeyError) as fault:

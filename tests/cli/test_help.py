@@ -29,6 +29,7 @@ def test_every_command_has_help(folder):
     commands += [
         "recipes",
         "tensors",
+        "heads",
         "averages",
         "crosssize",
         "diagnose",

@@ -24,6 +24,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "transfer.tensor": "map",
     "transfer.heads": None,
     "transfer.teacher_heads": None,
+    "transfer.different_heads": None,
     "transfer.average": None,
     "transfer.reduce": "sum",
     "transfer.temperature": None,

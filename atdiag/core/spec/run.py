@@ -43,7 +43,9 @@ class RunSpec(Spec):
             changed["init"] = self.init.model_copy(update={"layer_scale": "fold"})
         whole = self.transfer.heads == tuple(range(self.network.heads))
         equal = self.teacher is not None and self.teacher.network.heads == self.network.heads
-        reset = {name: None for name, idle in (("heads", whole), ("teacher_heads", equal)) if idle}
+        every = self.transfer.different_heads == self.network.heads
+        idle = {"heads": whole, "different_heads": every, "teacher_heads": equal}
+        reset = {name: None for name, is_idle in idle.items() if is_idle}
         if any(getattr(self.transfer, name) is not None for name in reset):
             changed["transfer"] = self.transfer.model_copy(update=reset)
         return changed
@@ -120,6 +122,8 @@ class RunSpec(Spec):
                 raise ValueError(f"layer {max(layers)} is out of range: the {whose}network has {network.depth} blocks")
         if transfer.heads is not None and transfer.heads[-1] >= student.heads:
             raise ValueError(f"head {transfer.heads[-1]} is out of range: the student has {student.heads} heads")
+        if (transfer.different_heads or 0) > student.heads:
+            raise ValueError(f"different_heads {transfer.different_heads}: the student has {student.heads} heads")
         what = "features" if transfer.method == "features" else transfer.tensor
         if transfer.takes_attention and what == "map":
             self._check_maps(student, teacher)

@@ -147,8 +147,9 @@ class Answers:
 def answered(arm: Arm, store: Store, test_set: str | None = None) -> Answers:
     """Return an arm's per-image outcomes by seed, on its own test images or on another test set.
 
-    Raises DamagedRunError for predictions that can't be read or disagree with the run's result, FileNotFoundError for a
-    test set that a run was not evaluated on.
+    Those of an ensemble are on its own test images. Raises DamagedRunError for predictions that can't be read or
+    disagree with the run's result, FileNotFoundError for a test set that a run was not evaluated on, or an ensemble
+    that was not evaluated.
     """
     import numpy as np
 
@@ -157,9 +158,12 @@ def answered(arm: Arm, store: Store, test_set: str | None = None) -> Answers:
 
     correct: dict[tuple[int, int], Any] = {}
     label, clusters, classes = np.empty(0, np.int32), np.empty(0, np.int32), []
-    for spec in arm.specs:
+    for i, spec in enumerate(arm.specs):
         run = store.run(spec)
-        if test_set is None:
+        if arm.partners:
+            both = predictions.read_pair(run, store.run(arm.partners[i]))
+            prediction, label, clusters = both.prediction, both.label, both.cluster
+        elif test_set is None:
             prediction, label, clusters = predictions.own(run)
         else:
             there = predictions.read(run, testsets.find(test_set)).predictions
@@ -172,13 +176,13 @@ def answered(arm: Arm, store: Store, test_set: str | None = None) -> Answers:
 def _row(
     arm: Arm, said: Answers, store: Store, measures: Iterable[Measurement], contrast: Estimate | None = None
 ) -> ArmResult:
-    runs = [Run(store.root / spec.id) for spec in arm.specs]
-    top1 = 100 * sum(float(right.mean()) for right in said.outcomes.correct.values()) / len(runs)
+    runs = [Run(store.root / spec.id) for spec in arm.every_spec]
+    top1 = 100 * sum(float(right.mean()) for right in said.outcomes.correct.values()) / len(arm.specs)
     taken = [{k: v for measure in measures for k, v in measure.numbers(run).items()} for run in runs]
     shared = [name for name in taken[0] if all(name in numbers for numbers in taken)]
     numbers = {name: sum(one[name] for one in taken) / len(taken) for name in shared}
     return ArmResult(
-        arm.name, top1, len(runs), tuple(run.id for run in runs), contrast, numbers, tuple(taken), said.classes
+        arm.name, top1, len(arm.specs), tuple(run.id for run in runs), contrast, numbers, tuple(taken), said.classes
     )
 
 

@@ -39,6 +39,13 @@ class Arm:
     specs: tuple[RunSpec, ...]
     head: HeadRows | None = None
     """For the teacher itself: the rows of its head that are the data set's classes, and how they were determined."""
+    partners: tuple[RunSpec, ...] = ()
+    """For an ensemble: for each of ``specs`` the run whose class probabilities are averaged with its own."""
+
+    @property
+    def every_spec(self) -> tuple[RunSpec, ...]:
+        """All runs that it depends on."""
+        return (*self.specs, *self.partners)
 
     @property
     def probed(self) -> bool:
@@ -141,14 +148,14 @@ class Study:
         """Return the ids of runs -> the arms that consist of them."""
         names: dict[tuple[str, ...], list[str]] = {}
         for arm in self.arms:
-            names.setdefault(tuple(spec.id for spec in arm.specs), []).append(arm.name)
+            names.setdefault(tuple(spec.id for spec in arm.every_spec), []).append(arm.name)
         return names
 
     @property
     def specs(self) -> list[RunSpec]:
         """All runs, each once, in the order of arms."""
         arms = [*self.arms, *([self.reference] if self.reference else [])]
-        return list({spec.id: spec for arm in arms for spec in arm.specs}.values())
+        return list({spec.id: spec for arm in arms for spec in arm.every_spec}.values())
 
 
 LEFT_OUT = "Left out: "

@@ -31,6 +31,7 @@ def test_every_command_has_help(folder):
         "tensors",
         "heads",
         "averages",
+        "ensemble",
         "crosssize",
         "diagnose",
         "reproduce",

@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from ablations import claims
-from atdiag.core import randomness
 from atdiag.core.errors import UserError
 from atdiag.core.selection import choose, comma_separated
 from atdiag.core.spec import Network, Seed, Teacher
@@ -87,6 +86,8 @@ def heads(
 
 def drawn(seed: Seed, count: int, every: int) -> tuple[int, ...]:
     """Return ``count`` of ``every`` heads, drawn for a model seed; fewer are among more of the same seed."""
+    from atdiag.core import randomness
+
     order = randomness.generator(seed.model, "heads").permutation(every)
     return tuple(sorted(int(head) for head in order[:count]))
 

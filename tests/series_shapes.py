@@ -254,3 +254,17 @@ HEAD_CURVES = {
     "one rule": reading(_heads("deit_s", 9.0, ("first",), ks=(1,), every=2)),
     "all heads alone": reading(_heads("deit_s", 9.0, ("random",), ks=(), every=1)),
 }
+
+
+def starts(name: str, rows=("pre-trained", "dinov2_s", "untrained"), **more) -> Report:
+    """Make a study of maps and starts."""
+    cells = [(row, start) for start in ("random", "pre-trained") for row in ("no", *rows)][1:]
+    effects = {f"{row} maps, {start} start": 9.0 * i - 8 for i, (row, start) in enumerate(cells)}
+    return study(name, effects, ablation="grid", options={"transfer": "copy", "others": ",".join(rows[1:-1])}, **more)
+
+
+STARTS = {
+    "usual": starts("deit_s"),
+    "two": starts("deit_s", ("pre-trained", "untrained"), seeds=1),
+    "many": starts("mae_l", ("pre-trained", "run:0123456789abcdef", LONG, "moco_v3_b", "untrained"), profile="paper"),
+}

@@ -74,7 +74,8 @@ def listed(run: Run) -> dict[str, Any]:
             "state": run.state,
             "teacher": spec.teacher.label if spec.teacher else "",
             "student": " ".join(spec.network.components) or "standard",
-            "start": spec.init.source + (f" less {'+'.join(spec.init.reinit)}" if spec.init.reinit else ""),
+            "start": (spec.start.label if spec.start else spec.init.source)
+            + (f" less {'+'.join(spec.init.reinit)}" if spec.init.reinit else ""),
             "transfer": _transfer_text(spec.transfer),
             "data": f"{spec.data.name} {spec.data.train}x{spec.recipe.epochs}",
             "seed": f"{spec.seed.data}/{spec.seed.model}",

@@ -54,8 +54,9 @@ class RunTrainer:
         device: torch.device,
         heads: Mapping[int, tuple[int, ...]] | None = None,
         ranks: RankGroup = ALONE,
+        origin: ViT | Foreign | None = None,
     ) -> None:
-        """averages, heads: as in :class:`~atdiag.training.evaluation.Predictor`."""
+        """averages, heads: as in :class:`~atdiag.training.evaluation.Predictor`. origin: the spec's ``start``."""
         self.run, self.spec, self.teacher, self.averages, self.heads = run, spec, teacher, averages, heads or {}
         self.ranks = ranks
         recipe = spec.recipe
@@ -64,8 +65,9 @@ class RunTrainer:
         self.student = students.build(spec.network, spec.seed.model)
         self.start: students.Start | None = None
         if spec.init.source == "teacher":
-            assert isinstance(teacher, ViT)  # the spec rejects initialising from a foreign network
-            self.start = students.start_from(self.student, teacher, spec.init)
+            source = origin or teacher
+            assert isinstance(source, ViT)  # the spec rejects initialising from a foreign network
+            self.start = students.start_from(self.student, source, spec.init)
         self.student.to(device).train()
         if spec.init.probe:
             linear_head.fit(self.student, spec, device)

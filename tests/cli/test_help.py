@@ -32,6 +32,7 @@ def test_every_command_has_help(folder):
         "heads",
         "averages",
         "ensemble",
+        "grid",
         "crosssize",
         "diagnose",
         "reproduce",

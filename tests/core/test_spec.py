@@ -104,7 +104,7 @@ def test_the_walk_over_fields_is_complete():
     walked = {".".join(path) for path in leaves(DOCUMENT)}
     expected = {f"{part}.{field}" for part, model in models.items() for field in model.model_fields}
     expected |= {f"teacher.{field}" for field in Teacher.model_fields if field != "network"}
-    expected |= {f"teacher.network.{field}" for field in Network.model_fields} | {"semantics", "planted"}
+    expected |= {f"teacher.network.{field}" for field in Network.model_fields} | {"semantics", "planted", "start"}
     assert walked == expected
     assert walked >= spec.NOT_HASHED
 

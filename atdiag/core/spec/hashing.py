@@ -43,6 +43,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "planted": None,
     "network.values": [],
     "teacher.network.values": [],
+    "start": None,
 }
 """Fields added since version 1 -> the value under which nothing changed. A spec with that value hashes as if the field
 did not exist, so old runs stay finished. Frozen: only add rows, never edit them."""

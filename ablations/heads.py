@@ -120,7 +120,7 @@ def _contrasts(rules: tuple[str, ...], some: list[int], every: int) -> tuple[Con
     flat = [Contrast(_share(rule, most), {_ALL: 1 - rest, _name(rule, most): -1, BASELINE: rest}) for rule in rules]
     first, *others = rules
     apart = [
-        Contrast(f"{_name(rule, count)} minus {first}", {_name(rule, count): 1, _name(first, count): -1})
+        Contrast(f"{_name(rule, count)} minus {_name(first, count)}", {_name(rule, count): 1, _name(first, count): -1})
         for rule in others
         for count in some
     ]

@@ -335,10 +335,13 @@ class Reading:
 
 
 def _comparable(baseline: Arm, arm: Arm) -> None:
-    """Raise UserError if an arm can't be contrasted with a baseline: other test images, or no common seed."""
+    """Raise UserError if an arm can't be contrasted with a baseline: other test images, or no common seed.
+
+    An image and the same one turned are one image: their answers are paired.
+    """
 
     def tested(one: Arm) -> set[str]:
-        return {s.data.only_tested().model_dump_json() for s in one.specs}
+        return {s.data.only_tested().model_copy(update={"turns": 0}).model_dump_json() for s in one.specs}
 
     if tested(arm) != tested(baseline):
         on = [", ".join(sorted({spec.data.name for spec in one.specs})) for one in (arm, baseline)]

@@ -33,6 +33,7 @@ def test_every_command_has_help(folder):
         "averages",
         "ensemble",
         "grid",
+        "shift",
         "crosssize",
         "diagnose",
         "reproduce",

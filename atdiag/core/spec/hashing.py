@@ -35,6 +35,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "data.split_seed": 0,
     "data.crop_share": None,
     "data.interpolation": "bicubic",
+    "data.turns": 0,
     "recipe.crop": None,
     "recipe.flip": False,
     "recipe.erase": 0.0,

@@ -89,11 +89,12 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
 
     if len(versions := {spec.semantics for spec in study.specs}) > 1:
         raise ValueError(f"runs of different semantics can't be compared: {sorted(versions)}")
-    answers = {arm.name: answered(arm, store, study.test_set) for arm in study.arms}
+    arms = [_chosen(arm, store) for arm in study.arms]
+    answers = {arm.name: answered(arm, store, study.test_set) for arm in arms}
     measured = {name: said.outcomes for name, said in answers.items()}
-    baseline = study.arms[0].name
+    baseline = arms[0].name
     rows = []
-    for arm in study.arms:
+    for arm in arms:
         versus = None if arm.name == baseline else estimate(measured, {arm.name: 1, baseline: -1})
         rows.append(_row(arm, answers[arm.name], store, study.measures, versus))
     asked = {c.name: estimate(measured, c.weights) for c in study.contrasts}
@@ -104,9 +105,9 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
         if study.reference.head is not None:
             warning = study.reference.head.warning(next(iter(said.outcomes.correct.values())))
     stands = chance.footing(measured[baseline], answers[baseline].labels, reference.top1 if reference else None)
-    origins = [store.run(arm.specs[0]).result().get("weights") for arm in study.arms]
+    origins = [store.run(arm.specs[0]).result().get("weights") for arm in arms]
     weights = tuple(dict.fromkeys(note for origin in origins if (note := _which_weights(origin))))
-    dropped = {arm.name: names for arm in study.arms if (names := _dropped(store.run(arm.specs[0]).result()))}
+    dropped = {arm.name: names for arm in arms if (names := _dropped(store.run(arm.specs[0]).result()))}
     found = Report(
         study,
         settings.profile.name,
@@ -120,6 +121,28 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
         footing=stands,
     )
     return _changed(found, lambda _, one: replace(one, undertrained=True)) if found.undertrained else found
+
+
+def _chosen(arm: Arm, store: Store) -> Arm:
+    """Return an arm with its runs chosen by their accuracy on the validation part, if they are chosen at all.
+
+    Raises ValueError for runs without a validation part.
+    """
+    if arm.equal is None:
+        return arm
+    chosen = []
+    for some, other in zip(arm.equal.candidates, arm.equal.to, strict=True):
+        wanted = _validated(store.run(other))
+        distance = {spec.id: abs(_validated(store.run(spec)) - wanted) for spec in some}
+        chosen.append(min(some, key=lambda spec: distance[spec.id]))
+    return replace(arm, specs=tuple(chosen), equal=None)
+
+
+def _validated(run: Run) -> float:
+    found = run.result().get("validation_top1")
+    if not isinstance(found, int | float):
+        raise ValueError(f"run {run.id} has no validation part: nothing can be chosen by it")
+    return float(found)
 
 
 def _changed(report: Report, change: Callable[[str, Estimate], Estimate]) -> Report:

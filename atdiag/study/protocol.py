@@ -32,6 +32,16 @@ BASELINE = "scratch"
 
 
 @dataclass(frozen=True)
+class EqualAccuracy:
+    """Runs of which one is taken for each seed: that whose accuracy on the validation part is nearest another run's."""
+
+    candidates: tuple[tuple[RunSpec, ...], ...]
+    """For each seed; of equally near ones the first is taken."""
+    to: tuple[RunSpec, ...]
+    """The run that they are compared with, for each seed."""
+
+
+@dataclass(frozen=True)
 class Arm:
     """One condition of an experiment, over its seeds."""
 
@@ -42,10 +52,14 @@ class Arm:
     partners: tuple[RunSpec, ...] = ()
     """For an ensemble: for each of ``specs`` the run whose class probabilities are averaged with its own."""
 
+    equal: EqualAccuracy | None = None
+    """How its runs are chosen among several once these are finished; ``specs`` are then any of them."""
+
     @property
     def every_spec(self) -> tuple[RunSpec, ...]:
         """All runs that it depends on."""
-        return (*self.specs, *self.partners)
+        further = () if self.equal is None else tuple(spec for some in self.equal.candidates for spec in some)
+        return (*self.specs, *self.partners, *further)
 
     @property
     def probed(self) -> bool:

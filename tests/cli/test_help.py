@@ -34,6 +34,7 @@ def test_every_command_has_help(folder):
         "ensemble",
         "grid",
         "shift",
+        "robustness",
         "crosssize",
         "diagnose",
         "reproduce",

@@ -61,10 +61,10 @@ def grid(
     def arm(name: str, start: str) -> Arm:
         if start == "random":
             return lab.arm(_cell(name, start), student, maps[name], transfer=passed)
-        # one recipe for all that start from weights: they differ in the maps alone
-        what = {"transfer": passed, "start": source} if name != NONE else {}
-        given = maps.get(name, source)
-        return lab.arm(_cell(name, start), student, given, Init(source="teacher"), recipe="finetune", **what)
+        weights = Init(source="teacher")  # one recipe for all that start from them: they differ in the maps alone
+        if name == NONE:
+            return lab.arm(_cell(name, start), student, source, weights, recipe="finetune")
+        return lab.arm(_cell(name, start), student, maps[name], weights, passed, recipe="finetune", start=source)
 
     cells = [(name, start) for start in STARTS for name in (NONE, *maps) if (name, start) != (NONE, "random")]
     best = _cell(OWN, "random")

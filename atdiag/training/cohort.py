@@ -133,15 +133,12 @@ class _Cohort:
             self.validation = sources.find(spec.data).validation_split(spec.data, spec.seed.data)
         self.test = sources.find(spec.data).test_split(spec.data)
         self.members: list[RunTrainer] = []
-        origins: dict[tuple[str, int], ViT | Foreign] = {}
         prepared = TeacherFacts(self.teacher, self.stream.images if self.stream else None)
         for run, s in todo:
             try:
                 teacher = self.teacher if s.teacher else None
                 averages, heads = prepared.averages(s), prepared.heads(s)
-                if s.start is not None and s.start.seen_as not in origins:
-                    origins[s.start.seen_as] = load_teacher(s.start)
-                origin = None if s.start is None else origins[s.start.seen_as]
+                origin = prepared.origin(s, load_teacher)
                 self.members.append(RunTrainer(run, s, teacher, averages, steps, device, heads, ranks, origin))
             except ValueError as fault:  # a checkpoint that can't be read, teacher weights that do not fit
                 self._fail(run, 0, str(fault))

@@ -109,7 +109,9 @@ def _drawn(network: Network, operation: Operation) -> ViT:
     if network.differences:
         raise WeightsError(f"an untrained network with {', '.join(network.differences)} can't be built")
     assert operation.seed is not None
-    return students.build(network, operation.seed).eval().requires_grad_(False)
+    vit = students.build(network, operation.seed)
+    vit.eval().requires_grad_(False)
+    return vit
 
 
 def _load_stored(teacher: Teacher, path: Path) -> ViT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from figures import captions, marks, style
 
@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 def grid(report: Report) -> Figure:
     """Draw points above the baseline, a row for each teacher's maps, a colour and a marker for each start.
 
-    Filled: clear of zero; open: not. Right: accuracies, in the order of the keys.
+    Filled: clear of zero; open: not. Right: accuracies.
     """
     rows = {tuple(row.arm.rsplit(", ", 1)): row for row in marks.contrasted(report)}
     maps, starts = (list(dict.fromkeys(part)) for part in zip(*rows, strict=True))
     looks = marks.looks(starts)
     figure, axes = style.canvas(height=0.55 + 0.34 * len(maps))
+    told: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 6.5, "color": style.GREY}
     for y, name in enumerate(maps):
-        having = [start for start in starts if (name, start) in rows]
-        for start in having:
+        for start in starts:
+            if (name, start) not in rows:
+                continue
             offset = (starts.index(start) - (len(starts) - 1) / 2) * 0.3
-            marks.across(axes, rows[name, start].contrast_or_raise(), y + offset, looks[start])
-        told = "\n".join(f"{rows[name, start].top1:.1f} %" for start in having)
-        axes.annotate(told, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color=style.GREY)
+            row, place = rows[name, start], y + offset
+            marks.across(axes, row.contrast_or_raise(), place, looks[start])
+            axes.annotate(f"{row.top1:.1f} %", (1.02, place), **told)
     axes.axvline(0, color=style.INK, lw=0.8, zorder=1)
     axes.set_yticks(range(len(maps)), [style.wrapped(name, 22) for name in maps])
     axes.set_ylim(len(maps) - 0.5, -0.5)

@@ -60,7 +60,6 @@ def shift(
         return [
             Contrast(_compared(transfer, angle), {there: 1, scratch: -1, transfer: -1, BASELINE: 1}),
             Contrast(f"gain of {transfer}{_where(angle)}", {there: 1, scratch: -1}),
-            Contrast(f"{BASELINE}: turned by {angle} minus upright", {scratch: 1, BASELINE: -1}),
         ]
 
     def verdict(report: Report) -> str:

@@ -44,7 +44,7 @@ class TrainingBudget:
         return epochs if self.images is None else f"{self.images:,} images x {epochs}"
 
 
-@ablation(order=140, reproduce={}, papers=())
+@ablation(order=145, reproduce={}, papers=())
 def pace(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as dinov2_s.")] = "dinov2_s",

@@ -239,3 +239,32 @@ CURVES = {
     "long": reading(*(curve(f"{LONG}_{i}", i - 1.5, seeds=1) for i in range(4))),
     "flat": reading(curve("deit_s", 0.0, half=0.0, own=50.0)),
 }
+
+
+def _heads(name: str, scale: float, rules=("first", "random", "different"), ks=(4, 8, 12), every=16, **more) -> Report:
+    places = {f"{rule} {k}": k for k in ks for rule in rules} | {"all heads": every}
+    effects = {arm: scale * k**0.5 * (0.8 if arm.startswith("random") else 1.0) for arm, k in places.items()}
+    options = {"transfer": "copy", "which": ",".join(rules)}
+    return study(name, effects, **{"ablation": "heads", "options": options, "curve": {BASELINE: 0, **places}, **more})
+
+
+HEAD_CURVES = {
+    "usual": reading(_heads("mae_l", 4.0, profile="paper"), _heads("deit_b", 4.0, ks=(3, 6, 9), every=12)),
+    "one": reading(_heads("deit_b", 9.0, ks=(1, 2), every=3)),
+    "one rule": reading(_heads("deit_s", 9.0, ("first",), ks=(1,), every=2)),
+    "all heads alone": reading(_heads("deit_s", 9.0, ("random",), ks=(), every=1)),
+}
+
+
+def starts(name: str, rows=("pre-trained", "dinov2_s", "untrained"), **more) -> Report:
+    """Make a study of maps and starts."""
+    cells = [(row, start) for start in ("random", "pre-trained") for row in ("no", *rows)][1:]
+    effects = {f"{row} maps, {start} start": 9.0 * i - 8 for i, (row, start) in enumerate(cells)}
+    return study(name, effects, ablation="grid", options={"transfer": "copy", "others": ",".join(rows[1:-1])}, **more)
+
+
+STARTS = {
+    "usual": starts("deit_s"),
+    "two": starts("deit_s", ("pre-trained", "untrained"), seeds=1),
+    "many": starts("mae_l", ("pre-trained", "run:0123456789abcdef", LONG, "moco_v3_b", "untrained"), profile="paper"),
+}

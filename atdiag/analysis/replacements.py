@@ -148,7 +148,7 @@ def _check_copied(subject: Subject, one: Replacement, layers: Sequence[int]) -> 
     copied = sorted(set(layers) & set(transfer.layers)) if transfer.method == "copy" else []
     if not copied:
         return
-    if transfer.tensor == "map" and one.part == "map" and (transfer.heads is None or one.heads is None):
+    if transfer.tensor == "map" and one.part == "map" and (transfer.takes_all_heads or one.heads is None):
         return
     if transfer.tensor == one.part and one.heads is None:
         return

@@ -276,9 +276,9 @@ def of_start(run: Run) -> Subject:
     spec = run.spec
     network = students.build(spec.network, spec.seed.model)
     if spec.init.source == "teacher":
-        assert spec.teacher is not None
+        assert spec.origin is not None
         try:
-            source = loading.load(spec.teacher)
+            source = loading.load(spec.origin)
         except (loading.WeightsMissingError, ValueError) as fault:
             raise UserError(f"run {spec.id} starts from its teacher: {fault}") from None
         assert isinstance(source, ViT)

@@ -158,7 +158,8 @@ def _start(spec: RunSpec) -> str:
     if spec.init.source == "scratch":
         return "from scratch"
     anew = f", with {' and '.join(spec.init.reinit)} drawn anew" if spec.init.reinit else ""
-    return f"the teacher's weights{anew}"
+    whose = "the teacher's weights" if spec.start is None else f"the weights of {spec.start.label}"
+    return f"{whose}{anew}"
 
 
 def _transfer(spec: RunSpec) -> str:

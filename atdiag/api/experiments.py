@@ -295,6 +295,6 @@ def planned(series: Series) -> list[tuple[str, RunSpec]]:
     named: dict[str, tuple[str, RunSpec]] = {}
     for study in series.studies:
         for arm in [*study.arms, *([study.reference] if study.reference else [])]:
-            for spec in arm.specs:
+            for spec in arm.every_spec:
                 named.setdefault(spec.id, (f"{study.label}: {arm.name}" if several else arm.name, spec))
     return list(named.values())

@@ -57,7 +57,7 @@ def scale(studies: tuple[Study, ...], settings: Settings) -> None:
         return f"{one.name}, {one.train:,} training images" + (f" and {held:,} for validation" if held else "")
 
     arms = [arm.specs[0] for study in studies for arm in study.arms]
-    data = ", ".join(map(images, dict.fromkeys(spec.data for spec in arms)))
+    data = ", ".join(dict.fromkeys(images(spec.data) for spec in arms))
     epochs = sorted({spec.recipe.epochs for spec in arms})
     length = count(epochs[0], "epoch") if len(epochs) == 1 else f"{' or '.join(map(str, epochs))} epochs"
     typer.echo(

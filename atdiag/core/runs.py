@@ -9,6 +9,7 @@
                 weights.safetensors  the trained student
                 predictions.npz      per test image: prediction, label, cluster, log-probability of the label
                 ood/<set>.npz        the same for other test sets that the finished run was evaluated on
+                ensemble/<run>.npz   the same for the mean of its class probabilities and another run's
                 result.json          written last and atomically: a run is finished if and only if this file exists
 
 Every file (except events) is written atomically: to a temporary file, flushed, then renamed; this also holds on NFS.
@@ -175,6 +176,10 @@ class Run:
     def ood(self, test_set: str) -> Path:
         """Return the path of the per-image predictions on another test set, by its file name."""
         return self.path / "ood" / f"{test_set}.npz"
+
+    def ensemble(self, partner: str) -> Path:
+        """Return the path of the per-image test predictions of the run and another one together, by its id."""
+        return self.path / "ensemble" / f"{partner}.npz"
 
     @property
     def state(self) -> State:

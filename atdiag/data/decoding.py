@@ -217,17 +217,20 @@ def to_picture(array: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(np.moveaxis(array, 0, -1)))
 
 
+_QUARTERS = {turns: getattr(Image.Transpose, f"ROTATE_{90 * turns}") for turns in (1, 2, 3)}
+
+
 class ImageFolder:
     """A split of real images, each its own cluster.
 
     decoded: a file with all images decoded at their stored size, uint8 [n, H, W, 3] (see ``cache``); None: decode each
-    image on demand.
+    image on demand. turns: counter-clockwise quarter turns of each image.
     """
 
     channels = 3
 
-    def __init__(self, files: Files, view: View, decoded: Path | None = None) -> None:
-        self.files, self.view, self.decoded = files, view, decoded
+    def __init__(self, files: Files, view: View, decoded: Path | None = None, turns: int = 0) -> None:
+        self.files, self.view, self.decoded, self.turns = files, view, decoded, turns
         self.size = view.size
         self.labels = np.array(files.labels, np.int64)
         self.clusters: NDArray[np.int64] = np.arange(len(files), dtype=np.int64)
@@ -249,15 +252,16 @@ class ImageFolder:
         return self.files.stored(index).path
 
     def picture(self, index: int) -> Image.Image:
-        """Return an image at its stored size. Raises BrokenImageError."""
+        """Return an image at its stored size, turned. Raises BrokenImageError."""
         stored = self._open()
-        return load(self.files.stored(index)) if stored is None else Image.fromarray(stored[index])
+        picture = load(self.files.stored(index)) if stored is None else Image.fromarray(stored[index])
+        return picture.transpose(_QUARTERS[self.turns]) if self.turns else picture
 
     def take(self, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return test views of some images, uint8 [b, 3, S, S]. Raises BrokenImageError."""
         stored = self._open()
         if stored is not None and stored.shape[1:3] == (self.size, self.size):
-            return np.ascontiguousarray(np.moveaxis(stored[samples], -1, 1))
+            return np.ascontiguousarray(np.rot90(np.moveaxis(stored[samples], -1, 1), self.turns, axes=(2, 3)))
         out = np.empty((len(samples), 3, self.size, self.size), np.uint8)
         for row, index in enumerate(samples):
             out[row] = to_array(self.view(self.picture(int(index))))

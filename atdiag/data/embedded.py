@@ -6,7 +6,7 @@ A user's own data set is one :class:`EmbeddedSet` with two functions that make i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -171,7 +171,7 @@ class EmbeddedSet:
 
     def train_split(self, data: Data, seed: int) -> Images:
         """Return the ``data.train`` images of a data seed. Raises ValueError if ``make_train`` returns others."""
-        images = self._sound(self.make_train(data, seed))
+        images = self._turned(self.make_train(data, seed), data)
         if len(images) != data.train:
             raise ValueError(f"the data set {self.name} made {len(images)} training images, not {data.train}")
         return images
@@ -183,14 +183,23 @@ class EmbeddedSet:
         """
         if data.validation is None or self.make_validation is None:
             return None
-        images = self._sound(self.make_validation(data, seed))
+        images = self._turned(self.make_validation(data, seed), data)
         if len(images) != (count := self.validation_images(data)):
             raise ValueError(f"the data set {self.name} made {len(images)} images for validation, not {count}")
         return images
 
     def test_split(self, data: Data) -> Images:
         """Return the test images. Raises ValueError if ``make_test`` returns others than declared."""
-        return self._sound(self.make_test(data))
+        return self._turned(self.make_test(data), data)
+
+    def _turned(self, images: Images, data: Data) -> Images:
+        """Return sound images, turned as the spec says. Raises as :meth:`_sound`."""
+        import numpy as np
+
+        images = self._sound(images)
+        if not data.turns:
+            return images
+        return replace(images, pixels=np.ascontiguousarray(np.rot90(images.pixels, data.turns, axes=(2, 3))))
 
     def _sound(self, images: Images) -> Images:
         """Return the images. Raises ValueError for another type or shape than declared, or labels out of range."""

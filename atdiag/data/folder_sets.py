@@ -277,7 +277,7 @@ class FolderSet:
         from atdiag.data import cache
         from atdiag.data.decoding import ImageFolder, View
 
-        return ImageFolder(files, View.of(data, crop_share(self.name)), cache.decoded(files))
+        return ImageFolder(files, View.of(data, crop_share(self.name)), cache.decoded(files), data.turns)
 
 
 def left_out(name: str) -> str:

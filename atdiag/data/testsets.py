@@ -178,6 +178,6 @@ def open_images(test_set: TestSet, data: Data) -> Opened:
         return Opened(Corrupted(own, test_set.corruption, test_set.severity))
     assert data.image_size is not None
     files = read(test_set.name)
-    images = ImageFolder(files, View.of(data, crop_share(data.name)), cache.decoded(files))
+    images = ImageFolder(files, View.of(data, crop_share(data.name)), cache.decoded(files), data.turns)
     classes = np.unique(images.labels)
     return Opened(images, None if len(classes) == len(files.classes) else classes, files.fingerprint())

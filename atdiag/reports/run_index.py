@@ -76,7 +76,8 @@ def listed(run: Run) -> dict[str, Any]:
             "state": run.state,
             "teacher": spec.teacher.label if spec.teacher else "",
             "student": " ".join(spec.network.components) or "standard",
-            "start": spec.init.source + (f" less {'+'.join(spec.init.reinit)}" if spec.init.reinit else ""),
+            "start": (spec.start.label if spec.start else spec.init.source)
+            + (f" less {'+'.join(spec.init.reinit)}" if spec.init.reinit else ""),
             "transfer": _transfer_text(spec.transfer),
             "data": f"{spec.data.name} {spec.data.train}x{spec.recipe.epochs}",
             "seed": f"{spec.seed.data}/{spec.seed.model}",
@@ -99,6 +100,8 @@ def _transfer_text(transfer: Transfer) -> str:
         words.append(f"from {ranges(transfer.teacher_layers)}")
     if transfer.heads is not None:
         words.append(f"heads {ranges(transfer.heads)}")
+    if transfer.different_heads is not None:
+        words.append(f"{transfer.different_heads} most different heads")
     if transfer.average is not None:
         words.append(f"mean over {transfer.average}")
     if transfer.method == "distill" and transfer.tensor == "map" and transfer.loss != "ce":

@@ -224,7 +224,7 @@ def estimate(
 def _scored(correct: NDArray[np.bool_], scale: Scale) -> NDArray[np.float64]:
     """Convert right and wrong answers [S, n] to scores [S, n] whose mean is their accuracy on the scale."""
     if scale == "points":
-        return 100.0 * correct
+        return correct * np.float64(100)
     half = 0.5 / correct.size
     share = min(max(float(correct.mean()), half), 1 - half)
     scores: NDArray[np.float64] = log(share / (1 - share)) + (correct - correct.mean()) / (share * (1 - share))

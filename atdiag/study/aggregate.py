@@ -90,11 +90,12 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
 
     if len(versions := {spec.semantics for spec in study.specs}) > 1:
         raise ValueError(f"runs of different semantics can't be compared: {sorted(versions)}")
-    answers = {arm.name: answered(arm, store, study.test_set) for arm in study.arms}
+    arms = [_chosen(arm, store) for arm in study.arms]
+    answers = {arm.name: answered(arm, store, study.test_set) for arm in arms}
     measured = {name: said.outcomes for name, said in answers.items()}
-    baseline = study.arms[0].name
+    baseline = arms[0].name
     rows = []
-    for arm in study.arms:
+    for arm in arms:
         versus = None if arm.name == baseline else estimate(measured, {arm.name: 1, baseline: -1})
         rows.append(_row(arm, answers[arm.name], store, study.measures, versus))
     asked = {c.name: estimate(measured, c.weights, scale=c.scale) for c in study.contrasts}
@@ -105,9 +106,9 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
         if study.reference.head is not None:
             warning = study.reference.head.warning(next(iter(said.outcomes.correct.values())))
     stands = chance.footing(measured[baseline], answers[baseline].labels, reference.top1 if reference else None)
-    origins = [store.run(arm.specs[0]).result().get("weights") for arm in study.arms]
+    origins = [store.run(arm.specs[0]).result().get("weights") for arm in arms]
     weights = tuple(dict.fromkeys(note for origin in origins if (note := _which_weights(origin))))
-    dropped = {arm.name: names for arm in study.arms if (names := _dropped(store.run(arm.specs[0]).result()))}
+    dropped = {arm.name: names for arm in arms if (names := _dropped(store.run(arm.specs[0]).result()))}
     found = Report(
         study,
         settings.profile.name,
@@ -121,6 +122,28 @@ def _measured(study: Study, settings: Settings, store: Store) -> Report:
         footing=stands,
     )
     return _changed(found, lambda _, one: replace(one, undertrained=True)) if found.undertrained else found
+
+
+def _chosen(arm: Arm, store: Store) -> Arm:
+    """Return an arm with its runs chosen by their accuracy on the validation part, if they are chosen at all.
+
+    Raises ValueError for runs without a validation part.
+    """
+    if arm.equal is None:
+        return arm
+    chosen = []
+    for some, other in zip(arm.equal.candidates, arm.equal.to, strict=True):
+        wanted = _validated(store.run(other))
+        distance = {spec.id: abs(_validated(store.run(spec)) - wanted) for spec in some}
+        chosen.append(min(some, key=lambda spec: distance[spec.id]))
+    return replace(arm, specs=tuple(chosen), equal=None)
+
+
+def _validated(run: Run) -> float:
+    found = run.result().get("validation_top1")
+    if not isinstance(found, int | float):
+        raise ValueError(f"run {run.id} has no validation part: nothing can be chosen by it")
+    return float(found)
 
 
 def _changed(report: Report, change: Callable[[str, Estimate], Estimate]) -> Report:
@@ -148,8 +171,9 @@ class Answers:
 def answered(arm: Arm, store: Store, test_set: str | None = None) -> Answers:
     """Return an arm's per-image outcomes by seed, on its own test images or on another test set.
 
-    Raises DamagedRunError for predictions that can't be read or disagree with the run's result, FileNotFoundError for a
-    test set that a run was not evaluated on.
+    Those of an ensemble are on its own test images. Raises DamagedRunError for predictions that can't be read or
+    disagree with the run's result, FileNotFoundError for a test set that a run was not evaluated on, or an ensemble
+    that was not evaluated.
     """
     import numpy as np
 
@@ -158,9 +182,12 @@ def answered(arm: Arm, store: Store, test_set: str | None = None) -> Answers:
 
     correct: dict[tuple[int, int], Any] = {}
     label, clusters, classes = np.empty(0, np.int32), np.empty(0, np.int32), []
-    for spec in arm.specs:
+    for i, spec in enumerate(arm.specs):
         run = store.run(spec)
-        if test_set is None:
+        if arm.partners:
+            both = predictions.read_pair(run, store.run(arm.partners[i]))
+            prediction, label, clusters = both.prediction, both.label, both.cluster
+        elif test_set is None:
             prediction, label, clusters = predictions.own(run)
         else:
             there = predictions.read(run, testsets.find(test_set)).predictions
@@ -173,13 +200,13 @@ def answered(arm: Arm, store: Store, test_set: str | None = None) -> Answers:
 def _row(
     arm: Arm, said: Answers, store: Store, measures: Iterable[Measurement], contrast: Estimate | None = None
 ) -> ArmResult:
-    runs = [Run(store.root / spec.id) for spec in arm.specs]
-    top1 = 100 * sum(float(right.mean()) for right in said.outcomes.correct.values()) / len(runs)
+    runs = [Run(store.root / spec.id) for spec in arm.every_spec]
+    top1 = 100 * sum(float(right.mean()) for right in said.outcomes.correct.values()) / len(arm.specs)
     taken = [{k: v for measure in measures for k, v in measure.numbers(run).items()} for run in runs]
     shared = [name for name in taken[0] if all(name in numbers for numbers in taken)]
     numbers = {name: sum(one[name] for one in taken) / len(taken) for name in shared}
     return ArmResult(
-        arm.name, top1, len(runs), tuple(run.id for run in runs), contrast, numbers, tuple(taken), said.classes
+        arm.name, top1, len(arm.specs), tuple(run.id for run in runs), contrast, numbers, tuple(taken), said.classes
     )
 
 

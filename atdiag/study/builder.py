@@ -105,16 +105,19 @@ class Lab:
         init: Init | None = None,
         transfer: Transfer | None = None,
         recipe: str | None = None,
+        start: Teacher | None = None,
     ) -> Arm:
         """Return an arm over the seeds of the settings.
 
-        recipe: which of the profile's recipes it uses; None: that of its transfer method.
+        start: whose weights the student starts from, if not from the teacher's. recipe: which of the profile's recipes
+        it uses; None: that of its transfer method.
         """
         profile = self.settings.profile
         transfer = transfer or Transfer()
         init = init or Init()
-        if teacher is not None and self.settings.student is not None and init.source == "teacher":
-            self._check_same_size(teacher, network)
+        origin = start or teacher
+        if origin is not None and self.settings.student is not None and init.source == "teacher":
+            self._check_same_size(origin, network)
         if teacher is not None and (transfer.method == "logits" or (init.head and not init.head_rows)):
             self._check_same_classes(teacher)
         try:
@@ -131,6 +134,7 @@ class Lab:
                         data=profile.data,
                         recipe=profile.recipe[recipe or recipe_of(transfer)],
                         seed=seed,
+                        start=start,
                     )
                     for seed in self.settings.seeds
                 ),

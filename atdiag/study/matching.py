@@ -116,7 +116,7 @@ class Match:
     def _is_copied(self, spec: RunSpec) -> bool:
         """Return whether all of a student's maps are exactly this teacher's."""
         own = spec.transfer
-        whole = own.layers == tuple(range(spec.network.depth)) and not own.teacher_layers and own.heads is None
+        whole = own.layers == tuple(range(spec.network.depth)) and not own.teacher_layers and own.takes_all_heads
         as_is = own.method == "copy" and own.tensor == "map" and own.average is None
         return whole and as_is and spec.teacher is not None and spec.teacher.weights == self.teacher.weights
 

@@ -43,7 +43,9 @@ def check(series: Sequence[Series], todo: Sequence[RunSpec]) -> None:
     for data, network in {spec.data: spec.network for spec in todo}.items():
         sources.find(data).check(data, network)
     studies = [study for one in series for study in one.studies]
-    if plans := list({s.teacher.label: s.teacher for s in studies if s.teacher.sha256 is None}.values()):
+    needed = [one for spec in todo for one in (spec.teacher, spec.start) if one is not None]
+    named = {one.label: one for one in (*(study.teacher for study in studies), *needed)}
+    if plans := [one for one in named.values() if one.sha256 is None]:
         labels = shortlist([teacher.label for teacher in plans], most=6)
         raise UserError(f"the weights of {labels} are not on this machine", teachers.how_to_get(plans[0]))
     for measurement, specs in measurements(series):

@@ -32,6 +32,16 @@ BASELINE = "scratch"
 
 
 @dataclass(frozen=True)
+class EqualAccuracy:
+    """Runs of which one is taken for each seed: that whose accuracy on the validation part is nearest another run's."""
+
+    candidates: tuple[tuple[RunSpec, ...], ...]
+    """For each seed; of equally near ones the first is taken."""
+    to: tuple[RunSpec, ...]
+    """The run that they are compared with, for each seed."""
+
+
+@dataclass(frozen=True)
 class Arm:
     """One condition of an experiment, over its seeds."""
 
@@ -39,6 +49,17 @@ class Arm:
     specs: tuple[RunSpec, ...]
     head: HeadRows | None = None
     """For the teacher itself: the rows of its head that are the data set's classes, and how they were determined."""
+    partners: tuple[RunSpec, ...] = ()
+    """For an ensemble: for each of ``specs`` the run whose class probabilities are averaged with its own."""
+
+    equal: EqualAccuracy | None = None
+    """How its runs are chosen among several once these are finished; ``specs`` are then any of them."""
+
+    @property
+    def every_spec(self) -> tuple[RunSpec, ...]:
+        """All runs that it depends on."""
+        further = () if self.equal is None else tuple(spec for some in self.equal.candidates for spec in some)
+        return (*self.specs, *self.partners, *further)
 
     @property
     def probed(self) -> bool:
@@ -142,14 +163,14 @@ class Study:
         """Return the ids of runs -> the arms that consist of them."""
         names: dict[tuple[str, ...], list[str]] = {}
         for arm in self.arms:
-            names.setdefault(tuple(spec.id for spec in arm.specs), []).append(arm.name)
+            names.setdefault(tuple(spec.id for spec in arm.every_spec), []).append(arm.name)
         return names
 
     @property
     def specs(self) -> list[RunSpec]:
         """All runs, each once, in the order of arms."""
         arms = [*self.arms, *([self.reference] if self.reference else [])]
-        return list({spec.id: spec for arm in arms for spec in arm.specs}.values())
+        return list({spec.id: spec for arm in arms for spec in arm.every_spec}.values())
 
 
 LEFT_OUT = "Left out: "
@@ -330,10 +351,13 @@ class Reading:
 
 
 def _comparable(baseline: Arm, arm: Arm) -> None:
-    """Raise UserError if an arm can't be contrasted with a baseline: other test images, or no common seed."""
+    """Raise UserError if an arm can't be contrasted with a baseline: other test images, or no common seed.
+
+    An image and the same one turned are one image: their answers are paired.
+    """
 
     def tested(one: Arm) -> set[str]:
-        return {s.data.only_tested().model_dump_json() for s in one.specs}
+        return {s.data.only_tested().model_copy(update={"turns": 0}).model_dump_json() for s in one.specs}
 
     if tested(arm) != tested(baseline):
         on = [", ".join(sorted({spec.data.name for spec in one.specs})) for one in (arm, baseline)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from atdiag.core.errors import UserError, suggest
 from atdiag.core.selection import indices
@@ -33,6 +33,7 @@ class TransferSettings(Spec):
     average: Literal["examples", "queries", "heads", "layers"] | None = None
     layers: str | int | tuple[int, ...] | None = None
     heads: str | int | tuple[int, ...] | None = None
+    different_heads: Annotated[int, Field(ge=0)] | None = None
     temperature: float | None = None
     teacher_layers: str | int | tuple[int, ...] | None = None
     """Of a student with another number of blocks: a rule of :data:`atdiag.core.spec.sizes.BlockRule`, or the teacher's
@@ -65,7 +66,8 @@ class TransferSettings(Spec):
             return Transfer(method=method, weight=self.weight, temperature=self.temperature)
         if method == "features":
             return Transfer(method=method, layers=layers, weight=self.weight, reduce=self.reduce)
-        attention = {"layers": layers, "heads": chosen, "tensor": self.tensor, "average": self.average}
+        which = {"layers": layers, "heads": chosen, "different_heads": self.different_heads}
+        attention = {**which, "tensor": self.tensor, "average": self.average}
         if method == "copy":
             return Transfer(method=method, **attention)
         return Transfer(method=method, **attention, weight=self.weight, loss=self.loss, reduce=self.reduce)

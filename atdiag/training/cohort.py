@@ -136,9 +136,9 @@ class _Cohort:
         prepared = TeacherFacts(self.teacher, self.stream.images if self.stream else None)
         for run, s in todo:
             try:
-                teacher = self.teacher if s.teacher else None
-                averages, heads = prepared.averages(s), prepared.heads(s)
-                self.members.append(RunTrainer(run, s, teacher, averages, steps, device, heads, ranks, options.track))
+                origin = prepared.origin(s, load_teacher)
+                facts = prepared.averages(s), steps, device, prepared.heads(s), ranks, options.track, origin
+                self.members.append(RunTrainer(run, s, self.teacher if s.teacher else None, *facts))
             except ValueError as fault:  # a checkpoint that can't be read, teacher weights that do not fit
                 self._fail(run, 0, str(fault))
         self.compiled = compiled.wanted(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -51,7 +52,7 @@ class Predictor:
     averages: Mapping[int, Averaged] = field(default_factory=dict)
     """Block -> the teacher's map averaged over examples, for a student that copies such averages."""
     heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """The teacher's block -> its heads that were chosen, for a student that takes its most different ones."""
+    """The teacher's block -> its heads that were chosen, for a student that takes those that differ most."""
 
     def given(self, shown: Observation) -> Observation:
         """Return what the teacher shows, as the student is given it. The student must have a teacher."""
@@ -120,7 +121,7 @@ def chosen_heads(
     :func:`averages`.
     """
     transfer = spec.transfer
-    if transfer.teacher_heads != "different":
+    if transfer.teacher_heads != "different" and transfer.different_heads is None:
         return {}
     if run is not None and run.finished and (stored := run.result().get("teacher_heads")):
         return {int(block): tuple(heads) for block, heads in stored.items()}
@@ -131,7 +132,8 @@ def chosen_heads(
             apart = len(pixels) * sizes.head_divergence(seen.qk)
             sums[block] = apart if block not in sums else sums[block] + apart
     count = min(COMPARED_IMAGES, spec.data.train)
-    return {block: sizes.most_different(apart / count, spec.network.heads) for block, apart in sorted(sums.items())}
+    wanted = transfer.different_heads or spec.network.heads
+    return {block: sizes.most_different(apart / count, wanted) for block, apart in sorted(sums.items())}
 
 
 def _training_images(
@@ -175,6 +177,8 @@ def fit(
         if (own.heads, own.grid) != (theirs.heads, theirs.grid):
             raise ValueError("teacher and student differ in heads or grid: the transfer says how maps pass")
         return observation
+    if transfer.different_heads is not None:
+        observation = replace(observation, heads=heads or {})
     fitting = sizes.fitting(transfer, student, teacher.network, teacher.mean.device, heads)
     if fitting is None:
         return observation
@@ -200,6 +204,7 @@ def predict(
     workers: int = 0,
     among: NDArray[np.int64] | None = None,
     ranks: RankGroup = ALONE,
+    ensembles: Sequence[tuple[int, ...]] = (),
 ) -> list[Predictions]:
     """Predict with several subjects in one pass over the images.
 
@@ -207,8 +212,9 @@ def predict(
     fixed, so a subject's numbers do not depend on which others are evaluated with it, nor on the number of ranks: they
     take the batches in turn, and each gets the predictions on all images.
 
-    workers: processes that load images in advance; they change no number. among: the classes to choose from, None for
-    all; the logits of other classes count neither for the prediction nor for the probabilities.
+    ensembles: subjects, by their place, whose class probabilities are averaged; the predictions of each ensemble follow
+    those of the subjects. workers: processes that load images in advance; they change no number. among: the classes to
+    choose from, None for all; the logits of other classes count neither for the prediction nor for the probabilities.
 
     Raises ValueError for a copy-student without its teacher, for labels that are not ``among`` the classes, and
     whatever :meth:`atdiag.data.loader.Stream.batches` raises.
@@ -223,7 +229,7 @@ def predict(
                 blocks = subject.transfer.layers
                 raise ValueError(f"a student that copies blocks {blocks} needs its teacher at test time, and has none")
             needed.setdefault(id(subject.teacher), (subject.teacher, []))[1].append(subject.transfer)
-    said: list[list[_Said]] = [[] for _ in subjects]
+    said: list[list[_Said]] = [[] for _ in (*subjects, *ensembles)]
     starts = range(ranks.index * BATCH, len(images), ranks.count * BATCH)
     with (
         closing(loader.test_batches(images, BATCH, workers, device.type == "cuda", starts)) as batches,
@@ -233,11 +239,16 @@ def predict(
         for start, batch in zip(starts, batches, strict=True):
             pixels = _on(device, batch)
             shown = {key: show(teacher, pixels, of_teacher(transfers)) for key, (teacher, transfers) in needed.items()}
-            for subject, out in zip(subjects, said, strict=True):
+            labels, every = images.labels[start : start + BATCH], []
+            for subject, out in zip(subjects, said, strict=False):
                 key = id(subject.teacher)
                 own = subject.given(shown[key]) if key in shown else Observation()
                 logits = methods.forward_test(subject.network, subject.transfer, pixels, own).float().cpu()
-                out.append(_score(logits, images.labels[start : start + BATCH], among))
+                every.append(_log_p(logits, among))
+                out.append(_score(every[-1], labels))
+            for places, out in zip(ensembles, said[len(subjects) :], strict=True):
+                together = torch.stack([every[place] for place in places])
+                out.append(_score(together.logsumexp(0) - math.log(len(places)), labels))
     whole = _in_turn(ranks.gathered(said))
     return [_gather(out, images) for out in whole]
 
@@ -250,14 +261,19 @@ def _in_turn(said: list[list[list[_Said]]]) -> list[list[_Said]]:
     ]
 
 
-def _score(logits: Tensor, labels: NDArray[np.int64], among: NDArray[np.int64] | None) -> _Said:
-    """Return a batch's predictions and the log-probability of each label."""
+def _log_p(logits: Tensor, among: NDArray[np.int64] | None) -> Tensor:
+    """Return the log-probabilities of a batch's classes [b, classes]."""
     if among is not None:
         others = torch.ones(logits.shape[-1], dtype=torch.bool)
         others[torch.from_numpy(among)] = False
         logits = logits.masked_fill(others, -torch.inf)
-    log_p = logits.log_softmax(-1).numpy()
-    return log_p.argmax(-1).astype(np.int32), log_p[np.arange(len(labels)), labels].astype(np.float32)
+    return logits.log_softmax(-1)
+
+
+def _score(log_p: Tensor, labels: NDArray[np.int64]) -> _Said:
+    """Return a batch's predictions and the log-probability of each label."""
+    found = log_p.numpy()
+    return found.argmax(-1).astype(np.int32), found[np.arange(len(labels)), labels].astype(np.float32)
 
 
 def _gather(batches: list[_Said], images: Split) -> Predictions:

@@ -56,7 +56,7 @@ def evaluate_runs(
     _check(runs, missing)
     total, done = sum(map(len, missing.values())), 0
     for group in _groups([run for run in runs if missing[run.path]], together):
-        subjects = dict(zip(group, _subjects(group, device, load_teacher), strict=True))
+        loaded = dict(zip(group, subjects(group, device, load_teacher), strict=True))
         for test_set in test_sets:
             todo = [run for run in group if test_set in missing[run.path]]
             if not todo:
@@ -67,7 +67,7 @@ def evaluate_runs(
             spec = group[0].spec
             opened = testsets.open_images(test_set, spec.data)
             results = evaluation.predict(
-                [subjects[run] for run in todo], opened.images, device, spec.recipe.precision, among=opened.among
+                [loaded[run] for run in todo], opened.images, device, spec.recipe.precision, among=opened.among
             )
             for run, result in zip(todo, results, strict=True):
                 _store(run, test_set, result, opened, device)
@@ -77,7 +77,7 @@ def evaluate_runs(
     return done
 
 
-def _shares(spec: RunSpec) -> str:
+def shares(spec: RunSpec) -> str:
     """Return a key equal for runs that see the same test images in the same precision."""
     images = spec.data.only_tested()
     return f"{images.model_dump_json()} {spec.recipe.precision}"
@@ -90,7 +90,7 @@ def _check(runs: list[Run], missing: dict[Path, list[TestSet]]) -> None:
         for test_set in missing[run.path]:
             # A folder of the run's own images is the same folder whatever the corruption.
             images = (test_set.corruption is not None) if test_set.own_images else test_set.name
-            key = (_shares(run.spec), run.spec.network.classes, images)
+            key = (shares(run.spec), run.spec.network.classes, images)
             if key not in seen:
                 testsets.check(test_set, run.spec.data, run.spec.network)
                 seen.add(key)
@@ -100,12 +100,12 @@ def _groups(runs: Iterable[Run], together: int) -> Iterator[list[Run]]:
     """Yield groups of runs that can be evaluated in one pass; runs with the same teacher are adjacent."""
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.spec.teacher.weights if run.spec.teacher else ""):
-        groups.setdefault(_shares(run.spec), []).append(run)
+        groups.setdefault(shares(run.spec), []).append(run)
     for group in groups.values():
         yield from (group[start : start + together] for start in range(0, len(group), together))
 
 
-def _subjects(runs: list[Run], device: torch.device, load_teacher: LoadTeacher) -> Iterator[evaluation.Predictor]:
+def subjects(runs: list[Run], device: torch.device, load_teacher: LoadTeacher) -> Iterator[evaluation.Predictor]:
     """Yield the runs' students on a device; each distinct teacher is loaded once."""
     loaded: dict[Teacher, ViT | Foreign] = {}
 

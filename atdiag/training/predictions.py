@@ -158,3 +158,43 @@ def is_stored(run: Run, test_set: TestSet) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+# --- two runs together -----------------------------------------------------------------------------------------------
+
+
+def about_pair(run: Run, partner: Run) -> dict[str, Any]:
+    """Return what identifies the predictions of two finished runs together: their ids and weights."""
+    weights = [one.result().get("files", {}).get("weights.safetensors") for one in (run, partner)]
+    return {"run": run.id, "partner": partner.id, "weights": weights}
+
+
+def read_pair(run: Run, partner: Run) -> Predictions:
+    """Read the predictions of two runs together, stored in the first one's directory.
+
+    Raises FileNotFoundError if there are none of these weights, and DamagedPredictionsError, which names the file.
+    """
+    path = run.ensemble(partner.id)
+    try:
+        saved = arrays(path)
+        parts = {name: saved[name] for name in Predictions.__dataclass_fields__}
+        about = json.loads(str(saved[_ABOUT]))
+    except (ValueError, KeyError) as fault:
+        raise DamagedPredictionsError(path, fault) from None
+    if about != about_pair(run, partner):
+        raise FileNotFoundError(f"{path} was made from other weights")
+    _, label, clusters = own(run)
+    if len({array.shape for array in parts.values()}) > 1 or not np.array_equal(parts["label"], label):
+        raise DamagedPredictionsError(path, "it is not of the run's test images")
+    if not np.array_equal(parts["cluster"], clusters):
+        raise DamagedPredictionsError(path, "its parts do not fit each other")
+    return Predictions(**parts)
+
+
+def is_pair_stored(run: Run, partner: Run) -> bool:
+    """Return whether the predictions of two runs together are stored. Raises DamagedPredictionsError."""
+    try:
+        read_pair(run, partner)
+    except FileNotFoundError:
+        return False
+    return True

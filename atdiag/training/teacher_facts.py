@@ -1,10 +1,10 @@
-"""What a cohort computes of its teacher before training."""
+"""What a cohort computes of its teacher before training, and what its runs start from."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
-from atdiag.core.spec import RunSpec
+from atdiag.core.spec import RunSpec, Teacher
 from atdiag.data.splits import Split
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
@@ -18,6 +18,7 @@ class TeacherFacts:
     def __init__(self, teacher: ViT | Foreign | None, images: Split | None) -> None:
         self.teacher, self.images = teacher, images
         self._averages: dict[Hashable, dict[int, Averaged]] = {}
+        self._origins: dict[Hashable, ViT | Foreign] = {}
         self._heads: dict[Hashable, dict[int, tuple[int, ...]]] = {}
 
     def averages(self, spec: RunSpec) -> dict[int, Averaged]:
@@ -33,12 +34,25 @@ class TeacherFacts:
 
     def heads(self, spec: RunSpec) -> dict[int, tuple[int, ...]]:
         """Return the teacher's heads that a run takes, by block; empty unless it takes the most different ones."""
-        if self.teacher is None or spec.transfer.teacher_heads != "different":
+        chooses = spec.transfer.teacher_heads == "different" or spec.transfer.different_heads is not None
+        if self.teacher is None or not chooses:
             return {}
-        key = self._of(spec)
+        key = spec.transfer.different_heads, self._of(spec)
         if key not in self._heads:
             self._heads[key] = evaluation.chosen_heads(spec, self.teacher, images=self.images)
         return self._heads[key]
+
+    def origin(self, spec: RunSpec, load: Callable[[Teacher], ViT | Foreign]) -> ViT | Foreign | None:
+        """Return the network whose weights a run starts from, loaded once; None unless it is another than the teacher.
+
+        Raises what loading raises.
+        """
+        if spec.start is None:
+            return None
+        key = spec.start.seen_as
+        if key not in self._origins:
+            self._origins[key] = load(spec.start)
+        return self._origins[key]
 
     def _of(self, spec: RunSpec) -> Hashable:
         """Return the blocks, the tokens that teacher and student share, and the student's heads and grid."""

@@ -54,8 +54,11 @@ class RunTrainer:
         heads: Mapping[int, tuple[int, ...]] | None = None,
         ranks: RankGroup = ALONE,
         track: str | None = None,
+        origin: ViT | Foreign | None = None,
     ) -> None:
-        """averages, heads: as in :class:`~atdiag.training.evaluation.Predictor`. track: where curves are shown, too."""
+        """averages, heads: as in :class:`~atdiag.training.evaluation.Predictor`. track: where curves are shown, too.
+        origin: the spec's ``start``.
+        """
         self.run, self.spec, self.teacher, self.averages, self.heads = run, spec, teacher, averages, heads or {}
         self.ranks = ranks
         recipe = spec.recipe
@@ -64,12 +67,13 @@ class RunTrainer:
         self.student = students.build(spec.network, spec.seed.model)
         self.start: students.Start | None = None
         if spec.init.source == "teacher":
-            assert isinstance(teacher, ViT)  # the spec rejects initialising from a foreign network
-            self.start = students.start_from(self.student, teacher, spec.init)
+            source = origin or teacher
+            assert isinstance(source, ViT)  # the spec rejects initialising from a foreign network
+            self.start = students.start_from(self.student, source, spec.init)
         self.student.to(device).train()
         if spec.init.probe:
             linear_head.fit(self.student, spec, device)
-        if spec.transfer.method == "copy" and spec.transfer.heads is None:
+        if spec.transfer.method == "copy" and spec.transfer.takes_all_heads:
             for layer in spec.transfer.layers:
                 for parameter in self.student.blocks[layer].attn.unused_parameters(spec.transfer.tensor).values():
                     parameter.requires_grad_(False)

@@ -23,24 +23,27 @@ def trial(specs: Sequence[RunSpec], load_teacher: Callable[[Teacher], ViT | Fore
 
     Raises UserError, naming teacher, method and fault, if a step would certainly fail.
     """
-    kinds = {(spec.network, spec.teacher, spec.init, spec.transfer): spec for spec in specs if spec.teacher is not None}
+    kinds = {(s.network, s.teacher, s.origin, s.init, s.transfer): s for s in specs if s.teacher is not None}
     loaded: dict[Teacher, ViT | Foreign] = {}
-    for network, teacher, init, transfer in kinds:
-        assert teacher is not None
+    for network, teacher, origin, init, transfer in kinds:
+        assert teacher is not None and origin is not None
         if transfer.average == "examples":
             continue
         try:
-            if teacher not in loaded:
-                loaded[teacher] = load_teacher(teacher)
+            for one in (teacher, origin):
+                if one not in loaded:
+                    loaded[one] = load_teacher(one)
             network_of_teacher = loaded[teacher]
             student = students.build(network, seed=0)
             if init.source == "teacher":
-                assert isinstance(network_of_teacher, ViT)
-                students.start_from(student, network_of_teacher, init)
+                source = loaded[origin]
+                assert isinstance(source, ViT)
+                students.start_from(student, source, init)
             image = torch.zeros(1, network.channels, network.image_size, network.image_size)
             with torch.no_grad():
                 shown = evaluation.show(network_of_teacher, image, observation.of_teacher([transfer]))
-                some = {block: tuple(range(network.heads)) for block in transfer.sources}  # in place of chosen ones
+                number = transfer.different_heads or network.heads
+                some = {block: tuple(range(number)) for block in transfer.sources}  # in place of chosen ones
                 shown = evaluation.fit(shown, network_of_teacher, network, transfer, some)
                 methods.forward(student, transfer, image, shown)
         except (RuntimeError, ValueError, TypeError, AssertionError, KeyError) as fault:

@@ -102,13 +102,14 @@ def given(
     """
     if transfer.method != "copy":
         return None
-    heads = None if transfer.heads is None else split_heads(transfer.heads, student.heads, device)
+    pairs = dict(zip(transfer.layers, transfer.sources, strict=True))
+    some = {layer: _heads(transfer, teacher, source) for layer, source in pairs.items()}
+    heads = {layer: None if one is None else split_heads(one, student.heads, device) for layer, one in some.items()}
     if transfer.tensor == "map":
-        return {layer: AttentionOverride("map", one, heads) for layer, one in _maps(transfer, teacher).items()}
-    pairs = zip(transfer.layers, transfer.sources, strict=True)
+        return {layer: AttentionOverride("map", one, heads[layer]) for layer, one in _maps(transfer, teacher).items()}
     return {
-        layer: AttentionOverride(transfer.tensor, _tensor(transfer, teacher.seen[source]), heads)
-        for layer, source in pairs
+        layer: AttentionOverride(transfer.tensor, _tensor(transfer, teacher.seen[source], some[layer]), heads[layer])
+        for layer, source in pairs.items()
     }
 
 
@@ -117,15 +118,20 @@ def _losses(transfer: Transfer, teacher: Observation, own: Observation) -> list[
     if transfer.method == "logits":
         assert own.logits is not None and teacher.logits is not None and transfer.temperature is not None
         return [hinton(teacher.logits, own.logits, transfer.temperature)]
-    if transfer.method == "distill" and transfer.tensor == "map":
-        divergence = map_loss_function(transfer.loss or DEFAULT_LOSS)
-        return [divergence(one, _own(transfer, own.seen[layer])) for layer, one in _maps(transfer, teacher).items()]
-    pairs = zip(transfer.layers, transfer.sources, strict=True)
+    pairs = dict(zip(transfer.layers, transfer.sources, strict=True))
     if transfer.method == "features":
-        return [feature_mse(teacher.features[source], own.features[layer]) for layer, source in pairs]
+        return [feature_mse(teacher.features[source], own.features[layer]) for layer, source in pairs.items()]
+    some = {layer: _heads(transfer, teacher, source) for layer, source in pairs.items()}
+    if transfer.tensor == "map":
+        divergence = map_loss_function(transfer.loss or DEFAULT_LOSS)
+        maps = _maps(transfer, teacher)
+        return [divergence(one, _own(own.seen[layer], some[layer])) for layer, one in maps.items()]
     return [
-        F.mse_loss(_wide(_tensor(transfer, own.seen[layer])), _wide(_tensor(transfer, teacher.seen[source])))
-        for layer, source in pairs
+        F.mse_loss(
+            _wide(_tensor(transfer, own.seen[layer], some[layer])),
+            _wide(_tensor(transfer, teacher.seen[source], some[layer])),
+        )
+        for layer, source in pairs.items()
     ]
 
 
@@ -161,26 +167,38 @@ def _maps(transfer: Transfer, teacher: Observation) -> dict[int, Map]:
         return {
             layer: teacher.averages[source] for layer, source in zip(transfer.layers, transfer.sources, strict=True)
         }
-    maps = [_map(transfer, teacher.seen[source]) for source in transfer.sources]
+    maps = [_map(teacher.seen[source], _heads(transfer, teacher, source)) for source in transfer.sources]
     out: list[Any] = maps if transfer.average is None else ops.average(maps, transfer.average)
     return dict(zip(transfer.layers, out, strict=True))
 
 
-def _map(transfer: Transfer, seen: AttentionRecord) -> Map:
+def _heads(transfer: Transfer, teacher: Observation, source: int) -> tuple[int, ...] | None:
+    """Return the heads that one of the teacher's blocks passes on; None for all of them.
+
+    Raises ValueError if they are to be chosen and were not.
+    """
+    if transfer.different_heads is None:
+        return transfer.heads
+    if source not in teacher.heads:
+        raise ValueError("the teacher's heads have not been chosen")
+    return teacher.heads[source]
+
+
+def _map(seen: AttentionRecord, heads: tuple[int, ...] | None) -> Map:
     """Return the teacher's map of the selected heads."""
-    if transfer.heads is None:
+    if heads is None:
         return seen.map
     device = seen.map.q.device if isinstance(seen.map, QK) else seen.map.p.device
-    return seen.map.select_heads(indices(transfer.heads, device))
+    return seen.map.select_heads(indices(heads, device))
 
 
-def _own(transfer: Transfer, seen: AttentionRecord) -> QK:
+def _own(seen: AttentionRecord, heads: tuple[int, ...] | None) -> QK:
     """Return the student's map of the selected heads."""
-    return seen.qk if transfer.heads is None else seen.qk.select_heads(indices(transfer.heads, seen.qk.q.device))
+    return seen.qk if heads is None else seen.qk.select_heads(indices(heads, seen.qk.q.device))
 
 
-def _tensor(transfer: Transfer, seen: AttentionRecord) -> Tensor:
+def _tensor(transfer: Transfer, seen: AttentionRecord, heads: tuple[int, ...] | None) -> Tensor:
     """Return q, k or v [B, h, N, d] of the selected heads."""
     tensor = seen.v if transfer.tensor == "v" else getattr(seen.qk, transfer.tensor)
     assert isinstance(tensor, Tensor)
-    return tensor if transfer.heads is None else tensor[:, indices(transfer.heads, tensor.device)]
+    return tensor if heads is None else tensor[:, indices(heads, tensor.device)]

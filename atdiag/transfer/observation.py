@@ -131,6 +131,8 @@ class Observation:
     """[B, classes]."""
     averages: Mapping[int, Averaged] = field(default_factory=dict)
     """Block -> a teacher's map averaged over examples: the same for every batch, so computed once in advance."""
+    heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """A teacher's block -> its heads that were chosen to pass, where their choice differs from block to block."""
 
     def select(self, tokens: Tensor) -> Observation:
         """Restrict the observation to the tokens [M] that a network has; ``averages`` are restricted already."""
@@ -142,4 +144,5 @@ class Observation:
             {i: x[:, tokens] for i, x in self.features.items()},
             self.logits,
             self.averages,
+            self.heads,
         )

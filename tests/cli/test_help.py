@@ -22,7 +22,8 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 EXPERIMENTS = ["benchmark", "sizes", "epochs", "datasets", "ood", "reinit", "layers", "match", "rescue", "losses"]
-EXPERIMENTS += ["recipes", "tensors", "averages", "crosssize", "pace", "gain", "blockwise"]
+EXPERIMENTS += ["recipes", "tensors", "heads", "averages", "ensemble", "grid", "shift", "robustness"]
+EXPERIMENTS += ["crosssize", "pace", "gain", "blockwise"]
 GROUPED = {
     "Ask": ["diagnose", *EXPERIMENTS, "reproduce"],
     "Look inside": ["hooks", "trace", "similarity", "intervene", "patch", "probe", "attention-stats", "maps"],

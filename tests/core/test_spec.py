@@ -104,7 +104,12 @@ def test_the_walk_over_fields_is_complete():
     walked = {".".join(path) for path in leaves(DOCUMENT)}
     expected = {f"{part}.{field}" for part, model in models.items() for field in model.model_fields}
     expected |= {f"teacher.{field}" for field in Teacher.model_fields if field != "network"}
-    expected |= {f"teacher.network.{field}" for field in Network.model_fields} | {"semantics", "planted", "masked"}
+    expected |= {f"teacher.network.{field}" for field in Network.model_fields} | {
+        "semantics",
+        "planted",
+        "masked",
+        "start",
+    }
     assert walked == expected
     assert walked >= spec.NOT_HASHED
 
@@ -281,6 +286,10 @@ def test_json_round_trip(made):
         (lambda: run(init=Init(source="teacher")), "needs a teacher"),
         (lambda: run(teacher=TEACHER, transfer=Transfer(method="copy", layers=(12,))), "layer 12 is out of range"),
         (lambda: run(**grown(heads=4), transfer=COPY.transfer), "give teacher_heads, one of first, different"),
+        (lambda: run(teacher=TEACHER, transfer=Transfer(method="copy", layers=(1,), different_heads=3)), "has 2 heads"),
+        (lambda: distill(layers=(1,), different_heads=1, heads=(0,)), "leave out heads, teacher_heads and average"),
+        (lambda: distill(layers=(1,), different_heads=1, average="queries"), "leave out heads"),
+        (lambda: Transfer(method="logits", different_heads=1), "logits has no different_heads"),
         (lambda: run(**grown(depth=6), transfer=COPY.transfer), "is out of range: the network has 6 blocks"),
         (lambda: run(**grown(image_size=40, patch_size=8), init=Init(source="teacher")), "the teacher's patch_size"),
         (lambda: run(**grown(class_token=False), transfer=COPY.transfer), "the student's class_token"),
@@ -326,6 +335,8 @@ def test_equal_transfers_have_equal_specs():
     assert distill(layers=(1,), heads=()) == Transfer() == distill(layers=(), loss="l1", average="heads")
     every = run(teacher=TEACHER, transfer=distill(layers=(1,), heads=tuple(range(PLAIN.heads))))
     assert every == run(teacher=TEACHER, transfer=distill(layers=(1,)))
+    assert run(teacher=TEACHER, transfer=distill(layers=(1,), different_heads=PLAIN.heads)) == every
+    assert distill(layers=(1,), different_heads=0) == Transfer()
     assert Transfer(method="logits").weight == 1.0
     assert distill(layers=(1,)).sources == (1,)
 

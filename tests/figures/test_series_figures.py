@@ -13,7 +13,7 @@ from PIL import Image
 from atdiag.networks.registry import teachers
 from atdiag.reports import writers
 from atdiag.study.protocol import BASELINE, Contrast, Footing
-from figures import captions, epochs, gains, grids, layer_curve, losses, match, recipes, rescue, style
+from figures import captions, epochs, gains, grid, grids, head_curve, layer_curve, losses, match, recipes, rescue, style
 from tests import series_shapes as shapes
 from tests.drawings import check
 from tests.figures.test_blockwise import made_up as blocks
@@ -224,6 +224,25 @@ def test_curves_from_both_ends_share_k_0_and_all_blocks():
         assert list(line.get_ydata()) == [0.0, *(report.row(arm).contrast.value for arm in arms[1:])]
 
 
+@pytest.mark.parametrize("made", shapes.HEAD_CURVES.values(), ids=shapes.HEAD_CURVES)
+def test_head_curves(made):
+    drawn = joined(check(head_curve.head_curves(made), width(made)))
+    assert {"first", "random", "different"} & drawn == set(made.reports[0].study.options["which"].split(","))
+    assert any(text.startswith("k:headswhose") for text in drawn)
+    if len(made.reports) == 1:
+        assert joined(check(head_curve.head_curve(made.reports[0]))) == drawn
+
+
+@pytest.mark.parametrize("made", shapes.STARTS.values(), ids=shapes.STARTS)
+def test_grid(made):
+    figure = grid.grid(made)
+    drawn = joined(check(figure))
+    assert {"randomstart", "pre-trainedstart", "nomaps", "pre-trainedmaps"} <= drawn
+    single = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1 and line.get_marker() in "os"]
+    values = sorted(float(line.get_xdata()[0]) for line in single)
+    assert values == sorted(row.contrast.value for row in made.rows[1:])
+
+
 def test_a_curve_needs_a_position_for_every_arm():
     with pytest.raises(ValueError, match="a place for every arm"):
         layer_curve.layer_curves(shapes.reading(shapes.study("deit_s", {"top 6": 1.0}, options={"from": "top"})))
@@ -258,6 +277,9 @@ OF = {
     "epochs": shapes.EPOCHS["usual"],
     "gain": variants(),
     "gains": shapes.GAINS["usual"],
+    "grid": shapes.STARTS["usual"],
+    "head_curve": shapes.HEAD_CURVES["one"].reports[0],
+    "head_curves": shapes.HEAD_CURVES["usual"],
     "layer_curve": shapes.CURVES["one"].reports[0],
     "layer_curves": shapes.CURVES["usual"],
     "losses": shapes.LOSSES["usual"],

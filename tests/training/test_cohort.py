@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from atdiag.core.errors import UserError
-from atdiag.core.spec import Data, Init, Recipe, Transfer
+from atdiag.core.spec import Data, Init, Recipe, Teacher, Transfer
 from atdiag.data.loader import Batch, Stream
 from atdiag.networks.model import students
 from atdiag.training import branches, trainer
+from tests.training.conftest import NETWORK
 
 CPU = torch.device("cpu")
 
@@ -318,3 +319,24 @@ def test_half_precision_trains(bench):
     assert set(bench.train(*specs).values()) == {"finished"}
     for spec in specs:
         assert {value.dtype for value in bench.weights(spec).values()} == {torch.float32}
+
+
+def test_a_student_starts_from_one_network_and_copies_another(bench):
+    """With no step trained, its weights are those of the start, whoever teaches it in company."""
+    own = bench.spec(init=Init(source="teacher"), transfer=Transfer(method="copy", layers=(2, 3)))
+    plain = Teacher(name="plain", profile="own", network=NETWORK, sha256="2" * 64)
+    still = own.recipe.model_copy(update={"epochs": 0})
+    spec, other = (
+        type(own).model_validate({**own.model_dump(), "start": start, "recipe": still}) for start in (plain, None)
+    )
+    assert spec.start == plain
+
+    def load(teacher):
+        return students.build(teacher.network, 5 if teacher == plain else 99).eval().requires_grad_(False)
+
+    assert set(bench.train(spec, other, load=load).values()) == {"finished"}
+    expected = students.build(NETWORK, 5).state_dict()
+    for name, value in bench.weights(spec).items():
+        if not name.startswith("head."):
+            assert torch.equal(value, expected[name]), name
+    assert not torch.equal(bench.weights(other)["blocks.0.attn.qkv.weight"], expected["blocks.0.attn.qkv.weight"])

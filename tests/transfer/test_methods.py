@@ -116,6 +116,7 @@ FORMS = st.fixed_dictionaries(
     {"method": st.sampled_from(["copy", "distill"]), "tensor": st.sampled_from(["map", "q", "k", "v"])},
     optional={
         "heads": st.sets(st.integers(0, 2), min_size=1, max_size=2).map(tuple),
+        "different_heads": st.integers(1, 2),
         "average": st.sampled_from(["queries", "heads", "layers", "examples"]),
         "pairs": st.dictionaries(st.integers(0, 2), st.integers(0, 4), min_size=1),
         "loss": st.sampled_from(["ce", "mse", "jsd", "l1", "logits_mse"]),
@@ -132,16 +133,23 @@ def test_every_form_against_an_oracle(form):
         form.pop("average", None), form.pop("loss", None)
     if form["method"] == "copy" or (form.get("average") and form.get("loss") == "logits_mse"):
         form.pop("loss", None)
+    if "different_heads" in form:
+        form.pop("heads", None), form.pop("average", None)
     transfer = Transfer(layers=tuple(pairs), teacher_layers=tuple(pairs.values()), **form)
     student, teacher = students.build(SMALL, 0), students.build(DEEP, 1)
     with torch.no_grad():
         shown = teacher.observe(IMAGES, CaptureRequest(maps=frozenset(range(5)), values=frozenset(range(5))))
-    heads = list(transfer.heads or range(3))
+    heads = {layer: list(transfer.heads or range(3)) for layer in transfer.layers}
+    if (count := transfer.different_heads) is not None:  # other heads in each of the teacher's blocks
+        shown = replace(shown, heads={i: tuple(sorted({i % 3, (i + 1) % 3})[:count]) for i in range(5)})
+        heads = {
+            layer: list(shown.heads[source]) for layer, source in zip(transfer.layers, transfer.sources, strict=True)
+        }
     targets = {}
     for layer, source in zip(transfer.layers, transfer.sources, strict=True):
         seen = shown.seen[source]
         tensors = {"map": probabilities(seen.qk), "q": seen.qk.q, "k": seen.qk.k, "v": seen.v}
-        targets[layer] = tensors[transfer.tensor][:, heads]
+        targets[layer] = tensors[transfer.tensor][:, heads[layer]]
     if transfer.average == "examples":
         sources = dict(zip(transfer.layers, transfer.sources, strict=True))
         averages = {sources[i]: ops.Averaged(p.mean(0, keepdim=True)) for i, p in targets.items()}
@@ -161,11 +169,11 @@ def test_every_form_against_an_oracle(form):
     expected = 0.0
     for layer, source in zip(transfer.layers, transfer.sources, strict=True):
         if transfer.tensor != "map":
-            mine = {"q": own[layer].qk.q, "k": own[layer].qk.k, "v": own[layer].v}[transfer.tensor][:, heads]
+            mine = {"q": own[layer].qk.q, "k": own[layer].qk.k, "v": own[layer].v}[transfer.tensor][:, heads[layer]]
             expected += (mine - targets[layer]).square().mean()
         else:
-            both = [ops.logits(one.seen[i].qk)[:, heads] for one, i in ((shown, source),)]
-            expected += compare(transfer.loss, targets[layer], ops.logits(own[layer].qk)[:, heads], both[0])
+            both = [ops.logits(one.qk)[:, heads[layer]] for one in (own[layer], shown.seen[source])]
+            expected += compare(transfer.loss, targets[layer], *both)
     assert torch.equal(logits, student(IMAGES))
     torch.testing.assert_close(loss, transfer.weight * expected, rtol=1e-4, atol=1e-5)
     loss.backward()
@@ -197,7 +205,7 @@ def copied(student, transfer, targets, heads):
         seen = attn.peek(z, values=True)
         p, q, k, v = probabilities(seen.qk).clone(), seen.qk.q.clone(), seen.qk.k.clone(), seen.v.clone()
         if i in targets:
-            {"map": p, "q": q, "k": k, "v": v}[transfer.tensor][:, heads] = targets[i]
+            {"map": p, "q": q, "k": k, "v": v}[transfer.tensor][:, heads[i]] = targets[i]
             if transfer.tensor in "qk":
                 p = (attn.scale * q @ k.transpose(-2, -1)).softmax(-1)
         x = x + attn.proj((p @ v).transpose(1, 2).reshape(x.shape))

@@ -58,6 +58,9 @@ class Data(Spec):
     """Real images: the share of the shorter side that a test image's central crop keeps; None: the data set's."""
     interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"] = "bicubic"
     """Real images: how they are resized, as Pillow names it."""
+    turns: int = Field(default=0, ge=0, le=3)
+    """Counter-clockwise quarter turns of every image, in training and at test: other images than teachers were
+    pre-trained on, and as hard as before for a network that starts at random."""
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Real images in a user's folder, or of a data set that exists in several forms: sha256 of the list of files and
     sizes, because the path or name does not determine the images."""

@@ -24,6 +24,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "transfer.tensor": "map",
     "transfer.heads": None,
     "transfer.teacher_heads": None,
+    "transfer.different_heads": None,
     "transfer.average": None,
     "transfer.reduce": "sum",
     "transfer.temperature": None,
@@ -34,6 +35,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "data.split_seed": 0,
     "data.crop_share": None,
     "data.interpolation": "bicubic",
+    "data.turns": 0,
     "recipe.crop": None,
     "recipe.flip": False,
     "recipe.erase": 0.0,
@@ -46,6 +48,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "masked": None,
     "recipe.layer_decay": None,
     "recipe.cosine_after_warmup": False,
+    "start": None,
 }
 """Fields added since version 1 -> the value under which nothing changed. A spec with that value hashes as if the field
 did not exist, so old runs stay finished. Frozen: only add rows, never edit them."""

@@ -31,6 +31,8 @@ class RunSpec(Spec):
     data: Data
     recipe: Recipe
     seed: Seed
+    start: Teacher | None = None
+    """Whose weights the student starts from, if not from those of ``teacher``, whose attention is transferred."""
     planted: PlantedLosses | None = None
     """Losses that plant a fault, for the pre-training of a specimen; None in every other run."""
     masked: Masked | None = None
@@ -39,18 +41,35 @@ class RunSpec(Spec):
     semantics: int = SEMANTICS
 
     def canonical(self) -> dict[str, Any]:
-        """Drop a teacher that nothing depends on; write all heads as None."""
+        """Drop a teacher that nothing depends on, name a single one ``teacher``, and write all heads as None."""
         if self.transfer.method == "none" and self.init.source == "scratch":
-            return {"teacher": None}
+            return {"teacher": None, "start": None}
         changed: dict[str, Any] = {}
-        if self.teacher is not None and not self._folds(self.teacher.network):
+        origin = self.origin
+        if self.start is not None and self.transfer.method == "none":
+            changed |= {"teacher": self.start, "start": None}
+        elif self.start is not None and (self.init.source == "scratch" or self._starts_from_its_teacher(self.start)):
+            changed["start"] = None
+        if origin is not None and not self._folds(origin.network):
             changed["init"] = self.init.model_copy(update={"layer_scale": "fold"})
         whole = self.transfer.heads == tuple(range(self.network.heads))
         equal = self.teacher is not None and self.teacher.network.heads == self.network.heads
-        reset = {name: None for name, idle in (("heads", whole), ("teacher_heads", equal)) if idle}
+        every = self.transfer.different_heads == self.network.heads
+        idle = {"heads": whole, "different_heads": every, "teacher_heads": equal}
+        reset = {name: None for name, is_idle in idle.items() if is_idle}
         if any(getattr(self.transfer, name) is not None for name in reset):
             changed["transfer"] = self.transfer.model_copy(update=reset)
         return changed
+
+    @property
+    def origin(self) -> Teacher | None:
+        """The network whose weights the student starts from, if it does."""
+        return self.start or self.teacher
+
+    def _starts_from_its_teacher(self, start: Teacher) -> bool:
+        """Return whether a network to start from is the one that teaches."""
+        teacher = self.teacher
+        return teacher is not None and bool(start.weights) and start.seen_as == teacher.seen_as
 
     def _folds(self, teacher: Network) -> bool:
         """Return whether the teacher has a LayerScale for which the student has no counterpart."""
@@ -76,7 +95,8 @@ class RunSpec(Spec):
                 )
         if student.registers not in (0, teacher.registers):
             raise ValueError(f"the student has {student.registers} registers, the teacher {teacher.registers}")
-        self._check_start(student, teacher)
+        if self.origin is not None:
+            self._check_start(student, self.origin.network)
         self._check_transfer(student, teacher)
 
     def _check_planted(self, planted: PlantedLosses) -> None:
@@ -136,6 +156,8 @@ class RunSpec(Spec):
                 raise ValueError(f"layer {max(layers)} is out of range: the {whose}network has {network.depth} blocks")
         if transfer.heads is not None and transfer.heads[-1] >= student.heads:
             raise ValueError(f"head {transfer.heads[-1]} is out of range: the student has {student.heads} heads")
+        if (transfer.different_heads or 0) > student.heads:
+            raise ValueError(f"different_heads {transfer.different_heads}: the student has {student.heads} heads")
         what = "features" if transfer.method == "features" else transfer.tensor
         if transfer.takes_attention and what == "map":
             self._check_maps(student, teacher)
@@ -182,6 +204,10 @@ class RunSpec(Spec):
         document = self.model_dump(mode="json")
         if self.teacher is not None:
             document["teacher"]["network"] = as_first_described(document["teacher"]["network"])
+        if self.start is not None:  # as the teacher: what it is, and not by which name it was requested
+            start = document["start"]
+            own = {name: value for name, value in start.items() if name not in ("name", "profile")}
+            document["start"] = {**own, "network": as_first_described(start["network"])}
         if self.data.name.startswith(("folder:", "timm:")) and self.data.fingerprint:
             document["data"]["name"] = "folder:"
         return document

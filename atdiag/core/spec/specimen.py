@@ -43,7 +43,7 @@ class PlantedLosses(Spec):
             raise ValueError("planted losses need blocks and at least one weight above 0")
 
 
-OperationName = Literal["sharp", "uniform", "shuffled", "scaled", "scrambled", "drawn_anew", "sliced"]
+OperationName = Literal["sharp", "uniform", "shuffled", "scaled", "scrambled", "drawn_anew", "sliced", "untrained"]
 
 _NEEDS: dict[str, frozenset[str]] = {
     "sharp": frozenset({"layers", "factor"}),
@@ -53,6 +53,7 @@ _NEEDS: dict[str, frozenset[str]] = {
     "scrambled": frozenset({"layers", "factor", "gain", "seed"}),
     "drawn_anew": frozenset({"layers", "module", "seed"}),
     "sliced": frozenset({"layers"}),
+    "untrained": frozenset({"seed"}),
 }
 """Operation -> the fields that it takes; it takes no other."""
 
@@ -64,7 +65,8 @@ class Operation(Spec):
     1 / N. ``shuffled``: every image gets the maps of another image. ``scaled``: what enters the first norm is
     multiplied by ``factor``. ``scrambled``: some blocks' attention branch is multiplied by ``gain``, and their queries
     and keys are drawn anew, ``factor`` times as large. ``drawn_anew``: a ``module`` of some blocks is drawn anew.
-    ``sliced``: some blocks' maps are shown as a student without registers is given them.
+    ``sliced``: some blocks' maps are shown as a student without registers is given them. ``untrained``: no weights are
+    loaded, all are drawn as at initialisation.
 
     What they do exactly: :mod:`atdiag.networks.model.operations`.
     """

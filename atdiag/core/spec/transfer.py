@@ -64,6 +64,10 @@ class Transfer(Spec):
     """Which tensor of a block's attention is transferred: the map, or its queries, keys or values alone."""
     heads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(sorted_set)] | None = None
     """The student's heads; None: all."""
+    different_heads: Annotated[int, Field(ge=0)] | None = None
+    """How many heads, chosen in each block by the teacher's maps: those that differ most from each other
+    (:func:`atdiag.transfer.sizes.most_different`). Each passes to the student's head of the same number. None: those of
+    ``heads``."""
     teacher_heads: HeadRule | None = None
     """How the teacher's heads are brought to the student's number; None if both have as many."""
     average: Literal["examples", "queries", "heads", "layers"] | None = None
@@ -83,7 +87,7 @@ class Transfer(Spec):
         """Fill in what a method implies, sort the pairs of blocks, and reduce an empty transfer to "none"."""
         if self._lacks_layers():
             return {}  # rejected by check
-        nothing = self.method == "none" or self.weight == 0 or self.heads == ()
+        nothing = self.method == "none" or self.weight == 0 or self.heads == () or self.different_heads == 0
         if nothing or (self.method != "logits" and not self.layers):
             return {name: info.default for name, info in type(self).model_fields.items()}
         if self.method == "logits":
@@ -109,7 +113,7 @@ class Transfer(Spec):
         if self.method == "none":
             return
         if self.method == "logits":
-            self._refuse("layers", "teacher_layers", "heads", "teacher_heads", "average", "loss")
+            self._refuse("layers", "teacher_layers", "heads", "different_heads", "teacher_heads", "average", "loss")
             if self.tensor != "map" or self.reduce != "sum":
                 raise ValueError("logits are a single output per image: leave out tensor and reduce")
             return
@@ -118,13 +122,15 @@ class Transfer(Spec):
         if self.tensor != "map" and self.teacher_heads is not None:
             raise ValueError(f"{self.tensor} passes only between equal numbers of heads: leave out teacher_heads")
         if self.method == "features":
-            self._refuse("heads", "average", "teacher_heads")
+            self._refuse("heads", "different_heads", "average", "teacher_heads")
             if self.tensor != "map" or self.loss != "mse":
                 raise ValueError("features are the residual stream, compared by mse: leave out tensor and loss")
         elif self.method == "copy":
             self._refuse("loss", "weight")
         else:
             self._check_loss()
+        if self.different_heads is not None and (self.heads, self.teacher_heads, self.average) != (None, None, None):
+            raise ValueError("different_heads are chosen by whole maps: leave out heads, teacher_heads and average")
         if self.average is not None and self.tensor != "map":
             raise ValueError(f"only maps are averaged before transfer, not {self.tensor}")
 
@@ -178,6 +184,11 @@ class Transfer(Spec):
     def sources(self) -> tuple[int, ...]:
         """The teacher's block for each of ``layers``."""
         return self.teacher_layers or self.layers
+
+    @property
+    def takes_all_heads(self) -> bool:
+        """Whether every head of the student takes part."""
+        return self.heads is None and self.different_heads is None
 
     @property
     def takes_attention(self) -> bool:

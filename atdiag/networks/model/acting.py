@@ -62,7 +62,7 @@ def _replaces_every_map(transfer: Transfer, network: Network) -> bool:
     return (
         (transfer.method, transfer.tensor) == ("copy", "map")
         and set(transfer.layers) == set(range(network.depth))
-        and (transfer.heads is None or len(transfer.heads) == network.heads)
+        and (transfer.takes_all_heads or len(transfer.heads or ()) == network.heads)
     )
 
 

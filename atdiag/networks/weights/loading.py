@@ -27,6 +27,7 @@ from atdiag.networks.weights.sources import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from atdiag.core.spec import Network, Operation
     from atdiag.networks.model.vit import ViT
     from atdiag.networks.timm.wrapping import Foreign
     from atdiag.networks.weights.formats import Converted
@@ -71,6 +72,8 @@ def load(teacher: Teacher) -> ViT | Foreign:
     Raises WeightsMissingError if they are not on this machine, and WeightsError (a UserError and ValueError) if the
     file has another hash, is damaged, or does not fit the network.
     """
+    if teacher.operation is not None and teacher.operation.name == "untrained":
+        return _drawn(teacher.network, teacher.operation)
     if teachers.is_shipped(teacher):
         return _load_shipped(teacher)
     path, source = _file(teacher)
@@ -97,6 +100,18 @@ def load(teacher: Teacher) -> ViT | Foreign:
         converted.note,
     )
     return found
+
+
+def _drawn(network: Network, operation: Operation) -> ViT:
+    """Return an untrained network, which needs no file. Raises WeightsError for an architecture that is not ours."""
+    from atdiag.networks.model import students
+
+    if network.differences:
+        raise WeightsError(f"an untrained network with {', '.join(network.differences)} can't be built")
+    assert operation.seed is not None
+    vit = students.build(network, operation.seed)
+    vit.eval().requires_grad_(False)
+    return vit
 
 
 def _load_stored(teacher: Teacher, path: Path) -> ViT:

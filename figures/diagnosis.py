@@ -40,7 +40,8 @@ def diagnosis(title: str, rows: Sequence[Row], margin: float) -> Figure:
     """Draw a row for each contrast: its 95 % interval, the margin shaded, and what it is compared with as a tick."""
     labels = [textwrap.fill(row.name, 38) for row in rows]
     heights = [1 + 0.6 * label.count("\n") for label in labels]
-    figure, axes = style.canvas(height=0.8 + 0.2 * sum(heights))
+    title = style.wrapped(title, 56)
+    figure, axes = style.canvas(height=0.8 + 0.2 * sum(heights) + 0.14 * title.count("\n"))
     place, places = 0.0, []
     for height in heights:
         places.append(place + height / 2)

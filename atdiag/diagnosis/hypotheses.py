@@ -180,7 +180,7 @@ class Outline:
                 blocks_named(a),
                 f"the attention of {blocks_named(a)} alone hurts, and more than that of {blocks_named(b)}",
                 (
-                    Part({n.blocks(b): 1, n.blocks(a): -1}, "above"),
+                    Part({n.blocks(a): 1, n.blocks(b): -1}, "below"),
                     Part({n.blocks(a): 1, BASELINE: -1}, "below"),
                 ),
             )

@@ -12,6 +12,7 @@ from atdiag.diagnosis.judging import Tested
 from atdiag.diagnosis.planning import AnalysisPlan
 from atdiag.stats.contrasts import Estimate, seeds_needed
 from atdiag.study import chance
+from atdiag.study.profiles import OWN_PROFILE
 from atdiag.study.protocol import BASELINE
 
 
@@ -138,7 +139,8 @@ def _against(plan: AnalysisPlan, found: Conclusion, cause: str) -> list[Advice]:
     """Return what to do about one cause."""
     transfer, outline = plan.case.transfer, plan.case.outline
     if cause == "the maps":
-        return [Advice("Choose another teacher: these maps are worth little to any student.")]
+        worth = f"less than {plan.case.margin:g} points more than their average over images"
+        return [Advice(f"Choose another teacher, or train longer: here these maps are worth {worth}.")]
     if cause == "the loss":
         return [Advice("Copy, which has no loss, or give the loss less weight:", "losses")]
     if cause.startswith("the start"):
@@ -166,7 +168,7 @@ def _others(plan: AnalysisPlan, found: Conclusion) -> list[str]:
     for one in found.last.findings:
         if one.state != "accused":
             by_state[one.state].append(_with_number(one))
-    out = []
+    out = [f"All of this is of {_length(plan)}."] if plan.case.lab.settings.profile.name == OWN_PROFILE else []
     if by_state["cleared"]:
         out.append(f"Cleared (within {plan.case.margin:g} points): {'; '.join(by_state['cleared'])}.")
     if by_state["not accused"]:
@@ -181,6 +183,13 @@ def _others(plan: AnalysisPlan, found: Conclusion) -> list[str]:
         return out
     out += [f"Not asked: {what} ({why})." for what, why in plan.case.outline.not_asked.items()]
     return out
+
+
+def _length(plan: AnalysisPlan) -> str:
+    """Return how the students were trained: ``students trained for 4 epochs on 600 images of 64 px``."""
+    spec = plan.case.arm(BASELINE).specs[0]
+    epochs = count(spec.recipe.epochs, "epoch")
+    return f"students trained for {epochs} on {spec.data.train:,} images of {spec.network.image_size} px"
 
 
 def _with_number(one: Tested) -> str:

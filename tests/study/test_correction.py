@@ -67,7 +67,8 @@ def test_no_experiment_plans_one_condition_under_two_names():
         takes = signature(one.function).parameters
         every = spread(partial(one.function, **({"teacher": "all"} if "teacher" in takes else {})), lab(seeds=1))
         for study in every.studies:
-            assert len({arm.specs[0].id for arm in study.arms}) == len(study.arms), (one.name, study.label)
+            conditions = {(arm.specs[0].id, *(spec.id for spec in arm.partners)) for arm in study.arms}
+            assert len(conditions) == len(study.arms), (one.name, study.label)
 
 
 def test_a_contrast_clear_alone_need_not_be_clear_among_many():

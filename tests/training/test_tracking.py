@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 
@@ -58,12 +59,23 @@ def values(items):
     return {one.key or "/".join(one.nested_key): json.loads(one.value_json) for one in items}
 
 
+def settled(path):
+    """Return a file's content once W&B's own process, which writes behind ours, has written it."""
+    content = path.read_bytes()
+    for _ in range(100):
+        time.sleep(0.2)
+        before, content = content, path.read_bytes()
+        if len(content) == len(before) > 7:
+            break
+    return content
+
+
 def read(path):
     """Return what W&B wrote of a run: its record, the history by step, and the last summary."""
     from wandb.proto import wandb_internal_pb2
 
     run, history, summary = None, {}, {}
-    for data in records(path.read_bytes()):
+    for data in records(settled(path)):
         record = wandb_internal_pb2.Record.FromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":

@@ -66,11 +66,11 @@ def reference(path: Path) -> str | None:
     return None if network(path) is None else f"{FILE}{path.stem}@{path}"
 
 
-def teacher(reference: str, image_size: int | None) -> Teacher:
+def teacher(reference: str, image_size: int | None, real: bool) -> Teacher:
     """Return the spec of a teacher whose network is ours, at an image size (default: its own).
 
-    reference: with its file. Raises UserError if that is missing, and for images that its patches or channels do not
-    fit.
+    reference: with its file. real: whether the images have three channels. Raises UserError if the file is missing, and
+    for images that its patches or channels do not fit.
     """
     from atdiag.core.spec import OWN, Teacher
 
@@ -86,7 +86,7 @@ def teacher(reference: str, image_size: int | None) -> Teacher:
         )
     size = {"image_size": image_size or own.image_size}
     found = Teacher(name=reference, profile=OWN, network=own.model_copy(update=size), sha256=sources.sha256(path))
-    if image_size is not None and own.channels != 3:
+    if real and image_size is not None and own.channels != 3:
         told = f"{found.label} sees images of {count(own.channels, 'channel')}, and these have 3"
         raise UserError(told, "leave `profile` and `data` out")
     return found

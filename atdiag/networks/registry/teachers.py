@@ -333,7 +333,7 @@ def teacher(reference: str, profile: str, image_size: int | None = None) -> Teac
     reference = canonical(reference)
     name = reference.partition("@")[0]
     if name.startswith(stored.OURS):
-        return stored.teacher(reference, image_size)
+        return stored.teacher(reference, image_size, real=profile != "mini")
     unlisted = name.startswith((TIMM, reading.VIT))
     published = not unlisted and is_published(row(name).name)
     if profile == "mini" and published and name == reference:

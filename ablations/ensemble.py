@@ -82,7 +82,7 @@ def ensemble(
     teacher: Annotated[str, typer.Option(help="Teachers, such as deit_s.")] = "deit_s",
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "distill",
 ) -> Study:
-    """Average fine-tuned and distilled students: better so?"""
+    """Average a fine-tuned and a distilled student: any better?"""
     choose(transfer, METHODS, "transfer")
     kinds = ("finetune", transfer)
     first = gains.study(lab, "ensemble", teacher, kinds)

@@ -46,7 +46,7 @@ def grid(
         typer.Option("--others", help="Further teachers, such as dino_s; none. [default: those of the profile]"),
     ] = None,
 ) -> Study:
-    """Cross the maps with the start: which of the two decides?"""
+    """Give several maps to two starts: which of the two decides?"""
     choose(transfer, METHODS, "transfer")
     source = lab.teacher(teacher)
     student = lab.student(source)

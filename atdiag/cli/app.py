@@ -136,7 +136,8 @@ def _run(arguments: list[str] | None) -> Any:
 
 
 def _stopped(arguments: list[str] | None) -> str:
-    return stopped(next(iter(sys.argv[1:] if arguments is None else arguments), ""))
+    words = sys.argv[1:] if arguments is None else arguments
+    return stopped(next(iter(words), ""), planned="--dry-run" in words)
 
 
 def _main_in_ranks(arguments: list[str] | None) -> None:

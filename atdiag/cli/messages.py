@@ -30,8 +30,10 @@ RESERVED = tuple(name for names in GROUPS.values() for name in names)
 """Names of commands that are not experiments."""
 
 
-def stopped(command: str) -> str:
-    """Describe what an interrupted command leaves, by its name."""
+def stopped(command: str, planned: bool = False) -> str:
+    """Describe what an interrupted command leaves, by its name. planned: it was to plan alone."""
+    if planned:
+        return "stopped: a dry run writes nothing"
     if command in ("pretrain", "reproduce", "diagnose") or command not in RESERVED:
         return "stopped: checkpoints are written, the same command goes on from there"
     if command in LOOKING:

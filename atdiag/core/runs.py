@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import zipfile
@@ -354,7 +355,8 @@ class Store:
         else:
             return matches[0]
         # No suggestion of a similar id: a hash that resembles another says nothing.
-        raise UserError(problem, "'atdiag runs list' lists them")
+        where = "" if self.root == Path("runs") else f" with `runs` {shlex.quote(str(self.root))}"
+        raise UserError(problem, f"'atdiag runs list'{where} lists them")
 
     def remove(self, run: Run) -> None:
         """Delete a run's directory. Raises RunBusyError while it is being trained."""

@@ -28,9 +28,10 @@ def rows(store: Store, known: Collection[str] = ()) -> list[dict[str, Any]]:
     now = time.time()
     out = []
     for row in run_index.rows(store):
-        who = named.get(row["run"], {})
+        who = dict(reversed(named.get(row["run"], {}).items()))  # the one that asked last comes first
         ordered = [row["ordered_by"]] if row["ordered_by"] in known else []
-        more = {"experiments": [*who] or ordered, "arm": next(filter(None, who.values()), _described(row))}
+        arm = next(filter(None, who.values()), _described(row))
+        more = {"experiments": [*who] or ordered, "arm": arm, "arms": who}
         out.append({**row, **more, "age": _age(store, row["run"], now)})
     return out
 
@@ -63,21 +64,30 @@ def chosen(
     """Return the rows of an experiment, a teacher and a state; each may be several, with commas.
 
     teacher: by name, or ``none``. known: names of installed experiments. Raises UserError for an unknown state or
-    experiment.
+    experiment, and for a teacher of none of the rows.
     """
     out = list(listed)
     of = {name for row in out for name in row["experiments"]}
     wanted = {"ablation": _parts(ablation), "teacher": _parts(teacher), "state": _parts(state)}
-    for argument, names in (("ablation", {*known, *of}), ("state", {*STATES})):
+    teachers = {name for row in out for name in (row["teacher"], _plain(row["teacher"]))} - {""} | {"none"}
+    for argument, names in (("ablation", {*known, *of}), ("teacher", teachers), ("state", {*STATES})):
         for name in wanted[argument] - names:
+            here = "not among these runs" if argument == "teacher" else "unknown"
             raise UserError(
-                f"`{argument}` {name!r} is unknown{suggest(name, names)} (known: {', '.join(sorted(names))})"
+                f"`{argument}` {name!r} is {here}{suggest(name, names)} (known: {', '.join(sorted(names))})"
             )
     if ablation:
-        out = [row for row in out if wanted["ablation"] & {*row["experiments"]}]
+        out = [_as_asked_by(row, wanted["ablation"]) for row in out if wanted["ablation"] & {*row["experiments"]}]
     if teacher:
         out = [row for row in out if {row["teacher"], _plain(row["teacher"])} & wanted["teacher"]]
     return [row for row in out if row["state"] in wanted["state"]] if state else out
+
+
+def _as_asked_by(row: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return a row with the first of these experiments that asked for the run in front, and its name of the arm."""
+    first = next(name for name in row["experiments"] if name in names)
+    others = [name for name in row["experiments"] if name != first]
+    return {**row, "experiments": [first, *others], "arm": row["arms"].get(first) or row["arm"]}
 
 
 def _parts(text: str | None) -> set[str]:

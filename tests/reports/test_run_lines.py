@@ -44,14 +44,19 @@ def test_each_run_has_one_line(store):
     assert head.split() == ["experiment", "arm", "seed", "top-1", "state", "age", "id"]
     cells = [re.split(r"  +", line) for line in lines]
     assert [row[:5] for row in cells] == [
-        ["layers +1", "scratch", "0", "54.3", "finished"],
+        ["rescue +1", "standard", "0", "54.3", "finished"],
         ["layers", long, "0", "-", "new"],
         ["layers", long, "0/3", "-", "failed"],
     ]
     assert [row[-1] for row in cells] == [run.id[:12] for run in store.list()]
     wide = atdiag("runs", "list", "--wide")
     assert all(run.id in wide for run in store.list())
-    assert "copy 6-11" in wide and "layers,rescue" in wide
+    assert "copy 6-11" in wide and "rescue,layers" in wide
+
+
+def test_a_chosen_experiment_comes_first_with_its_name_of_the_arm(store):
+    lines = atdiag("runs", "list", "--ablation", "layers").splitlines()
+    assert re.split(r"  +", lines[1])[:2] == ["layers +1", "scratch"]
 
 
 def test_a_terminal_is_not_overrun(store):

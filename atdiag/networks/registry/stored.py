@@ -106,8 +106,8 @@ def run_of(path: Path) -> Run | None:
 def of_id(typed: str) -> str:
     """Return the reference ``run:ID@FILE`` of a run in the folder of runs (:func:`atdiag.core.paths.runs`).
 
-    typed: ``run:`` and the beginning of an id, or a whole reference. Raises UserError unless it names one run that can
-    teach.
+    typed: ``run:`` and the beginning of an id or a run's folder, or a whole reference. Raises UserError unless it names
+    one run that can teach.
     """
     if "@" in typed:
         return typed
@@ -116,6 +116,8 @@ def of_id(typed: str) -> str:
         raise UserError(
             f"{typed!r} names no run", f"type {RUN} and the beginning of an id, as 'atdiag runs list' shows it"
         )
+    if (run := run_of(Path(prefix))) is not None:
+        return _of_run(run)
     try:
         return _of_run(store.find(prefix))
     except UserError as fault:

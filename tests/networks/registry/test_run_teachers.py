@@ -129,7 +129,7 @@ def test_a_run_that_cannot_teach_is_refused_with_what_to_do(run, copied, store):
 
 def test_the_command_line_refuses_it_in_one_line(run, store, capsys, tmp_path):
     line = ["layers", "--runs", store.root, "--out", tmp_path / "out"]
-    assert "'atdiag runs list' lists them" in wrong(capsys, *line, "--teacher", "run:0123456789abcdef")
+    assert "'atdiag runs list' with --runs " in wrong(capsys, *line, "--teacher", "run:0123456789abcdef")
     names = tmp_path / "names.txt"
     names.write_text("\n".join("0123456789"))
     assert "leave --classes out" in wrong(capsys, *line, "--teacher", f"run:{run.id}", "--classes", names, *SETS)

@@ -26,7 +26,7 @@ from atdiag.core.spec import Network, Teacher
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, Arm, Contrast, Report, Study
 from atdiag.study.registry import ablation
-from atdiag.study.verdicts import effect, no_verdict, verb_phrase
+from atdiag.study.verdicts import agree, effect, no_verdict, verb_phrase
 
 WARMUP = 0.1
 """Share of the training over which the branch grows."""
@@ -57,7 +57,10 @@ def gain(
     standard = lab.student(source)
     passed = lab.transfer(transfer, standard)
     plain = f"standard + {transfer}"
-    variants = _variants(lab, source, standard, [_gain(text) for text in comma_separated(gains, "gains", "0.1,0.3")])
+    own = _of_teacher(source, lab)
+    variants = _variants(
+        lab, source, standard, own, [_gain(text) for text in comma_separated(gains, "gains", "0.1,0.3")]
+    )
 
     def both(one: Variant) -> tuple[Arm, Arm]:
         alone = one.lab.arm(f"{one.name}, scratch", one.network)
@@ -89,7 +92,7 @@ def gain(
         figure="gain",
         together="gain",
         reference=lab.reference(source),
-        notes=_notes(source, variants),
+        notes=_notes(source, own),
     )
 
 
@@ -108,9 +111,11 @@ def _gain(text: str) -> float:
     return value
 
 
-def _variants(lab: Lab, source: Teacher, standard: Network, gains: list[float]) -> list[Variant]:
+def _variants(
+    lab: Lab, source: Teacher, standard: Network, own: tuple[float, ...] | None, gains: list[float]
+) -> list[Variant]:
     out = [Variant(f"gain {value:g}", lab, _scaled(standard, value, frozen=True)) for value in gains]
-    if (own := _of_teacher(source, lab)) is not None:
+    if own is not None:
         out.append(Variant("teacher's gains", lab, _scaled(standard, 1.0, frozen=True, blocks=own)))
     lowest = min(gains)
     out.append(Variant(f"learned from {lowest:g}", lab, _scaled(standard, lowest)))
@@ -146,17 +151,15 @@ def _of_teacher(source: Teacher, lab: Lab) -> tuple[float, ...] | None:
     return tuple(float(f"{value:.2g}") for value in found)
 
 
-def _notes(source: Teacher, variants: list[Variant]) -> tuple[str, ...]:
-    notes = [f"Gains are of the attention branch; warm-up: over the first {WARMUP:.0%} of the training."]
-    own = next((one for one in variants if one.name == "teacher's gains"), None)
+def _notes(source: Teacher, own: tuple[float, ...] | None) -> tuple[str, str]:
+    what = f"Gains are of the attention branch; warm-up: over the first {WARMUP:.0%} of the training."
     if own is None:
         return (
-            *notes,
+            what,
             f"The gains of {source.label} can't be measured here: its weights are missing, or its blocks other.",
         )
-    values = own.network.own("layer_scale")
-    shown = ", ".join(f"{values[f'block_{block}']:g}" for block in range(own.network.depth))
-    return (*notes, f"Gains of {source.label} by block, ||branch|| / ||stream|| on {IMAGES} images: {shown}.")
+    shown = ", ".join(f"{value:g}" for value in own)
+    return what, f"Gains of {source.label} by block, ||branch|| / ||stream|| on {IMAGES} images: {shown}."
 
 
 def _said(report: Report, name: str) -> str:
@@ -164,5 +167,4 @@ def _said(report: Report, name: str) -> str:
     numbers = f"{name} {effect(points)}, {effect(odds)}"
     if why := no_verdict(points):
         return f"{numbers} (undecided {why})"
-    both = points.clear and odds.clear and points.value * odds.value > 0
-    return numbers if both else f"{numbers} (not clear on both scales)"
+    return numbers if agree(points, odds) else f"{numbers} (not clear on both scales)"

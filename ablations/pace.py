@@ -22,7 +22,7 @@ from atdiag.core.text import count
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, Contrast, Report, Series, Study
 from atdiag.study.registry import ablation
-from atdiag.study.verdicts import effect, no_verdict
+from atdiag.study.verdicts import agree, effect, no_verdict
 
 POINTS = "rescue: (native + transfer - native) - (standard + transfer - scratch)"
 ODDS = "the same in log-odds"
@@ -130,12 +130,12 @@ def said(reports: Sequence[Report]) -> str:
 
 def _of_teacher(label: str, reports: Sequence[Report]) -> str:
     first, last = reports[0], reports[-1]
-    parts = [f"Native components of {label} change what a student gains by {_both(first)} at {_budget_of(first)}"]
+    said = f"Native components of {label} change what a student gains by {_both(first)} at {_budget_of(first)}"
     if last is not first:
-        parts.append(f"and by {_both(last)} at {_budget_of(last)}")
-        crossings = [(name, crossing(reports, name)) for name in (POINTS, ODDS)]
-        parts += [f"; in {'points' if name == POINTS else 'log-odds'} {_where(place)}" for name, place in crossings]
-    return f"{' '.join(parts).replace(' ;', ';')}."
+        said += f" and by {_both(last)} at {_budget_of(last)}"
+        for scale, name in (("points", POINTS), ("log-odds", ODDS)):
+            said += f"; in {scale} {_where(crossing(reports, name))}"
+    return f"{said}."
 
 
 def _budget_of(report: Report) -> str:
@@ -148,7 +148,7 @@ def _both(report: Report) -> str:
     numbers = f"{effect(points)} and {effect(odds)}"
     if why := no_verdict(points):
         return f"{numbers} (undecided {why})"
-    if points.clear and odds.clear and points.value * odds.value > 0:
+    if agree(points, odds):
         return f"{numbers} (clear on both scales)"
     if points.clear or odds.clear:
         return f"{numbers} (clear in {'points' if points.clear else 'log-odds'} alone)"

@@ -22,6 +22,11 @@ def outcome(estimate: Estimate) -> Outcome:
     return "undecided" if not estimate.clear else "gains" if estimate.value > 0 else "fails"
 
 
+def agree(one: Estimate, other: Estimate) -> bool:
+    """Return whether two estimates, as of one contrast on two scales, are both clear and of one sign."""
+    return one.clear and other.clear and one.value * other.value > 0
+
+
 def verb_phrase(
     estimate: Estimate, better: str, worse: str, same: str = "can't be told from noise", be: str = "is"
 ) -> str:

@@ -44,14 +44,16 @@ def test_wrong_budgets_are_refused(typed):
             pace.pace(lab(), "dinov2_s", typed)
 
 
+_BASE = fabricated(pace.pace(lab(), "dinov2_s", "500x1").studies[0], (1.0, 1.0, 1.0))
+
+
 def _curve(points):
     """Return reports at 1,000, 2,000, 4,000, ... images seen, with these values and half widths."""
-    (study,) = pace.pace(lab(), "dinov2_s", "500x1").studies
     return [
         replace(
-            fabricated(study, (1.0, 1.0, 1.0)),
+            _BASE,
             contrasts={pace.POINTS: estimate(value, half)},
-            study=replace(study, curve={"scratch": 1000 * 2**i}),
+            study=replace(_BASE.study, curve={"scratch": 1000 * 2**i}),
         )
         for i, (value, half) in enumerate(points)
     ]
@@ -77,24 +79,10 @@ def test_a_crossing_outside_the_budgets_has_an_open_end():
 
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(0.1, 3)), min_size=2, max_size=5))
 def test_the_interval_of_a_crossing_contains_it(points):
-    found = pace.crossing(_made(points), pace.POINTS)
+    found = pace.crossing(_curve(points), pace.POINTS)
     if found is not None and found.images is not None:
         assert (found.low or 0) <= found.images * (1 + 1e-9)
         assert found.images <= (found.high or float("inf")) * (1 + 1e-9)
-
-
-_BASE = _curve([(0.0, 1.0)])[0]
-
-
-def _made(points):
-    return [
-        replace(
-            _BASE,
-            contrasts={pace.POINTS: estimate(value, half)},
-            study=replace(_BASE.study, curve={"scratch": 1000 * 2**i}),
-        )
-        for i, (value, half) in enumerate(points)
-    ]
 
 
 def test_a_sign_is_said_only_where_both_scales_show_it():

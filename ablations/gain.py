@@ -7,6 +7,7 @@ size is learned, and all of them are small at first. Each variant here has one o
 - ``teacher's gains``: the same, block by block as large as the teacher's branch is beside its stream;
 - ``learned from G``: a factor per channel on the attention branch, which starts at G and is trained;
 - ``warm-up``: the branch grows from 0 to 1 over the first tenth of the training, and is then the standard student's;
+- ``LayerScale on the MLP``: a learned factor per channel on the MLP branch, which starts where the teacher's would;
 - ``LayerScale``: learned factors on both branches, as teachers have them.
 
 If a frozen gain changes what transfer gives as LayerScale does, it is the branch's size that matters; if only a learned
@@ -121,13 +122,17 @@ def _variants(
     out.append(Variant(f"learned from {lowest:g}", lab, _scaled(standard, lowest)))
     out.append(Variant("warm-up", lab.under("recipe.branch_warmup", WARMUP), standard))
     if "layer_scale" in source.network.components:
-        out.append(Variant("LayerScale", lab, lab.student(source, ["layer_scale"])))
+        whole = lab.student(source, ["layer_scale"])
+        out.append(Variant("LayerScale on the MLP", lab, _scaled(standard, whole.layer_scale_init, branch="mlp")))
+        out.append(Variant("LayerScale", lab, whole))
     return out
 
 
-def _scaled(network: Network, value: float, frozen: bool = False, blocks: tuple[float, ...] = ()) -> Network:
-    """Return a network with LayerScale on its attention branch alone."""
-    values: dict[str, bool | float | str] = {"layer_scale.branch": "attn"}
+def _scaled(
+    network: Network, value: float | None, frozen: bool = False, blocks: tuple[float, ...] = (), branch: str = "attn"
+) -> Network:
+    """Return a network with LayerScale on one branch alone: `attn` or `mlp`."""
+    values: dict[str, bool | float | str] = {"layer_scale.branch": branch}
     if frozen:
         values["layer_scale.frozen"] = True
     values |= {f"layer_scale.block_{block}": gain for block, gain in enumerate(blocks)}

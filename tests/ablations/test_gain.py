@@ -18,7 +18,15 @@ def study():
 
 
 def test_each_variant_changes_one_thing(study):
-    names = ["gain 0.1", "gain 0.3", "teacher's gains", "learned from 0.1", "warm-up", "LayerScale"]
+    names = [
+        "gain 0.1",
+        "gain 0.3",
+        "teacher's gains",
+        "learned from 0.1",
+        "warm-up",
+        "LayerScale on the MLP",
+        "LayerScale",
+    ]
     assert [arm.name for arm in study.arms[2:]] == [f"{n}{end}" for n in names for end in (", scratch", " + copy")]
     for name in names:
         changed = {"recipe.branch_warmup"} if name == "warm-up" else {"network.components"}
@@ -27,6 +35,8 @@ def test_each_variant_changes_one_thing(study):
         assert found == differences(study, "standard + copy", f"{name} + copy")
     assert differences(study, "gain 0.1 + copy", "learned from 0.1 + copy") == {"network.values"}
     assert differences(study, "gain 0.1 + copy", "gain 0.3 + copy") == {"network.layer_scale_init"}
+    for one in ("learned from 0.1", "LayerScale on the MLP"):  # each has a half of what LayerScale is
+        assert differences(study, f"{one} + copy", "LayerScale + copy") == {"network.values"}
 
 
 def test_the_teachers_gains_are_measured_block_by_block(study):
@@ -52,6 +62,15 @@ def test_a_frozen_gain_multiplies_the_attention_branch_and_is_found_again(study)
     built = students.build(network, seed=3)
     assert components.inspect(built) == ("layer_scale",)
     assert components.values(built, ["layer_scale"]) == {"layer_scale.branch": "attn", "layer_scale.frozen": True}
+
+
+def test_layer_scale_on_the_mlp_leaves_attention_alone(study):
+    network = arms(study)["LayerScale on the MLP + copy"].network
+    plain, scaled = (students.build(one, seed=3).blocks[4] for one in (arms(study)["scratch"].network, network))
+    x = torch.randn(2, network.tokens, network.width, generator=torch.Generator().manual_seed(0))
+    after = x + plain.attn(plain.norm1(x))
+    torch.testing.assert_close(scaled(x), after + 0.1 * plain.mlp(plain.norm2(after)))
+    assert scaled.ls2.gamma.requires_grad
 
 
 def test_the_warm_up_grows_the_attention_branch_alone(study):

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -91,8 +90,7 @@ def _ablations() -> list[registry.Installed]:
 
 def _root() -> tuple[Command, Any]:
     """Return the whole command line, and its context."""
-    commands._complete(commands.app)
-    root = typer.main.get_command(commands.app)
+    root = commands.whole(commands.app)
     return root, root.make_context("atdiag", [], resilient_parsing=True)
 
 

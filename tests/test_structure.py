@@ -274,13 +274,10 @@ def test_library_messages_contain_no_command_line_flags(path):
 
 def test_arguments_named_in_messages_exist_on_the_command_line():
     """Every argument named in a message is a command-line option or a setting."""
-    from typer.main import get_command
-
     from atdiag.cli import app, messages
     from atdiag.study import settings
 
-    app._complete(app.app)
-    typed, commands = set(), [get_command(app.app)]
+    typed, commands = set(), [app.whole(app.app)]
     for command in commands:
         commands += getattr(command, "commands", {}).values()
         typed |= {flag for one in command.params if one.param_type_name == "option" for flag in one.opts}

@@ -11,6 +11,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from atdiag.cli import (
     data,
@@ -88,9 +89,9 @@ def _options(
     pass
 
 
-@functools.cache  # a process may call main again; each command is added only once
-def _complete(app: typer.Typer) -> None:
-    """Add the commands of other modules and other packages."""
+@functools.cache  # a process may call main again: commands are added only once, and take 0.2 s to build
+def whole(app: typer.Typer) -> Any:
+    """Return the whole command line, with the commands of other modules and other packages."""
     experiments.add_commands(app)
     diagnose.add_commands(app)
     reproduce.add_commands(app)
@@ -104,6 +105,7 @@ def _complete(app: typer.Typer) -> None:
     runs.app.command("watch")(fleet.watch)
     app.add_typer(runs.app, name="runs")
     app.add_typer(data.app, name="data")
+    return get_command(app)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,9 +126,8 @@ def _run(arguments: list[str] | None) -> Any:
     code: Any
     TYPED.set(tuple(sys.argv[1:] if arguments is None else arguments))
     try:
-        _complete(app)
         # Run in a copied context, so that what a command sets, such as the data folder, ends with it.
-        run = functools.partial(app, args=arguments, prog_name="atdiag", standalone_mode=False)
+        run = functools.partial(whole(app), args=arguments, prog_name="atdiag", standalone_mode=False)
         code = contextvars.copy_context().run(run) or 0  # Ctrl-C is returned as 130
     except SystemExit as asked:  # SIGTERM
         code = asked.code

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import typer
-from typer.main import get_command
 
 from atdiag.cli import app, completing
 from atdiag.core.runs import Store
@@ -95,8 +94,7 @@ def test_another_packages_option_keeps_its_own_completion():
 
 
 def test_every_completion_belongs_to_a_parameter(monkeypatch):
-    app._complete(app.app)
-    parameters = {p.name for command in get_command(app.app).commands.values() for p in command.params}
+    parameters = {p.name for command in app.whole(app.app).commands.values() for p in command.params}
     assert {*completing.BY_NAME} <= parameters | {"teachers", "component", "components"}
 
 

@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import typer.main
 
 import atdiag
 from atdiag.cli import app
@@ -64,8 +63,7 @@ def typed(text: str) -> set[str]:
 @functools.cache
 def parts():
     """Return the whole command line, and its context."""
-    app._complete(app.app)
-    root = typer.main.get_command(app.app)
+    root = app.whole(app.app)
     return root, root.make_context("atdiag", [], resilient_parsing=True)
 
 

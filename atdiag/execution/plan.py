@@ -132,11 +132,11 @@ def pending(specs: Sequence[RunSpec], store: Store) -> list[RunSpec]:
 def cohorts(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
     """Group runs that can share a data stream and a teacher. A run without a teacher joins any of its stream."""
     groups: dict[tuple[str, tuple[str, int]], list[RunSpec]] = {}
+    first: dict[str, tuple[str, tuple[str, int]]] = {}  # the first group of each stream
     for spec in sorted(specs, key=lambda s: s.teacher is None):  # runs with a teacher start the groups
-        if spec.teacher is not None:
-            key = (spec.stream, spec.teacher.seen_as)
-        else:
-            key = next((k for k in groups if k[0] == spec.stream), (spec.stream, ("", 0)))
+        stream = spec.stream
+        key = first.get(stream, (stream, ("", 0))) if spec.teacher is None else (stream, spec.teacher.seen_as)
+        first.setdefault(stream, key)
         groups.setdefault(key, []).append(spec)
     return list(groups.values())
 

@@ -29,6 +29,7 @@ from atdiag.analysis.points.names import act_name
 from atdiag.analysis.points.places import Norm
 from atdiag.analysis.points.readout import readout
 from atdiag.core.errors import UserError, suggest
+from atdiag.core.text import count
 
 Slice: TypeAlias = int | tuple[int | None, ...] | Sequence[int] | slice | Tensor | None
 """Positions: one (its axis goes), ``(start, stop[, step])``, several by index, or None: all."""
@@ -118,8 +119,8 @@ class ActivationCache:
         if not self.has_batch_dim:
             return self
         if any(len(value) != 1 for value in self.cache_dict.values()):
-            count = max(len(value) for value in self.cache_dict.values())
-            raise UserError(f"the cache holds {count} images: the axis of one alone can be removed")
+            images = max(len(value) for value in self.cache_dict.values())
+            raise UserError(f"the cache holds {images} images: the axis of one alone can be removed")
         self.cache_dict = {name: value[0] for name, value in self.cache_dict.items()}
         self.has_batch_dim = False
         return self
@@ -339,6 +340,10 @@ class ActivationCache:
         one = isinstance(pos_slice, int)  # then the stack has no axis of positions
         if direction.ndim == 3:  # a class for each image: [heads, B, C]
             direction = sliced(direction, batch_slice, -2)
+            images = len(whole[0]) if cache.has_batch_dim else 1
+            if direction.ndim == 3 and direction.shape[1] not in (1, images):
+                classes = count(direction.shape[1], "class")
+                raise UserError(f"{classes} for {count(images, 'image')}: give one class, or one for each image")
             direction = direction if one else direction.unsqueeze(-2)
         else:
             direction = direction[:, None] if not one else direction

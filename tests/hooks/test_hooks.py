@@ -1,5 +1,7 @@
 """Hooks: order, levels, in-place changes, caches within hooks, wrong input, and nothing left after errors."""
 
+import warnings
+
 import numpy as np
 import pytest
 import timm
@@ -108,6 +110,22 @@ def test_filters_choose_points(names, mini, images):
     assert set(cache) == expected
 
 
+def attributions(model, images, classes):
+    cache = model.run_with_cache(images)[1]
+    return cache.logit_attrs(cache.decompose_resid(), classes)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(2.0, -1.0), (255.0, 0.0)])
+def test_images_that_are_normalised_already_are_noticed(mini, images, scale, shift):
+    model = mini()
+    some = images(model)
+    with pytest.warns(UserWarning, match=r"takes them in \[0, 1\], and normalises them itself") as warned:
+        model(scale * some + shift)
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings(action="error"):
+        model(some)
+
+
 # fmt: off
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -134,6 +152,7 @@ def test_filters_choose_points(names, mini, images):
         (lambda m, x: m.run_with_cache(x, Z)[1].decompose_resid(), "is not in the cache"),
         (lambda m, x: m.run_with_cache(x)[1].decompose_resid(13), "layer 13 is out of range"),
         (lambda m, x: m.run_with_cache(x)[1].bias_attrs(10), "class 10 is out of range"),
+        (lambda m, x: attributions(m, x, [1, 2, 3]), "3 classes for 2 images: give one class, or one for each image"),
         (lambda m, x: m.run_with_cache(x)[1].decompose_resid(mode="heads"), "mode is all, mlp or attn"),
         (lambda m, x: m.add_hook(Z, print, dir="up"), "fwd or bwd"),
         (lambda m, x: m.W_gate, "its MLP is not gated"),

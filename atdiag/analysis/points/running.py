@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,11 +55,19 @@ class Runner:
         self.instrument.restore()
 
     def check_images(self, pixels: Tensor) -> None:
-        """Raise UserError for images of another format than the network sees."""
+        """Raise UserError for images of another format than the network sees; warn of those that can't be in [0, 1]."""
         network = self.subject.network
         if pixels.shape[1:] != (network.channels, network.image_size, network.image_size):
             sees = f"{network.image_size} x {network.image_size} x {network.channels}"
             raise UserError(f"{self.subject.label} sees images of {sees}, and these are {list(pixels.shape[1:])}")
+        if pixels.numel():
+            low, high = (float(end) for end in pixels.detach().aminmax())
+            if low < -0.5 or high > 1.5:  # somewhat outside are also resized or perturbed images
+                warnings.warn(
+                    f"images lie between {low:.1f} and {high:.1f}: {self.subject.label} takes them in [0, 1], and "
+                    "normalises them itself",
+                    stacklevel=5,
+                )
 
     def run(
         self,

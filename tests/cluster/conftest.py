@@ -1,5 +1,7 @@
 """A SLURM of one node for the tests of this folder, started once."""
 
+import subprocess
+
 import pytest
 
 from tests.cluster import one_node
@@ -10,8 +12,15 @@ def node(tmp_path_factory):
     """Start SLURM on this machine; its environment. Skipped, with the reason, where it can't be started."""
     if reason := one_node.missing():
         pytest.skip(reason)
-    with one_node.cluster(tmp_path_factory.mktemp("slurm"), cpus=4) as environment:
-        yield environment
+    folder = tmp_path_factory.mktemp("slurm")
+    try:
+        environment = one_node.start(folder, cpus=4)
+        one_node.submit_nothing(folder)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as fault:
+        one_node.stop(folder)
+        pytest.skip(f"SLURM does not work here: {fault}")
+    yield environment
+    one_node.stop(folder)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo")
@@ -126,14 +125,11 @@ def _end(process: int, daemon: str) -> None:
         time.sleep(0.1)
 
 
-@contextlib.contextmanager
-def cluster(folder: Path, **given: int) -> Iterator[dict[str, str]]:
-    """Run a cluster inside the context; yields the environment for SLURM's commands."""
-    environment = start(folder, **given)
-    try:
-        yield environment
-    finally:
-        stop(folder)
+def submit_nothing(folder: Path) -> None:
+    """Submit a job that does nothing, and wait until it has ended. Raises SubprocessError if it does not."""
+    environment = os.environ | {"SLURM_CONF": str(folder.resolve() / "slurm.conf")}
+    words = ["sbatch", "--wait", "--output=/dev/null", "--wrap", "true"]
+    subprocess.run(words, env=environment, check=True, capture_output=True, timeout=90)
 
 
 def _free_ports(count: int) -> list[int]:

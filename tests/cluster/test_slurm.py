@@ -68,7 +68,7 @@ def test_the_table_is_the_local_one(cluster, tmp_path):
     records = []
     for name, more in (("here", []), ("there", [*there, "--wait"])):
         words = [*line, *more, "--runs", str(tmp_path / name), "--out", str(tmp_path / f"{name}-out")]
-        printed = subprocess.run(words, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+        printed = subprocess.run(words, check=True, capture_output=True, text=True, cwd=tmp_path, timeout=600).stdout
         record = json.loads(printed.splitlines()[-1])
         records.append({key: value for key, value in record.items() if key not in ("files", "settle", "figures")})
     here, from_there = (json.dumps(record, sort_keys=True) for record in records)

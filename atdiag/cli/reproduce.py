@@ -265,13 +265,13 @@ def _write_summary(judged: Sequence[Judged], readings: dict[str, Reading], folde
     """Write the table of claims in every format, with the runs on which it is based."""
     import pandas as pd
 
-    from atdiag.reports import tables, writers
+    from atdiag.reports import latex, tables, writers
 
     cells, records = [tables.claim_cells(one) for one in judged], [tables.claim_record(one) for one in judged]
     runs = list(dict.fromkeys(run for reading in readings.values() for run in reading.runs))
     texts = {
         "md": "\n".join([*tables.claims_markdown(judged), "", f"{len(runs)} runs: {', '.join(runs)}", ""]),
-        "tex": tables.booktabs(tables.CLAIMS, cells, "The papers' claims, here.", "tab:claims", tables.CLAIM_COLUMNS),
+        "tex": latex.booktabs(tables.CLAIMS, cells, "The papers' claims, here.", "tab:claims", tables.CLAIM_COLUMNS),
         "csv": pd.DataFrame(records).to_csv(index=False),
     }
     verdicts = {name: reading.verdict for name, reading in readings.items()}

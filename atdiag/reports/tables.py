@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from atdiag.data import sources
+from atdiag.reports.latex import booktabs
 from atdiag.study import chance
 from atdiag.study.claims import Judged
 from atdiag.study.protocol import ArmResult, Reading, Report, Series
@@ -101,10 +101,15 @@ def probability(estimate: Estimate) -> str:
     return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
 
+def _measured(value: float) -> str:
+    """Format a measurement: three digits, or a large count in full."""
+    return f"{value:,.0f}" if abs(value) >= 1000 and value == round(value) else f"{value:.3g}"
+
+
 def _cells(name: str, row: ArmResult | None, estimate: Estimate | None, extra: Sequence[str]) -> list[str]:
     """Return a row's cells: name, top-1, contrast, p, further measurements, seeds."""
     seeds = row.seeds if row else estimate.seeds if estimate else 0
-    measured = [f"{row.numbers[column]:.3g}" if row and column in row.numbers else "" for column in extra]
+    measured = [_measured(row.numbers[column]) if row and column in row.numbers else "" for column in extra]
     versus = ["", ""] if estimate is None else [interval(estimate), probability(estimate)]
     return [name, "" if row is None else f"{row.top1:.1f}", *versus, *measured, str(seeds)]
 
@@ -190,76 +195,6 @@ def latex(reading: Reading, caption: Sequence[str], label: str) -> str:
             body.append([report.study.label, *[""] * (len(head) - 1)])
         body += _lines(reading, report)
     return booktabs(head, body, " ".join(caption), label)
-
-
-_LATEX = {
-    **{char: f"\\{char}" for char in "&%$#_{}"},
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    '"': "''",
-    "<": "$<$",
-    ">": "$>$",
-    "|": "$|$",
-    "\u2212": "$-$",
-    "\u00b1": "$\\pm$",
-    "\u00d7": "$\\times$",
-    "\u2013": "--",
-    "\u2014": "---",
-    "\u00a0": "~",
-    "[": "{[}",
-    "]": "{]}",
-}
-"""Characters that are special in LaTeX, or that its default font encoding OT1 lacks (``<`` would print as an inverted
-exclamation mark). A bracket after a line break would be read as an argument."""
-
-
-def escaped(text: str) -> str:
-    """Escape a text for LaTeX with OT1 fonts, in ASCII: accents are dropped, other characters written as U+4E2D.
-
-    >>> escaped("a_b <.001 [1]")
-    'a\\\\_b $<$.001 {[}1{]}'
-    """
-    out = []
-    for char in text:
-        plain = _LATEX.get(char) or "".join(c for c in unicodedata.normalize("NFKD", char) if c.isascii())
-        out.append(plain or f"U+{ord(char):04X}")
-    return "".join(out)
-
-
-_LONG = 36
-"""Characters of a name that is broken in LaTeX: a longer one would push the table beyond the page."""
-
-
-def booktabs(
-    head: Sequence[str], body: Sequence[Sequence[str]], caption: str, label: str, columns: str | None = None
-) -> str:
-    """Return a LaTeX table with its caption above, and the rules of the package booktabs; texts are escaped.
-
-    columns: alignment; by default the first left, wrapped if a name is long, the others right.
-    """
-    if columns is None:
-        longest = max(len(cells[0]) for cells in (head, *body))
-        columns = (r"p{0.3\linewidth}" if longest > _LONG else "l") + "r" * (len(head) - 1)
-    lines = [" & ".join(map(escaped, cells)) + r" \\" for cells in (head, *body)]
-    return "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{escaped(caption)}}}",
-            rf"\label{{{label}}}",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            lines[0],
-            r"\midrule",
-            *lines[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
 
 
 CLAIMS = ("claim", "paper", "ours [95 %]", "verdict")

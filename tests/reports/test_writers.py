@@ -6,7 +6,7 @@ import re
 import pandas as pd
 import pytest
 
-from atdiag.reports import document, tables, writers
+from atdiag.reports import document, latex, tables, writers
 from figures import contrasts
 from tests import series_shapes as shapes
 
@@ -56,13 +56,20 @@ def test_latex_tables_use_only_characters_of_ot1(made):
 
 
 def test_a_long_name_in_latex_is_broken_and_not_beyond_the_page():
-    short, long = (tables.booktabs(["arm", "top-1"], [[name, "1"]], "", "x") for name in ("copy", "a long name " * 6))
+    short, long = (latex.booktabs(["arm", "top-1"], [[name, "1"]], "", "x") for name in ("copy", "a long name " * 6))
     assert r"\begin{tabular}{lr}" in short
     assert r"\begin{tabular}{p{0.3\linewidth}r}" in long
 
 
+def test_headings_of_many_columns_are_stacked_in_latex():
+    head = ["arm", "top-1 %", "points vs scratch [95 %]", "p, Holm", "JSD", "seeds"]
+    wide, usual = (latex.booktabs(names, [["copy"] * len(names)], "", "x") for names in (head, head[:5]))
+    assert r"arm & \shortstack[r]{top-1\\\%} & \shortstack[r]{points vs\\scratch {[}95 \%{]}}" in wide
+    assert r"arm & top-1 \% & points vs scratch {[}95 \%{]} & p, Holm & JSD \\" in usual
+
+
 def test_texts_in_latex():
-    assert tables.escaped('<.001 a_b 5 % [x] c:\\d {e} ~ ^ # $ & | "f"') == (
+    assert latex.escaped('<.001 a_b 5 % [x] c:\\d {e} ~ ^ # $ & | "f"') == (
         r"$<$.001 a\_b 5 \% {[}x{]} c:\textbackslash{}d \{e\} \textasciitilde{} \textasciicircum{} \# \$ \& $|$ ''f''"
     )
-    assert tables.escaped("caf\u00e9 \u00b1 \u2212 \u4e2d") == r"cafe $\pm$ $-$ U+4E2D"
+    assert latex.escaped("caf\u00e9 \u00b1 \u2212 \u4e2d") == r"cafe $\pm$ $-$ U+4E2D"

@@ -44,8 +44,7 @@ def network(reference: str, profile: str) -> Network:
     reference = teachers.canonical(reference)
     name = reference.partition("@")[0]
     if name.startswith(stored.OURS):
-        stored_as = stored.of_id(reference) if name.startswith(stored.RUN) else reference
-        path = sources.split_reference(stored_as)[1]
+        path = sources.split_reference(reference)[1]
         own = None if path is None else stored.network(path)
         if own is None:
             raise UserError(f"{path}: there is no such file, or no architecture in its header")

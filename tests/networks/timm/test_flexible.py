@@ -64,8 +64,11 @@ def test_a_teacher_from_a_file_at_two_sizes(tmp_path, monkeypatch):
         found, x = loading.load(spec), images(side)
         expected = of(normalised(x, of))
         assert (found(x) - expected).abs().max() < 1e-4 * expected.abs().max()
-    state = {name: tensor.clone() for name, tensor in of.state_dict().items() if name != "embeds.pos_embed_y"}
-    state.pop("embeds.pos_embed")
+    with pytest.raises(UserError, match=r"NaFlexVit, and does not say which .*: type timm:naflexvit_base_patch16_gap@"):
+        teachers.canonical(str(file))
+    (named := tmp_path / f"{MODEL}.safetensors").write_bytes(file.read_bytes())
+    assert teachers.canonical(str(named)) == f"timm:{MODEL}@{named}"
+    state = {name: tensor.clone() for name, tensor in of.state_dict().items() if name != "embeds.pos_embed"}
     save_file(state, file)
     with pytest.raises(UserError, match=r"does not fit .*missing: embeds\.pos_embed"):
         loading.load(teachers.teacher(f"timm:{MODEL}@{file}", "small", 64))

@@ -40,7 +40,7 @@ def plain(model: Any, image_size: int) -> vision_transformer.VisionTransformer:
     vit = vision_transformer.VisionTransformer(
         img_size=image_size,
         patch_size=side,
-        in_chans=model.in_chans,
+        in_chans=embeds.in_chans,
         num_classes=0,
         global_pool=model.global_pool,
         embed_dim=model.embed_dim,
@@ -50,12 +50,12 @@ def plain(model: Any, image_size: int) -> vision_transformer.VisionTransformer:
         reg_tokens=model.num_reg_tokens,
         no_embed_class=True,
         pos_embed="none",
-        pool_include_prefix=model.pool_include_prefix,
+        pool_include_prefix=getattr(model, "pool_include_prefix", False),  # newer than timm 1.0.27
         fc_norm=False,
         **like,
     )
     vit.patch_embed = PatchEmbed(
-        image_size, side, model.in_chans, model.embed_dim, bias=embeds.proj.bias is not None, **like
+        image_size, side, embeds.in_chans, model.embed_dim, bias=embeds.proj.bias is not None, **like
     )
     vit.patch_embed.proj.weight = nn.Parameter(_filters(embeds))
     if embeds.proj.bias is not None:
@@ -87,7 +87,7 @@ def _filters(embeds: Any) -> Tensor:
     if not embeds.is_linear:
         return weight
     side, channels = embeds.patch_size[0], embeds.in_chans
-    if embeds.channels_last:  # of a patch's pixels
+    if getattr(embeds, "channels_last", True):  # of a patch's pixels; an option that is newer than timm 1.0.27
         return weight.view(-1, side, side, channels).permute(0, 3, 1, 2).contiguous()
     return weight.view(-1, channels, side, side)
 

@@ -238,7 +238,7 @@ class Pair:
             )
         like = torch.promote_types(torch.float32, next(self.student.parameters()).dtype)
         self.teacher.to(examples.device, like)
-        pixels = self._pixels(examples.to(like)).split(evaluation.BATCH)
+        pixels = torch.split(self._pixels(examples.to(like)), evaluation.BATCH)
         return evaluation.differing_heads(self.teacher, self.network, self.transfer, pixels)
 
     def _of_ours(self, images: Tensor, shown: Observation, *args: Any, **options: Any) -> tuple[Tensor, Observation]:

@@ -228,7 +228,7 @@ class Match:
 
     def _about(self) -> dict[str, Any]:
         """Return what identifies the measurement in a file: a file with other values is taken again."""
-        about = {"version": VERSION, "sha256": self.teacher.sha256, "asked": self.images}
+        about: dict[str, Any] = {"version": VERSION, "sha256": self.teacher.sha256, "asked": self.images}
         if self.teacher.operation is not None:
             about["operation"] = self.teacher.operation.key
         if self.passed is not None:

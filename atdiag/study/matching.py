@@ -75,10 +75,10 @@ class Match:
         """What is compared if students are of another size than the teacher; empty if not."""
         if self.passed is None:
             return ""
-        blocks = f"blocks {ranges(self.passed.layers)}" if self.passed.teacher_layers else "all blocks"
+        blocks = f"their blocks {ranges(self.passed.layers)}" if self.passed.teacher_layers else "all their blocks"
         return (
-            f"Of students of another size, the maps of {blocks} are compared with those that pass to them: of the "
-            "teacher's blocks, heads and patches as stated above."
+            f"The students are of another size: the maps of {blocks} are compared with those that pass to them, by the "
+            "rules below for blocks, heads and grid."
         )
 
     def check(self, specs: Sequence[RunSpec]) -> None:

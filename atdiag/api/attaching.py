@@ -21,7 +21,7 @@ from atdiag.core.errors import UserError, suggest
 from atdiag.core.spec import BlockRule, HeadRule, Network, Transfer
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.registry import sizes, teachers
-from atdiag.networks.timm import conversion, inspection
+from atdiag.networks.timm import conversion, flexible, inspection
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.networks.weights import loading
 from atdiag.study.protocol import METHODS
@@ -283,10 +283,13 @@ class Pair:
 def _teacher(asked: Reference, student: Network, profile: str | None, grid: str) -> ViT | Foreign:
     """Return a frozen teacher of our own making; if it is named, at the size of images at which it is to see them."""
     if isinstance(asked, nn.Module):
-        inner = _unwrapped(asked)
+        inner = copy.deepcopy(_unwrapped(asked))
+        if flexible.is_flexible(inner):  # which sees images of any size
+            side = int(inner.get_submodule("embeds").patch_size[0])  # type: ignore[index]
+            inner = flexible.plain(inner, student.grid * side if grid == "resize" else student.image_size)
         if reason := inspection.why_not(inner):
             raise UserError(f"{type(inner).__name__} can't be a teacher: {reason}")
-        return conversion.teacher_from(copy.deepcopy(inner))
+        return conversion.teacher_from(inner)
     named, size = profile_name(profile), student.image_size
     if grid == "resize" and named != "mini":
         size = student.grid * sizes.network(str(asked), named).patch_size

@@ -62,9 +62,9 @@ def transfer_of(
         raise UserError("a weight of 0 transfers nothing", "give a positive one")
     if fields["average"] == "examples":
         raise UserError("average='examples' needs the training images ahead of the training", "atdiag.run can do it")
-    rules: dict[str, Any] = {"teacher_heads": teacher_heads, "teacher_layers": teacher_layers}
-    if teacher_layers is not None and not isinstance(teacher_layers, str):
-        rules["teacher_layers"] = tuple(teacher_layers)
+    listed = (teacher_layers,) if isinstance(teacher_layers, str | int | None) else teacher_layers
+    typed = ",".join(str(one) for one in listed if one is not None)
+    rules: dict[str, Any] = {"teacher_heads": teacher_heads, "teacher_layers": typed or None}
     try:
         one = Transfer(method=method, layers=chosen, heads=some, weight=weight, **fields)
         return TransferSettings(**rules).between(one, network, teacher)

@@ -257,6 +257,12 @@ def test_a_student_inside_distributed_data_parallel(tmp_path):
         ({}, {"grid": "rezise"}, "grid 'rezise', did you mean 'resize'"),
         ({}, {"layers": (3,)}, "3 is out of range"),
         ({}, {"teacher_layers": (0, 1)}, "^`teacher_layers`=0,1 names 2 blocks, and 3 of the student's"),
+        (
+            {},
+            {"teacher_layers": [0, 1, "tpo"]},
+            "^`teacher_layers`=0,1,tpo: 'tpo' is neither a block nor a rule",
+        ),
+        ({}, {"teacher_layers": 1}, "^`teacher_layers`=1 names 1 blocks, and 3 of the student's"),
         ({}, {"loss": "cee"}, "loss"),
         ({"embed_dim": 96}, {"tensor": "q"}, "q pass only between networks of the same width: teacher 48, student 96"),
     ],

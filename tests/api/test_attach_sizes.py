@@ -67,3 +67,17 @@ def test_a_named_teacher_of_another_size():
     assert (pair.transfer.sources, pair.transfer.teacher_heads) == ((0, 1, 2), "first")
     student.train()(torch.randn(2, 1, 20, 20))
     assert pair.loss > 0
+
+
+def test_a_teacher_for_images_of_any_size_sees_those_of_the_students_grid():
+    torch.manual_seed(0)
+    teacher = timm.create_model("naflexvit_base_patch16_gap", img_size=64, embed_dim=48, depth=2, num_heads=3).eval()
+    student = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, class_token=False, global_pool="avg"
+    )
+    pair = attach(student, teacher)
+    assert (pair.teacher.network.image_size, pair.teacher.network.grid) == (64, 4)  # 4 x 4 patches of 16 px
+    student.train()(torch.randn(2, 3, 32, 32))
+    assert pair.loss > 0
+    pair.detach()
+    assert attach(student, teacher, grid="resample").teacher.network.grid == 2

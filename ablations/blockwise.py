@@ -15,7 +15,7 @@ import typer
 
 from atdiag.core.spec import Teacher
 from atdiag.study.builder import Lab
-from atdiag.study.matching import HEAD_BY_HEAD, Match
+from atdiag.study.matching import HEAD_BY_HEAD, beside
 from atdiag.study.protocol import BASELINE, Arm, Report, Series, Study
 from atdiag.study.registry import ablation
 from atdiag.study.verdicts import effect, verb_phrase
@@ -52,20 +52,23 @@ def blockwise(
         return lab.arm(name, student, source, transfer=lab.transfer(transfer, student, tuple(blocks)))
 
     single = tuple(arm(named(block), [block]) for block in range(student.depth))
+    taken = [one.specs[0].transfer.sources[0] for one in single]  # the teacher's blocks
+    maps = beside(lab, source, range(student.depth))
     study = Study(
         ablation="blockwise",
         teacher=source,
         options={"transfer": transfer},
         arms=(lab.baseline(source), *single, arm("all blocks", range(student.depth))),
         contrasts=(),
-        verdict=lambda report: _said(report, measured(source, lab)),
-        measures=(Match(source),),
+        verdict=lambda report: _said(report, _of_blocks(measured(source, lab), taken)),
+        measures=(maps,),
         reference=lab.reference(source),
         curve={named(block): block for block in range(student.depth)},
         notes=(
             f"Of the teacher's blocks, on {IMAGES} images: the gain of the attention branch, ||branch|| / ||stream||; "
             f"of the maps, means over heads: {', '.join(STATISTICS)} (atdiag stats). {NAMES['JSD']}: of the maps of "
             "students from scratch from the teacher's, head by head.",
+            *filter(None, [maps.note]),
         ),
     )
     return Series("blockwise", (study,), figure="blockwise")
@@ -89,6 +92,11 @@ def measured(source: Teacher, lab: Lab) -> dict[str, list[float]]:
     (found,) = statistics.attention_stats([subject], some)
     every = {"gain": branch_gains(subject, some)} | {name: found.heads[name].mean(1) for name in STATISTICS}
     return {name: values.tolist() for name, values in every.items()}
+
+
+def _of_blocks(found: Mapping[str, Sequence[float]], blocks: Sequence[int]) -> dict[str, list[float]]:
+    """Return the measurements of the teacher's blocks that give to the student's, in the student's order."""
+    return {name: [values[block] for block in blocks] for name, values in found.items()}
 
 
 def associations(report: Report, of_blocks: Mapping[str, Sequence[float]]) -> dict[str, tuple[Ranks, float]]:

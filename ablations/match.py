@@ -16,7 +16,7 @@ from atdiag.core.selection import comma_separated
 from atdiag.stats.paired import Gap, gap
 from atdiag.study.builder import Lab
 from atdiag.study.claims import Judged, Verdict
-from atdiag.study.matching import HEAD_BY_HEAD, HEADS_MATCHED, IMAGES, Match
+from atdiag.study.matching import HEAD_BY_HEAD, HEADS_MATCHED, IMAGES, beside
 from atdiag.study.protocol import BASELINE, Report, Series
 from atdiag.study.registry import ablation
 from atdiag.study.verdicts import outcome
@@ -53,9 +53,9 @@ def match(
     By the distance of each student's attention maps from its teacher's, beside what it gains.
     """
     passed = comma_separated(methods, "methods", "copy,distill")
-    measures = (Match(lab.teacher(teacher)),)
-    study = gains.study(lab, "match", teacher, passed, measures=measures, claims=claims.of("match"))
-    notes = _NOTES if "copy" in passed else _NOTES[:2]
+    measured = beside(lab, lab.teacher(teacher))
+    study = gains.study(lab, "match", teacher, passed, measures=(measured,), claims=claims.of("match"))
+    notes = (*(_NOTES if "copy" in passed else _NOTES[:2]), *filter(None, [measured.note]))
     return Series("match", (study,), figure="match", verdict=verdict, findings=findings, notes=notes)
 
 

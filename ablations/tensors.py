@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ablations import claims
+from atdiag.core.errors import UserError
 from atdiag.core.selection import choose, comma_separated
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import METHODS, Arm, Contrast, Report, Study
@@ -41,6 +42,13 @@ def tensors(
         choose(name, TENSORS, "tensors")
     source = lab.teacher(teacher)
     student = lab.student(source)
+    own, theirs = ((one.width, one.heads, one.grid) for one in (student, source.network))
+    if own != theirs and {*names} != {"map"}:
+        raise UserError(
+            "q, k and v pass only between networks of one width, number of heads and grid, and the student is another "
+            f"size than {source.label}",
+            "leave `student` out, or give `tensors` map",
+        )
 
     def arm(method: str, name: str) -> Arm:
         passed = lab.under("transfer.tensor", name).transfer(method, student)

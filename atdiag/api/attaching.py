@@ -13,28 +13,28 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from atdiag.api.fitting import check, check_student, transfer_of
+from atdiag.api.inside import AttentionInside, fuse
 from atdiag.core.errors import UserError, suggest
-from atdiag.core.spec import Network, Transfer
+from atdiag.core.spec import BlockRule, HeadRule, Network, Transfer
 from atdiag.networks.model.vit import ViT
-from atdiag.networks.registry import teachers
-from atdiag.networks.timm import conversion, inspection
+from atdiag.networks.registry import sizes, teachers
+from atdiag.networks.timm import conversion, flexible, inspection
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.networks.weights import loading
 from atdiag.study.protocol import METHODS
 from atdiag.study.settings import profile_name
 from atdiag.training import compiled, evaluation
-from atdiag.transfer import methods, observation, ops
+from atdiag.transfer import methods, observation
 from atdiag.transfer.attention import AttentionOverride
-from atdiag.transfer.observation import AttentionRecord, Observation, record_of_sdpa
-from atdiag.transfer.ops import QK
+from atdiag.transfer.observation import Observation
 
 Reference = str | Path | nn.Module
 """A teacher: a name, a file, or a network of timm's or ours."""
+
+_GRIDS = ("resize", "resample")
 
 _OURS, _TIMM = "forward", "forward_features"
 """The method of a student that a pair stands in for."""
@@ -47,7 +47,10 @@ def attach(
     layers: Sequence[int] | str | None = None,
     weight: float | None = None,
     *,
-    teacher_layers: Sequence[int] | None = None,
+    teacher_layers: Sequence[int] | BlockRule | None = None,
+    teacher_heads: HeadRule | None = None,
+    grid: Literal["resize", "resample"] = "resize",
+    examples: Tensor | None = None,
     heads: Sequence[int] | str | None = None,
     tensor: Literal["map", "q", "k", "v"] = "map",
     average: Literal["queries", "heads", "layers"] | None = None,
@@ -68,12 +71,18 @@ def attach(
 
     method: ``copy``, the teacher's map replaces the student's, in evaluation too; ``distill``, ``pair.loss`` pulls the
     student's map to it. layers: the student's blocks, such as ``(0, 1)`` or ``"top:6"``; default: all. weight: factor
-    of the loss; default: 3.0. teacher_layers: the teacher's block for each of ``layers``. heads, tensor, average, loss,
-    reduce: as in :class:`~atdiag.core.spec.Transfer`. mean, std: by which your loop normalises its images; default:
-    those in the student's timm configuration. The teacher gets the same pixels under its own normalisation. profile:
-    that of a teacher given by name.
+    of the loss; default: 3.0. heads, tensor, average, loss, reduce: as in :class:`~atdiag.core.spec.Transfer`. mean,
+    std: by which your loop normalises its images; default: those in the student's timm configuration. The teacher gets
+    the same pixels under its own normalisation. profile: that of a teacher given by name.
 
-    Raises UserError, naming what does not fit: grids, heads, blocks, a student that drops tokens.
+    A teacher of another size passes its maps by the rules of ``--student``. teacher_layers: a rule (``uniform``,
+    ``top``, ``bottom``), or the teacher's block for each of ``layers``. teacher_heads: ``first``, ``different``,
+    ``mean`` or ``repeat``. grid: a teacher given by name with patches of another size sees each image at the size that
+    gives it the student's grid (``resize``), or at the student's size, and its maps are resampled; a network sees it at
+    its own size, resized from your loop's pixels, which are clipped to [0, 1]. examples: a batch of training images as
+    the student gets them, by which ``different`` chooses the teacher's heads.
+
+    Raises UserError, naming what does not fit: heads, blocks, class tokens, a student that drops tokens.
     """
     inner = _unwrapped(student)
     ours = isinstance(inner, ViT)  # which takes images in [0, 1]
@@ -87,25 +96,30 @@ def attach(
         raise UserError("atdiag's own networks take images in [0, 1] and normalise them", "leave mean and std out")
     if method not in METHODS:
         raise UserError(f"method {method!r}{suggest(method, METHODS)}", f"give {' or '.join(METHODS)}")
+    if grid not in _GRIDS:
+        raise UserError(f"grid {grid!r}{suggest(grid, _GRIDS)}", f"give {' or '.join(_GRIDS)}")
     network = inspection.describe(inner, mean, std)
+    found = _teacher(teacher, network, profile, grid)
+    if teacher_heads is not None and network.heads == found.network.heads:
+        raise UserError(f"both have {network.heads} heads, each beside its own", "leave teacher_heads out")
     transfer = transfer_of(
         network,
+        found.network,
         method=method,
         layers=layers,
         weight=weight,
-        teacher_layers=tuple(teacher_layers or ()),
+        teacher_layers=teacher_layers,
+        teacher_heads=teacher_heads,
         heads=heads,
         tensor=tensor,
         average=average,
         loss=loss,
         reduce=reduce,
     )
-    found = _teacher(teacher, network, profile)
     check(network, found.network, transfer)
     if not ours:
         check_student(inner)
-        _renormalise(found, network)
-    return Pair(inner, network, found, transfer)
+    return Pair(inner, network, found, transfer, examples)
 
 
 class Pair:
@@ -114,12 +128,23 @@ class Pair:
     Calling it calls the student.
     """
 
-    def __init__(self, student: nn.Module, network: Network, teacher: ViT | Foreign, transfer: Transfer) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        network: Network,
+        teacher: ViT | Foreign,
+        transfer: Transfer,
+        examples: Tensor | None = None,
+    ) -> None:
         self.student, self.network, self.teacher, self.transfer = student, network, teacher, transfer
         self._loss: Tensor | None = None
         self._attached = True
         self._place = _OURS if isinstance(student, ViT) else _TIMM
-        self._unfused = [] if isinstance(student, ViT) else _fuse(student)
+        self._resizes = teacher.network.image_size != network.image_size
+        if self._place == _TIMM and not self._resizes:
+            _renormalise(teacher, network)
+        self.heads = self._chosen_heads(examples)
+        self._unfused = [] if isinstance(student, ViT) else fuse(student)
         setattr(student, self._place, self._forward)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -185,8 +210,36 @@ class Pair:
         held = next(self.teacher.parameters())
         if (held.device, held.dtype) != (images.device, like):
             self.teacher.to(images.device, like)
-        shown: Observation = self.teacher.observe(images.to(like), observation.of_teacher([self.transfer]))
-        return evaluation.fit(shown, self.teacher, self.network, self.transfer)
+        shown = evaluation.show(self.teacher, self._pixels(images.to(like)), observation.of_teacher([self.transfer]))
+        return evaluation.fit(shown, self.teacher, self.network, self.transfer, self.heads)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Return images as the teacher takes them, at the student's size: in [0, 1] if they are to be resized.
+
+        Otherwise as they are, since its own normalisation then takes the student's.
+        """
+        if self._place == _OURS or not self._resizes:
+            return images
+        mean, std = (
+            torch.tensor(x).to(images).view(1, -1, 1, 1)  # by way of float32, as in a network's buffers
+            for x in (self.network.mean, self.network.std)
+        )
+        return (images * std + mean).clamp(0, 1)
+
+    @torch.no_grad()
+    def _chosen_heads(self, examples: Tensor | None) -> dict[int, tuple[int, ...]]:
+        """Return the teacher's block -> its heads that differ most on the examples; empty for another rule."""
+        if self.transfer.teacher_heads != "different":
+            return {}
+        if examples is None:
+            raise UserError(
+                "teacher_heads='different' compares the teacher's heads on training images",
+                f"give examples=, {evaluation.COMPARED_IMAGES} of them as the student gets them",
+            )
+        like = torch.promote_types(torch.float32, next(self.student.parameters()).dtype)
+        self.teacher.to(examples.device, like)
+        pixels = torch.split(self._pixels(examples.to(like)), evaluation.BATCH)
+        return evaluation.differing_heads(self.teacher, self.network, self.transfer, pixels)
 
     def _of_ours(self, images: Tensor, shown: Observation, *args: Any, **options: Any) -> tuple[Tensor, Observation]:
         student = cast(ViT, self.student)
@@ -211,7 +264,7 @@ class Pair:
             return run(), Observation()
         wanted = observation.of_student(self.transfer).attention
         blocks = list(self.student.get_submodule("blocks").children())
-        inside = _Inside(blocks, given, wanted)
+        inside = AttentionInside(blocks, given, wanted)
         hooks = []
         for i, block in enumerate(blocks):
             hooks.append(block.register_forward_pre_hook(lambda *_, i=i: inside.enter(i)))
@@ -227,95 +280,20 @@ class Pair:
         return out, Observation(inside.seen)
 
 
-class _Inside(TorchFunctionMode):
-    """While active, gives blocks their maps and records those of others, at their calls of SDPA."""
-
-    def __init__(
-        self, blocks: Sequence[nn.Module], given: dict[int, AttentionOverride], wanted: frozenset[int]
-    ) -> None:
-        super().__init__()
-        self.given, self.wanted = given, wanted
-        self.seen: dict[int, AttentionRecord] = {}
-        self.met: set[int] = set()
-        self.block: int | None = None
-        whole = [i for i, one in given.items() if one.tensor == "map" and one.heads is None]
-        self._skipped = {id(weight): i for i in whole if (weight := _fused_weight(blocks[i])) is not None}
-
-    def enter(self, block: int) -> None:
-        """Note that a block begins."""
-        self.block = block
-
-    def leave(self) -> None:
-        """Note that a block has ended. Raises RuntimeError if its attention was not where it was expected."""
-        asked = self.block in self.given or self.block in self.wanted
-        if asked and self.block not in self.met:
-            raise RuntimeError(
-                f"block {self.block} made no call of scaled dot-product attention: its map can't be read"
-            )
-        self.block = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.block is None:
-            return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._attend(func, args, kwargs)
-        if func is F.linear and self._skipped:
-            return self._project(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _attend(self, func: Any, args: Any, kwargs: Any) -> Any:
-        block = cast(int, self.block)
-        if block not in self.given and block not in self.wanted:
-            return func(*args, **kwargs)
-        if block in self.met:
-            raise RuntimeError(f"block {block} attends twice: it has no single map")
-        self.met.add(block)
-        record = record_of_sdpa(*args, **kwargs)
-        if block in self.wanted:
-            self.seen[block] = record
-        return _under(record, self.given[block]) if block in self.given else func(*args, **kwargs)
-
-    def _project(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Compute of a fused projection to q, k and v only v, if q and k have no use; they are zero."""
-        if self._skipped.get(id(weight)) != self.block:
-            return F.linear(input, weight, bias)
-        first = 2 * weight.shape[0] // 3
-        v = F.linear(input, weight[first:], None if bias is None else bias[first:])
-        return torch.cat([v.new_zeros(*v.shape[:-1], first), v], dim=-1)
-
-
-def _under(record: AttentionRecord, given: AttentionOverride) -> Tensor:
-    """Return the attention output [B, H, N, d] of a call whose map, q, k or v is given, for all heads or for some."""
-    qk, v = record.qk, record.v
-    assert v is not None
-    if given.tensor != "map":
-        own: dict[str, Tensor] = {"q": qk.q, "k": qk.k, "v": v}
-        assert isinstance(given.value, Tensor)
-        taken = given.value.to(v.dtype)
-        if given.heads is not None:
-            taken = torch.cat([taken, own[given.tensor][:, given.heads.rest]], dim=1)[:, given.heads.order]
-        own[given.tensor] = taken
-        return ops.attend(QK(own["q"], own["k"], qk.scale, qk.bias), own["v"])
-    assert not isinstance(given.value, Tensor)
-    value = given.value
-    if isinstance(value, QK) and value.q.dtype != v.dtype:
-        value = value._replace(q=value.q.to(v.dtype), k=value.k.to(v.dtype))
-    if given.heads is None:
-        return ops.attend(value, v)
-    part, rest, order = given.heads
-    others = qk.select_heads(rest)
-    return torch.cat([ops.attend(value, v[:, part]), ops.attend(others, v[:, rest])], dim=1)[:, order]
-
-
-def _teacher(asked: Reference, student: Network, profile: str | None) -> ViT | Foreign:
-    """Return a frozen teacher of our own making, at the student's image size if it is named."""
+def _teacher(asked: Reference, student: Network, profile: str | None, grid: str) -> ViT | Foreign:
+    """Return a frozen teacher of our own making; if it is named, at the size of images at which it is to see them."""
     if isinstance(asked, nn.Module):
-        inner = _unwrapped(asked)
+        inner = copy.deepcopy(_unwrapped(asked))
+        if flexible.is_flexible(inner):  # which sees images of any size
+            side = int(inner.get_submodule("embeds").patch_size[0])  # type: ignore[index]
+            inner = flexible.plain(inner, student.grid * side if grid == "resize" else student.image_size)
         if reason := inspection.why_not(inner):
             raise UserError(f"{type(inner).__name__} can't be a teacher: {reason}")
-        return conversion.teacher_from(copy.deepcopy(inner))
-    spec = teachers.teacher(str(asked), profile_name(profile), student.image_size)
+        return conversion.teacher_from(inner)
+    named, size = profile_name(profile), student.image_size
+    if grid == "resize" and named != "mini":
+        size = student.grid * sizes.network(str(asked), named).patch_size
+    spec = teachers.teacher(str(asked), named, size)
     if spec.sha256 is None:
         raise UserError(f"the weights of {spec.label} are not on this machine", teachers.how_to_get(spec))
     try:
@@ -348,22 +326,3 @@ def _renormalise(teacher: ViT | Foreign, student: Network) -> None:
 def _rounded(values: Tensor) -> Tensor:
     """Return values in float64 as float32 holds them, as in the teacher's buffers: equal ones then cancel exactly."""
     return values.float().double()
-
-
-def _fuse(student: nn.Module) -> list[nn.Module]:
-    """Switch a timm network's blocks to scaled dot-product attention; return the modules that did not use it."""
-    changed = []
-    for module in student.get_submodule("blocks").modules():
-        if getattr(module, "fused_attn", True) is False:
-            module.fused_attn = True  # type: ignore[assignment]
-            changed.append(module)
-    return changed
-
-
-def _fused_weight(block: nn.Module) -> Tensor | None:
-    """Return the weight of a block's one projection to q, k and v, if it has one for equally many of each."""
-    attn: Any = getattr(block, "attn", None)
-    weight = getattr(getattr(attn, "qkv", None), "weight", None)
-    if not isinstance(weight, Tensor) or getattr(attn, "num_kv_heads", None) not in (None, attn.num_heads):
-        return None
-    return weight if weight.shape[0] % 3 == 0 else None

@@ -10,53 +10,48 @@ from torch import nn
 from atdiag.core.errors import UserError
 from atdiag.core.selection import indices
 from atdiag.core.spec import Network, Transfer, TransferMethod
+from atdiag.core.spec.passing import check_transfer
 from atdiag.study.settings import describe
+from atdiag.study.transfer_settings import TransferSettings
 
 
 def check(student: Network, teacher: Network, transfer: Transfer) -> None:
-    """Raise UserError unless a transfer's maps of the teacher fit the student."""
-    facts = [(network.grid, network.class_token) for network in (student, teacher)]
-    if facts[0] != facts[1]:
-        raise UserError(
-            f"the token grids differ: the student has {_grid(student)}, the teacher {_grid(teacher)}",
-            "build one of them for another image size (img_size), or choose another teacher",
-        )
-    if student.image_size != teacher.image_size or student.channels != teacher.channels:
-        sizes = [f"{one.channels} x {one.image_size} x {one.image_size}" for one in (student, teacher)]
-        raise UserError(
-            f"the student sees images of {sizes[0]}, the teacher of {sizes[1]}", "both see the same: build one anew"
-        )
+    """Raise UserError unless what a transfer takes from the teacher can be brought to the student."""
+    for name, ours, theirs in (
+        ("class token", student.class_token, teacher.class_token),
+        ("channels", student.channels, teacher.channels),
+    ):
+        if ours != theirs:
+            told = [f"{_prefix(one)}, {one.channels} channels" for one in (student, teacher)]
+            raise UserError(
+                f"the student has {told[0]}, the teacher {told[1]}", f"build one of them with the other's {name}"
+            )
     if student.registers > teacher.registers:
         raise UserError(
             f"the student has {student.registers} registers or distillation tokens, the teacher {teacher.registers}",
             "a student may have fewer tokens than its teacher, and no more",
         )
-    if student.heads != teacher.heads:
-        raise UserError(
-            f"the student has {student.heads} heads, the teacher {teacher.heads}", "build one with as many as the other"
-        )
-    if student.depth != teacher.depth and not transfer.teacher_layers:
-        raise UserError(
-            f"the student has {student.depth} blocks, the teacher {teacher.depth}",
-            "give layers=(...) and teacher_layers=(...), the teacher's block for each of them",
-        )
-    if max(transfer.sources, default=0) >= teacher.depth:
-        raise UserError(f"the teacher has {teacher.depth} blocks, and no block {max(transfer.sources)}")
-    if transfer.tensor != "map" and student.width != teacher.width:
-        raise UserError(
-            f"{transfer.tensor} passes only between equal widths: the student has {student.width}, the teacher "
-            f"{teacher.width}",
-            "leave tensor out: maps pass between any widths",
-        )
+    try:
+        check_transfer(transfer, student, teacher)
+    except ValueError as fault:
+        raise UserError(str(fault)) from None
 
 
-def _grid(network: Network) -> str:
-    token = "a class token" if network.class_token else "no class token"
-    side = network.grid
-    return f"{side} x {side} patches ({network.image_size} px in steps of {network.patch_size}) and {token}"
+def _prefix(network: Network) -> str:
+    return "a class token" if network.class_token else "no class token"
 
 
-def transfer_of(network: Network, *, layers: Any, heads: Any, weight: float | None, **fields: Any) -> Transfer:
+def transfer_of(
+    network: Network,
+    teacher: Network,
+    *,
+    layers: Any,
+    teacher_layers: Any,
+    teacher_heads: Any,
+    heads: Any,
+    weight: float | None,
+    **fields: Any,
+) -> Transfer:
     """Return the transfer that the arguments describe. Raises UserError for contradictory ones."""
     chosen = indices(layers if isinstance(layers, str | int | None) else tuple(layers), network.depth, "layers")
     some = None if heads is None else indices(heads if isinstance(heads, str) else tuple(heads), network.heads, "heads")
@@ -67,10 +62,16 @@ def transfer_of(network: Network, *, layers: Any, heads: Any, weight: float | No
         raise UserError("a weight of 0 transfers nothing", "give a positive one")
     if fields["average"] == "examples":
         raise UserError("average='examples' needs the training images ahead of the training", "atdiag.run can do it")
+    listed = (teacher_layers,) if isinstance(teacher_layers, str | int | None) else teacher_layers
+    typed = ",".join(str(one) for one in listed if one is not None)
+    rules: dict[str, Any] = {"teacher_heads": teacher_heads, "teacher_layers": typed or None}
     try:
-        return Transfer(method=method, layers=chosen, heads=some, weight=weight, **fields)
+        one = Transfer(method=method, layers=chosen, heads=some, weight=weight, **fields)
+        return TransferSettings(**rules).between(one, network, teacher)
     except ValidationError as fault:
         raise UserError(describe(fault)) from None
+    except UserError as fault:  # which names the settings of the command line
+        raise UserError(str(fault).replace("transfer.", "")) from None
 
 
 def check_student(student: nn.Module) -> None:

@@ -7,24 +7,34 @@ block, averaged over images, queries and heads; two numbers for each block. *Hea
 i, as attention distillation does. *Heads matched* pairs the heads one to one with the least mean:
 the heads of a student that never saw the teacher have no order, so this is its best achievable match.
 
+A student of another size is compared with the maps that pass to it: those of the teacher's blocks that its own are
+paired with, with heads and grid brought to its size (:mod:`atdiag.transfer.sizes`). The rules are part of the file's
+name, ``<12 digits>-<8 digits of the rules' hash>.json``.
+
 A scratch run is the baseline for every teacher of the same student, so there is one file per teacher.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from atdiag.core.errors import UserError
 from atdiag.core.runs import Run, digest
-from atdiag.core.spec import Data, RunSpec, Teacher
+from atdiag.core.selection import indices, ranges
+from atdiag.core.spec import Data, Network, RunSpec, Teacher, Transfer
 from atdiag.data import sources
+from atdiag.study.builder import Lab
+from atdiag.study.settings import describe
 
 if TYPE_CHECKING:
     from atdiag.analysis.images import ImageSet
+    from atdiag.analysis.subjects import Subject
 
 IMAGES = 256
 """Number of test images, evenly spaced in the test set; all images of a smaller set."""
@@ -32,6 +42,9 @@ VERSION = 2
 """Version of the measurement and its file; other versions are measured again."""
 _AT_A_TIME = 4
 """Students compared with the teacher in one pass."""
+
+_RULES = ("layers", "teacher_layers", "teacher_heads")
+"""The fields of a transfer by which a teacher's maps are brought to another size."""
 
 HEAD_BY_HEAD = "JSD"
 HEADS_MATCHED = "JSD heads matched"
@@ -47,24 +60,29 @@ class Match:
 
     teacher: Teacher
     images: int = IMAGES
+    passed: Transfer | None = None
+    """For students of another size: a copy of the blocks that are compared, with the rules by which the teacher's maps
+    are brought to that size. None: all blocks, each beside the teacher's of the same number."""
 
     @property
     def name(self) -> str:
         """Name of the measurement, with weights and image size, since teachers from files may share a label."""
         found = str(self.teacher.sha256)[:12] + self.teacher.weights[64:]
-        return f"maps beside those of {self.teacher.label} ({found}, {self.teacher.network.image_size} px)"
+        return f"maps beside those of {self.teacher.label} ({found}, {self.teacher.network.image_size} px{self._rules})"
+
+    @property
+    def note(self) -> str:
+        """What is compared if students are of another size than the teacher; empty if not."""
+        if self.passed is None:
+            return ""
+        blocks = f"their blocks {ranges(self.passed.layers)}" if self.passed.teacher_layers else "all their blocks"
+        return (
+            f"The students are of another size: the maps of {blocks} are compared with those that pass to them, by the "
+            "rules below for blocks, heads and grid."
+        )
 
     def check(self, specs: Sequence[RunSpec]) -> None:
-        """Raise UserError if the images on which maps are compared are not here, or a student has another size."""
-        for network in dict.fromkeys(spec.network for spec in specs):
-            theirs = self.teacher.network
-            own, other = ((one.heads, one.depth, one.grid, one.image_size) for one in (network, theirs))
-            if own != other:
-                raise UserError(
-                    "maps are compared head by head and block by block, which students of another size than "
-                    f"{self.teacher.label}'s do not have",
-                    "leave `student` out, or give one with its depth, heads and patches",
-                )
+        """Raise UserError if the images on which maps are compared are not here."""
         for data, network in {s.data: s.network for s in specs}.items():
             sources.find(data).check(data, network)
 
@@ -81,19 +99,21 @@ class Match:
         from atdiag.analysis import subjects
         from atdiag.analysis.similarity import similarity
 
-        by_data: dict[Data, list[Run]] = {}
+        together: dict[Hashable, list[Run]] = {}
         for run in runs:
             self._check(run)
-            by_data.setdefault(run.spec.data, []).append(run)
+            together.setdefault(self._shared(run.spec), []).append(run)
         done = 0
         on_progress(done, len(runs))
-        for data, some in by_data.items():
-            teacher = subjects.loaded(self.teacher, data).to(device)
+        layers = None if self.passed is None else self.passed.layers
+        for some in together.values():
+            data = some[0].spec.data
+            teacher = subjects.loaded(self.teacher, data).to(device) if self.passed is None else self._passes(some)
             pictures = self._pictures(data, some[0].spec)
             for start in range(0, len(some), _AT_A_TIME):
                 part = some[start : start + _AT_A_TIME]
                 students = [subjects.of_run(run).to(device) for run in part]
-                for run, found in zip(part, similarity(teacher, students, pictures), strict=True):
+                for run, found in zip(part, similarity(teacher.to(device), students, pictures, layers), strict=True):
                     same, optimal = found.matched("same"), found.matched("optimal")
                     self._save(run, found.images, same.tolist(), optimal.tolist())
                 done += len(part)
@@ -104,21 +124,32 @@ class Match:
 
         Zeros for a student that copies all maps; empty for the teacher itself and without a measurement.
         """
+        layers = self._layers(run.spec.network)
         if self._is_copied(run.spec):
-            blocks = matched = [0.0] * run.spec.network.depth
+            blocks = matched = [0.0] * len(layers)
         elif self._is_measured(run.spec) and (saved := self._saved(run)) is not None:
             blocks, matched = saved
         else:
             return {}
         out = {HEAD_BY_HEAD: sum(blocks) / len(blocks), HEADS_MATCHED: sum(matched) / len(matched)}
-        return out | {f"{HEAD_BY_HEAD} block {i}": value for i, value in enumerate(blocks)}
+        return out | {f"{HEAD_BY_HEAD} block {i}": value for i, value in zip(layers, blocks, strict=True)}
 
     def _is_copied(self, spec: RunSpec) -> bool:
-        """Return whether all of a student's maps are exactly this teacher's."""
-        own = spec.transfer
-        whole = own.layers == tuple(range(spec.network.depth)) and not own.teacher_layers and own.takes_all_heads
-        as_is = own.method == "copy" and own.tensor == "map" and own.average is None
-        return whole and as_is and spec.teacher is not None and spec.teacher.weights == self.teacher.weights
+        """Return whether all of a student's compared maps are exactly those that this teacher passes."""
+        own, theirs = spec.transfer, spec.teacher
+        if own.method != "copy" or theirs is None or theirs.weights != self.teacher.weights:
+            return False
+        pairs, wanted = dict(zip(own.layers, own.sources, strict=True)), self._layers(spec.network)
+        rule = None if self.passed is None else self.passed.teacher_heads
+        by_rule = own.teacher_heads == rule and theirs.network.image_size == self.teacher.network.image_size
+        as_is = own.tensor == "map" and own.average is None and own.takes_all_heads
+        return by_rule and as_is and all(pairs.get(layer) == source for layer, source in wanted.items())
+
+    def _layers(self, student: Network) -> dict[int, int]:
+        """Return the student's blocks that are compared, each with the teacher's block."""
+        if self.passed is None:
+            return {layer: layer for layer in range(student.depth)}
+        return dict(zip(self.passed.layers, self.passed.sources, strict=True))
 
     def _is_measured(self, spec: RunSpec) -> bool:
         is_teacher = spec.init.source == "teacher" and spec.recipe.epochs == 0
@@ -128,10 +159,47 @@ class Match:
         if not run.finished:  # never measure a checkpoint in place of the trained student
             raise ValueError(f"run {run.id} is not finished")
         own, theirs = run.spec.network.heads, self.teacher.network.heads
-        if own != theirs:
+        if self.passed is None and own != theirs:
             raise UserError(
                 f"run {run.id} has {own} heads and {self.teacher.label} {theirs}: they can't be compared head by head"
             )
+
+    def _shared(self, spec: RunSpec) -> Hashable:
+        """Return what runs that are compared with the same maps have in common."""
+        if self.passed is None:
+            return spec.data
+        chosen = spec.seed.data if self.passed.teacher_heads == "different" else None  # on the run's own images
+        return spec.data, spec.network, chosen
+
+    def _passes(self, runs: Sequence[Run]) -> Subject:
+        """Return a student that copies: the maps that it uses are those that the teacher passes."""
+        from atdiag.analysis import subjects
+        from atdiag.networks.model import students
+        from atdiag.networks.weights import loading
+        from atdiag.training import evaluation
+
+        assert self.passed is not None
+        spec = runs[0].spec
+        copied = RunSpec(
+            network=spec.network,
+            teacher=self.teacher,
+            transfer=self.passed,
+            data=spec.data,
+            recipe=spec.recipe,
+            seed=spec.seed,
+        )
+        teacher = loading.load(self.teacher)
+        record = next((run for run in runs if self._has_chosen(run.spec)), None)
+        heads = evaluation.chosen_heads(copied, teacher, record)
+        student = students.build(spec.network, 0).eval().requires_grad_(False)  # its weights do not matter
+        body = evaluation.Predictor(student, self.passed, teacher, heads=heads)
+        return subjects.Subject(f"what {self.teacher.label} passes", body, spec.network, spec.data, spec=copied)
+
+    def _has_chosen(self, spec: RunSpec) -> bool:
+        """Return whether a run's record has the heads that differ most, of all blocks that are compared."""
+        own, theirs = spec.transfer, spec.teacher
+        same = theirs is not None and theirs.weights == self.teacher.weights and own.teacher_heads == "different"
+        return same and {*self._layers(spec.network).values()} <= {*own.sources}
 
     def _pictures(self, data: Data, spec: RunSpec) -> ImageSet:
         import numpy as np
@@ -145,13 +213,26 @@ class Match:
     def _file(self) -> str:
         if self.teacher.sha256 is None:
             raise ValueError(f"the weights of {self.teacher.label} are not on this machine")
-        return f"match/{self.teacher.sha256[:12]}{self.teacher.weights[64:].replace('#', '-')}.json"
+        return f"match/{self.teacher.sha256[:12]}{self.teacher.weights[64:].replace('#', '-')}{self._rules}.json"
+
+    @property
+    def _rules(self) -> str:
+        """A hash of the rules for another size, after a hyphen; empty without."""
+        return "" if self.passed is None else f"-{digest(self._by())[:8]}"
+
+    def _by(self) -> dict[str, Any]:
+        """Return the rules for another size."""
+        assert self.passed is not None
+        size = self.teacher.network.image_size
+        return {**self.passed.model_dump(include=set(_RULES), mode="json"), "teacher_image_size": size}
 
     def _about(self) -> dict[str, Any]:
         """Return what identifies the measurement in a file: a file with other values is taken again."""
-        about = {"version": VERSION, "sha256": self.teacher.sha256, "asked": self.images}
+        about: dict[str, Any] = {"version": VERSION, "sha256": self.teacher.sha256, "asked": self.images}
         if self.teacher.operation is not None:
             about["operation"] = self.teacher.operation.key
+        if self.passed is not None:
+            about["passed"] = self._by()
         return about if self.teacher.branch == "weights" else {**about, "branch": self.teacher.branch}
 
     def _save(self, run: Run, images: int, same: list[float], optimal: list[float]) -> None:
@@ -171,5 +252,27 @@ class Match:
                 return None
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        fine = all(len(part) == run.spec.network.depth and all(map(isfinite, part)) for part in found)
+        count = len(self._layers(run.spec.network))
+        fine = all(len(part) == count and all(map(isfinite, part)) for part in found)
         return (found[0], found[1]) if fine else None
+
+
+def beside(lab: Lab, teacher: Teacher, layers: Sequence[int] | None = None) -> Match:
+    """Return the measurement of a lab's students against their teacher, by the rules of its settings for other sizes.
+
+    layers: the student's blocks to compare if the experiment chooses them. Of a student with as many blocks as the
+    teacher all are compared, else those that take part in the transfer. Raises UserError for blocks that can't be
+    paired.
+    """
+    student, settings = lab.student(teacher), lab.settings.profile.transfer
+    theirs = teacher.network
+    every: Sequence[int] = range(student.depth)
+    if layers is None and (student.depth != theirs.depth or settings.teacher_layers is not None):
+        layers = indices(settings.layers, student.depth, "transfer.layers")
+    try:
+        passed = settings.between(Transfer(method="copy", layers=tuple(layers or every)), student, theirs)
+    except ValidationError as fault:
+        raise UserError(describe(fault)) from None
+    same = (student.grid, student.image_size) == (theirs.grid, theirs.image_size)
+    ruled = passed.teacher_layers or passed.teacher_heads or not same
+    return Match(teacher, passed=passed if ruled else None)

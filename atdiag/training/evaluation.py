@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -28,7 +28,17 @@ from atdiag.transfer.attention import indices
 from atdiag.transfer.observation import CaptureRequest, Observation, of_teacher
 from atdiag.transfer.ops import Averaged
 
-__all__ = ["Predictions", "Predictor", "averages", "chosen_heads", "fit", "load_subject", "predict", "show"]
+__all__ = [
+    "Predictions",
+    "Predictor",
+    "averages",
+    "chosen_heads",
+    "differing_heads",
+    "fit",
+    "load_subject",
+    "predict",
+    "show",
+]
 
 BATCH = 256
 
@@ -125,14 +135,22 @@ def chosen_heads(
         return {}
     if run is not None and run.finished and (stored := run.result().get("teacher_heads")):
         return {int(block): tuple(heads) for block, heads in stored.items()}
+    return differing_heads(teacher, spec.network, transfer, _training_images(spec, teacher, images, COMPARED_IMAGES))
+
+
+def differing_heads(
+    teacher: ViT | Foreign, student: Network, transfer: Transfer, batches: Iterable[Tensor]
+) -> dict[int, tuple[int, ...]]:
+    """Return the heads of a teacher's blocks that differ most on batches of images [b, C, S, S], as in show()."""
     sums: dict[int, Tensor] = {}
-    for pixels in _training_images(spec, teacher, images, COMPARED_IMAGES):
+    count = 0
+    for pixels in batches:
+        count += len(pixels)
         shown = show(teacher, pixels, CaptureRequest(maps=frozenset(transfer.sources)))
-        for block, seen in _on_shared_tokens(shown, teacher, spec.network).seen.items():
+        for block, seen in _on_shared_tokens(shown, teacher, student).seen.items():
             apart = len(pixels) * sizes.head_divergence(seen.qk)
             sums[block] = apart if block not in sums else sums[block] + apart
-    count = min(COMPARED_IMAGES, spec.data.train)
-    wanted = transfer.different_heads or spec.network.heads
+    wanted = transfer.different_heads or student.heads
     return {block: sizes.most_different(apart / count, wanted) for block, apart in sorted(sums.items())}
 
 

@@ -7,6 +7,7 @@ from ablations.crosssize import compared, crosssize
 from ablations.layers import layers
 from ablations.reinit import reinit
 from ablations.rescue import rescue
+from ablations.tensors import tensors
 from atdiag.core.errors import UserError
 from atdiag.study.builder import Lab
 from atdiag.study.settings import resolve
@@ -111,6 +112,13 @@ def test_heads_that_do_not_divide_are_not_averaged():
         benchmark(lab("patch=5", "transfer.loss=logits_mse"), "deit_b", "distill")
     with pytest.raises(UserError, match="unknown rule, did you mean 'mean'"):
         lab("s", "transfer.teacher_heads=meen")
+
+
+def test_only_maps_pass_between_sizes():
+    with pytest.raises(UserError, match=r"q, k and v pass only .* than deit_b \(mini\): leave `student` out"):
+        tensors(lab("s"), "deit_b")
+    assert list(arms(tensors(lab("s"), "deit_b", tensors="map"))) == ["scratch", "copy map", "distill map"]
+    assert len(arms(tensors(lab("depth=6"), "deit_b"))) == 9  # blocks are paired, whatever passes
 
 
 def test_start_weights_do_not_pass_between_sizes():

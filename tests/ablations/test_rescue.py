@@ -82,6 +82,20 @@ def test_components_that_can_not_matter_under_copy_are_reported_and_not_trained(
     assert [arms(every)[name].network for name in specs] == [spec.network for spec in specs.values()]
 
 
+def test_of_a_modern_vit_only_the_gated_mlp_can_matter_under_copy():
+    """Rotary positions and q/k norm belong to the map: no arm is trained for them, and all are under distillation."""
+    study = rescue(lab(), "eva02_s", "copy")
+    assert list(arms(study)) == [BASELINE, "standard + copy", "native + copy", "native, scratch"]
+    (note,) = (note for note in study.notes if "Can't matter" in note)
+    for name in ("qk_norm", "rope"):
+        assert f"{name}: it acts on the attention logits" in note
+        assert f"{name} + copy would be the run of standard + copy" in note
+        assert f"all but {name} + copy would be the run of native + copy" in note
+    assert "swiglu + copy would be the run of native + copy" in note
+    assert len(arms(rescue(lab(), "eva02_s", "distill"))) == 10
+    assert len(arms(rescue(lab("transfer.layers=top:6"), "eva02_s", "copy"))) == 10
+
+
 @pytest.mark.parametrize(
     "set_", ["transfer.layers=top:11", "transfer.heads=0,1", "transfer.tensor=q", "transfer.tensor=v"]
 )

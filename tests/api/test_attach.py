@@ -1,47 +1,24 @@
 """Attention transfer in a training loop of one's own, beside atdiag's trainer and the definitions."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 
 import atdiag
 from atdiag.api.attaching import attach
 from atdiag.core.errors import UserError
-from atdiag.core.runs import Store
-from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed, Teacher, Transfer
-from atdiag.data.loader import Stream
+from atdiag.core.spec import Network, Transfer
 from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm import conversion
-from atdiag.training import evaluation
-from atdiag.training.trainer import RunTrainer
-from atdiag.transfer.observation import of_teacher
+from tests.api.beside_trainer import NATIVE, assert_step_for_step
 
-PLAIN = Network(image_size=20, patch_size=4, channels=1, width=16, depth=3, heads=2, classes=10, mean=(0.2,))
-NATIVE = Network.model_validate(
-    {
-        **PLAIN.model_dump(),
-        "components": ("layer_scale", "registers", "rel_pos_bias"),
-        "layer_scale_init": 0.5,
-        "registers": 3,
-    }
-)
-RECIPE = Recipe(epochs=1, batch_size=16, warmup_epochs=0.5, label_smoothing=0.1)
-STEPS = 5
 SMALL = {"img_size": 32, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
-
-
-def plain(**changed) -> nn.Module:
-    """Return timm's ViT with the architecture of ``PLAIN``, without a word on its pixels."""
-    sizes = {"img_size": 20, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 3, "num_heads": 2}
-    return timm.models.VisionTransformer(**{**sizes, "num_classes": 10, **changed})
 
 
 def small(name="vit_tiny_patch16_224", seed=0, **changed) -> nn.Module:
@@ -64,19 +41,6 @@ def images(side=32, seed=1) -> torch.Tensor:
 # --- beside our trainer ----------------------------------------------------------------------------------------------
 
 
-def ours(tmp_path, transfer, teacher) -> RunTrainer:
-    """Return the trainer of a run with this transfer."""
-    spec = RunSpec(
-        network=PLAIN,
-        teacher=Teacher(name="deit_s", profile="mini", network=NATIVE, sha256="0" * 64),
-        transfer=transfer,
-        data=Data(train=16 * STEPS, test_per_source=1),
-        recipe=RECIPE,
-        seed=Seed(data=0, model=0),
-    )
-    return RunTrainer(Store(tmp_path).create(spec), spec, teacher, {}, STEPS, torch.device("cpu"))
-
-
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -89,49 +53,7 @@ def ours(tmp_path, transfer, teacher) -> RunTrainer:
     ],
 )
 def test_a_plain_loop_equals_our_trainer_step_for_step(tmp_path, method, options):
-    """Weights that no gradient reaches are left out: a fused projection's weight decay still moves those of q and k."""
-    dtype = torch.float64
-    given = {"layers": tuple(range(3)), **options}
-    teacher = students.build(NATIVE, 99).eval().requires_grad_(False).to(dtype)
-    trainer = ours(tmp_path, Transfer(method=method, **given), teacher)
-    trainer.student.to(dtype)
-
-    student = plain()
-    student.load_state_dict(trainer.student.state_dict())
-    student.to(dtype)
-    groups = param_groups_weight_decay(
-        student, RECIPE.weight_decay, no_weight_decay_list=tuple(student.no_weight_decay())
-    )
-    optimizer = torch.optim.AdamW(groups, lr=RECIPE.lr, betas=RECIPE.betas, fused=True)
-    pair = attach(student.train(), teacher, method, mean=PLAIN.mean, std=PLAIN.std, **options)
-
-    stream = Stream(trainer.spec.data, RECIPE, 0)
-    for step, batch in enumerate(stream.batches(0, STEPS, 0)):
-        batch = batch.to(torch.device("cpu"))
-        batch = replace(batch, images=batch.images.to(dtype))
-        shown = teacher.observe(batch.images, of_teacher([trainer.spec.transfer]))
-        trainer.advance(batch, evaluation.fit(shown, teacher, PLAIN))
-
-        mean, std = (torch.tensor(x).to(dtype).view(1, -1, 1, 1) for x in (PLAIN.mean, PLAIN.std))
-        logits = student((batch.images - mean) / std)
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=0.1) + pair.loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), RECIPE.clip_grad)
-        for group in optimizer.param_groups:
-            group["lr"] = trainer.optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        optimizer.zero_grad()
-
-        expected, found = trainer.student.state_dict(), student.state_dict()
-        assert expected.keys() == found.keys()
-        for name in found:
-            one, other = expected[name], found[name]
-            if method == "copy" and ".qkv." in name and "heads" not in options:
-                kept = {"map": (2,), "k": (0, 2)}[options.get("tensor", "map")]
-                one, other = (torch.stack([x.chunk(3)[i] for i in kept]) for x in (one, other))
-            # The gradient of k's bias is zero but for rounding, which Adam makes larger.
-            assert (one - other).abs().max() < (1e-11 if name.endswith("qkv.bias") else 1e-13), (step, name)
-    assert step == STEPS - 1
+    assert_step_for_step(tmp_path, NATIVE, Transfer(method=method, **{"layers": tuple(range(3)), **options}), options)
 
 
 # --- against the definitions -----------------------------------------------------------------------------------------
@@ -308,23 +230,41 @@ def test_a_student_inside_distributed_data_parallel(tmp_path):
 @pytest.mark.parametrize(
     ("student", "options", "message"),
     [
-        ({"patch_size": 16}, {}, r"token grids differ: the student has 2 x 2 patches \(32 px in steps of 16\)"),
-        ({"num_heads": 6}, {}, "the student has 6 heads, the teacher 3"),
-        ({"depth": 2}, {}, "the student has 2 blocks, the teacher 3: give layers=.* teacher_layers"),
+        ({"num_heads": 6}, {"teacher_heads": "mean"}, "does not apply: .*; choose repeat"),
+        ({"num_heads": 2}, {"teacher_heads": "mean"}, "groups of equal size, and the teacher has 3 heads"),
+        ({"num_heads": 2}, {"teacher_heads": "different"}, "on training images: give examples=, 64 of them"),
+        ({}, {"teacher_heads": "first"}, "both have 3 heads, each beside its own: leave teacher_heads out"),
+        ({"num_heads": 6}, {"teacher_heads": "repaet"}, "unknown rule, did you mean 'repeat'"),
+        ({"num_heads": 6}, {"tensor": "q"}, "q pass only between networks of the same heads"),
+        (
+            {"depth": 4},
+            {"teacher_layers": "top"},
+            "^teacher_layers top pairs no block .*, or layers=top:3",
+        ),
+        ({"patch_size": 16}, {"loss": "logits_mse"}, "resampled over the grid has no logits"),
+        ({"patch_size": 16}, {"tensor": "v"}, "v pass only between networks of the same grid"),
+        ({"in_chans": 1}, {}, "the student has a class token, 1 channels"),
         (
             {"class_token": False, "global_pool": "avg"},
             {},
-            "token grids differ: .* no class token, the teacher .* a class token",
+            "the student has no class token, .* the teacher a class token, .* build one .* other's class token",
         ),
         ({"reg_tokens": 2}, {}, "the student has 2 registers"),
         ({"patch_drop_rate": 0.5}, {}, "drops patches"),
         ({"attn_drop_rate": 0.1}, {}, "drops attention weights"),
         ({}, {"method": "kopy"}, "method 'kopy', did you mean 'copy'"),
         ({}, {"method": "copy", "weight": 1.0}, "copy has no loss"),
+        ({}, {"grid": "rezise"}, "grid 'rezise', did you mean 'resize'"),
         ({}, {"layers": (3,)}, "3 is out of range"),
-        ({}, {"teacher_layers": (0, 1)}, "teacher_layers names 2 blocks for the 3"),
+        ({}, {"teacher_layers": (0, 1)}, "^`teacher_layers`=0,1 names 2 blocks, and 3 of the student's"),
+        (
+            {},
+            {"teacher_layers": [0, 1, "tpo"]},
+            "^`teacher_layers`=0,1,tpo: 'tpo' is neither a block nor a rule",
+        ),
+        ({}, {"teacher_layers": 1}, "^`teacher_layers`=1 names 1 blocks, and 3 of the student's"),
         ({}, {"loss": "cee"}, "loss"),
-        ({"embed_dim": 96}, {"tensor": "q"}, "passes only between equal widths: the student has 96, the teacher 48"),
+        ({"embed_dim": 96}, {"tensor": "q"}, "q pass only between networks of the same width: teacher 48, student 96"),
     ],
 )
 def test_what_does_not_fit_is_named(student, options, message):

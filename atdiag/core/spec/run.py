@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from atdiag.core.spec import losses, sizes
 from atdiag.core.spec.base import Spec
 from atdiag.core.spec.data import Data
 from atdiag.core.spec.former import as_first_described
 from atdiag.core.spec.hashing import SEMANTICS, content_hash
 from atdiag.core.spec.masked import NOT_MASKED, Masked
 from atdiag.core.spec.network import Network, Teacher
+from atdiag.core.spec.passing import check_transfer
 from atdiag.core.spec.recipe import Recipe, Seed
 from atdiag.core.spec.specimen import PlantedLosses
 from atdiag.core.spec.transfer import Init, Transfer
@@ -97,7 +97,7 @@ class RunSpec(Spec):
             raise ValueError(f"the student has {student.registers} registers, the teacher {teacher.registers}")
         if self.origin is not None:
             self._check_start(student, self.origin.network)
-        self._check_transfer(student, teacher)
+        check_transfer(self.transfer, student, teacher)
 
     def _check_planted(self, planted: PlantedLosses) -> None:
         if self.transfer.method != "none":
@@ -145,50 +145,6 @@ class RunSpec(Spec):
             )
         if not rows and student.classes != teacher.classes:
             raise ValueError(f"the teacher's head has {teacher.classes} classes, the student {student.classes}")
-
-    def _check_transfer(self, student: Network, teacher: Network) -> None:
-        transfer = self.transfer
-        for layers, network, whose in (
-            (transfer.layers, student, ""),
-            (transfer.sources, teacher, "teacher's "),
-        ):
-            if layers and max(layers) >= network.depth:
-                raise ValueError(f"layer {max(layers)} is out of range: the {whose}network has {network.depth} blocks")
-        if transfer.heads is not None and transfer.heads[-1] >= student.heads:
-            raise ValueError(f"head {transfer.heads[-1]} is out of range: the student has {student.heads} heads")
-        if (transfer.different_heads or 0) > student.heads:
-            raise ValueError(f"different_heads {transfer.different_heads}: the student has {student.heads} heads")
-        what = "features" if transfer.method == "features" else transfer.tensor
-        if transfer.takes_attention and what == "map":
-            self._check_maps(student, teacher)
-        elif what != "map":
-            for field in ("width", "grid", *(("heads",) if what != "features" else ())):
-                ours, theirs = getattr(student, field), getattr(teacher, field)
-                if ours != theirs:
-                    raise ValueError(
-                        f"{what} pass only between networks of the same {field}: teacher {theirs}, student {ours}"
-                    )
-        if transfer.method == "logits" and student.classes != teacher.classes:
-            raise ValueError(
-                f"logit distillation needs a teacher with the student's classes "
-                f"(teacher {teacher.classes}, student {student.classes})"
-            )
-
-    def _check_maps(self, student: Network, teacher: Network) -> None:
-        """Raise ValueError if maps can't be brought to the student's heads and grid."""
-        rule = self.transfer.teacher_heads
-        if student.heads != teacher.heads:
-            if rule is None:
-                raise ValueError(
-                    f"the teacher has {teacher.heads} heads, the student {student.heads}: give teacher_heads, one of "
-                    f"{', '.join(sizes.HEAD_RULES)}"
-                )
-            sizes.check_heads(rule, student.heads, teacher.heads)
-        if self.transfer.loss is None or not losses.map_loss(self.transfer.loss).of_logits:
-            return
-        if rule == "mean" or student.grid != teacher.grid:
-            made = "averaged over heads" if rule == "mean" else "resampled over the grid"
-            raise ValueError(f"a map that is {made} has no logits, which {self.transfer.loss} compares: choose ce")
 
     @property
     def probe_images(self) -> int:

@@ -133,13 +133,21 @@ def reference(path: Path, branch: Branch = "weights", facts: Mapping[str, str] |
     ending = "" if branch == "weights" else f"#{branch}"
     if not facts and (told := _from_config(file)):
         return f"{TIMM}{told}@{file}{ending}"
-    from atdiag.networks.weights import formats, transformers_keys
+    from atdiag.networks.weights import finding, formats, transformers_keys
 
     contents = files.outline(file)
     try:
         found = formats.convert(contents, branch)
     except WeightsError as fault:
         raise WeightsError(f"{path}: {fault}") from None
+    if finding.FLEXIBLE in found.state:
+        named = next((name for name in _names(file, contents) if name.startswith("naflexvit")), None)
+        if named and not facts:
+            return f"{TIMM}{named}@{file}{ending}"
+        raise UserError(
+            f"{path} has the keys of timm's NaFlexVit, and does not say which model it is",
+            f"type {TIMM}naflexvit_base_patch16_gap@{file}{ending}, or with another of timm's naflexvit models",
+        )
     if (kind := transformers_keys.layout(found.format)) and reading.beside(file, kind).heads:
         return _own(file, branch, facts, found)
     fitting = same(found.state)

@@ -38,10 +38,11 @@ def timm_source(model: str, name: str | None = None, **own: Any) -> Source:
     return Source(**{"name": name or f"timm:{model}", "model": model, "hub": hub, **given})
 
 
-def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
+def build(source: Source, image_size: int, *, meta: bool, as_is: bool = False) -> nn.Module:
     """Build timm's network at an image size. meta: without allocating or initialising weights.
 
-    The argument ``norm_eps``, which timm lacks, is the epsilon of all LayerNorms.
+    The argument ``norm_eps``, which timm lacks, is the epsilon of all LayerNorms. A NaFlexVit becomes the plain ViT
+    that it is at that size (:mod:`atdiag.networks.timm.flexible`), unless ``as_is``.
 
     Raises UserError if the architecture can't be built for this or any image size.
     """
@@ -58,10 +59,11 @@ def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
         raise UserError(f"{source.name} can't be a teacher: {_why_not(source)}") from None
     except (AssertionError, ValueError) as fault:
         raise UserError(f"{source.name} can't be built for images of {image_size} px ({fault})") from None
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is None:
-        from atdiag.networks.timm import inspection
+    from atdiag.networks.timm import flexible, inspection
 
+    any_size = flexible.is_flexible(model)
+    patch = getattr(getattr(model, "embeds" if any_size else "patch_embed", None), "patch_size", None)
+    if patch is None:
         reason = inspection.why_not(model) or "it has no patch embedding of one size"
         raise UserError(f"{source.name} (timm's {type(model).__name__}) can't be a teacher: {reason}")
     side = patch if isinstance(patch, int) else max(patch)
@@ -71,7 +73,7 @@ def build(source: Source, image_size: int, *, meta: bool) -> nn.Module:
             f"{source.name} has patches of {side} px, and {image_size} px is not a multiple of that",
             f"add `data.image_size`={low or low + side}{f', or {low + side}' if low else ''}",
         )
-    return model
+    return flexible.plain(model, image_size) if any_size and not as_is else model
 
 
 def _why_not(source: Source) -> str:

@@ -19,6 +19,7 @@ from atdiag.networks.model.around_the_map import POST_NORM as POST_NORM
 from atdiag.networks.model.blocks import Block
 from atdiag.networks.model.component import is_there as _is_there
 from atdiag.networks.model.vit import ViT
+from atdiag.networks.timm import flexible
 from atdiag.transfer.attention import Attention
 
 _NETWORKS = (
@@ -104,6 +105,8 @@ def _describe(model: Any, mean: Sequence[float] | None, std: Sequence[float] | N
 
 def why_not(model: Any) -> str | None:
     """Return why a network can't be a teacher; None if it can."""
+    if flexible.is_flexible(model):
+        return "its images may have any size; as timm:MODEL@FILE it is the plain ViT that it is at one size"
     if type(model) not in _NETWORKS:
         names = {type(module).__name__ for module in model.modules()}
         attention = {name for name in names if any(part in name.lower() for part in _ATTENTION_NAMES)}
@@ -112,6 +115,8 @@ def why_not(model: Any) -> str | None:
         for part, reason in _OTHER_ATTENTION:
             if any(part in name.lower() for name in attention):
                 return reason
+        if any(getattr(block, "window_size", 0) for block in getattr(model, "blocks", ())):
+            return "most of its blocks attend within windows, so they have no map over all tokens"
         if any(hasattr(model, name) for name in ("stages", "layers", "downsample")):
             return "its tokens change in number from stage to stage, so it has no one token grid"
         known = ", ".join(kind.__name__ for kind in _NETWORKS[1:])

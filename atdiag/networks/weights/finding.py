@@ -22,6 +22,8 @@ from atdiag.networks.weights.sources import Branch, WeightsError
 
 ANCHOR = "patch_embed.proj.weight"
 """The key of the patch embedding in timm's names."""
+FLEXIBLE = "embeds.proj.weight"
+"""Likewise in timm's NaFlexVit."""
 TRANSFORMERS = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight")
 """Likewise in those of Hugging Face's transformers."""
 _DEEPEST = 4
@@ -175,7 +177,7 @@ def _of_branch(
 def _networks(entry: Mapping[str, Any], containers: tuple[str, ...]) -> Iterator[Location]:
     tensors = {str(key): value for key, value in entry.items() if isinstance(value, Tensor)}
     for key in tensors:
-        for anchor in (ANCHOR, *TRANSFORMERS):
+        for anchor in (ANCHOR, FLEXIBLE, *TRANSFORMERS):
             if key == anchor or key.endswith(f".{anchor}"):
                 yield Location(containers, key.removesuffix(anchor), tensors, anchor in TRANSFORMERS)
     if len(containers) < _DEEPEST:

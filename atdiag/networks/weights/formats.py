@@ -193,8 +193,11 @@ def _grid_of(name: str, tensor: Tensor, wanted: Tensor, model: Any) -> int | Non
 
 
 def _resampled(name: str, tensor: Tensor, wanted: Tensor, model: Any) -> Tensor:
-    side, grid = _grid_of(name, tensor, wanted, model), tuple(model.patch_embed.grid_size)
-    if side is None or (side, side) == grid:
+    side = _grid_of(name, tensor, wanted, model)
+    if side is None:
+        return tensor
+    grid = tuple(model.patch_embed.grid_size)
+    if (side, side) == grid:
         return tensor
     out: Tensor
     if name == "pos_embed":

@@ -175,7 +175,7 @@ def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module,
     Raises WeightsError, naming the file, if its format is not one of the source's, a key is missing or left over, a
     shape or the number of heads does not fit, or a value is not finite.
     """
-    from atdiag.networks.timm import architectures
+    from atdiag.networks.timm import architectures, flexible
     from atdiag.networks.weights import adaptation, files, formats
 
     try:
@@ -183,7 +183,7 @@ def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module,
     except WeightsError as fault:
         raise fault if str(path) in str(fault) else WeightsError(f"{path}: {fault}") from None
     source = adaptation.adapted(source, found.state)
-    model: Any = architectures.build(source, image_size, meta=True)
+    model: Any = architectures.build(source, image_size, meta=True, as_is=True)
     _check_format(found, source, path)
     _check_heads(found, model, path)
     try:
@@ -197,8 +197,10 @@ def load_source(source: Source, path: Path, image_size: int) -> tuple[nn.Module,
     if any(name not in persistent for name, _ in model.named_buffers()):
         # timm computes some buffers at construction and saves them in no file, so the network must really be
         # allocated.
-        model = architectures.build(source, image_size, meta=False)
+        model = architectures.build(source, image_size, meta=False, as_is=True)
     model.load_state_dict(state, strict=True, assign=True)
+    if flexible.is_flexible(model):
+        model = flexible.plain(model, image_size)
     return model.eval().requires_grad_(False), found
 
 

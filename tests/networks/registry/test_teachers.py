@@ -62,6 +62,7 @@ def test_rows_agree_with_timms_configurations(name):
         assert (row.hub, row.classes) == (facts.hf_hub_id, facts.num_classes)
         assert (row.mean, row.std, row.interpolation) == (facts.mean, facts.std, facts.interpolation)
         assert row.licence.lower() == LICENCES.get(row.family, facts.license).lower()
+        assert facts.license in (row.licence.lower(), "apache-2.0", "dinov3-license")  # timm's, its default, in full
         assert not facts.hf_hub_filename
     assert (3, row.image_size, row.image_size) == facts.input_size
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.registry import teachers
-from atdiag.networks.timm import conversion
+from atdiag.networks.timm import conversion, flexible
 from atdiag.networks.timm.wrapping import Foreign
 
 
@@ -117,7 +117,16 @@ FOREIGN: dict[str, tuple[str, dict, set[str]]] = {
 }
 
 
-OTHERS |= MODERN
+FLEXIBLE: dict[str, tuple[str, dict, tuple[str, ...]]] = {
+    "naflex": ("naflexvit_base_patch16_par_gap", SMALL, ("layer_scale", "registers")),
+    "naflex, factorized": ("naflexvit_base_patch16_parfac_gap", SMALL, ("layer_scale", "registers")),
+    "naflex siglip": ("naflexvit_base_patch16_siglip", SMALL, ("attention_pool", "gelu_tanh")),
+    "radio": ("naflexvit_base_patch16_radio_v3", SMALL, ("layer_scale", "no_last_norm", "registers")),
+}
+"""Networks for images of any size, each as the plain ViT that it is at one."""
+
+
+OTHERS |= MODERN | FLEXIBLE
 OURS = [*FAMILIES, *OTHERS]
 
 
@@ -129,6 +138,14 @@ def model(name: str) -> nn.Module:
 
 def build(name: str) -> nn.Module:
     """Build a network of the tables above, with every parameter away from its initial value."""
+    made = as_timm_builds(name)
+    if not flexible.is_flexible(made):
+        return made
+    return flexible.plain(made, 64).requires_grad_(False)
+
+
+def as_timm_builds(name: str) -> nn.Module:
+    """Build a network of the tables above of timm's class."""
     timms, options, _ = (FAMILIES | OTHERS | FOREIGN)[name]
     side = 4 * (14 if "patch14" in timms else 16)
     with torch.random.fork_rng():

@@ -118,7 +118,7 @@ def test_maps_are_those_of_timms_own_formula(name):
     assert list(alone) == [0] and torch.equal(alone[0].q, maps[0].q)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "eva02", "dinov3", "distilled deit"])
+@pytest.mark.parametrize("name", [*FAMILIES, "eva02", "dinov3", "distilled deit", "naflex"])
 def test_maps_are_what_nnsight_traces(name):
     nnsight = pytest.importorskip("nnsight")
     of, taught = copy.deepcopy(model(name)), teacher(name)

@@ -1,0 +1,465 @@
+"""Can the gain of a transfer be predicted from the teacher and the budget, without training?
+
+    python -m benchmarks.prediction --runs DIR --json benchmarks/results/prediction.json [--figure docs/why-prediction.png]
+
+Teachers, measurements, model, validation and rule are those of the plan in ``docs/why.md``, committed before any model
+was fitted. What is missing in DIR is trained (``--budget MINUTES`` stops in time; the same line goes on). The JSON holds
+the data: ``--from benchmarks/results/prediction.json`` validates again without runs, ``--simulate 200`` says how often
+the rule ships a model where measurements tell nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from ablations.benchmark import benchmark
+from atdiag.analysis import images, statistics, subjects
+from atdiag.core.runs import Store
+from atdiag.hooks.branches import branch_gains
+from atdiag.networks.registry.specimens import specimens
+from atdiag.stats.contrasts import FEWEST_SEEDS, Outcomes, estimate
+from atdiag.stats.prediction import Between, Floats, held_out, rank_correlation, resampled, ridge, sign_agreement
+from atdiag.study.aggregate import answered
+from atdiag.study.builder import Lab
+from atdiag.study.protocol import BASELINE, Arm, Study
+from atdiag.study.settings import resolve
+from atdiag.training import evaluation
+from atdiag.training.provenance import environment
+from atdiag.transfer import ops
+from atdiag.transfer.observation import CaptureRequest
+from benchmarks import calibration
+from figures import style
+
+KINDS = {
+    "plain": ("deit_s", "deit_b", "siglip2_b"),
+    "LayerScale": ("dinov2_s", "dinov2_b", "dinov2_reg_s"),
+    "CLIP": ("clip_b", "scaled"),
+    "BEiT": ("beitv2_b",),
+    "EVA": ("eva02_s",),
+    "hub": ("hub", "hub_2", "hub_3", "hub_sliced"),
+    "sink": ("sink",),
+    "offset": ("offset",),
+    "weak": ("weak",),
+    "sharp": ("sharp",),
+    "uniform": ("uniform",),
+    "shuffled": ("shuffled",),
+    "scrambled": ("scrambled", "gated"),
+    "drawn anew": ("start_without_qk", "start_without_mlp"),
+}
+"""Kind -> its teachers."""
+TEACHERS = {name: kind for kind, names in KINDS.items() for name in names}
+TRANSFERS = ("copy", "distill")
+BUDGETS = ((1000, 2), (2500, 4))
+"""Images and epochs."""
+WINDOWS = ((0, 0), (calibration.FIRST_SEED, 1))
+"""First seed and draw of test scenes: those of the commands, and those of the calibration's first study."""
+MOST_SEEDS = 5
+IMAGES = 64
+OF_MAPS = ("entropy", "distance", "heads", "sink", "rank", "lost", "branch")
+MODELS = {
+    "model": ("lead", *OF_MAPS, "images", "baseline"),
+    "accuracy alone": ("lead", "images", "baseline"),
+}
+ALWAYS = "always transfers"
+SCHEMES = ("kind", "teacher")
+LEVEL = 0.975
+"""Of the intervals that decide: two transfers have a chance each."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a transfer from one teacher gains at one budget."""
+
+    teacher: str
+    kind: str
+    transfer: str
+    train: int
+    epochs: int
+    seeds: int
+    first_seed: int
+    accuracy: float
+    """Of the teacher itself, per cent."""
+    baseline: float
+    """Of the student from scratch, per cent."""
+    gain: float
+    """Points, with the limits of its 95 % interval."""
+    low: float
+    high: float
+    se: float
+    log_odds: float
+    log_odds_low: float
+    log_odds_high: float
+
+    @property
+    def budget(self) -> tuple[int, int]:
+        """Images and epochs."""
+        return self.train, self.epochs
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def study(teacher: str, budget: tuple[int, int], window: tuple[int, int], seeds: int) -> Study:
+    """Return the study of copy and distillation from a teacher."""
+    (train, epochs), (first, draw) = budget, window
+    sets = (f"data.train={train}", f"recipe.epochs={epochs}", f"data.test_draw={draw}")
+    settings = resolve("mini", seeds, sets, environment={}, folder=Path("/nonexistent"), first_seed=first)
+    return benchmark(Lab(settings), teacher, ",".join(TRANSFERS))
+
+
+def finished(arm: Arm, store: Store) -> Outcomes | None:
+    """Return the outcomes of an arm's finished runs; None if there is none."""
+    specs = tuple(spec for spec in arm.specs if store.run(spec).finished)
+    return answered(Arm(arm.name, specs), store).outcomes if specs else None
+
+
+def cell(teacher: str, transfer: str, budget: tuple[int, int], store: Store) -> Cell | None:
+    """Return a cell from finished runs; None with fewer than three seeds. Of two windows that with more seeds."""
+    best: Cell | None = None
+    for window in WINDOWS:
+        made = study(teacher, budget, window, MOST_SEEDS)
+        arms = {arm.name: arm for arm in made.arms}
+        reference = None if made.reference is None else finished(made.reference, store)
+        found = {name: finished(arms[name], store) for name in (BASELINE, transfer)}
+        outcomes = {name: one for name, one in found.items() if one is not None}
+        if reference is None or len(outcomes) < 2:
+            continue
+        common = outcomes[BASELINE].correct.keys() & outcomes[transfer].correct.keys()
+        if len(common) < FEWEST_SEEDS or (best is not None and len(common) <= best.seeds):
+            continue
+        weights = {transfer: 1.0, BASELINE: -1.0}
+        points, odds = estimate(outcomes, weights), estimate(outcomes, weights, scale="log-odds")
+        best = Cell(
+            teacher,
+            TEACHERS[teacher],
+            transfer,
+            *budget,
+            points.seeds,
+            window[0],
+            *(
+                round(value, 6)
+                for value in (
+                    100 * float(np.mean([right.mean() for right in reference.correct.values()])),
+                    100 * float(np.mean([outcomes[BASELINE].correct[seed].mean() for seed in common])),
+                    *(points.value, points.low, points.high, points.se),
+                    *(odds.value, odds.low, odds.high),
+                )
+            ),
+        )
+    return best
+
+
+@torch.no_grad()
+def measured(teacher: str) -> dict[str, float]:
+    """Return the measurements of a teacher: of the maps that the standard student is given, and of its branches."""
+    made = study(teacher, BUDGETS[0], WINDOWS[0], 1)
+    spec, student = made.teacher, made.arms[0].specs[0].network
+    subject = subjects.loaded(spec, made.arms[0].specs[0].data)
+    some = images.choose(IMAGES, made.arms[0].specs[0].data, subject.network)
+    vit = subject.module
+    blocks = range(student.depth)
+    sums = dict.fromkeys(OF_MAPS[:-1], 0.0)
+    for batch in some.batches(IMAGES):
+        whole = vit.observe(batch.pixels, CaptureRequest(maps=frozenset(blocks)))
+        passed = evaluation.fit(whole, vit, student)
+        shared = vit.shared_tokens(student)
+        for block in blocks:
+            p, all_ = ops.probabilities(passed.seen[block].map), ops.probabilities(whole.seen[block].map)
+            kept = all_ if shared is None else all_[:, :, shared][..., shared]
+            here = {
+                "entropy": statistics.entropy(p) / log2(student.tokens),
+                "distance": statistics.distance(p, student) / student.image_size,
+                "heads": statistics.redundancy(p) / len(p),
+                "sink": p.mean(2).amax(-1),
+                "rank": statistics.effective_rank(p) / student.tokens,
+                "lost": 1 - kept.sum(-1).mean(-1),
+            }
+            for name, values in here.items():
+                sums[name] += float(values.mean()) * len(p) / len(some) / len(blocks)
+    gains = branch_gains(subject, some)
+    every = sums | {"branch": float(np.log10(gains).mean())}
+    return {name: round(value, 6) for name, value in every.items()}
+
+
+def train(store: Store, until: float) -> bool:
+    """Train what cells lack, a teacher of each kind before the second of any; return whether there was time for all."""
+    for turn in range(max(map(len, KINDS.values()))):
+        for budget in BUDGETS:
+            for names in KINDS.values():
+                for teacher in names[turn : turn + 1]:
+                    lacking = [one for one in TRANSFERS if cell(teacher, one, budget, store) is None]
+                    made = study(teacher, budget, WINDOWS[0], FEWEST_SEEDS)
+                    wanted = [arm for arm in (made.reference, *made.arms) if arm and arm.name not in TRANSFERS]
+                    wanted += [arm for arm in made.arms if arm.name in lacking]
+                    specs = [spec for arm in wanted for spec in arm.specs if lacking]
+                    if not calibration.train(specs, store, until):
+                        return False
+    return True
+
+
+# --- model and validation ------------------------------------------------------------------------------------------
+
+
+def table(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Floats:
+    """Return what a model sees of cells, [n, p]; of: teacher -> its measurements."""
+    rows = [
+        {
+            **of[one.teacher],
+            "lead": one.accuracy - one.baseline,
+            "images": float(np.log10(one.train * one.epochs)),
+            "baseline": one.baseline,
+        }
+        for one in cells
+    ]
+    return np.array([[row[name] for name in names] for row in rows])
+
+
+def predictions(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], y: Floats, by: str) -> dict[str, Floats]:
+    """Return the predictions of each model for cells whose kind, or teacher, it did not see."""
+    kinds = [one.kind for one in cells]
+    groups = kinds if by == "kind" else [one.teacher for one in cells]
+    out = {name: held_out(table(cells, of, columns), y, groups, kinds) for name, columns in MODELS.items()}
+    return out | {ALWAYS: np.ones(len(cells))}
+
+
+def figures(
+    cells: Sequence[Cell],
+    predicted: Mapping[str, Floats],
+    y: Floats,
+    known: NDArray[np.bool_],
+    resamples: int = 10_000,
+    level: float = LEVEL,
+) -> dict[str, dict[str, Between]]:
+    """Return rank correlation and sign agreement of each model, and the model's advantages over both baselines."""
+    strata = np.array([f"{one.train} x {one.epochs}" for one in cells])
+    names = list(predicted)
+
+    def both(chosen: NDArray[np.int64]) -> list[float]:
+        ranks = [rank_correlation(predicted[name][chosen], y[chosen], strata[chosen].tolist()) for name in names]
+        signs = [sign_agreement(predicted[name][chosen], y[chosen], known[chosen]) for name in names]
+        return [*ranks, *signs, *(own[0] - other for own in (ranks, signs) for other in own[1:])]
+
+    kinds = [one.kind for one in cells]
+    found = resampled(both, kinds, np.random.default_rng(0), level, resamples)
+    n = len(names)
+    return {
+        "rank correlation": dict(zip(names, found[:n], strict=True)),
+        "sign agreement": dict(zip(names, found[n : 2 * n], strict=True)),
+        "advantage in rank correlation": dict(zip(names[1:], found[2 * n :], strict=False)),
+        "advantage in sign agreement": dict(zip(names[1:], found[3 * n - 1 :], strict=True)),
+    }
+
+
+def ships(of_kinds: Mapping[str, Mapping[str, Between]]) -> bool:
+    """Return whether the rule is met: with kinds left out, the lower limits of all four advantages are above zero."""
+    return all(
+        one.low > 0 for name, found in of_kinds.items() if name.startswith("advantage") for one in found.values()
+    )
+
+
+def validation(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], resamples: int) -> dict[str, Any]:
+    """Return all that is said of one transfer."""
+    y = np.array([one.gain for one in cells])
+    known = np.array([one.low > 0 or one.high < 0 for one in cells])
+    odds = np.array([one.log_odds for one in cells])
+    odds_known = np.array([one.log_odds_low > 0 or one.log_odds_high < 0 for one in cells])
+    by = {scheme: predictions(cells, of, y, scheme) for scheme in SCHEMES}
+    judged = {scheme: figures(cells, predicted, y, known, resamples) for scheme, predicted in by.items()}
+    of_odds = figures(cells, predictions(cells, of, odds, "kind"), odds, odds_known, resamples)
+    fitted = ridge(table(cells, of, MODELS["model"]), y, [one.kind for one in cells])
+    return {
+        "ships": ships(judged["kind"]),
+        "teachers": len({one.teacher for one in cells}),
+        "kinds": len({one.kind for one in cells}),
+        "cells": len(cells),
+        "known signs": int(known.sum()),
+        "gains among them": int((known & (y > 0)).sum()),
+        "left out": {scheme: _plain(found) for scheme, found in judged.items()},
+        "log-odds, kinds left out": _plain(of_odds),
+        "mean squared error": {
+            scheme: {name: round(float(np.square(values - y).mean()), 3) for name, values in predicted.items()}
+            for scheme, predicted in by.items()
+        },
+        "penalty": fitted.penalty,
+        "weights": dict(zip(MODELS["model"], fitted.weights.round(3).tolist(), strict=True)),
+        "predicted": [
+            {
+                "teacher": one.teacher,
+                "train": one.train,
+                "epochs": one.epochs,
+                **{f"{name}, {scheme}": round(float(by[scheme][name][i]), 3) for scheme in SCHEMES for name in MODELS},
+            }
+            for i, one in enumerate(cells)
+        ],
+    }
+
+
+def _plain(found: Mapping[str, Mapping[str, Between]]) -> dict[str, dict[str, list[float]]]:
+    return {
+        what: {name: [round(value, 3) for value in (one.value, one.low, one.high)] for name, one in of.items()}
+        for what, of in found.items()
+    }
+
+
+def simulated(
+    cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], strength: float, generator: np.random.Generator
+) -> list[Cell]:
+    """Return cells with other gains: of the lead and the budget, of a kind and a teacher by chance, and noise.
+
+    strength: what a teacher's measured maps add, as a multiple of what chance adds; 0: measurements beside the lead tell
+    nothing. Teachers, budgets, measurements and standard errors stay.
+    """
+    x = table(cells, of, MODELS["model"])
+    x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
+    lead, maps, rest = x[:, 0], x[:, 1 : 1 + len(OF_MAPS)], x[:, 1 + len(OF_MAPS) :]
+    signal = maps @ generator.normal(size=maps.shape[1])
+    kinds = {name: generator.normal() for name in dict.fromkeys(one.kind for one in cells)}
+    teachers = {name: generator.normal() for name in dict.fromkeys(one.teacher for one in cells)}
+    out = []
+    for i, one in enumerate(cells):
+        chance = 10 * kinds[one.kind] + 5 * teachers[one.teacher] + generator.normal(scale=one.se)
+        gain = 3 + 5 * lead[i] + 2 * rest[i].sum() + strength * 10 * signal[i] / max(signal.std(), 1e-12) + chance
+        half = (one.high - one.low) / 2
+        out.append(replace(one, gain=gain, low=gain - half, high=gain + half))
+    return out
+
+
+def shipped(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], resamples: int = 10_000) -> bool:
+    """Return whether a model of these cells would be shipped."""
+    y = np.array([one.gain for one in cells])
+    known = np.array([one.low > 0 or one.high < 0 for one in cells])
+    return ships(figures(cells, predictions(cells, of, y, "kind"), y, known, resamples))
+
+
+# --- the file ------------------------------------------------------------------------------------------------------
+
+
+def document(
+    cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], machine: Any, resamples: int
+) -> dict[str, Any]:
+    """Return all that is written."""
+    own = {name: [one for one in cells if one.transfer == name] for name in TRANSFERS}
+    return {
+        "benchmark": "prediction",
+        "machine": machine,
+        "missing": len(TEACHERS) * len(TRANSFERS) * len(BUDGETS) - len(cells),
+        "validation": {name: validation(some, of, resamples) for name, some in own.items() if len({c.kind for c in some}) > 2},
+        "measurements": of,
+        "cells": [asdict(one) for one in cells],
+    }
+
+
+def show(content: Mapping[str, Any]) -> None:
+    """Print the validation."""
+    for transfer, found in content["validation"].items():
+        counts = ", ".join(f"{found[what]} {what}" for what in ("cells", "teachers", "kinds"))
+        signs = f"{found['known signs']} signs known ({found['gains among them']} gains)"
+        print(f"{transfer}: {counts}, {signs}; {'ships' if found['ships'] else 'is not shipped'}")
+        for scheme, rows in [*found["left out"].items(), ("kind, log-odds", found["log-odds, kinds left out"])]:
+            for what, models in rows.items():
+                for name, (value, low, high) in models.items():
+                    print(f"  {scheme + ' left out':24}{what:32}{name:18}{value:+.2f} [{low:+.2f}, {high:+.2f}]")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is missing, measure, validate, print, and write JSON and figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="nothing there is trained twice")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop training in time; the same line goes on")
+    parser.add_argument("--only-train", action="store_true", help="train, and read no outcome")
+    parser.add_argument("--from", dest="data", type=Path, metavar="FILE", help="validate a file's data, without runs")
+    parser.add_argument("--simulate", type=int, metavar="N", help="how often the rule ships a model in N simulations")
+    parser.add_argument("--resamples", type=int, default=10_000, help="of kinds, for the intervals")
+    parser.add_argument("--figure", type=Path, metavar="FILE")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if given.data is not None:
+        content = json.loads(given.data.read_text())
+        cells, of, machine = [Cell(**one) for one in content["cells"]], content["measurements"], content["machine"]
+    else:
+        store = Store(given.runs)
+        until = time.monotonic() + 60 * given.budget if given.budget is not None else float("inf")
+        done = train(store, until)
+        if given.only_train:
+            print("all is trained" if done else "out of time")
+            return
+        found = [cell(*one, store) for one in product(TEACHERS, TRANSFERS, BUDGETS)]
+        cells = [one for one in found if one is not None]
+        of = {name: measured(name) for name in dict.fromkeys(one.teacher for one in cells)}
+        machine = environment(torch.device("cpu"))
+    if given.simulate:
+        simulate(cells, of, given.simulate)
+        return
+    content = document(cells, of, machine, given.resamples)
+    show(content)
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(content, indent=1) + "\n")
+    if given.figure:
+        draw(content).savefig(given.figure)
+
+
+def draw(content: Mapping[str, Any]) -> Figure:
+    """Draw measured against predicted gains, kinds left out: a point for each teacher and budget."""
+    figure, panels = style.panels(1, len(content["validation"]), 2.9, style.PAGE)
+    for axes, (transfer, found) in zip(panels, content["validation"].items(), strict=True):
+        cells = [Cell(**one) for one in content["cells"] if one["transfer"] == transfer]
+        with style.settings():
+            for line in (axes.axhline, axes.axvline):
+                line(0, color=style.INK, lw=0.8, zorder=1)
+        limits = [value for one in cells for value in (one.low, one.high)]
+        for one, predicted in zip(cells, found["predicted"], strict=True):
+            x, healthy = predicted["model, kind"], one.teacher not in specimens()
+            colour, marker = style.BLUE if healthy else style.VERMILLION, "os"[BUDGETS.index(one.budget)]
+            axes.plot([x, x], [one.low, one.high], color=colour, lw=0.6, alpha=0.5)
+            axes.plot(x, one.gain, marker, color=colour, ms=3.5, mfc="none" if one.budget == BUDGETS[0] else colour)
+            limits.append(x)
+        for kind in KINDS:
+            own = [i for i, one in enumerate(cells) if one.kind == kind and one.teacher in specimens()]
+            if own:  # at the kind's largest error
+                i = max(own, key=lambda i: abs(found["predicted"][i]["model, kind"] - cells[i].gain))
+                at = found["predicted"][i]["model, kind"], cells[i].gain
+                axes.annotate(kind, at, (3, 3), textcoords="offset points", fontsize=5.5, color=style.GREY)
+        ends = min(limits) - 2, max(limits) + 2
+        axes.plot(ends, ends, color=style.GREY, lw=0.6, ls=":")
+        axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="predicted gain, points", title=transfer)
+    panels[0].set_ylabel("measured gain, points")
+    looks = [
+        ("healthy teacher", "o", style.BLUE, style.BLUE),
+        ("specimen", "o", style.VERMILLION, style.VERMILLION),
+        ("1,000 images x 2 epochs", "o", style.GREY, "none"),
+        ("2,500 images x 4 epochs", "s", style.GREY, style.GREY),
+    ]
+    keys = [Line2D([], [], marker=m, color=c, mfc=f, ls="", ms=3.5, label=label) for label, m, c, f in looks]
+    note = "each kind of teacher predicted by a model that saw none of it; bars: 95 % intervals of the measured gain"
+    style.finish(figure, "Predicted and measured gain of a transfer (mini)", keys, note)
+    return figure
+
+
+def simulate(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], times: int) -> None:
+    """Print how often the rule ships a model where the measurements tell nothing, something, and nearly all."""
+    for transfer in TRANSFERS:
+        own = [one for one in cells if one.transfer == transfer]
+        for strength in (0.0, 1.0, 3.0):
+            generator = np.random.default_rng(1)
+            count = sum(shipped(simulated(own, of, strength, generator), of, 1000) for _ in range(times))
+            print(f"{transfer}: strength {strength:g}: shipped in {count} of {times}")
+
+
+if __name__ == "__main__":
+    main()

@@ -75,6 +75,8 @@ MODELS = {
     "accuracy alone": ("lead", "images", "baseline"),
 }
 ALWAYS = "always transfers"
+FEWEST_KINDS = 10
+"""Of a budget that enters the model."""
 SCHEMES = ("kind", "teacher")
 LEVEL = 0.975
 """Of the intervals that decide: two transfers have a chance each."""
@@ -196,22 +198,32 @@ def measured(teacher: str) -> dict[str, float]:
 
 
 def train(store: Store, until: float) -> bool:
-    """Train what cells lack, a teacher of each kind before the second of any; return whether there was time for all."""
-    for turn in range(max(map(len, KINDS.values()))):
-        for budget in BUDGETS:
-            for names in KINDS.values():
-                for teacher in names[turn : turn + 1]:
-                    lacking = [one for one in TRANSFERS if cell(teacher, one, budget, store) is None]
-                    made = study(teacher, budget, WINDOWS[0], FEWEST_SEEDS)
-                    wanted = [arm for arm in (made.reference, *made.arms) if arm and arm.name not in TRANSFERS]
-                    wanted += [arm for arm in made.arms if arm.name in lacking]
-                    specs = [spec for arm in wanted for spec in arm.specs if lacking]
-                    if not calibration.train(specs, store, until):
-                        return False
+    """Train what cells lack; return whether there was time for all.
+
+    The longer budget first, and there a teacher of each kind before the second of any.
+    """
+    turns = range(max(map(len, KINDS.values())))
+    order = [
+        (budget, names[i]) for budget in BUDGETS[::-1] for i in turns for names in KINDS.values() if i < len(names)
+    ]
+    for budget, teacher in order:
+        lacking = [one for one in TRANSFERS if cell(teacher, one, budget, store) is None]
+        made = study(teacher, budget, WINDOWS[0], FEWEST_SEEDS)
+        arms = [
+            arm for arm in (made.reference, *made.arms) if arm and (arm.name in lacking or arm.name not in TRANSFERS)
+        ]
+        if lacking and not calibration.train([spec for arm in arms for spec in arm.specs], store, until):
+            return False
     return True
 
 
 # --- model and validation ------------------------------------------------------------------------------------------
+
+
+def entering(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells of budgets that enter the model: a few teachers would weigh as much as all others."""
+    kinds = {budget: {one.kind for one in cells if one.budget == budget} for budget in BUDGETS}
+    return [one for one in cells if len(kinds[one.budget]) >= FEWEST_KINDS]
 
 
 def table(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Floats:
@@ -352,12 +364,12 @@ def document(
     cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], machine: Any, resamples: int
 ) -> dict[str, Any]:
     """Return all that is written."""
-    own = {name: [one for one in cells if one.transfer == name] for name in TRANSFERS}
+    own = {name: entering([one for one in cells if one.transfer == name]) for name in TRANSFERS}
     return {
         "benchmark": "prediction",
         "machine": machine,
         "missing": len(TEACHERS) * len(TRANSFERS) * len(BUDGETS) - len(cells),
-        "validation": {name: validation(some, of, resamples) for name, some in own.items() if len({c.kind for c in some}) > 2},
+        "validation": {name: validation(some, of, resamples) for name, some in own.items() if some},
         "measurements": of,
         "cells": [asdict(one) for one in cells],
     }
@@ -418,7 +430,7 @@ def draw(content: Mapping[str, Any]) -> Figure:
     """Draw measured against predicted gains, kinds left out: a point for each teacher and budget."""
     figure, panels = style.panels(1, len(content["validation"]), 2.9, style.PAGE)
     for axes, (transfer, found) in zip(panels, content["validation"].items(), strict=True):
-        cells = [Cell(**one) for one in content["cells"] if one["transfer"] == transfer]
+        cells = entering([Cell(**one) for one in content["cells"] if one["transfer"] == transfer])
         with style.settings():
             for line in (axes.axhline, axes.axvline):
                 line(0, color=style.INK, lw=0.8, zorder=1)
@@ -454,7 +466,7 @@ def draw(content: Mapping[str, Any]) -> Figure:
 def simulate(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], times: int) -> None:
     """Print how often the rule ships a model where the measurements tell nothing, something, and nearly all."""
     for transfer in TRANSFERS:
-        own = [one for one in cells if one.transfer == transfer]
+        own = entering([one for one in cells if one.transfer == transfer])
         for strength in (0.0, 1.0, 3.0):
             generator = np.random.default_rng(1)
             count = sum(shipped(simulated(own, of, strength, generator), of, 1000) for _ in range(times))

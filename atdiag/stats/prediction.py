@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -121,14 +120,22 @@ def rank_correlation(predicted: Floats, measured: Floats, strata: Sequence[Hasha
 
     It is 0 in a stratum where either has no two different values, such as with a single unit.
     """
-    of = np.array(list(map(list(dict.fromkeys(strata)).index, strata)))
-    return float(np.mean([_spearman(predicted[of == i], measured[of == i]) for i in np.unique(of)]))
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(strata))}
+    of = np.array([numbers[name] for name in strata])
+    return float(np.mean([_spearman(predicted[of == i], measured[of == i]) for i in numbers.values()]))
 
 
 def _spearman(a: Floats, b: Floats) -> float:
-    a, b = (stats.rankdata(values) - (len(values) + 1) / 2 for values in (a, b))
+    a, b = _centred_ranks(a), _centred_ranks(b)
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / scale if scale > 0 else 0.0
+
+
+def _centred_ranks(values: Floats) -> Floats:
+    """Return ranks, equal values sharing their mean, minus their mean: scipy's are ten times as slow on few values."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[inverse] - (len(values) + 1) / 2
+    return ranks
 
 
 def sign_agreement(predicted: Floats, measured: Floats, known: NDArray[np.bool_]) -> float:

@@ -36,7 +36,7 @@ def test_the_rule_ships_no_model_of_noise():
     """Gains go with accuracy and budget, and with kinds and teachers by chance: measurements tell nothing."""
     cells, of = made()
     draw = np.random.default_rng(0)
-    shipped = [prediction.shipped(prediction.simulated(cells, of, 0, draw), of, resamples=200) for _ in range(12)]
+    shipped = [prediction.shipped(prediction.simulated(cells, of, 0, draw), of, resamples=100) for _ in range(8)]
     assert sum(shipped) == 0
 
 

@@ -98,6 +98,8 @@ def test_ranks_are_correlated_within_strata():
     shifted = x[:, 0] + 1000 * np.array(strata)  # knowing the stratum earns nothing
     assert rank_correlation(shifted, y, strata) == pytest.approx(np.mean(each))
     assert rank_correlation(np.ones(len(y)), y, strata) == 0
+    tied = x[:, 0].round()
+    assert rank_correlation(tied, y, [0] * len(y)) == pytest.approx(stats.spearmanr(tied, y).statistic)
 
 
 def test_signs_are_compared_where_they_are_known():

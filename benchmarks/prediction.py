@@ -1,11 +1,12 @@
 """Can the gain of a transfer be predicted from the teacher and the budget, without training?
 
-    python -m benchmarks.prediction --runs DIR --json benchmarks/results/prediction.json [--figure docs/why-prediction.png]
+    python -m benchmarks.prediction --runs DIR --json benchmarks/results/prediction.json [--budget MINUTES]
+    python -m benchmarks.prediction --from benchmarks/results/prediction.json [--figure docs/why-prediction.png]
 
 Teachers, measurements, model, validation and rule are those of the plan in ``docs/why.md``, committed before any model
-was fitted. What is missing in DIR is trained (``--budget MINUTES`` stops in time; the same line goes on). The JSON holds
-the data: ``--from benchmarks/results/prediction.json`` validates again without runs, ``--simulate 200`` says how often
-the rule ships a model where measurements tell nothing.
+was fitted. What is missing in DIR is trained (``--budget`` stops in time; the same line goes on). The JSON holds the
+data: ``--from`` validates again without runs, and with ``--simulate 200`` says how often the rule ships a model of
+simulated gains.
 """
 
 from __future__ import annotations
@@ -203,15 +204,12 @@ def train(store: Store, until: float) -> bool:
     The longer budget first, and there a teacher of each kind before the second of any.
     """
     turns = range(max(map(len, KINDS.values())))
-    order = [
-        (budget, names[i]) for budget in BUDGETS[::-1] for i in turns for names in KINDS.values() if i < len(names)
-    ]
-    for budget, teacher in order:
+    in_turn = [names[i] for i in turns for names in KINDS.values() if i < len(names)]
+    for budget, teacher in product(BUDGETS[::-1], in_turn):
         lacking = [one for one in TRANSFERS if cell(teacher, one, budget, store) is None]
         made = study(teacher, budget, WINDOWS[0], FEWEST_SEEDS)
-        arms = [
-            arm for arm in (made.reference, *made.arms) if arm and (arm.name in lacking or arm.name not in TRANSFERS)
-        ]
+        needed = {BASELINE, "teacher", *lacking}
+        arms = [arm for arm in (made.reference, *made.arms) if arm is not None and arm.name in needed]
         if lacking and not calibration.train([spec for arm in arms for spec in arm.specs], store, until):
             return False
     return True
@@ -332,8 +330,8 @@ def simulated(
 ) -> list[Cell]:
     """Return cells with other gains: of the lead and the budget, of a kind and a teacher by chance, and noise.
 
-    strength: what a teacher's measured maps add, as a multiple of what chance adds; 0: measurements beside the lead tell
-    nothing. Teachers, budgets, measurements and standard errors stay.
+    strength: what a teacher's measured maps add, as a multiple of what chance adds; 0: measurements beside the lead
+    tell nothing. Teachers, budgets, measurements and standard errors stay.
     """
     x = table(cells, of, MODELS["model"])
     x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)

@@ -15,24 +15,20 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
-from math import log2
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from ablations.benchmark import benchmark
-from atdiag.analysis import images, statistics, subjects
 from atdiag.core.runs import Store
-from atdiag.hooks.branches import branch_gains
 from atdiag.networks.registry.specimens import specimens
-from atdiag.stats.contrasts import FEWEST_SEEDS, Outcomes, estimate
 from atdiag.stats.prediction import (
     Between,
     Floats,
@@ -43,204 +39,21 @@ from atdiag.stats.prediction import (
     ridge,
     sign_agreement,
 )
-from atdiag.study.aggregate import answered
-from atdiag.study.builder import Lab
-from atdiag.study.protocol import BASELINE, Arm, Study
-from atdiag.study.settings import resolve
-from atdiag.training import evaluation
 from atdiag.training.provenance import environment
-from atdiag.transfer import ops
-from atdiag.transfer.observation import CaptureRequest
-from benchmarks import calibration
+from benchmarks.prediction_data import BUDGETS, OF_MAPS, TEACHERS, TRANSFERS, Cell, cell, entering, measured, train
 from figures import style
 
-KINDS = {
-    "plain": ("deit_s", "deit_b", "siglip2_b"),
-    "LayerScale": ("dinov2_s", "dinov2_b", "dinov2_reg_s"),
-    "CLIP": ("clip_b", "scaled"),
-    "BEiT": ("beitv2_b",),
-    "EVA": ("eva02_s",),
-    "hub": ("hub", "hub_2", "hub_3", "hub_sliced"),
-    "sink": ("sink",),
-    "offset": ("offset",),
-    "weak": ("weak",),
-    "sharp": ("sharp",),
-    "uniform": ("uniform",),
-    "shuffled": ("shuffled",),
-    "scrambled": ("scrambled", "gated"),
-    "drawn anew": ("start_without_qk", "start_without_mlp"),
-}
-"""Kind -> its teachers."""
-TEACHERS = {name: kind for kind, names in KINDS.items() for name in names}
-TRANSFERS = ("copy", "distill")
-BUDGETS = ((1000, 2), (2500, 4))
-"""Images and epochs."""
-WINDOWS = ((0, 0), (calibration.FIRST_SEED, 1))
-"""First seed and draw of test scenes: those of the commands, and those of the calibration's first study."""
-MOST_SEEDS = 5
-IMAGES = 64
-OF_MAPS = ("entropy", "distance", "heads", "sink", "rank", "lost", "branch")
 MODELS = {
     "model": ("lead", *OF_MAPS, "images", "baseline"),
     "accuracy alone": ("lead", "images", "baseline"),
 }
 ALWAYS = "always transfers"
-FEWEST_KINDS = 10
-"""Of a budget that enters the model."""
 SCHEMES = ("kind", "teacher")
 LEVEL = 0.975
 """Of the intervals that decide: two transfers have a chance each."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What a transfer from one teacher gains at one budget."""
-
-    teacher: str
-    kind: str
-    transfer: str
-    train: int
-    epochs: int
-    seeds: int
-    first_seed: int
-    accuracy: float
-    """Of the teacher itself, per cent."""
-    baseline: float
-    """Of the student from scratch, per cent."""
-    gain: float
-    """Points, with the limits of its 95 % interval."""
-    low: float
-    high: float
-    se: float
-    log_odds: float
-    log_odds_low: float
-    log_odds_high: float
-
-    @property
-    def budget(self) -> tuple[int, int]:
-        """Images and epochs."""
-        return self.train, self.epochs
-
-
-# --- data ----------------------------------------------------------------------------------------------------------
-
-
-def study(teacher: str, budget: tuple[int, int], window: tuple[int, int], seeds: int) -> Study:
-    """Return the study of copy and distillation from a teacher."""
-    (train, epochs), (first, draw) = budget, window
-    sets = (f"data.train={train}", f"recipe.epochs={epochs}", f"data.test_draw={draw}")
-    settings = resolve("mini", seeds, sets, environment={}, folder=Path("/nonexistent"), first_seed=first)
-    return benchmark(Lab(settings), teacher, ",".join(TRANSFERS))
-
-
-def finished(arm: Arm, store: Store) -> Outcomes | None:
-    """Return the outcomes of an arm's finished runs; None if there is none."""
-    specs = tuple(spec for spec in arm.specs if store.run(spec).finished)
-    return answered(Arm(arm.name, specs), store).outcomes if specs else None
-
-
-def accuracy(teacher: str, store: Store) -> float | None:
-    """Return a teacher's own accuracy in per cent, on the test scenes of the first window that has it."""
-    for window in WINDOWS:
-        reference = study(teacher, BUDGETS[0], window, 1).reference
-        found = None if reference is None else finished(reference, store)
-        if found is not None:
-            return 100 * float(np.mean([right.mean() for right in found.correct.values()]))
-    return None
-
-
-def cell(teacher: str, transfer: str, budget: tuple[int, int], store: Store) -> Cell | None:
-    """Return a cell from finished runs; None with fewer than three seeds. Of two windows that with more seeds."""
-    best: Cell | None = None
-    own = accuracy(teacher, store)
-    for window in WINDOWS:
-        made = study(teacher, budget, window, MOST_SEEDS)
-        arms = {arm.name: arm for arm in made.arms}
-        found = {name: finished(arms[name], store) for name in (BASELINE, transfer)}
-        outcomes = {name: one for name, one in found.items() if one is not None}
-        if own is None or len(outcomes) < 2:
-            continue
-        common = outcomes[BASELINE].correct.keys() & outcomes[transfer].correct.keys()
-        if len(common) < FEWEST_SEEDS or (best is not None and len(common) <= best.seeds):
-            continue
-        weights = {transfer: 1.0, BASELINE: -1.0}
-        points, odds = estimate(outcomes, weights), estimate(outcomes, weights, scale="log-odds")
-        best = Cell(
-            teacher,
-            TEACHERS[teacher],
-            transfer,
-            *budget,
-            points.seeds,
-            window[0],
-            *(
-                round(value, 6)
-                for value in (
-                    own,
-                    100 * float(np.mean([outcomes[BASELINE].correct[seed].mean() for seed in common])),
-                    *(points.value, points.low, points.high, points.se),
-                    *(odds.value, odds.low, odds.high),
-                )
-            ),
-        )
-    return best
-
-
-@torch.no_grad()
-def measured(teacher: str) -> dict[str, float]:
-    """Return the measurements of a teacher: of the maps that the standard student is given, and of its branches."""
-    made = study(teacher, BUDGETS[0], WINDOWS[0], 1)
-    spec, student = made.teacher, made.arms[0].specs[0].network
-    subject = subjects.loaded(spec, made.arms[0].specs[0].data)
-    some = images.choose(IMAGES, made.arms[0].specs[0].data, subject.network)
-    vit = subject.module
-    blocks = range(student.depth)
-    sums = dict.fromkeys(OF_MAPS[:-1], 0.0)
-    for batch in some.batches(IMAGES):
-        whole = vit.observe(batch.pixels, CaptureRequest(maps=frozenset(blocks)))
-        passed = evaluation.fit(whole, vit, student)
-        shared = vit.shared_tokens(student)
-        for block in blocks:
-            p, all_ = ops.probabilities(passed.seen[block].map), ops.probabilities(whole.seen[block].map)
-            kept = all_ if shared is None else all_[:, :, shared][..., shared]
-            here = {
-                "entropy": statistics.entropy(p) / log2(student.tokens),
-                "distance": statistics.distance(p, student) / student.image_size,
-                "heads": statistics.redundancy(p) / len(p),
-                "sink": p.mean(2).amax(-1),
-                "rank": statistics.effective_rank(p) / student.tokens,
-                "lost": 1 - kept.sum(-1).mean(-1),
-            }
-            for name, values in here.items():
-                sums[name] += float(values.mean()) * len(p) / len(some) / len(blocks)
-    gains = branch_gains(subject, some)
-    every = sums | {"branch": float(np.log10(gains).mean())}
-    return {name: round(value, 6) for name, value in every.items()}
-
-
-def train(store: Store, until: float) -> bool:
-    """Train what cells lack; return whether there was time for all.
-
-    The longer budget first, and there a teacher of each kind before the second of any.
-    """
-    turns = range(max(map(len, KINDS.values())))
-    in_turn = [names[i] for i in turns for names in KINDS.values() if i < len(names)]
-    for budget, teacher in product(BUDGETS[::-1], in_turn):
-        lacking = [one for one in TRANSFERS if cell(teacher, one, budget, store) is None]
-        made = study(teacher, budget, WINDOWS[0], FEWEST_SEEDS)
-        needed = {BASELINE, "teacher", *lacking}
-        arms = [arm for arm in (made.reference, *made.arms) if arm is not None and arm.name in needed]
-        if lacking and not calibration.train([spec for arm in arms for spec in arm.specs], store, until):
-            return False
-    return True
-
-
 # --- model and validation ------------------------------------------------------------------------------------------
-
-
-def entering(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells of budgets that enter the model: a few teachers would weigh as much as all others."""
-    kinds = {budget: {one.kind for one in cells if one.budget == budget} for budget in BUDGETS}
-    return [one for one in cells if len(kinds[one.budget]) >= FEWEST_KINDS]
 
 
 def table(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Floats:
@@ -318,7 +131,7 @@ def validation(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], res
     judged = {scheme: figures(cells, predicted, y, known, resamples) for scheme, predicted in by.items()}
     of_odds = figures(cells, predictions(cells, of, odds, "kind"), odds, odds_known, resamples)
     level = {scheme: levels(cells, y, scheme) for scheme in SCHEMES}
-    centred = {scheme: _centred(by[scheme], level[scheme]) for scheme in SCHEMES}
+    centred = {s: figures(cells, _centred(by[s], level[s]), y, known, resamples) for s in SCHEMES}
     fitted = ridge(table(cells, of, MODELS["model"]), y, [one.kind for one in cells])
     return {
         "ships": ships(judged["kind"]),
@@ -331,19 +144,15 @@ def validation(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], res
         "log-odds, kinds left out": _plain(of_odds),
         "mean squared error": {
             scheme: {
-                name: round(float(np.square(values - y).mean()), 3)
-                for name, values in {**by[scheme], ALWAYS: level[scheme]}.items()
+                "training mean": round(float(np.square(level[scheme] - y).mean()), 3),
+                **{name: round(float(np.square(by[scheme][name] - y).mean()), 3) for name in MODELS},
             }
             for scheme in SCHEMES
         },
         # Not in the plan: folds differ in their mean, which runs against the outcome that was left out.
         "post hoc, training mean taken away": {
-            scheme: {
-                what: rows
-                for what, rows in _plain(figures(cells, values, y, known, resamples)).items()
-                if "rank" in what
-            }
-            for scheme, values in centred.items()
+            scheme: _plain({name: rows for name, rows in found.items() if "rank" in name})
+            for scheme, found in centred.items()
         },
         "penalty": fitted.penalty,
         "weights": dict(zip(MODELS["model"], fitted.weights.round(3).tolist(), strict=True)),
@@ -474,41 +283,56 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(content).savefig(given.figure)
 
 
+@style.drawn
 def draw(content: Mapping[str, Any]) -> Figure:
     """Draw measured against predicted gains, kinds left out: a point for each teacher and budget."""
-    figure, panels = style.panels(1, len(content["validation"]), 2.9, style.PAGE)
+    figure, panels = style.panels(1, len(content["validation"]), 3.2, style.PAGE)
+    every: list[Cell] = []
     for axes, (transfer, found) in zip(panels, content["validation"].items(), strict=True):
         cells = entering([Cell(**one) for one in content["cells"] if one["transfer"] == transfer])
-        with style.settings():
-            for line in (axes.axhline, axes.axvline):
-                line(0, color=style.INK, lw=0.8, zorder=1)
-        limits = [value for one in cells for value in (one.low, one.high)]
-        for one, predicted in zip(cells, found["predicted"], strict=True):
-            x, healthy = predicted["model, kind"], one.teacher not in specimens()
-            colour, marker = style.BLUE if healthy else style.VERMILLION, "os"[BUDGETS.index(one.budget)]
+        every += cells
+        points = [one["model, kind"] for one in found["predicted"]]
+        limits = [*points, *(value for one in cells for value in (one.low, one.high))]
+        low, high = min(limits) - 2, max(limits) + 2
+        axes.axhline(0, color=style.INK, lw=0.8, zorder=1)
+        axes.axvline(0, color=style.INK, lw=0.8, zorder=1)
+        axes.plot((low, high), (low, high), color=style.GREY, lw=0.6, ls=":")
+        for x, one in zip(points, cells, strict=True):
+            colour, shape, fill = _look(one)
             axes.plot([x, x], [one.low, one.high], color=colour, lw=0.6, alpha=0.5)
-            axes.plot(x, one.gain, marker, color=colour, ms=3.5, mfc="none" if one.budget == BUDGETS[0] else colour)
-            limits.append(x)
-        for kind in KINDS:
-            own = [i for i, one in enumerate(cells) if one.kind == kind and one.teacher in specimens()]
-            if own:  # at the kind's largest error
-                i = max(own, key=lambda i: abs(found["predicted"][i]["model, kind"] - cells[i].gain))
-                at = found["predicted"][i]["model, kind"], cells[i].gain
-                axes.annotate(kind, at, (3, 3), textcoords="offset points", fontsize=5.5, color=style.GREY)
-        ends = min(limits) - 2, max(limits) + 2
-        axes.plot(ends, ends, color=style.GREY, lw=0.6, ls=":")
-        axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="predicted gain, points", title=transfer)
-    panels[0].set_ylabel("measured gain, points")
-    looks = [
-        ("healthy teacher", "o", style.BLUE, style.BLUE),
-        ("specimen", "o", style.VERMILLION, style.VERMILLION),
-        ("1,000 images x 2 epochs", "o", style.GREY, "none"),
-        ("2,500 images x 4 epochs", "s", style.GREY, style.GREY),
-    ]
-    keys = [Line2D([], [], marker=m, color=c, mfc=f, ls="", ms=3.5, label=label) for label, m, c, f in looks]
+            axes.plot(x, one.gain, shape, color=colour, ms=3.5, mfc=fill)
+        _name(axes, points, cells, high - 0.22 * (high - low), 0.037 * (high - low))
+        axes.set(aspect="equal", title=transfer, xlabel="predicted gain, points", ylabel="measured gain, points")
+        ticks = [tick for tick in axes.get_yticks() if low < tick < high]
+        axes.set(xticks=ticks, yticks=ticks, xlim=(low, high), ylim=(low, high))
+    order = sorted(every, key=lambda one: (one.teacher in specimens(), one.budget))
+    looks = {_label(one): _look(one) for one in order}
+    keys = [Line2D([], [], marker=m, color=c, mfc=f, ls="", ms=3.5, label=label) for label, (c, m, f) in looks.items()]
     note = "each kind of teacher predicted by a model that saw none of it; bars: 95 % intervals of the measured gain"
     style.finish(figure, "Predicted and measured gain of a transfer (mini)", keys, note)
     return figure
+
+
+def _name(axes: Axes, points: Sequence[float], cells: Sequence[Cell], column: float, apart: float) -> None:
+    """Write each point's teacher in a column, none over another."""
+    below = float("inf")
+    for i in sorted(range(len(cells)), key=lambda i: -cells[i].gain):
+        below = min(cells[i].gain, below - apart)
+        line = {"arrowstyle": "-", "lw": 0.3, "color": style.GREY, "shrinkA": 0, "shrinkB": 2}
+        at = points[i], cells[i].gain
+        written = axes.annotate(cells[i].teacher, at, (column, below), fontsize=5.5, va="center", arrowprops=line)
+        written.set_in_layout(False)  # many names may run out below; the axes keep their size
+
+
+def _look(one: Cell) -> tuple[str, str, str]:
+    """Return colour, marker and fill of a cell's point."""
+    colour = style.VERMILLION if one.teacher in specimens() else style.BLUE
+    return (colour, "s", colour) if one.budget == BUDGETS[-1] else (colour, "o", "none")
+
+
+def _label(one: Cell) -> str:
+    kind = "specimen" if one.teacher in specimens() else "healthy teacher"
+    return f"{kind}, {one.train:,} images x {one.epochs} epochs"
 
 
 def simulate(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], times: int) -> None:

@@ -11,17 +11,17 @@ from atdiag.analysis import images, statistics, subjects
 from atdiag.core.spec import Data
 from atdiag.networks.registry import teachers
 from atdiag.networks.registry.specimens import specimens
-from benchmarks import prediction
-from benchmarks.prediction import BUDGETS, KINDS, OF_MAPS, Cell
+from benchmarks import prediction, prediction_data
+from benchmarks.prediction_data import BUDGETS, IMAGES, KINDS, OF_MAPS, TEACHERS, Cell
 
 
 def made(seed=0):
     """Cells of all teachers at both budgets, and measurements that are noise."""
     draw = np.random.default_rng(seed)
-    of = {name: dict(zip(OF_MAPS, draw.normal(size=len(OF_MAPS)), strict=True)) for name in prediction.TEACHERS}
+    of = {name: dict(zip(OF_MAPS, draw.normal(size=len(OF_MAPS)), strict=True)) for name in TEACHERS}
     accuracy = {name: draw.uniform(50, 90) for name in of}
     cells = []
-    for name, kind in prediction.TEACHERS.items():
+    for name, kind in TEACHERS.items():
         for (train, epochs), baseline in zip(BUDGETS, (20.0, 50.0), strict=True):
             whole = (name, kind, "copy", train, epochs, 3, 0, accuracy[name], baseline)
             cells.append(Cell(*whole, gain=0, low=-2, high=2, se=1, log_odds=0, log_odds_low=-1, log_odds_high=1))
@@ -36,7 +36,7 @@ def test_the_rule_ships_no_model_of_noise():
     """Gains go with accuracy and budget, and with kinds and teachers by chance: measurements tell nothing."""
     cells, of = made()
     draw = np.random.default_rng(0)
-    shipped = [prediction.shipped(prediction.simulated(cells, of, 0, draw), of, resamples=100) for _ in range(8)]
+    shipped = [prediction.shipped(prediction.simulated(cells, of, 0, draw), of, resamples=100) for _ in range(5)]
     assert sum(shipped) == 0
 
 
@@ -51,7 +51,7 @@ def test_a_file_is_enough_to_validate_again(tmp_path, capsys):
     cells = prediction.simulated(cells, of, 1, np.random.default_rng(0))
     content = {"cells": [asdict(one) for one in cells], "measurements": of, "machine": {"python": "3"}}
     (tmp_path / "in.json").write_text(json.dumps(content))
-    lines = ["--from", str(tmp_path / "in.json"), "--json", str(tmp_path / "out.json"), "--resamples", "100"]
+    lines = ["--from", str(tmp_path / "in.json"), "--json", str(tmp_path / "out.json"), "--resamples", "50"]
     prediction.main([*lines, "--figure", str(tmp_path / "a.png")])
     again = json.loads((tmp_path / "out.json").read_text())
     assert [Cell(**one) for one in again["cells"]] == cells and again["machine"] == {"python": "3"}
@@ -72,9 +72,9 @@ def test_a_file_is_enough_to_validate_again(tmp_path, capsys):
 
 
 def test_maps_are_measured_as_the_standard_student_is_given_them():
-    plain, hub = prediction.measured("deit_s"), prediction.measured("hub")
+    plain, hub = prediction_data.measured("deit_s"), prediction_data.measured("hub")
     subject, data = subjects.find("deit_s"), Data(name="digits", train=1, clutter=6, test_per_source=4)
-    (stats,) = statistics.attention_stats([subject], images.choose(prediction.IMAGES, data, subject.network))
+    (stats,) = statistics.attention_stats([subject], images.choose(IMAGES, data, subject.network))
     scale = {"entropy": log2(26), "distance": 20.0, "sink": 1.0, "rank": 26.0}
     for name, whole in scale.items():  # nothing is sliced off: atdiag's own statistics
         assert plain[name] == pytest.approx(stats.heads[name].mean() / whole, abs=2e-4)

@@ -40,7 +40,18 @@ from atdiag.stats.prediction import (
     sign_agreement,
 )
 from atdiag.training.provenance import environment
-from benchmarks.prediction_data import BUDGETS, OF_MAPS, TEACHERS, TRANSFERS, Cell, cell, entering, measured, train
+from benchmarks.prediction_data import (
+    BUDGETS,
+    FEWEST_KINDS,
+    OF_MAPS,
+    TEACHERS,
+    TRANSFERS,
+    Cell,
+    cell,
+    entering,
+    measured,
+    train,
+)
 from figures import style
 
 MODELS = {
@@ -257,6 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, metavar="FILE")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if given.data is not None and not given.data.is_file():
+        parser.error(f"--from {given.data}: there is no such file")
     if given.data is not None:
         content = json.loads(given.data.read_text())
         cells, of, machine = [Cell(**one) for one in content["cells"]], content["measurements"], content["machine"]
@@ -272,13 +285,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         of = {name: measured(name) for name in dict.fromkeys(one.teacher for one in cells)}
         machine = environment(torch.device("cpu"))
     if given.simulate:
-        simulate(cells, of, given.simulate)
+        simulate(cells, of, given.simulate, given.resamples)
         return
     content = document(cells, of, machine, given.resamples)
     show(content)
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(content, indent=1) + "\n")
+    if given.figure and not content["validation"]:
+        raise SystemExit(f"no figure: of no budget are teachers of {FEWEST_KINDS} kinds finished")
     if given.figure:
         draw(content).savefig(given.figure)
 
@@ -335,14 +350,13 @@ def _label(one: Cell) -> str:
     return f"{kind}, {one.train:,} images x {one.epochs} epochs"
 
 
-def simulate(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], times: int) -> None:
-    """Print how often the rule ships a model where the measurements tell nothing, something, and nearly all."""
-    for transfer in TRANSFERS:
+def simulate(cells: Sequence[Cell], of: Mapping[str, Mapping[str, float]], times: int, resamples: int) -> None:
+    """Print how often the rule ships a model where the measurements tell nothing, and where they tell most."""
+    for transfer, strength in product(TRANSFERS, (0.0, 3.0)):
         own = entering([one for one in cells if one.transfer == transfer])
-        for strength in (0.0, 1.0, 3.0):
-            generator = np.random.default_rng(1)
-            count = sum(shipped(simulated(own, of, strength, generator), of, 1000) for _ in range(times))
-            print(f"{transfer}: strength {strength:g}: shipped in {count} of {times}")
+        generator = np.random.default_rng(1)
+        count = sum(shipped(simulated(own, of, strength, generator), of, resamples) for _ in range(times))
+        print(f"{transfer}: strength {strength:g}: shipped in {count} of {times}", flush=True)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def held_out(x: Floats, y: Floats, groups: Sequence[Hashable], inner: Sequence[H
 def rank_correlation(predicted: Floats, measured: Floats, strata: Sequence[Hashable]) -> float:
     """Return Spearman's correlation of predictions with outcomes within each stratum, a mean over strata.
 
-    It is 0 in a stratum where either has no two different values, such as with a single unit.
+    It is 0 in a stratum where either has no two different values, such as with a single unit. Cross-validated
+    predictions carry the mean outcome of the units they were fitted to, which is low where the units left out are high:
+    for a model that learns nothing this lies below 0, near -1 if each is predicted by that mean alone.
     """
     numbers = {name: i for i, name in enumerate(dict.fromkeys(strata))}
     of = np.array([numbers[name] for name in strata])

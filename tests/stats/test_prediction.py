@@ -102,6 +102,12 @@ def test_ranks_are_correlated_within_strata():
     assert rank_correlation(tied, y, [0] * len(y)) == pytest.approx(stats.spearmanr(tied, y).statistic)
 
 
+def test_means_of_the_others_run_against_what_is_left_out():
+    y = np.arange(10.0)
+    others = [(y.sum() - one) / 9 for one in y]
+    assert rank_correlation(np.array(others), y, [0] * 10) == pytest.approx(-1)
+
+
 def test_signs_are_compared_where_they_are_known():
     predicted, measured = np.array([1.0, -1, 1, -1]), np.array([2.0, 2, -2, -2])
     assert sign_agreement(predicted, measured, np.array([True, True, False, True])) == pytest.approx(2 / 3)

@@ -108,7 +108,7 @@ def held_out(x: Floats, y: Floats, groups: Sequence[Hashable], inner: Sequence[H
     inner = groups if inner is None else inner
     predicted = np.full(len(y), np.nan)
     for kept, out in left_out(groups):
-        predicted[out] = ridge(x[kept], y[kept], [inner[i] for i in np.flatnonzero(kept)])(x[out])
+        predicted[out] = ridge(x[kept], y[kept], [name for name, keep in zip(inner, kept, strict=True) if keep])(x[out])
     return predicted
 
 

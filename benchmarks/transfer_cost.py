@@ -75,7 +75,7 @@ class Case:
             return self._straight(name.endswith("copy"))
         return self.bench.step(self.network, self.transfer(name))
 
-    def _straight(self, copy: bool) -> Callable[[], None]:
+    def _straight(self, copy: bool) -> Step:
         """Return a step that builds all layers' maps as tensors: the teacher's are used, or compared with its own."""
         bench = self.bench
         vit, optimizer = bench.student(self.network, self.transfer("copy" if copy else "plain"))

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from atdiag.cli import (
+    cost,
     data,
     diagnose,
     doctor,
@@ -100,6 +101,7 @@ def _complete(app: typer.Typer) -> None:
     looks.add_commands(app)
     app.command("pretrain")(teachers.pretrain)
     app.command("doctor")(doctor.doctor)
+    cost.add_commands(app)
     app.add_typer(teachers.app, name="teachers")
     runs.app.command("watch")(fleet.watch)
     app.add_typer(runs.app, name="runs")

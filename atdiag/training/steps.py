@@ -105,10 +105,13 @@ class Bench:
         optimizer.zero_grad(set_to_none=True)
 
 
-def in_turns(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def in_turns(
+    steps: Mapping[str, Step], repeats: int, device: torch.device, on_round: Callable[[int], None] = lambda done: None
+) -> dict[str, list[float]]:
     """Measure the seconds of each step in every one of ``repeats`` rounds, after some that warm up.
 
     In turns, so that a slow minute of the machine affects all of them, and the ratios of one round are paired.
+    on_round: callback with the number of counted rounds.
     """
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + _WARM):
@@ -119,6 +122,7 @@ def in_turns(steps: Mapping[str, Step], repeats: int, device: torch.device) -> d
             _wait(device)
             if turn >= _WARM:
                 found[name].append(time.perf_counter() - begin)
+        on_round(max(0, turn + 1 - _WARM))
     return found
 
 

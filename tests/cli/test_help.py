@@ -29,7 +29,7 @@ GROUPED = {
     "Look inside": ["hooks", "trace", "similarity", "intervene", "patch", "probe", "attention-stats", "maps"],
     "Teachers and data": ["teachers", "pretrain", "data"],
     "Runs": ["runs", "figures"],
-    "Machine": ["doctor"],
+    "Machine": ["doctor", "cost"],
 }
 RUNS = ("list", "show", "remove", "verify", "diff", "export")
 

@@ -100,7 +100,7 @@ class Bench:
     def update(self, logits: Tensor, extra: Tensor | None, optimizer: torch.optim.Optimizer) -> None:
         """Do the backward pass of cross-entropy, and of a further loss if there is one, and the optimiser's step."""
         loss = F.cross_entropy(logits.float(), self.labels)
-        (loss if extra is None else loss + extra).backward()
+        (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

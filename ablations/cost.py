@@ -18,7 +18,7 @@ from atdiag.core.errors import UserError
 from atdiag.core.spec import RunSpec, Teacher
 from atdiag.data import sources
 from atdiag.execution import cost
-from atdiag.stats.paired import FEWEST_REPEATS, Middle, middle
+from atdiag.stats.paired import FEWEST_REPEATS, Median, median_interval
 from atdiag.study.builder import Lab
 from atdiag.study.claims import Judged, Verdict
 from atdiag.study.protocol import BASELINE
@@ -62,9 +62,9 @@ class Costs:
         assert teacher is not None
         return teacher
 
-    def time_of(self, method: str, than: str = BASELINE) -> Middle:
+    def time_of(self, method: str, than: str = BASELINE) -> Median:
         """Return the time of a method's step as a multiple of another's: the median of the rounds' ratios."""
-        return middle([a / b for a, b in zip(self.seconds[method], self.seconds[than], strict=True)])
+        return median_interval([a / b for a, b in zip(self.seconds[method], self.seconds[than], strict=True)])
 
     def memory_of(self, method: str, than: str = BASELINE) -> float | None:
         """Return the memory of a method's step as a multiple of another's; None if it was not measured."""

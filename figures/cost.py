@@ -10,11 +10,11 @@ from figures import style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from atdiag.stats.paired import Middle
+    from atdiag.stats.paired import Median
 
 
 @style.drawn
-def cost(title: str, times: Mapping[str, Middle], memory: Mapping[str, float], baseline: str) -> Figure:
+def cost(title: str, times: Mapping[str, Median], memory: Mapping[str, float], baseline: str) -> Figure:
     """Draw a bar for each method's time, with its interval, and one for its memory; a line at the baseline's.
 
     times, memory: by method; memory may be empty.

@@ -42,7 +42,7 @@ FEWEST_REPEATS = 6
 
 
 @dataclass(frozen=True)
-class Middle:
+class Median:
     """A median, with an interval of at least 95 % for that of the distribution, whatever its shape."""
 
     value: float
@@ -51,7 +51,7 @@ class Middle:
     repeats: int
 
 
-def middle(values: Sequence[float]) -> Middle:
+def median_interval(values: Sequence[float]) -> Median:
     """Return the median of independent repeats with its interval between two order statistics.
 
     The interval from the k-th smallest to the k-th largest of n values misses the distribution's median with the
@@ -65,4 +65,4 @@ def middle(values: Sequence[float]) -> Middle:
     ordered, k = sorted(values), 1
     while 2 * sum(comb(n, i) for i in range(k + 1)) <= 0.05 * 2**n:
         k += 1
-    return Middle(median(ordered), ordered[k - 1], ordered[n - k], n)
+    return Median(median(ordered), ordered[k - 1], ordered[n - k], n)

@@ -96,8 +96,8 @@ def matched(reports: Sequence[Report]) -> Judged:
     gaps = {i: one for i, one in found.items() if one is not None}
     least = min(one.seeds if one else 1 for one in found.values())
     if least < FEWEST_SEEDS:
-        return Judged(claim, "undecided", "", seeds=least, note=_too_few(least))
-    clear = _clear(gaps)
+        return Judged(claim, "undecided", "", seeds=least, note=too_few(least))
+    clear = settled(gaps)
     closer = sum(gaps[i].value < 0 for i in clear)
     against = len(clear) - closer
     word: Verdict = "does not hold" if against else "holds" if closer == len(gaps) else "undecided"
@@ -105,7 +105,7 @@ def matched(reports: Sequence[Report]) -> Judged:
     return Judged(
         claim,
         word,
-        f"{_bits(list(gaps.values()))}, {closer} of {len(gaps)} clearly closer",
+        f"{bits(list(gaps.values()))}, {closer} of {len(gaps)} clearly closer",
         seeds=least,
         note=f"not clear: {', '.join(open_)}" if open_ else "",
     )
@@ -132,7 +132,7 @@ def usable(reports: Sequence[Report]) -> Judged:
     least = min(one.seeds for one in effects.values())
     ours = f"rank correlation of divergence and gain {ranks.rho:+.2f}, p = {ranks.p:.2g}, {count} teachers"
     if least < FEWEST_SEEDS:
-        return Judged(claim, "undecided", ours, seeds=least, note=_too_few(least))
+        return Judged(claim, "undecided", ours, seeds=least, note=too_few(least))
     if ranks.least >= _LEVEL:
         why = f"with {count} teachers no correlation can reach p < {ranks.least:.2g}"
         return Judged(claim, "not testable here", ours, seeds=least, note=why)
@@ -141,7 +141,7 @@ def usable(reports: Sequence[Report]) -> Judged:
         if not which:
             return Judged(claim, "not testable here", ours, seeds=least, note=f"no teacher clearly {kind}")
     pairs = {(bad, good): gap(seeds[bad], seeds[good]) for bad in by["fails"] for good in by["gains"]}
-    better = _clear({pair: one for pair, one in pairs.items() if one is not None and one.value < 0}, len(pairs))
+    better = settled({pair: one for pair, one in pairs.items() if one is not None and one.value < 0}, len(pairs))
     shown = [bad for bad in by["fails"] if any(bad == one for one, _ in better)]
     hangs_on_it = ranks.rho < 0 and ranks.p < _LEVEL
     every = len(shown) == len(by["fails"])
@@ -150,7 +150,7 @@ def usable(reports: Sequence[Report]) -> Judged:
     return Judged(claim, word, ours, seeds=least, note=note)
 
 
-def _clear(gaps: Mapping[Key, Gap], among: int = 0) -> list[Key]:
+def settled(gaps: Mapping[Key, Gap], among: int = 0) -> list[Key]:
     """Return the keys whose gap is settled, corrected for this many comparisons."""
     from atdiag.stats.contrasts import holm
 
@@ -159,11 +159,13 @@ def _clear(gaps: Mapping[Key, Gap], among: int = 0) -> list[Key]:
     return [key for key, p in zip(gaps, adjusted, strict=False) if p < _LEVEL]
 
 
-def _too_few(seeds: int) -> str:
+def too_few(seeds: int) -> str:
+    """Return why so few seeds settle nothing."""
     return f"{'one seed says' if seeds == 1 else 'two seeds say'} too little of other seeds: give three or more"
 
 
-def _bits(gaps: Sequence[Gap]) -> str:
+def bits(gaps: Sequence[Gap]) -> str:
+    """Format a difference of divergences with its interval, or the span of several."""
     if len(gaps) == 1:
         return f"{gaps[0].value:+.3f} bits [{gaps[0].low:+.3f}, {gaps[0].high:+.3f}]"
     return f"{min(one.value for one in gaps):+.3f} to {max(one.value for one in gaps):+.3f} bits"

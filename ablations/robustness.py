@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from atdiag.core.runs import Run
     from atdiag.core.spec import RunSpec
 
-PARTS = (16, 12, 10, 8, 6, 4, 2, 1)
+PARTS = (16, 12, 10, 8, 7, 6, 4, 2, 1)
 """The fine-tuned students are trained on a sixteenth, ... and on all training images."""
 TUNED = "finetune, equal accuracy"
 NEAR = (testsets.CLEAN, "imagenet-v2")

@@ -13,30 +13,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from atdiag.core.spec import Network, Transfer
-from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
 from atdiag.reports import writers
-from atdiag.training import compiled
+from atdiag.training import compiled, steps
 from atdiag.training.provenance import environment
-from atdiag.transfer import methods
-from atdiag.transfer.observation import Observation, of_teacher
+from atdiag.training.steps import Bench, Step
 
 SIZES = {"ti": (192, 3), "s": (384, 6), "b": (768, 12)}
 GRIDS = {65: 8, 197: 14, 577: 24, 1370: 37}
@@ -59,96 +51,46 @@ TARGETS = {
 }
 
 
-@dataclass
 class Case:
     """A network size, a number of tokens and a batch, on a device."""
 
-    size: str
-    tokens: int
-    batch: int
-    depth: int
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        width, heads = SIZES[self.size]
-        grid = GRIDS[self.tokens]
+    def __init__(self, size: str, tokens: int, batch: int, depth: int, device: torch.device) -> None:
+        self.size, self.tokens, self.batch, self.depth, self.device = size, tokens, batch, depth, device
+        width, heads = SIZES[size]
         self.network = Network(
-            image_size=16 * grid, patch_size=16, width=width, depth=self.depth, heads=heads, classes=1000
+            image_size=16 * GRIDS[tokens], patch_size=16, width=width, depth=depth, heads=heads, classes=1000
         )
-        self.teacher = students.build(self.network, 1).to(self.device).eval().requires_grad_(False)
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.batch, 3, self.network.image_size, self.network.image_size)
-        self.images = torch.rand(shape, generator=generator).to(self.device)
-        self.labels = torch.randint(1000, (self.batch,), generator=generator).to(self.device)
-
-    def student(self, transfer: Transfer) -> tuple[ViT, torch.optim.Optimizer]:
-        """Return a student and its optimiser."""
-        vit = students.build(self.network, 0).to(self.device).train()
-        if transfer.method == "copy":
-            for block in vit.blocks:
-                for parameter in block.attn.unused_parameters().values():
-                    parameter.requires_grad_(False)
-        trained = [p for p in vit.parameters() if p.requires_grad]
-        return vit, torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def autocast(self) -> torch.autocast:
-        """Return bf16 autocast on CUDA, disabled autocast on a CPU."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        self.bench = Bench(self.network, self.network, batch, device)
 
     def transfer(self, name: str) -> Transfer:
         """Return the transfer of a variant, on all layers."""
         found = TRANSFERS[name]
         return found if found.method == "none" else found.model_copy(update={"layers": tuple(range(self.depth))})
 
-    def variant(self, name: str) -> Callable[[], None]:
+    def variant(self, name: str) -> Step:
         """Return one step of a variant as a function."""
         if name == "teacher":
-            return self._teacher
+            return lambda: self.bench.show(self.transfer("copy"), self.network) and None
         if name in STRAIGHT:
             return self._straight(name.endswith("copy"))
-        transfer = self.transfer(name)
-        vit, optimizer = self.student(transfer)
-        if compiled.wanted(self.device):
-            compiled.compile_blocks(vit)
+        return self.bench.step(self.network, self.transfer(name))
 
-        def step() -> None:
-            shown = self._show(transfer)
-            with self.autocast():
-                logits, extra = methods.forward(vit, transfer, self.images, shown)
-            self._update(logits, extra, optimizer)
-
-        return step
-
-    def _show(self, transfer: Transfer) -> Observation:
-        wanted = of_teacher([transfer])
-        if not wanted:
-            return Observation()
-        with torch.no_grad(), self.autocast():
-            shown: Observation = self.teacher.observe(self.images, wanted)
-        return shown
-
-    def _teacher(self) -> None:
-        self._show(self.transfer("copy"))
-
-    def _update(self, logits: Tensor, extra: Tensor | None, optimizer: torch.optim.Optimizer) -> None:
-        loss = F.cross_entropy(logits.float(), self.labels)
-        (loss if extra is None else loss + extra).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def _straight(self, copy: bool) -> Callable[[], None]:
+    def _straight(self, copy: bool) -> Step:
         """Return a step that builds all layers' maps as tensors: the teacher's are used, or compared with its own."""
-        vit, optimizer = self.student(self.transfer("copy" if copy else "plain"))
+        bench = self.bench
+        vit, optimizer = bench.student(self.network, self.transfer("copy" if copy else "plain"))
+        teacher = bench.teacher
+        assert teacher is not None
 
         def step() -> None:
             theirs: list[Tensor] = []
             own: list[Tensor] = []
-            with torch.no_grad(), self.autocast():
-                straightforward(self.teacher, self.images, keep=theirs)
-            with self.autocast():
-                logits = straightforward(vit, self.images, keep=own, given=theirs if copy else None)
+            with torch.no_grad(), bench.autocast():
+                straightforward(teacher, bench.images, keep=theirs)
+            with bench.autocast():
+                logits = straightforward(vit, bench.images, keep=own, given=theirs if copy else None)
             losses = [-(t * s.clamp_min(1e-12).log()).sum(-1).mean() for t, s in zip(theirs, own, strict=True)]
-            self._update(logits, None if copy else 3.0 * torch.stack(losses).sum(), optimizer)
+            bench.update(logits, None if copy else 3.0 * torch.stack(losses).sum(), optimizer)
 
         return step
 
@@ -172,50 +114,10 @@ def straightforward(vit: ViT, images: Tensor, keep: list[Tensor], given: list[Te
     return logits
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def times(case: Case, names: list[str], repeats: int) -> dict[str, float]:
-    """Measure the median seconds of a step of each variant, in turns; the first two rounds are warm-up."""
-    steps = {name: case.variant(name) for name in names}
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats + 2):
-        for name, step in steps.items():
-            synchronize(case.device)
-            begin = time.perf_counter()
-            step()
-            synchronize(case.device)
-            if turn > 1:
-                found[name].append(time.perf_counter() - begin)
+    """Measure the median seconds of a step of each variant, in turns."""
+    found = steps.in_turns({name: case.variant(name) for name in names}, repeats, case.device)
     return {name: statistics.median(values) for name, values in found.items()}
-
-
-def peak(case: Case, name: str) -> float:
-    """Return the MiB that a step needs beyond resident networks and, after a first step, optimiser state."""
-    step = case.variant(name)
-    if case.device.type == "cuda":
-        step()
-        synchronize(case.device)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    step()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak (man 5 proc)
-    before = status("VmRSS")
-    step()
-    return status("VmHWM") - before
-
-
-def status(field: str) -> float:
-    """Return MiB of this process: VmRSS for current memory, VmHWM for the peak. Linux only."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def fitting(case: Case, names: list[str]) -> list[str]:
@@ -230,9 +132,9 @@ def fitting(case: Case, names: list[str]) -> list[str]:
 
 
 def peak_of(case: Case, name: str) -> float:
-    """Measure :func:`peak`, on a CPU in a separate process, since the peak resident size never falls."""
+    """Measure a variant's peak, on a CPU in a separate process, since the peak resident size never falls."""
     if case.device.type == "cuda":
-        return peak(case, name)
+        return steps.peak(case.variant(name), case.device)
     options = [
         "--size",
         case.size,
@@ -292,14 +194,12 @@ def main() -> None:
         return Case(size, tokens, batch, asked.depth, device)
 
     if asked.peak:
-        print(peak(case(asked.tokens[0]), asked.peak))
+        print(steps.peak(case(asked.tokens[0]).variant(asked.peak), device))
         return
     names = ["plain", "teacher", *(name for name in TRANSFERS if name != "plain"), *STRAIGHT]
     measured: list[dict[str, Any]] = []
     for tokens in asked.tokens:
         one = case(tokens)
-        if compiled.wanted(device):
-            compiled.compile_blocks(one.teacher)
         fit = fitting(one, names) if asked.device == "cuda" else names
         seconds = times(one, fit, asked.repeats)
         memory = {} if asked.no_memory else {name: peak_of(one, name) for name in fit}

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from atdiag.reports import drawing
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.lines import Line2D
 
 P = ParamSpec("P")
 
@@ -151,7 +151,7 @@ def describe(figure: Figure, title: str, below: str = "") -> None:
         figure.supxlabel(below, x=0.99, ha="right")
 
 
-def finish(figure: Figure, title: str, keys: Sequence[Line2D], note: str = "") -> None:
+def finish(figure: Figure, title: str, keys: Sequence[Artist], note: str = "") -> None:
     """Add a title, and a legend with a note below; the figure grows to fit them, so that the axes keep their size."""
     width, height = figure.get_size_inches()
     note = "\n".join(textwrap.fill(line, int(17 * width)) for line in note.splitlines())

@@ -207,6 +207,30 @@ MATCHES = {
     "huge": reading(_matched("clip_b", -3000.0, 0.9, half=9000.0)),
 }
 
+
+def _agreeing(name: str, top: float = 0.3, references=("pre-trained", "fine-tuned"), **more):
+    names = ("copy", "distill", "copy q", "copy k", "finetune", "logits", "features")
+    numbers = {
+        arm: {
+            f"JSD {reference}{how}": 0.0 if arm == "copy" and not k else top * (1 - i / 9) * (1 - j / 6) + 0.001 * k
+            for k, reference in enumerate(references)
+            for j, how in enumerate(("", " (same)", " (optimal)", " (best)", " (averaged)"))
+            if how != " (optimal)"
+        }
+        for i, arm in enumerate((BASELINE, *names))
+    }
+    effects = {arm: 3.0 * i for i, arm in enumerate(names)}
+    return study(name, effects, numbers=numbers, ablation="agreement", **more)
+
+
+AGREEMENTS = {
+    "one": reading(_agreeing("deit_s")),
+    "two": reading(_agreeing("deit_s"), _agreeing("clip_b", 0.9)),
+    "pre-trained alone": reading(_agreeing("deit_s", references=("pre-trained",))),
+    "long": reading(*(_agreeing(f"{LONG}_{i}") for i in range(3))),
+    "equal": reading(_agreeing("deit_s", 0.0, seeds=1)),
+}
+
 RECIPES = {
     "usual": reading(*(study(name, {"copy": gain}, ablation="recipes") for name, gain in GAIN.items())),
     "one": reading(study("clip_b", {"copy": -3.0}, ablation="recipes")),

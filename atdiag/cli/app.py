@@ -14,6 +14,7 @@ import typer
 from typer.main import get_command
 
 from atdiag.cli import (
+    cost,
     data,
     diagnose,
     doctor,
@@ -101,6 +102,7 @@ def whole(app: typer.Typer) -> Any:
     looks.add_commands(app)
     app.command("pretrain")(teachers.pretrain)
     app.command("doctor")(doctor.doctor)
+    cost.add_commands(app)
     app.add_typer(teachers.app, name="teachers")
     runs.app.command("watch")(fleet.watch)
     app.add_typer(runs.app, name="runs")

@@ -22,7 +22,7 @@ GROUPS = {
     "Look inside": LOOKING,
     "Teachers and data": ("teachers", "pretrain", "data"),
     "Runs": ("runs", "figures"),
-    "Machine": ("doctor",),
+    "Machine": ("doctor", "cost"),
 }
 """Headings of ``atdiag --help``; the experiments stand in the first group, after its first command."""
 

@@ -149,6 +149,8 @@ def _reproduce(
     readings = {name: session.reading(series) for name, series in analyses.series.items()}
     written = _write_all(readings, folder)
     judged = [*_judged(readings), *_untestable(analyses)]
+    if "2024" in analyses.papers:
+        judged += _cost(session, folder / "cost")
     summary = _write_summary(judged, readings, folder)
     _tell(judged, session)
     typer.echo(f"{text.duration(time.monotonic() - begun)} in all\n")
@@ -192,6 +194,24 @@ def _folder(name: str, session: ExperimentSession, out: Path | None) -> Path:
     return folder
 
 
+def _cost(session: ExperimentSession, folder: Path) -> list[Judged]:
+    """Measure what transfer costs on this machine, each time anew, write it, and judge the claim.
+
+    Where a cluster trains, this machine is none that trains: nothing is measured.
+    """
+    from ablations.cost import findings, planned
+    from atdiag.cli import cost
+
+    options = session.options
+    repeats = 0 if session.on_cluster else None
+    taken, told = cost.taken(planned(Lab(session.settings)), options.device, options.threads, repeats)
+    for note in told:
+        typer.echo(f"cost: {note}")
+    judged = findings(taken)
+    cost.write(taken, judged, folder)
+    return judged
+
+
 def _show(analyses: Analyses, plan: Plan, session: ExperimentSession) -> None:
     """Print the plan: for each analysis its runs, those that no earlier one shares, and their estimated time."""
     from rich import box
@@ -228,6 +248,8 @@ def _show(analyses: Analyses, plan: Plan, session: ExperimentSession) -> None:
         f"{count(len(plan.specs), 'run')}, {len(plan.todo)} to do{then}: about {text.duration(wall)} in "
         f"{count(plan.processes, 'process')} on {plan.device}."
     )
+    if "2024" in analyses.papers and not session.on_cluster:
+        typer.echo("Then cost: activations, and a step's time and memory, measured on this machine each time.")
 
 
 def _as_json(analyses: Analyses, store: Store) -> dict[str, Any]:

@@ -46,15 +46,20 @@ def seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND, tested: b
     tested: include the test, and the validation after each epoch.
     """
     steps = spec.recipe.epochs * (spec.data.train // spec.recipe.batch_size)
-    step = spec.recipe.batch_size * (3 * 2 * macs(spec.network) + _of_teacher(spec)) + spec.network.depth * _BLOCK
-    share = len(spec.transfer.layers or ()) / spec.network.depth
-    relative = 1 - share * (1 - _RELATIVE.get(spec.transfer.method, 1.0))
-    cost = steps * step * relative / flops_per_second
+    cost = steps * step_seconds(spec, spec.recipe.batch_size, flops_per_second)
     if not tested:
         return cost
     validated = spec.recipe.epochs * sources.find(spec.data).validation_images(spec.data)
     seen = validated + spec.probe_images
     return cost + seen * _prediction(spec) / flops_per_second + testing_seconds(spec, flops_per_second)
+
+
+def step_seconds(spec: RunSpec, batch: int, flops_per_second: float = FLOPS_PER_SECOND) -> float:
+    """Estimate the thread-seconds of a training step of so many images."""
+    step = batch * (3 * 2 * macs(spec.network) + _of_teacher(spec)) + spec.network.depth * _BLOCK
+    share = len(spec.transfer.layers or ()) / spec.network.depth
+    relative = 1 - share * (1 - _RELATIVE.get(spec.transfer.method, 1.0))
+    return step * relative / flops_per_second
 
 
 def testing_seconds(spec: RunSpec, flops_per_second: float = FLOPS_PER_SECOND) -> float:
@@ -72,6 +77,36 @@ def _of_teacher(spec: RunSpec) -> float:
     if spec.teacher is None or not spec.transfer.layers:
         return 0.0
     return 2 * macs(spec.teacher.network) * (max(spec.transfer.sources) + 1) / spec.teacher.network.depth
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Numbers that pass from a teacher to its student for each image, by both ways of counting (Li et al. 2024)."""
+
+    as_maps: int
+    """With maps [heads, tokens, tokens]."""
+    as_qk: int
+    """With the queries and keys that make them, 2 x [tokens, width]."""
+
+
+def activations(spec: RunSpec) -> Activations:
+    """Count the activations that pass in a training step for each image; both counts agree where no map passes.
+
+    A tensor alone (q, k, v) and a block's output have [tokens, width], logits one number for each class. Counted are
+    the student's tokens: registers that it lacks do not pass. Without a transfer nothing does.
+    """
+    transfer, student = spec.transfer, spec.network
+    if spec.teacher is None or transfer.method == "none":
+        return Activations(0, 0)
+    if transfer.method == "logits":
+        return Activations(student.classes, student.classes)
+    n, teacher, layers = student.tokens, spec.teacher.network, len(transfer.layers)
+    if transfer.method == "features":
+        return Activations(layers * n * teacher.width, layers * n * teacher.width)
+    chosen = transfer.different_heads if transfer.heads is None else len(transfer.heads)
+    heads = teacher.heads if chosen is None else chosen
+    one = layers * heads * n * (teacher.width // teacher.heads)
+    return Activations(layers * heads * n * n, 2 * one) if transfer.tensor == "map" else Activations(one, one)
 
 
 def parameters(network: Network) -> float:

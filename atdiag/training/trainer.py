@@ -73,10 +73,7 @@ class RunTrainer:
         self.student.to(device).train()
         if spec.init.probe:
             linear_head.fit(self.student, spec, device)
-        if spec.transfer.method == "copy" and spec.transfer.takes_all_heads:
-            for layer in spec.transfer.layers:
-                for parameter in self.student.blocks[layer].attn.unused_parameters(spec.transfer.tensor).values():
-                    parameter.requires_grad_(False)
+        students.freeze_unused(self.student, spec.transfer)
         self.decoder: masked.Decoder | None = None
         if spec.masked is not None:
             self.decoder = masked.Decoder(spec.masked, spec.network, spec.seed.model).to(device)

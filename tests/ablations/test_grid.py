@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ablations.benchmark import benchmark
 from ablations.grid import grid, untrained
+from atdiag.core import paths
 from atdiag.core.errors import UserError
+from atdiag.core.runs import Store, file_sha256
 from atdiag.core.spec import RunSpec
 from atdiag.networks.model import students
 from atdiag.networks.weights import loading
@@ -78,6 +81,26 @@ def test_a_student_starts_from_one_network_and_copies_another():
     """One step of each kind: logits of the start's weights under the teacher's maps."""
     made = arms(grid(lab(), "deit_s", others="dinov2_s"))
     trial(list(made.values()), loading.load)
+
+
+def test_a_fine_tuned_run_is_a_row_of_its_own(tmp_path):
+    """`--others run:ID`: the paper's fine-tuned teacher, whose maps both kinds of student are given."""
+    store = Store(tmp_path / "runs")
+    paths.runs_are_in(store.root)
+    tuned = store.create(arms(benchmark(lab(), "deit_s", "finetune"))["finetune"])
+    save_file(students.build(tuned.spec.network, 7).state_dict(), tuned.weights)
+    tuned.finish({"top1": 50.0, "start": None})
+    row = f"run:{tuned.id}"
+    made = arms(grid(lab(), "deit_s", others=row))
+    source = made[BEST].teacher
+    both = [made[f"{row} maps, {start} start"] for start in ("random", "pre-trained")]
+    assert {one.teacher.sha256 for one in both} == {file_sha256(tuned.weights)} != {source.sha256}
+    assert both[1].start == source
+    given = loading.load(both[0].teacher).state_dict()
+    assert all(torch.equal(value, given[name]) for name, value in load_file(tuned.weights).items())
+    trial(both, loading.load)
+    with pytest.raises(UserError, match="0000"):
+        grid(lab(), "deit_s", others="run:0000")
 
 
 @pytest.mark.parametrize(("value", "said"), [(4.0, "holds"), (-4.0, "does not hold"), (0.5, "undecided")])

@@ -25,7 +25,7 @@ def test_candidates_differ_in_their_number_of_images_alone():
     equal = clean.arms[-1].equal
     for seed, (some, other) in enumerate(zip(equal.candidates, equal.to, strict=True)):
         assert other == clean.arms[1].specs[seed]
-        assert [spec.data.train for spec in some] == [156, 208, 250, 312, 416, 625, 1250, 2500]
+        assert [spec.data.train for spec in some] == [156, 208, 250, 312, 357, 416, 625, 1250, 2500]
         (only,) = {spec.model_copy(update={"data": spec.data.model_copy(update={"train": 1})}).id for spec in some}
         assert only
         assert {spec.data.validation for spec in (*some, other)} == {500}
@@ -49,9 +49,8 @@ def test_the_nearest_on_the_validation_part_is_taken_for_each_seed(tmp_path):
     clusters = np.arange(count, dtype=np.int32) // 2
     baseline, passed, tuned = series.studies[0].arms
     reference = series.studies[0].reference.specs
-    validated = {
-        spec.id: [40, 50, 60, 70, 90, 95, 96, 97][i] for some in tuned.equal.candidates for i, spec in enumerate(some)
-    }
+    reached = [40, 50, 60, 70, 80, 90, 95, 96, 97]
+    validated = {spec.id: reached[i] for some in tuned.equal.candidates for i, spec in enumerate(some)}
     validated |= {passed.specs[0].id: 68.0, passed.specs[1].id: 55.0, **{spec.id: 30.0 for spec in baseline.specs}}
     right = {passed.specs[0].id: (20, 8), passed.specs[1].id: (22, 10)}
     right |= {tuned.equal.candidates[0][3].id: (19, 12), tuned.equal.candidates[1][1].id: (21, 16)}

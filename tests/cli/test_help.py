@@ -21,15 +21,15 @@ def test_help_imports_nothing_heavy(arguments):
     assert not loaded & heavy
 
 
-EXPERIMENTS = ["benchmark", "sizes", "epochs", "datasets", "ood", "reinit", "layers", "match", "rescue", "losses"]
-EXPERIMENTS += ["recipes", "tensors", "heads", "averages", "ensemble", "grid", "shift", "robustness"]
+EXPERIMENTS = ["benchmark", "sizes", "epochs", "datasets", "ood", "reinit", "layers", "match", "agreement", "rescue"]
+EXPERIMENTS += ["losses", "recipes", "tensors", "heads", "averages", "ensemble", "grid", "shift", "robustness"]
 EXPERIMENTS += ["crosssize", "pace", "gain", "blockwise"]
 GROUPED = {
     "Ask": ["diagnose", *EXPERIMENTS, "reproduce"],
     "Look inside": ["hooks", "trace", "similarity", "intervene", "patch", "probe", "attention-stats", "maps"],
     "Teachers and data": ["teachers", "pretrain", "data"],
     "Runs": ["runs", "figures"],
-    "Machine": ["doctor"],
+    "Machine": ["doctor", "cost"],
 }
 RUNS = ("list", "show", "remove", "verify", "diff", "export")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ablations import claims
+from ablations import claims, cost
 from atdiag.core.runs import Store
 from atdiag.execution import local
 from atdiag.study import registry
@@ -89,6 +89,31 @@ def test_nothing_is_trained_or_measured_twice(home, monkeypatch):
     assert "all finished before: nothing to train" in again
     assert json.loads(again.splitlines()[-1]) == json.loads(printed.splitlines()[-1])
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_2024_paper_has_its_cost_measured(home, monkeypatch):
+    here, _, _ = home
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(registry, "placed", few)
+    monkeypatch.setattr(local.subprocess, "Popen", None)
+    asked = []
+
+    def measured(costs, device, threads, repeats, on_step):
+        asked.append((costs.teacher.label, costs.batch, device, threads, repeats))
+        times = {"scratch": 1.0, "finetune": 1.0, "logits": 1.4, "copy": 1.3, "distill": 2.1}
+        return replace(costs, seconds={name: [times[name]] * 9 for name in costs.specs})
+
+    monkeypatch.setattr(cost, "measured", measured)
+    plan = ran("reproduce", "--paper", "2024", "--quick", *SETS, "--dry-run")[1]
+    assert "Then cost: activations" in plan and asked == []
+    code, printed = ran("reproduce", "--paper", "2024", "--quick", *SETS, "--json")
+    assert code == 0 and asked == [("deit_s (mini)", 32, "cpu", 1, cost.REPEATS)]
+    claims_ = {claim["name"]: claim for claim in json.loads(printed.splitlines()[-1])["claims"]}
+    found = claims_["attention transfer costs what KD does"]
+    assert found["verdict"] == "does not hold" and "distill 1.50 [1.50, 1.50]" in found["ours"]
+    folder = here / "results" / "reproduce-2024-mini" / "cost"
+    assert {path.suffix for path in folder.iterdir()} == {".csv", ".md", ".json", ".png", ".pdf"}
+    assert "| copy | 16,224 | 19,968 | 1300.0 | 1.30 [1.30, 1.30] |" in (folder / "cost.md").read_text()
 
 
 def test_figures_are_drawn_from_finished_runs_only(home, monkeypatch):

@@ -13,7 +13,21 @@ from PIL import Image
 from atdiag.networks.registry import teachers
 from atdiag.reports import writers
 from atdiag.study.protocol import BASELINE, Contrast, Footing
-from figures import captions, epochs, gains, grid, grids, head_curve, layer_curve, losses, match, recipes, rescue, style
+from figures import (
+    agreement,
+    captions,
+    epochs,
+    gains,
+    grid,
+    grids,
+    head_curve,
+    layer_curve,
+    losses,
+    match,
+    recipes,
+    rescue,
+    style,
+)
 from tests import series_shapes as shapes
 from tests.drawings import check
 from tests.figures.test_blockwise import made_up as blocks
@@ -270,7 +284,30 @@ def test_a_caption_states_shared_facts_and_the_scale_once():
     assert textwrap.dedent(captions.caption(made, style.PAGE)) == captions.caption(made, style.PAGE)
 
 
+@pytest.mark.parametrize("made", shapes.AGREEMENTS.values(), ids=shapes.AGREEMENTS)
+def test_agreement(made):
+    figure = agreement.agreement(made)
+    drawn = joined(check(figure, style.PAGE))
+    numbers = [row.numbers for report in made.reports for row in report.rows]
+    cells = [v for one in numbers for name, v in one.items()]
+    assert {f"{value:.3f}" for value in cells} <= drawn
+    assert len([text for axes in figure.axes for text in axes.texts if "." in text.get_text()]) >= len(cells)
+    assert any("pre-trainedteacher" in text for text in drawn)
+    assert any("fine-tunedteacher" in text for text in drawn) == any("JSD fine-tuned" in one for one in numbers)
+
+
+def test_agreement_shades_by_divergence_and_needs_one():
+    made = shapes.AGREEMENTS["one"]
+    left = agreement.agreement(made).axes[0]
+    faces = {round(float(text.get_text()), 3): cell.get_facecolor() for text, cell in zip(left.texts, left.patches)}  # noqa: B905
+    light = [sum(faces[value][:3]) for value in sorted(faces)]
+    assert light == sorted(light, reverse=True), "the larger the divergence, the darker"
+    with pytest.raises(ValueError, match="no divergence"):
+        agreement.agreement(shapes.GAINS["usual"])
+
+
 OF = {
+    "agreement": shapes.AGREEMENTS["one"],
     "blockwise": blocks(),
     "contrasts": shapes.GAINS["one"].reports[0],
     "crosssize": made_up(),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from atdiag.core import randomness
-from atdiag.core.spec import Init, Network
+from atdiag.core.spec import Init, Network, Transfer
 from atdiag.networks.model import components
 from atdiag.networks.model.components import Component
 from atdiag.networks.model.vit import ViT
@@ -42,6 +42,14 @@ def build(network: Network, seed: int) -> ViT:
     vit = ViT(network)
     initialise(vit, seed)
     return vit
+
+
+def freeze_unused(student: ViT, transfer: Transfer) -> None:
+    """Exclude from training the parameters of attention that a copy leaves unused in all heads of a block."""
+    if transfer.method == "copy" and transfer.takes_all_heads:
+        for layer in transfer.layers:
+            for parameter in student.blocks[layer].attn.unused_parameters(transfer.tensor).values():
+                parameter.requires_grad_(False)
 
 
 def parameters(network: Network) -> int:

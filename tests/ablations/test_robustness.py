@@ -50,7 +50,9 @@ def test_the_nearest_on_the_validation_part_is_taken_for_each_seed(tmp_path):
     baseline, passed, tuned = series.studies[0].arms
     reference = series.studies[0].reference.specs
     validated = {
-        spec.id: [40, 50, 60, 70, 80, 90, 95, 96, 97][i] for some in tuned.equal.candidates for i, spec in enumerate(some)
+        spec.id: [40, 50, 60, 70, 80, 90, 95, 96, 97][i]
+        for some in tuned.equal.candidates
+        for i, spec in enumerate(some)
     }
     validated |= {passed.specs[0].id: 68.0, passed.specs[1].id: 55.0, **{spec.id: 30.0 for spec in baseline.specs}}
     right = {passed.specs[0].id: (20, 8), passed.specs[1].id: (22, 10)}

@@ -49,8 +49,11 @@ def test_the_nearest_on_the_validation_part_is_taken_for_each_seed(tmp_path):
     clusters = np.arange(count, dtype=np.int32) // 2
     baseline, passed, tuned = series.studies[0].arms
     reference = series.studies[0].reference.specs
-    reached = [40, 50, 60, 70, 80, 90, 95, 96, 97]
-    validated = {spec.id: reached[i] for some in tuned.equal.candidates for i, spec in enumerate(some)}
+    validated = {
+        spec.id: [40, 50, 60, 70, 80, 90, 95, 96, 97][i]
+        for some in tuned.equal.candidates
+        for i, spec in enumerate(some)
+    }
     validated |= {passed.specs[0].id: 68.0, passed.specs[1].id: 55.0, **{spec.id: 30.0 for spec in baseline.specs}}
     right = {passed.specs[0].id: (20, 8), passed.specs[1].id: (22, 10)}
     right |= {tuned.equal.candidates[0][3].id: (19, 12), tuned.equal.candidates[1][1].id: (21, 16)}

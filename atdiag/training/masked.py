@@ -16,13 +16,17 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from atdiag.core import randomness
 from atdiag.core.spec import Masked, Network
+from atdiag.networks.model.blocks import Block
 from atdiag.networks.model.vit import ViT
+from atdiag.transfer import ops
+from atdiag.transfer.attention import AttentionOverride
 
 
 def hidden(masked: Masked, network: Network, seed: int, step: int, samples: NDArray[np.int64]) -> Tensor:
@@ -45,7 +49,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(network.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, network.tokens, width))
-        self.blocks = nn.ModuleList(Block(width, masked.heads, qkv_bias=True) for _ in range(masked.depth))
+        self.blocks = nn.ModuleList(TimmBlock(width, masked.heads, qkv_bias=True) for _ in range(masked.depth))
         self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, network.channels * network.patch_size**2)
         self._initialise(seed)
@@ -90,10 +94,24 @@ def encode(vit: ViT, images: Tensor, hide: Tensor, keep: Tensor | None = None) -
     first, batch = vit.network.prefix_tokens, len(x)
     visible = x[:, first:][~hide].view(batch, -1, x.shape[-1])
     x = torch.cat([x[:, :first], visible], dim=1)
+    places = (~F.pad(hide, (first, 0))).nonzero()[:, 1].view(batch, -1)
     for i, block in enumerate(vit.blocks):
-        x = block(x, None, None if keep is None else keep[i])
+        x = block(x, _own_map(block, x, places), None if keep is None else keep[i])
     out: Tensor = vit.norm(x)
     return out
+
+
+def _own_map(block: Block, x: Tensor, places: Tensor) -> AttentionOverride | None:
+    """Return the map that a block has among some of the tokens, if it has a bias for each pair of places; else None.
+
+    places: [B, n], where the tokens x [B, n, C] are among all.
+    """
+    if block.attn.rel_pos_bias is None:
+        return None
+    own = block.peek(x).qk
+    assert own.bias is not None
+    bias = own.bias[:, places[:, :, None], places[:, None, :]].transpose(0, 1)  # another one for each image
+    return AttentionOverride("map", ops.Averaged((ops.logits(own._replace(bias=None)) + bias).softmax(-1)))
 
 
 def targets(network: Network, images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from atdiag.networks.weights import files, loading
 from atdiag.study.builder import Lab
 from atdiag.study.settings import resolve
 from atdiag.training import cohort, masked, pretraining
+from atdiag.transfer.attention import AttentionOverride
 
 NETWORK = Network(
     image_size=20, patch_size=4, channels=1, width=16, depth=2, heads=2, classes=10, mean=(0.18,), std=(0.33,)
@@ -79,11 +80,40 @@ def test_hidden_pixels_do_not_reach_the_prediction():
     assert not torch.equal(moved, one[0, hide[0].nonzero()[1]]), "hidden patches differ by their position"
 
 
-def test_where_nothing_is_hidden_from_it_the_encoder_is_the_network():
-    vit = students.build(NETWORK, 0).eval()
+BIASED = NETWORK.model_copy(update={"components": ("rel_pos_bias",)})
+
+
+@pytest.mark.parametrize("network", [NETWORK, BIASED], ids=["plain", "rel_pos_bias"])
+def test_where_nothing_is_hidden_from_it_the_encoder_is_the_network(network):
+    vit = students.build(network, 0).eval()
+    if network is BIASED:
+        _draw_biases(vit)
     images = torch.rand(2, 1, 20, 20, generator=torch.Generator().manual_seed(0))
     none = torch.zeros(2, 25, dtype=torch.bool)
     torch.testing.assert_close(masked.encode(vit, images, none), vit.norm(vit.blocks(vit.embed(images))))
+
+
+def _draw_biases(vit):
+    for i, block in enumerate(vit.blocks):
+        for table in block.attn.rel_pos_bias.parameters():
+            torch.nn.init.normal_(table, generator=torch.Generator().manual_seed(i))
+
+
+def test_visible_patches_keep_the_bias_of_their_places():
+    """Oracle: the whole network in which no token attends to a hidden patch."""
+    vit = students.build(BIASED, 0).double().eval()
+    _draw_biases(vit)
+    images = torch.rand(7, 1, 20, 20, generator=torch.Generator().manual_seed(0)).double()
+    hide = masked.hidden(HOW, BIASED, 0, 0, SAMPLES)
+    got = masked.encode(vit, images, hide)
+    for image in range(7):
+        never = torch.cat([torch.zeros(1, dtype=torch.bool), hide[image]])
+        x = vit.embed(images[image : image + 1])
+        for block in vit.blocks:
+            qk = block.peek(x).qk
+            bias = qk.bias.masked_fill(never, -torch.inf)
+            x = block(x, AttentionOverride("map", qk._replace(bias=bias)))
+        torch.testing.assert_close(got[image], vit.norm(x)[0, ~never])
 
 
 def test_a_run_sees_no_label_and_resumes_bit_for_bit(tmp_path, monkeypatch):
@@ -134,8 +164,8 @@ def test_a_run_sees_no_label_and_resumes_bit_for_bit(tmp_path, monkeypatch):
 def test_what_cannot_be_masked_is_refused():
     with pytest.raises(UserError, match="did you mean 'mae'"):
         pretraining.spec("deit_b", "mea")
-    with pytest.raises(UserError, match=r"rel_pos_bias.*deit_b"):
-        pretraining.spec("beitv2_b", "mae")
+    with pytest.raises(UserError, match=r"rope.*deit_b"):
+        pretraining.spec("eva02_s", "mae")
     with pytest.raises(UserError, match="specimen"):
         pretraining.spec("hub", "mae")
     with pytest.raises(ValueError, match="not mixed"):

@@ -11,9 +11,9 @@ from pydantic import Field
 
 from atdiag.core.spec.base import Positive, Spec
 
-NOT_MASKED = ("attention_pool", "rel_pos_bias", "rope")
-"""Components of networks that can't be pre-trained so: positions in the attention between all patches, or a pooling of
-the tokens that would learn nothing."""
+NOT_MASKED = ("attention_pool", "rope")
+"""Components of networks that can't be pre-trained so: angles for all patches in turn, or a pooling of the tokens that
+would learn nothing."""
 
 
 class Masked(Spec):

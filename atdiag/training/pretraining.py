@@ -36,13 +36,27 @@ MASKED_RECIPE = RECIPE.model_copy(update={"epochs": 3, "batch_size": 128, "lr": 
 """The same scenes; betas as He et al. 2022 (table 8)."""
 
 
-def spec(name: str, objective: str = "supervised") -> RunSpec:
+def spec(
+    name: str,
+    objective: str = "supervised",
+    scenes: int | None = None,
+    epochs: int | None = None,
+    seed: int | None = None,
+) -> RunSpec:
     """Return the run that pre-trains a miniature, or a specimen. All miniatures of one objective share one recipe.
 
-    objective: ``supervised`` or ``mae``. Raises UserError if the teacher has no miniature, for an
-    unknown objective, for a specimen that is derived from another teacher, and for a network that can't be a masked
-    autoencoder.
+    objective: ``supervised`` or ``mae``. scenes, epochs: another length, as for a weaker teacher; seed: another one, of
+    data and initialisation. Raises UserError if the teacher has no miniature, for an unknown objective, for a specimen
+    that is derived from another teacher, and for a network that can't be a masked autoencoder.
     """
+    usual = _usual(name, objective)
+    data = usual.data if scenes is None else usual.data.model_copy(update={"train": scenes})
+    recipe = usual.recipe if epochs is None else usual.recipe.model_copy(update={"epochs": epochs})
+    own = usual.seed if seed is None else Seed(data=seed, model=seed)
+    return usual.model_copy(update={"data": data, "recipe": recipe, "seed": own})
+
+
+def _usual(name: str, objective: str) -> RunSpec:
     known = get_args(Objective)
     if objective not in known:
         raise UserError(

@@ -20,6 +20,7 @@ from atdiag.transfer.attention import AttentionOverride
 NETWORK = Network(
     image_size=20, patch_size=4, channels=1, width=16, depth=2, heads=2, classes=10, mean=(0.18,), std=(0.33,)
 )
+BIASED = NETWORK.model_copy(update={"components": ("rel_pos_bias",)})
 HOW = Masked(width=8, depth=1, heads=2)
 SAMPLES = np.arange(7)
 
@@ -67,6 +68,27 @@ def test_the_loss_is_that_of_normalised_pixels_of_hidden_patches():
     assert float(got) == pytest.approx(np.mean(total), rel=1e-12)
 
 
+def test_pixels_may_be_normalised_as_the_network_normalises_images():
+    images = torch.rand(7, 1, 20, 20, generator=torch.Generator().manual_seed(0)).double()
+    got = masked.targets(NETWORK, images, "of network")
+    assert got.shape == (7, 25, 16)
+    wanted = (images[3, 0, 8:12, 4:8].numpy() - 0.18) / 0.33
+    np.testing.assert_allclose(got[3, 11].numpy().reshape(4, 4), wanted, rtol=1e-12)
+
+
+def test_fixed_positions_are_sines_and_cosines_of_row_and_column():
+    network = BIASED.model_copy(update={"components": ("registers",), "registers": 2})
+    decoder = masked.Decoder(Masked(width=8, depth=1, heads=2, positions="sincos"), network, 0)
+    found = decoder.pos_embed[0].numpy()
+    assert not decoder.pos_embed.requires_grad
+    assert found.shape == (28, 8) and not found[:3].any()
+    row, column = 2, 4
+    wanted = [f(place * rate) for place in (row, column) for f in (np.sin, np.cos) for rate in (1.0, 0.01)]
+    np.testing.assert_allclose(found[3 + 5 * row + column], wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        Masked(width=6, heads=2, positions="sincos")
+
+
 def test_hidden_pixels_do_not_reach_the_prediction():
     vit, decoder = students.build(NETWORK, 0), masked.Decoder(HOW, NETWORK, 0)
     images = torch.rand(7, 1, 20, 20, generator=torch.Generator().manual_seed(0))
@@ -78,9 +100,6 @@ def test_hidden_pixels_do_not_reach_the_prediction():
     place = hide[0].nonzero()[0]
     moved = decoder(masked.encode(vit, images, hide), hide)[0, place]
     assert not torch.equal(moved, one[0, hide[0].nonzero()[1]]), "hidden patches differ by their position"
-
-
-BIASED = NETWORK.model_copy(update={"components": ("rel_pos_bias",)})
 
 
 @pytest.mark.parametrize("network", [NETWORK, BIASED], ids=["plain", "rel_pos_bias"])

@@ -90,7 +90,7 @@ class Decoder(nn.Module):
 
 
 def sincos(network: Network, width: int) -> Tensor:
-    """Return fixed positions [1, N, width] of a network's tokens, as He et al. have: zero for those that are no patches.
+    """Return fixed positions [1, N, width] of a network's tokens (He et al.), zero for those that are no patches.
 
     A quarter each of sines and cosines of the row, and of the column, at wavelengths from 2 pi to 10,000 times that.
     """

@@ -193,4 +193,12 @@ def test_what_cannot_be_masked_is_refused():
         teacher = loading.shipped("deit_s")
         RunSpec(**{**spec().model_dump(), "teacher": teacher, "transfer": Transfer(method="copy", layers=(0,))})
     assert pretraining.spec("deit_b", "supervised") == pretraining.spec("deit_b")
-    assert pretraining.spec("deit_b", "mae").masked == Masked()
+    assert pretraining.spec("deit_b", "mae").masked == pretraining.MASKED
+
+
+def test_another_length_and_seed():
+    made = pretraining.spec("deit_b", scenes=500, epochs=2, seed=7)
+    usual = pretraining.spec("deit_b")
+    assert (made.data.train, made.recipe.epochs, made.seed) == (500, 2, Seed(data=7, model=7))
+    assert made.network == usual.network and made.id != usual.id
+    assert pretraining.spec("deit_b", scenes=usual.data.train, epochs=usual.recipe.epochs) == usual

@@ -134,7 +134,7 @@ def _pairs(lab: Lab, first: str, second: str) -> tuple[Pair, ...]:
             )
         if a.sha256 is not None and a.sha256 == b.sha256:
             raise UserError(f"{a.label} and {b.label} are the same weights", "name two teachers")
-        pairs.append(Pair(a.label, a, b))
+        pairs.append(Pair(a.label.removesuffix(" (own file)"), a, b))
     if double := [p.name for i, p in enumerate(pairs) if p.name in [q.name for q in pairs[:i]]]:
         raise UserError(f"two teachers of `first` are called {double[0]}", "rename a file")
     student = lab.student(pairs[0].first)

@@ -30,8 +30,8 @@ Objective = Literal["supervised", "mae"]
 """By labels, or as a masked autoencoder."""
 
 MASKED = Masked(share=0.4, heads=4, pixels="of network", positions="sincos")
-"""What a miniature learns in its budget (docs/teachers.md): with three quarters hidden, patches normalised one by one and
-learned positions in the decoder, as in He et al. but for the positions, it learns next to nothing."""
+"""What a miniature learns something from in its budget. With three quarters hidden and each patch normalised by itself,
+as He et al. do, and with learned positions in the decoder, it learns next to nothing (docs/teachers.md)."""
 
 MASKED_RECIPE = RECIPE.model_copy(update={"epochs": 2, "lr": 6e-3, "betas": (0.9, 0.95), "warmup_epochs": 0.2})
 """The same scenes; betas as He et al. 2022 (table 8)."""

@@ -120,9 +120,13 @@ def source(
 
 def _pairs(lab: Lab, first: str, second: str) -> tuple[Pair, ...]:
     """Return the pairs. Raises UserError for teachers that can't be compared."""
-    ones, others = (comma_separated(typed, name, "dino_s") for typed, name in ((first, "first"), (second, "second")))
+    for typed, name in ((first, "first"), (second, "second")):
+        comma_separated(typed, name, "dino_s,dinov2_s")  # refuses an empty one
+    ones, others = ([part.strip() for part in typed.split(",") if part.strip()] for typed in (first, second))
     if len(ones) != len(others):
-        raise UserError(f"`first` names {len(ones)} teachers, `second` {len(others)}", "give one for each")
+        raise UserError(
+            f"`first` names {len(ones)}, `second` {len(others)} of the teachers", "give both of each pair, in one order"
+        )
     pairs: list[Pair] = []
     for one, other in zip(ones, others, strict=True):
         a, b = lab.teacher(one), lab.teacher(other)

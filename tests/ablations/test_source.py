@@ -93,10 +93,12 @@ def test_weak_teachers_are_named():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"second": "weak,gated"}, "`first` names 3 teachers, `second` 2"),
+        ({"second": "weak,gated"}, "`first` names 3, `second` 2 of the teachers"),
         ({"second": "gated,weak,hub_2"}, r"deit_s \(mini\) \(no native part\) and gated .* are of two architectures"),
         ({"second": "weak,dinov2_s,hub_2"}, "are the same weights"),
         ({"first": "deit_s,deit_b", "second": "weak,deit_b"}, "the standard students of .* differ|same weights"),
+        ({"first": "deit_s,deit_s", "second": "weak,weak"}, "two teachers of `first` are called deit_s"),
+        ({"first": " , "}, "`first` is empty"),
         ({"kinds": "mae"}, "not two different names"),
         ({"methods": "finetune"}, "`methods` 'finetune'"),
         ({"budgets": "x"}, "is no budget"),

@@ -30,8 +30,7 @@ from atdiag.training import pretraining
 from atdiag.training.provenance import environment
 
 NAMES = ("deit_b", "dinov2_b", "clip_b", "beitv2_b")
-LENGTHS = ((500, 1), (1000, 1), (1000, 2), (1500, 2), (2000, 2), (2500, 2), (3000, 2), (2500, 3), (2500, 4), (3000, 4))
-LENGTHS += ((4000, 4), (5000, 4))
+LENGTHS = tuple((scenes, 2) for scenes in (125, 250, 375, 500, 625, 750, 875, 1000, 1250, 1500, 2000, 2500))
 """Scenes and epochs of supervised pre-training, the shortest first."""
 SEEDS = 5
 

@@ -40,7 +40,7 @@ MATCHED = 2.0
 
 
 @dataclass(frozen=True)
-class Pair:
+class TeacherPair:
     """Two teachers of one architecture, with their names in tables."""
 
     name: str
@@ -53,7 +53,7 @@ class Pair:
 class Design:
     """What is compared: pairs of teachers, the names of their two kinds of pre-training, and methods."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[TeacherPair, ...]
     kinds: tuple[str, str]
     methods: tuple[str, ...]
 
@@ -118,7 +118,7 @@ def source(
     return Series("source", studies, figure="source")
 
 
-def _pairs(lab: Lab, first: str, second: str) -> tuple[Pair, ...]:
+def _pairs(lab: Lab, first: str, second: str) -> tuple[TeacherPair, ...]:
     """Return the pairs. Raises UserError for teachers that can't be compared."""
     for typed, name in ((first, "first"), (second, "second")):
         comma_separated(typed, name, "dino_s,dinov2_s")  # refuses an empty one
@@ -127,7 +127,7 @@ def _pairs(lab: Lab, first: str, second: str) -> tuple[Pair, ...]:
         raise UserError(
             f"`first` names {len(ones)}, `second` {len(others)} of the teachers", "give both of each pair, in one order"
         )
-    pairs: list[Pair] = []
+    pairs: list[TeacherPair] = []
     for one, other in zip(ones, others, strict=True):
         a, b = lab.teacher(one), lab.teacher(other)
         if a.network.components != b.network.components or a.network.differences != b.network.differences:
@@ -138,7 +138,7 @@ def _pairs(lab: Lab, first: str, second: str) -> tuple[Pair, ...]:
             )
         if a.sha256 is not None and a.sha256 == b.sha256:
             raise UserError(f"{a.label} and {b.label} are the same weights", "name two teachers")
-        pairs.append(Pair(a.label.removesuffix(" (own file)"), a, b))
+        pairs.append(TeacherPair(a.label.removesuffix(" (own file)"), a, b))
     if double := [p.name for i, p in enumerate(pairs) if p.name in [q.name for q in pairs[:i]]]:
         raise UserError(f"two teachers of `first` are called {double[0]}", "rename a file")
     student = lab.student(pairs[0].first)
@@ -198,11 +198,11 @@ def odds(name: str) -> str:
 def _weights(design: Design, method: str) -> dict[str, Mapping[str, float]]:
     """Return the contrasts of one method; the baseline cancels out of each."""
 
-    def differing(pair: Pair, share: float) -> dict[str, float]:
+    def differing(pair: TeacherPair, share: float) -> dict[str, float]:
         one, other = (arm_name(pair.name, kind, method) for kind in design.kinds)
         return {one: -share, other: share}
 
-    def both(pair: Pair, share: float) -> dict[str, float]:
+    def both(pair: TeacherPair, share: float) -> dict[str, float]:
         return {arm_name(pair.name, kind, method): share / 2 for kind in design.kinds}
 
     plain, *others = design.pairs

@@ -170,7 +170,6 @@ def _study(lab: Lab, design: Design, budget: TrainingBudget, probes: Sequence[Ar
             passed = lab.transfer(method, student)
             arms.append(lab.arm(arm_name(pair, kind, method), student, teacher, transfer=passed))
     weights = {name: one for method in design.methods for name, one in _weights(design, method).items()}
-    names = [f"{p.name}: {p.first.label} and {p.second.label}" for p in design.pairs]
     return Study(
         ablation="source",
         teacher=origin,
@@ -184,7 +183,11 @@ def _study(lab: Lab, design: Design, budget: TrainingBudget, probes: Sequence[Ar
         verdict=lambda report: _said(report, design),
         figure="source",
         label=str(budget),
-        notes=(f"Teachers, {design.kinds[0]} and {design.kinds[1]}: {'; '.join(names)}.",),
+        notes=tuple(
+            f"{pair.name} is {pair.first.label} ({design.kinds[0]}) and {pair.second.label} ({design.kinds[1]})."
+            for pair in design.pairs
+            if pair.first.label != pair.second.label
+        ),
         curve={BASELINE: budget.seen},
         short_on_purpose=short,
     )

@@ -29,7 +29,7 @@ from atdiag.study.settings import resolve
 from atdiag.training import pretraining
 from atdiag.training.provenance import environment
 
-LENGTHS = {"deit_b": (64, 1), "dinov2_b": (250, 2), "clip_b": (64, 1), "beitv2_b": (250, 2)}
+LENGTHS = {"deit_b": (64, 1), "dinov2_b": (250, 2), "clip_b": (64, 1), "beitv2_b": (1000, 2)}
 """Scenes and epochs of supervised pre-training, by teacher."""
 SEEDS = 5
 

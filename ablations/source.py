@@ -183,14 +183,24 @@ def _study(lab: Lab, design: Design, budget: TrainingBudget, probes: Sequence[Ar
         verdict=lambda report: _said(report, design),
         figure="source",
         label=str(budget),
-        notes=tuple(
-            f"{pair.name} is {pair.first.label} ({design.kinds[0]}) and {pair.second.label} ({design.kinds[1]})."
-            for pair in design.pairs
-            if pair.first.label != pair.second.label
-        ),
+        notes=_notes(design),
         curve={BASELINE: budget.seen},
         short_on_purpose=short,
     )
+
+
+def _notes(design: Design) -> tuple[str, ...]:
+    first, second = design.kinds
+    notes = [
+        f"{pair.name} is {pair.first.label} ({first}) and {pair.second.label} ({second})."
+        for pair in design.pairs
+        if pair.first.label != pair.second.label
+    ]
+    if any(pair.first.sha256 is None and pair.second.sha256 is None for pair in design.pairs):
+        notes.append(
+            "Teachers of one architecture can't be told apart without their weights: the plan counts one's runs."
+        )
+    return tuple(notes)
 
 
 def odds(name: str) -> str:

@@ -1,9 +1,13 @@
 """Architecture or pre-training: what is planned, and what is said of which contrasts."""
 
+from pathlib import Path
+
 import pytest
 
 from ablations import source
 from atdiag.core.errors import UserError
+from atdiag.study.builder import Lab
+from atdiag.study.settings import resolve
 from tests.figures.test_source import FIRST, SECOND, made_up
 from tests.studies import arms, differences, lab
 
@@ -54,6 +58,13 @@ def test_one_pair_asks_for_the_pre_training_alone():
         "copy: second minus first, deit_s (mini)",
         "copy: second minus first, deit_s (mini), log-odds",
     ]
+
+
+def test_what_a_plan_without_weights_cannot_tell_is_said():
+    paper = Lab(resolve("paper", 1, (), environment={}, folder=Path("/nonexistent")))
+    (study,) = source.source(paper, "dino_b", "mae_b", budgets="20").studies
+    assert "dino_b is dino_b (first) and mae_b (second)." in study.notes
+    assert any("can't be told apart without their weights" in note for note in study.notes)
 
 
 MAIN = "copy: mae minus supervised, mean"

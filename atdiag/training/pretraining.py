@@ -30,8 +30,8 @@ Objective = Literal["supervised", "mae"]
 """By labels, or as a masked autoencoder."""
 
 MASKED = Masked(share=0.4, heads=4, pixels="of network", positions="sincos")
-"""What a miniature learns something from in its budget. With three quarters hidden and each patch normalised by itself,
-as He et al. do, and with learned positions in the decoder, it learns next to nothing (docs/teachers.md)."""
+"""What a miniature learns something from in its budget; docs/teachers.md has the settings that were tried. With He et
+al.'s share and patches normalised by themselves, and learned positions in the decoder, it learned next to nothing."""
 
 MASKED_RECIPE = RECIPE.model_copy(update={"epochs": 2, "lr": 6e-3, "betas": (0.9, 0.95), "warmup_epochs": 0.2})
 """The same scenes; betas as He et al. 2022 (table 8)."""

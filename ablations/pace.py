@@ -62,19 +62,23 @@ def pace(
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
 ) -> Series:
     """Rescue at several training budgets: is it one of speed?"""
-    lengths = _budgets(lab, budgets)
+    lengths = budgets_of(lab, budgets, MINI)
     studies = tuple(
-        _study(_under(lab, length), teacher, length, components, transfer, length < lengths[-1]) for length in lengths
+        _study(under(lab, length), teacher, length, components, transfer, length < lengths[-1]) for length in lengths
     )
     return Series("pace", studies, figure="pace", verdict=said)
 
 
-def _budgets(lab: Lab, typed: str | None) -> list[TrainingBudget]:
+def budgets_of(lab: Lab, typed: str | None, mini: str) -> list[TrainingBudget]:
+    """Return the budgets that are typed, the shortest first; by default ``mini``, or parts of another profile's epochs.
+
+    Raises UserError for what is no budget.
+    """
     profile = lab.settings.profile
     epochs = profile.recipe["none"].epochs
     if typed is None and profile.name != "mini":
         typed = ",".join(str(max(1, epochs // part)) for part in (8, 4, 2, 1))
-    asked = [_budget(text, profile.data.train) for text in comma_separated(typed or MINI, "budgets", "500x1,2500x4")]
+    asked = [_budget(text, profile.data.train) for text in comma_separated(typed or mini, "budgets", "500x1,2500x4")]
     return sorted(dict.fromkeys(asked))
 
 
@@ -86,7 +90,8 @@ def _budget(text: str, usual: int) -> TrainingBudget:
     return TrainingBudget((size or usual) * int(epochs), int(epochs), size)
 
 
-def _under(lab: Lab, budget: TrainingBudget) -> Lab:
+def under(lab: Lab, budget: TrainingBudget) -> Lab:
+    """Return the lab in which students are trained for a budget."""
     lab = lab.under("recipe.epochs", budget.epochs)
     return lab if budget.images is None else lab.under("data.train", budget.images)
 

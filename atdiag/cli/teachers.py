@@ -130,6 +130,15 @@ def pretrain(
     objective: Annotated[
         str, typer.Option(help="supervised, or mae: a masked autoencoder, which sees no label (none ships).")
     ] = "supervised",
+    scenes: Annotated[
+        int | None, typer.Option(min=64, max=1_000_000, help="Fewer scenes, or more, than its recipe has.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Fewer epochs over them, as for a weaker teacher, or more.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Another seed, of its scenes and its initialisation.")
+    ] = None,
     runs: Runs = None,
     out: Annotated[Path | None, typer.Option(help="The file to write. [default: ./<name>.safetensors]")] = None,
     install: Annotated[bool, typer.Option("--install", help="Replace the shipped one.")] = False,
@@ -148,10 +157,12 @@ def pretrain(
     from atdiag.study import settings as profiles
     from atdiag.training import pretraining
 
-    spec = pretraining.spec(name, objective)
+    spec = pretraining.spec(name, objective, scenes, epochs, seed)
     own = name if objective == "supervised" else f"{name}-{objective}"
     if install and own != name:
         raise UserError(f"the shipped {name} is supervised", "leave `install` or `objective` out")
+    if install and spec != pretraining.spec(name, objective):
+        raise UserError("the shipped miniatures share one recipe", "leave `install` out, or `scenes`, `epochs`, `seed`")
     path = loading.shipped_path(name) if install else out.expanduser() if out else Path(f"{own}.safetensors")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder", f"name a file in it, such as {path / name}.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -168,7 +168,7 @@ class Lab:
         if network.differences:
             return None
         if head.rows is None:
-            return self._probed(teacher, head)
+            return replace(self._probed("teacher", teacher, [Seed(data=0, model=0)]), head=head)
         rows = () if head.rows == tuple(range(network.classes)) else head.rows
         spec = RunSpec(
             network=network.model_copy(update={"classes": len(rows) or network.classes}),
@@ -180,22 +180,40 @@ class Lab:
         )
         return Arm("teacher", (spec,), head)
 
+    def probe(self, name: str, teacher: Teacher) -> Arm:
+        """Return an arm of the teacher itself with a linear probe, fitted on the images of each of the settings' seeds.
+
+        Raises UserError for a network whose weights no student of ours can take.
+        """
+        if differences := teacher.network.differences:
+            raise UserError(
+                f"{teacher.label} has {', '.join(differences)}, so its accuracy can't be measured by a linear probe",
+                "choose another teacher",
+            )
+        return self._probed(name, teacher, self.settings.seeds)
+
     def _seen_by(self, teacher: Teacher) -> Data:
         """Return the data at the teacher's own image size, which may be another than the student's."""
         data = self.settings.profile.data
         return data if data.image_size is None else data.model_copy(update={"image_size": teacher.network.image_size})
 
-    def _probed(self, teacher: Teacher, head: HeadRows) -> Arm:
+    def _probed(self, name: str, teacher: Teacher, seeds: Iterable[Seed]) -> Arm:
         data = self._seen_by(teacher)
-        spec = RunSpec(
-            network=teacher.network.model_copy(update={"classes": sources.find(data).classes}),
-            teacher=teacher,
-            init=Init(source="teacher", probe=True),
-            data=data,
-            recipe=Recipe(epochs=0, batch_size=1),
-            seed=Seed(data=0, model=0),
+        network = teacher.network.model_copy(update={"classes": sources.find(data).classes})
+        return Arm(
+            name,
+            tuple(
+                RunSpec(
+                    network=network,
+                    teacher=teacher,
+                    init=Init(source="teacher", probe=True),
+                    data=data,
+                    recipe=Recipe(epochs=0, batch_size=1),
+                    seed=seed,
+                )
+                for seed in seeds
+            ),
         )
-        return Arm("teacher", (spec,), head)
 
     def _check_same_classes(self, teacher: Teacher) -> None:
         """Raise UserError for a head with as many classes as the data set, but other ones, or in another order."""

@@ -80,6 +80,7 @@ from tests.commands import wrong
         ("teachers --profile papr", "'papr' ... did you mean 'paper'?"),
         ("pretrain clip_bb", "'clip_bb' ... did you mean 'clip_b'?"),
         ("pretrain mae_b", "use 'deit_b'"),
+        ("pretrain deit_b --install --scenes 100", "share one recipe: leave --install out, or --scenes"),
         ("pretrain", "Missing argument 'name' (see 'atdiag pretrain --help')"),
         ("pretrain clip_b --out {file}/x.safetensors", "{file} is not a folder"),
         ("runs show 0123", "no run in runs named '0123'"),

@@ -23,7 +23,7 @@ def test_help_imports_nothing_heavy(arguments):
 
 EXPERIMENTS = ["benchmark", "sizes", "epochs", "datasets", "ood", "reinit", "layers", "match", "agreement", "rescue"]
 EXPERIMENTS += ["losses", "recipes", "tensors", "heads", "averages", "ensemble", "grid", "shift", "robustness"]
-EXPERIMENTS += ["crosssize", "pace", "gain", "blockwise"]
+EXPERIMENTS += ["crosssize", "pace", "gain", "source", "blockwise"]
 GROUPED = {
     "Ask": ["diagnose", *EXPERIMENTS, "reproduce"],
     "Look inside": ["hooks", "trace", "similarity", "intervene", "patch", "probe", "attention-stats", "maps"],

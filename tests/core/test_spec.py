@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from atdiag.core import spec
-from atdiag.core.spec import ADDED_FIELDS, Data, Init, Network, Recipe, RunSpec, Seed, Teacher, Transfer, content_hash
+from atdiag.core.spec import (
+    ADDED_FIELDS,
+    Data,
+    Init,
+    Masked,
+    Network,
+    Recipe,
+    RunSpec,
+    Seed,
+    Teacher,
+    Transfer,
+    content_hash,
+)
 
 PLAIN = Network(image_size=20, patch_size=4, channels=1, width=32, depth=12, heads=2, classes=10, mean=(0.18,))
 SCALED = PLAIN.model_copy(update={"components": ("layer_scale",), "layer_scale_init": 0.1})
@@ -49,8 +61,9 @@ COPY = run(teacher=TEACHER, transfer=Transfer(method="copy", layers=(0, 11)))
             "428018bc9fee84a3",
             "7371367548124e04",
         ),
+        (run(masked=Masked()), "0df750b7c5263d3c", "4872d443fe0cb1aa"),
     ],
-    ids=["baseline", "copy", "distill", "init", "scaled"],
+    ids=["baseline", "copy", "distill", "init", "scaled", "masked"],
 )
 def test_ids_are_golden(made, id, stream):
     # A change here orphans every run directory and teacher file in the world: fix the code, not the numbers.
@@ -133,7 +146,7 @@ def test_an_added_field_at_its_old_value_changes_nothing():
 
 
 def test_added_fields_name_fields_and_their_defaults():
-    walked = {".".join(path) for path in leaves(DOCUMENT)}
+    walked = {".".join(path) for path in leaves(DOCUMENT)} | {f"masked.{field}" for field in Masked.model_fields}
     assert set(spec.ADDED_FIELDS) <= walked
 
 

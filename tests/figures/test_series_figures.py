@@ -34,6 +34,7 @@ from tests.figures.test_blockwise import made_up as blocks
 from tests.figures.test_crosssize import made_up
 from tests.figures.test_gain import made_up as variants
 from tests.figures.test_pace import made_up as paces
+from tests.figures.test_source import made_up as sources
 
 
 def joined(drawn) -> set[str]:
@@ -324,6 +325,7 @@ OF = {
     "pace": paces(),
     "recipes": shapes.RECIPES["usual"],
     "rescue": shapes.RESCUES["usual"],
+    "source": sources(),
 }
 
 

@@ -15,10 +15,12 @@ from atdiag.networks.weights import files, loading
 from atdiag.study.builder import Lab
 from atdiag.study.settings import resolve
 from atdiag.training import cohort, masked, pretraining
+from atdiag.transfer.attention import AttentionOverride
 
 NETWORK = Network(
     image_size=20, patch_size=4, channels=1, width=16, depth=2, heads=2, classes=10, mean=(0.18,), std=(0.33,)
 )
+BIASED = NETWORK.model_copy(update={"components": ("rel_pos_bias",)})
 HOW = Masked(width=8, depth=1, heads=2)
 SAMPLES = np.arange(7)
 
@@ -66,6 +68,27 @@ def test_the_loss_is_that_of_normalised_pixels_of_hidden_patches():
     assert float(got) == pytest.approx(np.mean(total), rel=1e-12)
 
 
+def test_pixels_may_be_normalised_as_the_network_normalises_images():
+    images = torch.rand(7, 1, 20, 20, generator=torch.Generator().manual_seed(0)).double()
+    got = masked.targets(NETWORK, images, "of network")
+    assert got.shape == (7, 25, 16)
+    wanted = (images[3, 0, 8:12, 4:8].numpy() - 0.18) / 0.33
+    np.testing.assert_allclose(got[3, 11].numpy().reshape(4, 4), wanted, rtol=1e-12)
+
+
+def test_fixed_positions_are_sines_and_cosines_of_row_and_column():
+    network = BIASED.model_copy(update={"components": ("registers",), "registers": 2})
+    decoder = masked.Decoder(Masked(width=8, depth=1, heads=2, positions="sincos"), network, 0)
+    found = decoder.pos_embed[0].numpy()
+    assert not decoder.pos_embed.requires_grad
+    assert found.shape == (28, 8) and not found[:3].any()
+    row, column = 2, 4
+    wanted = [f(place * rate) for place in (row, column) for f in (np.sin, np.cos) for rate in (1.0, 0.01)]
+    np.testing.assert_allclose(found[3 + 5 * row + column], wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        Masked(width=6, heads=2, positions="sincos")
+
+
 def test_hidden_pixels_do_not_reach_the_prediction():
     vit, decoder = students.build(NETWORK, 0), masked.Decoder(HOW, NETWORK, 0)
     images = torch.rand(7, 1, 20, 20, generator=torch.Generator().manual_seed(0))
@@ -79,11 +102,37 @@ def test_hidden_pixels_do_not_reach_the_prediction():
     assert not torch.equal(moved, one[0, hide[0].nonzero()[1]]), "hidden patches differ by their position"
 
 
-def test_where_nothing_is_hidden_from_it_the_encoder_is_the_network():
-    vit = students.build(NETWORK, 0).eval()
+@pytest.mark.parametrize("network", [NETWORK, BIASED], ids=["plain", "rel_pos_bias"])
+def test_where_nothing_is_hidden_from_it_the_encoder_is_the_network(network):
+    vit = students.build(network, 0).eval()
+    if network is BIASED:
+        _draw_biases(vit)
     images = torch.rand(2, 1, 20, 20, generator=torch.Generator().manual_seed(0))
     none = torch.zeros(2, 25, dtype=torch.bool)
     torch.testing.assert_close(masked.encode(vit, images, none), vit.norm(vit.blocks(vit.embed(images))))
+
+
+def _draw_biases(vit):
+    for i, block in enumerate(vit.blocks):
+        for table in block.attn.rel_pos_bias.parameters():
+            torch.nn.init.normal_(table, generator=torch.Generator().manual_seed(i))
+
+
+def test_visible_patches_keep_the_bias_of_their_places():
+    """Oracle: the whole network in which no token attends to a hidden patch."""
+    vit = students.build(BIASED, 0).double().eval()
+    _draw_biases(vit)
+    images = torch.rand(7, 1, 20, 20, generator=torch.Generator().manual_seed(0)).double()
+    hide = masked.hidden(HOW, BIASED, 0, 0, SAMPLES)
+    got = masked.encode(vit, images, hide)
+    for image in range(7):
+        never = torch.cat([torch.zeros(1, dtype=torch.bool), hide[image]])
+        x = vit.embed(images[image : image + 1])
+        for block in vit.blocks:
+            qk = block.peek(x).qk
+            bias = qk.bias.masked_fill(never, -torch.inf)
+            x = block(x, AttentionOverride("map", qk._replace(bias=bias)))
+        torch.testing.assert_close(got[image], vit.norm(x)[0, ~never])
 
 
 def test_a_run_sees_no_label_and_resumes_bit_for_bit(tmp_path, monkeypatch):
@@ -134,8 +183,8 @@ def test_a_run_sees_no_label_and_resumes_bit_for_bit(tmp_path, monkeypatch):
 def test_what_cannot_be_masked_is_refused():
     with pytest.raises(UserError, match="did you mean 'mae'"):
         pretraining.spec("deit_b", "mea")
-    with pytest.raises(UserError, match=r"rel_pos_bias.*deit_b"):
-        pretraining.spec("beitv2_b", "mae")
+    with pytest.raises(UserError, match=r"rope.*deit_b"):
+        pretraining.spec("eva02_s", "mae")
     with pytest.raises(UserError, match="specimen"):
         pretraining.spec("hub", "mae")
     with pytest.raises(ValueError, match="not mixed"):
@@ -144,4 +193,12 @@ def test_what_cannot_be_masked_is_refused():
         teacher = loading.shipped("deit_s")
         RunSpec(**{**spec().model_dump(), "teacher": teacher, "transfer": Transfer(method="copy", layers=(0,))})
     assert pretraining.spec("deit_b", "supervised") == pretraining.spec("deit_b")
-    assert pretraining.spec("deit_b", "mae").masked == Masked()
+    assert pretraining.spec("deit_b", "mae").masked == pretraining.MASKED
+
+
+def test_another_length_and_seed():
+    made = pretraining.spec("deit_b", scenes=500, epochs=2, seed=7)
+    usual = pretraining.spec("deit_b")
+    assert (made.data.train, made.recipe.epochs, made.seed) == (500, 2, Seed(data=7, model=7))
+    assert made.network == usual.network and made.id != usual.id
+    assert pretraining.spec("deit_b", scenes=usual.data.train, epochs=usual.recipe.epochs) == usual

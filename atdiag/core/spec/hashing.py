@@ -46,6 +46,8 @@ ADDED_FIELDS: dict[str, Any] = {
     "network.values": [],
     "teacher.network.values": [],
     "masked": None,
+    "masked.pixels": "of patch",
+    "masked.positions": "learned",
     "recipe.layer_decay": None,
     "recipe.cosine_after_warmup": False,
     "start": None,

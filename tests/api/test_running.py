@@ -99,6 +99,7 @@ QUESTIONS = {
     "datasets": ({"data": "digits,larger", "teacher": "deit_s"}, ["--data", "digits,larger", "--teacher", "deit_s"]),
     "benchmark": ({"data": "larger"}, ["--set", "data.name=larger"]),
     "match": ({"data": {"train": 300, "clutter": 5}}, ["--set", "data.train=300", "--set", "data.clutter=5"]),
+    "source": ({"first": "deit_s", "second": "weak"}, ["--first", "deit_s", "--second", "weak"]),
     "recipes": ({"settings": {"transfer.layers": "top:6"}}, ["--set", "transfer.layers=top:6"]),
 }
 

@@ -65,7 +65,8 @@ def test_arms_with_the_same_runs_are_named_and_counted_once():
 def test_no_experiment_plans_one_condition_under_two_names():
     for one in registry.installed():
         takes = signature(one.function).parameters
-        every = spread(partial(one.function, **({"teacher": "all"} if "teacher" in takes else {})), lab(seeds=1))
+        given = {"teacher": "all"} if "teacher" in takes else {"first": "deit_s,hub", "second": "weak,hub_2"}
+        every = spread(partial(one.function, **{name: given[name] for name in given if name in takes}), lab(seeds=1))
         for study in every.studies:
             conditions = {(arm.specs[0].id, *(spec.id for spec in arm.partners)) for arm in study.arms}
             assert len(conditions) == len(study.arms), (one.name, study.label)

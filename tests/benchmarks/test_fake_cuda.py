@@ -168,12 +168,8 @@ def tensors(observation):
         yield observation.logits
 
 
-OTHERS = [pytest.param(pair, True, marks=pytest.mark.slow) for pair in PAIRS if pair != "both to native"]
-
-
-@pytest.mark.parametrize(
-    ("pair", "amp"), [("both to native", True), pytest.param("both to native", False, marks=pytest.mark.slow), *OTHERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("pair", "amp"), [("both to native", False), *((pair, True) for pair in PAIRS)])
 def test_every_tensor_has_the_right_device_and_dtype(pair, amp, a_device):
     source, target = PAIRS[pair]
     wide = torch.bfloat16 if amp else torch.float32
@@ -304,10 +300,8 @@ def test_a_tensor_left_on_the_cpu_is_detected(a_device):
 GRAPHS = {name: one for name, one in TRANSFERS.items() if one.average != "examples"}
 
 
-MANY = [pytest.param(pair, marks=pytest.mark.slow) for pair in PAIRS if "both" not in pair]
-
-
-@pytest.mark.parametrize("pair", ["both to native", pytest.param("both to standard", marks=pytest.mark.slow), *MANY])
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
 def test_blocks_have_no_graph_break(pair):
     """What Dynamo traces of a block is one graph, for every transfer; ``compile_blocks`` makes a break an error."""
     source, target = PAIRS[pair]

@@ -121,7 +121,10 @@ def measured(
     Raises UserError for too few repeats, and for a batch that does not fit.
     """
     if repeats < FEWEST_REPEATS:
-        raise UserError(f"`repeats` {repeats} give no interval", f"give {FEWEST_REPEATS} or more")
+        raise UserError(
+            f"`repeats` {repeats}: too few for an interval of a median",
+            f"give {FEWEST_REPEATS} or more, or 0 to count only",
+        )
     import torch
 
     from atdiag.training import steps

@@ -54,14 +54,13 @@ def gain(
     transfer: Annotated[str, typer.Option(help="The transfer: copy or distill.")] = "copy",
 ) -> Study:
     """Take LayerScale apart: which part changes the transfer?"""
+    factors = [_gain(text) for text in comma_separated(gains, "gains", "0.1,0.3")]  # before the teacher is measured
     source = lab.teacher(teacher)
     standard = lab.student(source)
     passed = lab.transfer(transfer, standard)
     plain = f"standard + {transfer}"
     own = _of_teacher(source, lab)
-    variants = _variants(
-        lab, source, standard, own, [_gain(text) for text in comma_separated(gains, "gains", "0.1,0.3")]
-    )
+    variants = _variants(lab, source, standard, own, factors)
 
     def both(one: Variant) -> tuple[Arm, Arm]:
         alone = one.lab.arm(f"{one.name}, scratch", one.network)
@@ -157,12 +156,10 @@ def _of_teacher(source: Teacher, lab: Lab) -> tuple[float, ...] | None:
 
 
 def _notes(source: Teacher, own: tuple[float, ...] | None) -> tuple[str, str]:
-    what = f"Gains are of the attention branch; warm-up: over the first {WARMUP:.0%} of the training."
+    what = "Gains are of the attention branch; warm-up: over the first tenth of the training."
     if own is None:
-        return (
-            what,
-            f"The gains of {source.label} can't be measured here: its weights are missing, or its blocks other.",
-        )
+        why = "its weights are not here" if source.sha256 is None else "the students are of another size"
+        return what, f"The arm teacher's gains is left out, since {why}."
     shown = ", ".join(f"{value:g}" for value in own)
     return what, f"Gains of {source.label} by block, ||branch|| / ||stream|| on {IMAGES} images: {shown}."
 

@@ -85,6 +85,8 @@ def attach(
     Raises UserError, naming what does not fit: heads, blocks, class tokens, a student that drops tokens.
     """
     inner = _unwrapped(student)
+    if not isinstance(inner, nn.Module):
+        raise UserError(f"a {type(inner).__name__} is no student", "give attach(student, teacher): a network first")
     ours = isinstance(inner, ViT)  # which takes images in [0, 1]
     if (_OURS if ours else _TIMM) in inner.__dict__:
         raise UserError(

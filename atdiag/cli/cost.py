@@ -41,7 +41,7 @@ def cost(
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(help="Rounds of timed steps; 0: count only. [default: 21, or 0 if these took over 10 minutes]"),
+        typer.Option(help="Timed rounds, 6 or more; 0: count only. [default: 21, or 0 if that takes over 10 minutes]"),
     ] = None,
 ) -> Any:
     """Count what a transfer passes, and time its training step.
@@ -101,6 +101,8 @@ def taken(costs: Costs, device: str | None, threads: int | None, repeats: int | 
     if repeats is None and needed > PATIENCE:
         why = f"Not measured: on {at} it would take about {text.duration(needed)}. --repeats {REPEATS} measures, too."
         return costs, [why]
+    rounds = text.count(REPEATS if repeats is None else repeats, "round")
+    typer.echo(f"a step of {len(costs.specs)} methods on {at}, {rounds}: about {text.duration(needed)}", err=True)
     with console.counted(f"a step of each method on {at}") as report:
         return measured(costs, at, threads, REPEATS if repeats is None else repeats, report), []
 

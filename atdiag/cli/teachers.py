@@ -15,6 +15,7 @@ from atdiag.cli import completing
 from atdiag.cli.helping import App
 from atdiag.cli.options import Json, Profile, Runs
 from atdiag.core import paths
+from atdiag.core.text import count
 
 app = App()
 
@@ -171,7 +172,7 @@ def pretrain(
     paths.fit_for_runs(settings.runs, "runs")
     store = Store(settings.runs)
     kind = "specimen" if name in specimens() else "mini"
-    length = f"{spec.data.train} scenes x {spec.recipe.epochs} epochs"
+    length = f"{count(spec.data.train, 'scene')} x {count(spec.recipe.epochs, 'epoch')}"
     typer.echo(f"atdiag pretrain: {name} ({kind}), {length}, run {spec.id}")
     options = ExecutionOptions(device="cpu", threads=1)
     with console.training(1, lambda: int(not store.run(spec).finished)) as report:

@@ -185,7 +185,7 @@ class HookedViT:
             got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise UserError(f"images must be a floating-point tensor [images, channels, height, width], not {got}")
         self._runner.check_images(images)
-        return images.to(self.subject.device)
+        return images.to(self.subject.device, next(self.module.parameters()).dtype)
 
     def _stop(self, layer: int | None) -> int | None:
         if layer is None:

@@ -177,5 +177,5 @@ def test_bad_input(teacher, sets, batch, message):
 
 
 def test_too_few_rounds_are_refused():
-    with pytest.raises(UserError, match="`repeats` 5 give no interval"):
+    with pytest.raises(UserError, match="`repeats` 5: too few for an interval of a median"):
         measured(MINI, "cpu", 1, 5)

@@ -96,8 +96,8 @@ def test_blocks_are_paired_by_a_rule_or_one_by_one(rule, layers_, expected):
         ("depth=2", ["transfer.teacher_layers=topp"], "did you mean 'top'"),
         ("heads=1", ["transfer.teacher_heads=repeat"], "choose first, different or mean"),
         ("width=48,heads=3", ["transfer.teacher_heads=mean"], "does not apply.*choose repeat"),
-        ("heads=1", ["transfer.tensor=q"], "q pass only between networks of the same heads"),
-        ("width=48", ["transfer.tensor=v"], "v pass only between networks of the same width"),
+        ("heads=1", ["transfer.tensor=q"], "q can pass only between networks of the same heads"),
+        ("width=48", ["transfer.tensor=v"], "v can pass only between networks of the same width"),
     ],
 )
 def test_what_can_not_be_paired_is_refused(student, sets, message):

@@ -227,6 +227,11 @@ def test_a_student_inside_distributed_data_parallel(tmp_path):
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 
+def test_a_student_and_a_teacher_in_the_wrong_order_are_noticed():
+    with pytest.raises(UserError, match=r"a str is no student: give attach\(student, teacher\)"):
+        attach("deit_b", small())
+
+
 @pytest.mark.parametrize(
     ("student", "options", "message"),
     [
@@ -235,14 +240,14 @@ def test_a_student_inside_distributed_data_parallel(tmp_path):
         ({"num_heads": 2}, {"teacher_heads": "different"}, "on training images: give examples=, 64 of them"),
         ({}, {"teacher_heads": "first"}, "both have 3 heads, each beside its own: leave teacher_heads out"),
         ({"num_heads": 6}, {"teacher_heads": "repaet"}, "unknown rule, did you mean 'repeat'"),
-        ({"num_heads": 6}, {"tensor": "q"}, "q pass only between networks of the same heads"),
+        ({"num_heads": 6}, {"tensor": "q"}, "q can pass only between networks of the same heads"),
         (
             {"depth": 4},
             {"teacher_layers": "top"},
             "^teacher_layers top pairs no block .*, or layers=top:3",
         ),
         ({"patch_size": 16}, {"loss": "logits_mse"}, "resampled over the grid has no logits"),
-        ({"patch_size": 16}, {"tensor": "v"}, "v pass only between networks of the same grid"),
+        ({"patch_size": 16}, {"tensor": "v"}, "v can pass only between networks of the same grid"),
         ({"in_chans": 1}, {}, "the student has a class token, 1 channels"),
         (
             {"class_token": False, "global_pool": "avg"},
@@ -252,6 +257,11 @@ def test_a_student_inside_distributed_data_parallel(tmp_path):
         ({"reg_tokens": 2}, {}, "the student has 2 registers"),
         ({"patch_drop_rate": 0.5}, {}, "drops patches"),
         ({"attn_drop_rate": 0.1}, {}, "drops attention weights"),
+        ({}, {"mean": (127.5,) * 3}, "mean .* is not that of pixels in .0, 1.: give mean=.0.5,. . 3"),
+        ({}, {"std": (0.0,) * 3}, "std .* is not that of pixels"),
+        ({}, {"std": (0.5, 0.5)}, "std has 2 values, and the network 3 channels"),
+        ({}, {"mean": "imagenet"}, "mean 'imagenet' is no number for each channel"),
+        ({}, {"mean": 0.5}, "mean 0.5 is no number for each channel"),
         ({}, {"method": "kopy"}, "method 'kopy', did you mean 'copy'"),
         ({}, {"method": "copy", "weight": 1.0}, "copy has no loss"),
         ({}, {"grid": "rezise"}, "grid 'rezise', did you mean 'resize'"),
@@ -264,7 +274,11 @@ def test_a_student_inside_distributed_data_parallel(tmp_path):
         ),
         ({}, {"teacher_layers": 1}, "^`teacher_layers`=1 names 1 blocks, and 3 of the student's"),
         ({}, {"loss": "cee"}, "loss"),
-        ({"embed_dim": 96}, {"tensor": "q"}, "q pass only between networks of the same width: teacher 48, student 96"),
+        (
+            {"embed_dim": 96},
+            {"tensor": "q"},
+            "networks of the same width: teacher 48, student 96",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(student, options, message):

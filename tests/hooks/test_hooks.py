@@ -126,6 +126,12 @@ def test_images_that_are_normalised_already_are_noticed(mini, images, scale, shi
         model(some)
 
 
+def test_images_take_the_networks_type(mini, images):
+    model = mini()
+    some = images(model)
+    assert torch.equal(model(some.double()), model(some))
+
+
 # fmt: off
 @pytest.mark.parametrize(
     ("call", "message"),

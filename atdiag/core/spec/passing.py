@@ -27,7 +27,7 @@ def check_transfer(transfer: Transfer, student: Network, teacher: Network) -> No
             ours, theirs = getattr(student, field), getattr(teacher, field)
             if ours != theirs:
                 raise ValueError(
-                    f"{what} pass only between networks of the same {field}: teacher {theirs}, student {ours}"
+                    f"{what} can pass only between networks of the same {field}: teacher {theirs}, student {ours}"
                 )
     if transfer.method == "logits" and student.classes != teacher.classes:
         raise ValueError(

@@ -291,15 +291,31 @@ def ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
+def _checked(model: Any, name: str, given: Sequence[float]) -> tuple[float, ...]:
+    """Return a mean or standard deviation of pixels in [0, 1]. Raises UserError for one that can't be."""
+    channels = _channels(model)
+    hint = f"give {name}=(0.5,) * {channels}, or what it is for pixels in [0, 1]"
+    try:
+        values = tuple(float(value) for value in given)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} {given!r} is no number for each channel", hint) from None
+    if len(values) not in (1, channels):
+        raise UserError(f"{name} has {len(values)} values, and the network {channels} channels", hint)
+    if any(value < 0 or value > 1 or (name == "std" and value == 0) for value in values):
+        raise UserError(f"{name} {values} is not that of pixels in [0, 1]", hint)
+    return values
+
+
 def _channel_values(model: Any, name: str, given: Sequence[float] | None) -> tuple[float, ...]:
     if given is not None:
-        return tuple(given)
+        return _checked(model, name, given)
     if isinstance(model, ViT):
         return tuple(getattr(model.network, name))
     config = getattr(model, "pretrained_cfg", None)
     if not config or name not in config:
+        some = f"(0.5,) * {_channels(model)}"
         raise UserError(
             f"the {name} that the network's images are normalised with is not known",
-            'set it as network.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}, with what is right for it',
+            f"give mean= and std=, such as {some}, or set network.pretrained_cfg = {{'mean': {some}, 'std': {some}}}",
         )
     return tuple(config[name])

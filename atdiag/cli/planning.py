@@ -58,7 +58,7 @@ def scale(studies: tuple[Study, ...], settings: Settings) -> None:
 
     arms = [arm.specs[0] for study in studies for arm in study.arms]
     data = ", ".join(dict.fromkeys(images(spec.data) for spec in arms))
-    epochs = sorted({spec.recipe.epochs for spec in arms})
+    epochs = sorted({spec.recipe.epochs for spec in arms} - {0}) or [0]  # without probes of teachers
     length = count(epochs[0], "epoch") if len(epochs) == 1 else f"{' or '.join(map(str, epochs))} epochs"
     typer.echo(
         f"profile {settings.profile.name}: {data} x {length}, {count(len(settings.seeds), 'seed')}{which(settings)}"

@@ -31,10 +31,6 @@ _RISE = 1.0
 """Points of validation accuracy in the last quarter of a training, above which it was too short."""
 
 
-_SHORT = 10
-"""Epochs below which no longer training is proposed."""
-
-
 @dataclass(frozen=True)
 class Step:
     """A line to type, with the reason for it and the time that its unfinished runs take."""
@@ -118,10 +114,12 @@ def _typed(session: ExperimentSession, options: Mapping[str, str | None], settin
 
 def _longer(make: Callable[..., Step], why: str, session: ExperimentSession) -> Step | None:
     """Return the step to twice the epochs, at least ten; None where the experiment sets them itself."""
+    from atdiag.study import chance
+
     lengths = {recipe.epochs for recipe in session.settings.profile.recipe.values()}
     if len(lengths) > 1:
         return None
-    epochs = max(2 * max(lengths), _SHORT)
+    epochs = chance.longer(max(lengths))
     try:
         return make(f"{why}, for {epochs} epochs in place of {max(lengths)}", epochs=epochs)
     except UserError:

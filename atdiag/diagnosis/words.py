@@ -128,7 +128,7 @@ def _advice(plan: AnalysisPlan, found: Conclusion) -> list[Advice]:
                 out.append(Advice(larger, "diagnose", {"data.image_size": str(size)}))
             out.append(Advice("Take a stronger teacher, or fewer images or epochs, where a student knows less."))
         case "undertrained":
-            epochs = 2 * plan.case.arm(BASELINE).specs[0].recipe.epochs
+            epochs = chance.longer(plan.case.arm(BASELINE).specs[0].recipe.epochs)
             out.append(Advice("Train longer:", "diagnose", {"recipe.epochs": str(epochs)}))
         case "undecided":
             out.append(_settle(plan, found))

@@ -29,6 +29,8 @@ MARGIN = 10.0
 """Points above chance that the baseline needs; a third of the teacher's if that is less."""
 UNDERTRAINED = "undertrained: nothing can be said"
 """The verdict on a study whose baseline is near chance."""
+_SHORT = 10
+"""Epochs below which no longer training is proposed."""
 FEW_CLASSES = 2
 """Arms that predict at most this many classes are named, if there are more."""
 
@@ -57,14 +59,19 @@ def verdict(report: Report) -> str:
     return f"{report.study.label}: {UNDERTRAINED} ({_stands(report)}). {remedy(report)}"
 
 
+def longer(epochs: int) -> int:
+    """Return the epochs to train for in place of so few: twice as many, and at least ten."""
+    return max(2 * epochs, _SHORT)
+
+
 def remedy(report: Report) -> str:
     """Return the settings that train for longer."""
     spec = report.study.arms[0].specs[0]
     asked = "`epochs`" if "epochs" in report.study.options else "`recipe.epochs`"
-    longer = f"Train longer: {asked}={2 * spec.recipe.epochs} (here {spec.recipe.epochs})"
+    train = f"Train longer: {asked}={longer(spec.recipe.epochs)} (here {spec.recipe.epochs})"
     if spec.data.image_size is not None:
-        return f"{longer}, or on more images."
-    return f"{longer}, or on more images: `data.train`={2 * spec.data.train} (here {spec.data.train})."
+        return f"{train}, or on more images."
+    return f"{train}, or on more images: `data.train`={2 * spec.data.train} (here {spec.data.train})."
 
 
 def notes(report: Report) -> list[str]:

@@ -104,7 +104,7 @@ def test_no_verdict_is_given(copied, tmp_path):
     contrast = report.row("copy").contrast
     assert contrast.low > 25 and not contrast.clear and contrast.within is None and contrast.adjusted is None
     assert report.verdict.startswith("deit_s (mini): undertrained: nothing can be said (scratch reaches 15.0 %")
-    assert "`recipe.epochs`=8 (here 4)" in report.verdict and "`data.train`=5000 (here 2500)" in report.verdict
+    assert "`recipe.epochs`=10 (here 4)" in report.verdict and "`data.train`=5000 (here 2500)" in report.verdict
     assert found.verdict == report.verdict
     (judged,) = found.judged
     assert (judged.verdict, judged.note) == ("not testable here", "undertrained: deit_s (mini)")
@@ -159,7 +159,7 @@ def test_short_arms_are_exempt_where_the_length_is_studied(tmp_path):
     found = read(series, store)
     assert "copying its attention helps" in found.reports[0].verdict
     assert found.reports[1].verdict.startswith("deit_s (mini), 2 epochs: undertrained")
-    assert "`epochs`=4 (here 2)" in found.verdict
+    assert "`epochs`=10 (here 2)" in found.verdict
     assert any("1 epochs is near chance, but is evaluated all the same" in note for note in tables.notes(found))
 
 

@@ -40,7 +40,7 @@ def submitted(specs, store: Store, options=QUICK) -> SlurmExecutor:
     return executor
 
 
-def wait(executor: SlurmExecutor, seconds: float = 300) -> None:
+def wait(executor: SlurmExecutor, seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while executor.poll() is not None:
         assert time.monotonic() < deadline
@@ -89,7 +89,7 @@ def test_twenty_interruptions(cluster, tmp_path):
     root = there.root / "slurm"
     left = {spec.id: chance.choice(("cancel", "requeue", "kill")) for spec in specs}
     done: dict[str, str] = {}
-    deadline = time.monotonic() + 900
+    deadline = time.monotonic() + 1800
     while left:
         assert time.monotonic() < deadline, left
         for name, action in list(left.items()):
@@ -168,7 +168,8 @@ def test_a_node_that_fails_loses_nothing(cluster, tmp_path):
     host = command("scontrol", "show", "hostnames").strip() or os.uname().nodename
     command("scontrol", "update", f"nodename={host}", "state=down", "reason=test")
     until(lambda: store.run(spec).state == "interrupted")
-    command("scontrol", "update", f"nodename={host}", "state=resume")
+    # A node that has registered meanwhile is up already, and SLURM then refuses this.
+    subprocess.run(("scontrol", "update", f"nodename={host}", "state=resume"), capture_output=True)
     wait(executor)
     assert store.run(spec).finished
     assert store.run(spec).result()["origin"]["from_step"] > 0
@@ -213,7 +214,7 @@ def test_a_node_that_does_not_see_the_disk(cluster, tmp_path):
     runs = (folder / "runs.json").read_bytes()
     aside = folder.rename(tmp_path / "aside")
     folder.write_text("")  # where the node would write its log, there is no folder
-    until(lambda: not any(one.state in ("PENDING", "RUNNING", "COMPLETING") for one in slurm_commands.tasks()))
+    until(lambda: not any(one.job == executor.submitted[0].job and not one.ended for one in slurm_commands.tasks()))
     folder.unlink()
     aside.rename(folder)
     assert (folder / "runs.json").read_bytes() == runs

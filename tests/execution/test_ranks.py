@@ -161,7 +161,7 @@ def test_the_local_executor_tells_which_rank_failed(tmp_path, sign):
     with pytest.raises(error, match=text):
         while (update := executor.poll()) is not None:
             if update.progress.done and sign:  # once, when all ranks train
-                (worker,) = executor._workers
+                (worker,) = executor._workers.values()
                 os.kill(followers(worker.pid)[0], sign)
                 sign = 0
     executor.cancel()
@@ -270,7 +270,7 @@ def test_a_command_under_torchrun(tmp_path):
     other = json.loads(
         subprocess.run(alone, capture_output=True, text=True, timeout=500).stdout.strip().splitlines()[-1]
     )
-    assert record["contrasts"] == other["contrasts"]
+    assert record["studies"][0]["contrasts"] == other["studies"][0]["contrasts"]
 
 
 @pytest.mark.slow

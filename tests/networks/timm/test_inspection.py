@@ -85,7 +85,9 @@ def test_normalisation_is_taken_from_timms_configuration_or_given():
     assert conversion.describe(model("clip_b")).mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     assert conversion.describe(model("clip_b"), mean=(0.5,), std=(0.2, 0.2, 0.2)).std == (0.2,)
     bare = VisionTransformer(img_size=32, embed_dim=12, depth=1, num_heads=2)
-    with pytest.raises(UserError, match=r"mean.*is not known: give mean= and std=, .* or set network.pretrained_cfg = .*\* 3"):
+    with pytest.raises(
+        UserError, match=r"mean.*is not known: give mean= and std=, .* or set network.pretrained_cfg = .*\* 3"
+    ):
         conversion.describe(bare)
     assert conversion.describe(bare, (0.5,), (0.5,)).tokens == 5
 

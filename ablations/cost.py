@@ -135,14 +135,12 @@ def measured(
     total = repeats + len(costs.specs)
     tell = on_step or (lambda done, total: None)
     try:
+        each = {name: _step_of(spec, costs.batch) for name, spec in costs.specs.items()}
         used = {}
-        for done, (name, spec) in enumerate(costs.specs.items()):
+        for done, (name, one) in enumerate(each.items()):
             tell(done, total)
-            used[name] = steps.memory(_step_of(spec, costs.batch), at)
-        made = {}
-        for name, spec in costs.specs.items():
-            one = _step_of(spec, costs.batch)
-            made[name] = steps.Bench(one.teacher, one.network, one.batch, at).step(one.network, one.transfer)
+            used[name] = steps.memory(one, at)
+        made = {name: one.made(at) for name, one in each.items()}
         seconds = steps.in_turns(made, repeats, at, lambda done: tell(len(costs.specs) + done, total))
         machine = environment(at)
     except torch.OutOfMemoryError:

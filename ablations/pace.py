@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,18 +44,20 @@ class TrainingBudget:
         return epochs if self.images is None else f"{self.images:,} images x {epochs}"
 
 
+def budgets_option(mini: str) -> Any:
+    """Return the option for training budgets, with the default at profile mini in its help."""
+    return typer.Option(
+        "--budgets",
+        help=f"Images x epochs, or epochs alone, such as 500x1,2500x4. [default: at mini {mini}, else an eighth, "
+        "a quarter, a half and all of the profile's epochs]",
+    )
+
+
 @ablation(order=145, reproduce={}, papers=())
 def pace(
     lab: Lab,
     teacher: Annotated[str, typer.Option(help="Teachers, such as dinov2_s.")] = "dinov2_s",
-    budgets: Annotated[
-        str | None,
-        typer.Option(
-            "--budgets",
-            help=f"Images x epochs, or epochs alone, such as 500x1,2500x4. [default: at mini {MINI}, else an eighth, "
-            "a quarter, a half and all of the profile's epochs]",
-        ),
-    ] = None,
+    budgets: Annotated[str | None, budgets_option(MINI)] = None,
     components: Annotated[
         str | None, typer.Option("--components", help="Native components, such as registers. [default: all]")
     ] = None,

@@ -25,7 +25,7 @@ from typing import Annotated
 
 import typer
 
-from ablations.pace import TrainingBudget, budgets_of, under
+from ablations.pace import TrainingBudget, budgets_of, budgets_option, under
 from atdiag.core.errors import UserError
 from atdiag.core.selection import choose, comma_separated
 from atdiag.core.spec import Teacher
@@ -94,14 +94,7 @@ def source(
         str, typer.Option("--kinds", help="Names of the two kinds of pre-training, such as supervised,mae.")
     ] = "first,second",
     methods: Annotated[str, typer.Option(help="Some of copy and distill.")] = "copy,distill",
-    budgets: Annotated[
-        str | None,
-        typer.Option(
-            "--budgets",
-            help=f"Images x epochs, or epochs alone, such as 500x1,2500x4. [default: at mini {MINI}, else an eighth, "
-            "a quarter, a half and all of the profile's epochs]",
-        ),
-    ] = None,
+    budgets: Annotated[str | None, budgets_option(MINI)] = None,
 ) -> Series:
     """Architecture or pre-training: what decides the transfer?"""
     lengths = budgets_of(lab, budgets, MINI)
@@ -113,7 +106,7 @@ def source(
         raise UserError(f"`kinds` {kinds!r}: not two different names", "write them as 'supervised,mae'")
     design = Design(_pairs(lab, first, second), (named[0], named[1]), asked)
     longest = under(lab, lengths[-1])
-    probes = tuple(longest.probe(_probe(*key), teacher) for key, teacher in design.teachers.items())
+    probes = tuple(longest.probe(arm_name(*key, "probe"), teacher) for key, teacher in design.teachers.items())
     studies = tuple(_study(under(lab, one), design, one, probes, one < lengths[-1]) for one in lengths)
     return Series("source", studies, figure="source")
 
@@ -152,12 +145,8 @@ def _pairs(lab: Lab, first: str, second: str) -> tuple[TeacherPair, ...]:
     return tuple(pairs)
 
 
-def _probe(pair: str, kind: str) -> str:
-    return f"{pair}, {kind}: probe"
-
-
 def arm_name(pair: str, kind: str, method: str) -> str:
-    """Return the name of the arm of a method and a teacher."""
+    """Return the name of the arm of a method and a teacher; ``probe``: the teacher itself."""
     return f"{pair}, {kind}: {method}"
 
 
@@ -276,7 +265,7 @@ def _numbers(report: Report, name: str) -> str:
 
 def _weak(report: Report, design: Design) -> str:
     """Name the teachers whose probe is not clearly above the student from scratch."""
-    found = {key: report.row(_probe(*key)) for key in design.teachers}
+    found = {key: report.row(arm_name(*key, "probe")) for key in design.teachers}
     weak = [
         f"{' '.join(key)} ({row.top1:.1f} %)"
         for key, row in found.items()
@@ -288,7 +277,7 @@ def _weak(report: Report, design: Design) -> str:
 
 
 def _unmatched(report: Report, design: Design) -> str:
-    found = {p.name: [report.row(_probe(p.name, kind)).top1 for kind in design.kinds] for p in design.pairs}
+    found = {p.name: [report.row(arm_name(p.name, kind, "probe")).top1 for kind in design.kinds] for p in design.pairs}
     far = [
         f"{name} ({one:.1f} and {other:.1f} %)" for name, (one, other) in found.items() if abs(one - other) > MATCHED
     ]

@@ -45,6 +45,10 @@ class StepOf(Spec):
     transfer: Transfer = Transfer()
     batch: int
 
+    def made(self, device: torch.device) -> Step:
+        """Return the step as a function, on a batch of its own."""
+        return Bench(self.teacher, self.network, self.batch, device).step(self.network, self.transfer)
+
 
 class Bench:
     """A frozen teacher, random images and labels on a device: one batch for steps of every method."""
@@ -161,7 +165,7 @@ def _status(field: str) -> float:
 def memory(one: StepOf, device: torch.device) -> float | None:
     """Measure :func:`peak` of a step, on a CPU in a process of its own; None where it can't be measured."""
     if device.type == "cuda":
-        return peak(Bench(one.teacher, one.network, one.batch, device).step(one.network, one.transfer), device)
+        return peak(one.made(device), device)
     if device.type != "cpu" or not MEMORY.exists():
         return None
     line = [sys.executable, "-P", "-m", "atdiag.training.steps", str(torch.get_num_threads())]
@@ -173,7 +177,7 @@ def main() -> None:
     """Print the memory of the step on standard input, on a CPU with as many threads as the argument says."""
     torch.set_num_threads(int(sys.argv[1]))
     one, device = StepOf.model_validate_json(sys.stdin.read()), torch.device("cpu")
-    print(peak(Bench(one.teacher, one.network, one.batch, device).step(one.network, one.transfer), device))
+    print(peak(one.made(device), device))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,12 @@ RECIPES: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 _TRANSFER: dict[str, dict[str, Any]] = {
     "li2024-copy": {"transfer.pool": "mean", "transfer.layers": "bottom:21/24"},
-    "li2024-distill": {"transfer.pool": "mean", "transfer.layers": "bottom:21/24", "transfer.weight": 3.0},
+    "li2024-distill": {
+        "transfer.pool": "mean",
+        "transfer.layers": "bottom:21/24",
+        "transfer.weight": 3.0,
+        "transfer.shared_drop_path": True,
+    },
     "li2024-finetune": {"transfer.pool": "mean"},
 }
 """Settings of the transfer that belong to a recipe."""

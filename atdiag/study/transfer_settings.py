@@ -35,6 +35,7 @@ class TransferSettings(Spec):
     heads: str | int | tuple[int, ...] | None = None
     different_heads: Annotated[int, Field(ge=0)] | None = None
     temperature: float | None = None
+    shared_drop_path: bool = False
     teacher_layers: str | int | tuple[int, ...] | None = None
     """Of a student with another number of blocks: a rule of :data:`atdiag.core.spec.sizes.BlockRule`, or the teacher's
     block for each of ``layers``; None: ``uniform``."""
@@ -62,11 +63,12 @@ class TransferSettings(Spec):
         chosen = None if self.heads is None else indices(self.heads, heads, "transfer.heads")
         if method == "none":
             return Transfer()
+        branches = {"shared_drop_path": self.shared_drop_path}
         if method == "logits":
-            return Transfer(method=method, weight=self.weight, temperature=self.temperature)
+            return Transfer(method=method, weight=self.weight, temperature=self.temperature, **branches)
         if method == "features":
-            return Transfer(method=method, layers=layers, weight=self.weight, reduce=self.reduce)
-        which = {"layers": layers, "heads": chosen, "different_heads": self.different_heads}
+            return Transfer(method=method, layers=layers, weight=self.weight, reduce=self.reduce, **branches)
+        which: dict[str, Any] = {"layers": layers, "heads": chosen, "different_heads": self.different_heads, **branches}
         attention = {**which, "tensor": self.tensor, "average": self.average}
         if method == "copy":
             return Transfer(method=method, **attention)

@@ -1,4 +1,4 @@
-"""Factors of a student's residual branches at a step: stochastic depth, and a warm-up of attention."""
+"""Factors of residual branches at a step: stochastic depth, also of the teacher, and a warm-up of attention."""
 
 from __future__ import annotations
 
@@ -25,6 +25,21 @@ def branch_factors(spec: RunSpec, step: int, total: int, samples: np.ndarray) ->
         keep = torch.ones(depth, 2, len(samples), 1, 1)
     keep[:, 0] *= step / warmup
     return keep
+
+
+def teacher_drops(spec: RunSpec) -> tuple[int, float] | None:
+    """Return what decides which of its teacher's branches are dropped (seed and rate); None if it is always whole."""
+    return (spec.seed.model, spec.recipe.drop_path) if spec.transfer.shared_drop_path else None
+
+
+def teacher_factors(spec: RunSpec, step: int, samples: np.ndarray) -> Tensor | None:
+    """Return the factors of the teacher's branches at a step, as :func:`drop_path`: its student's, if it shares them.
+
+    None where the teacher is whole.
+    """
+    if not spec.transfer.shared_drop_path:
+        return None
+    return drop_path(spec.recipe.drop_path, spec.network.depth, spec.seed.model, step, samples)
 
 
 def drop_path(rate: float, depth: int, seed: int, step: int, samples: np.ndarray) -> Tensor | None:

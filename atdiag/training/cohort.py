@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from safetensors.torch import save as to_safetensors
 
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.progress import OnProgress, Progress, ignore
-from atdiag.core.runs import DamagedRunError, Run, RunBusyError, Store
+from atdiag.core.runs import Run, Store
 from atdiag.core.spec import RunSpec, Teacher
 from atdiag.data import loader, sources
 from atdiag.data.loader import Batch, Stream, WorkerDiedError, default_workers
@@ -30,13 +31,13 @@ from atdiag.data.splits import Split
 from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import compiled, determinism, evaluation, provenance
+from atdiag.training.branches import teacher_drops, teacher_factors
+from atdiag.training.claims import Status, claim
 from atdiag.training.pulse import Pulse
 from atdiag.training.ranks import ALONE, RankGroup
 from atdiag.training.teacher_facts import TeacherFacts
 from atdiag.training.trainer import RunTrainer
 from atdiag.transfer.observation import Observation, of_teacher
-
-Status = Literal["finished", "failed", "interrupted", "busy"]
 
 
 class OutOfMemoryError(RuntimeError):
@@ -71,32 +72,10 @@ def train(
     with ranks.watched(), ExitStack() as locks:
         locks.enter_context(determinism.algorithms(options.deterministic))
         locks.enter_context(determinism.float32_as_float32())
-        status = ranks.shared(_claim(specs, store, locks) if ranks.first else {})
+        status = ranks.shared(claim(specs, store, locks) if ranks.first else {})
         if todo := [(store.run(spec), spec) for spec in specs if spec.id not in status]:
             cohort = _Cohort(todo, load_teacher, options, processes, ranks)
             status |= cohort.work(on_progress, should_stop, command)
-    return status
-
-
-def _claim(specs: Sequence[RunSpec], store: Store, locks: ExitStack) -> dict[str, Status]:
-    """Create and lock the runs that are to be trained, and return the status of the others. Raises as :func:`train`."""
-    for spec in specs:
-        sources.find(spec.data).check(spec.data, spec.network)
-    if len({spec.stream for spec in specs}) > 1 or len({s.teacher.seen_as for s in specs if s.teacher}) > 1:
-        raise ValueError("the runs of a cohort share one data stream and one teacher")
-    status: dict[str, Status] = {}
-    for spec in specs:
-        try:
-            run = store.create(spec)
-            locks.enter_context(run.lock())
-        except RunBusyError:
-            status[spec.id] = "busy"
-        except DamagedRunError as fault:
-            store.run(spec).fail(0, str(fault))
-            status[spec.id] = "failed"
-        else:
-            if run.finished:
-                status[spec.id] = "finished"
     return status
 
 
@@ -241,6 +220,13 @@ class _Cohort:
 
     def _learn(self, part: Batch, active: list[RunTrainer], last: bool) -> None:
         share = len(part.labels) / self.batch_size
+        groups: dict[Hashable, list[RunTrainer]] = defaultdict(list)
+        for member in active:
+            groups[teacher_drops(member.spec)].append(member)
+        for members in groups.values():
+            self._learn_together(part, members, share, last)
+
+    def _learn_together(self, part: Batch, active: list[RunTrainer], share: float, last: bool) -> None:
         begin = time.perf_counter()
         shown = self._teacher_shows(part, active)
         shared = (time.perf_counter() - begin) / len(active)
@@ -319,9 +305,12 @@ class _Cohort:
         if not wanted:
             return Observation()
         assert self.teacher is not None
-        precision = active[0].spec.recipe.precision
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            return evaluation.show(self.teacher, batch.images, wanted)
+        one = active[0]  # as the others
+        keep = teacher_factors(one.spec, one.step, batch.samples)
+        if keep is not None:
+            keep = keep.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=one.spec.recipe.precision == "bfloat16"):
+            return evaluation.show(self.teacher, batch.images, wanted, keep)
 
     def _finish(self) -> None:
         """Evaluate, store and release the members that are done."""

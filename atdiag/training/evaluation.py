@@ -166,13 +166,18 @@ def _training_images(
 
 
 @torch.no_grad()
-def show(teacher: ViT | Foreign, images: Tensor, wanted: CaptureRequest) -> Observation:
+def show(teacher: ViT | Foreign, images: Tensor, wanted: CaptureRequest, keep: Tensor | None = None) -> Observation:
     """Return what a teacher shows of images [B, C, S, S] in [0, 1] as its student sees them.
 
-    A teacher of another image size sees them resized (:func:`atdiag.transfer.sizes.seen_at`).
+    A teacher of another image size sees them resized (:func:`atdiag.transfer.sizes.seen_at`). keep: factors of its
+    residual branches, [depth, 2, B, 1, 1] (the spec rejects them for a foreign network).
     """
-    shown: Observation = teacher.observe(sizes.seen_at(images, teacher.network.image_size), wanted)
-    return shown
+    images = sizes.seen_at(images, teacher.network.image_size)
+    if keep is None:
+        shown: Observation = teacher.observe(images, wanted)
+        return shown
+    assert isinstance(teacher, ViT)
+    return teacher.observe(images, wanted, keep=keep)
 
 
 def fit(

@@ -28,6 +28,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "transfer.average": None,
     "transfer.reduce": "sum",
     "transfer.temperature": None,
+    "transfer.shared_drop_path": False,
     **dict.fromkeys(("data.image_size", "data.per_class", "data.test_per_class", "data.fingerprint")),
     "data.test_draw": 0,
     "data.validation": None,

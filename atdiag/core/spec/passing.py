@@ -15,6 +15,8 @@ def check_transfer(transfer: Transfer, student: Network, teacher: Network) -> No
     ):
         if layers and max(layers) >= network.depth:
             raise ValueError(f"layer {max(layers)} is out of range: the {whose}network has {network.depth} blocks")
+    if transfer.shared_drop_path:
+        _check_branches(student, teacher)
     if transfer.heads is not None and transfer.heads[-1] >= student.heads:
         raise ValueError(f"head {transfer.heads[-1]} is out of range: the student has {student.heads} heads")
     if (transfer.different_heads or 0) > student.heads:
@@ -33,6 +35,20 @@ def check_transfer(transfer: Transfer, student: Network, teacher: Network) -> No
         raise ValueError(
             f"logit distillation needs a teacher with the student's classes "
             f"(teacher {teacher.classes}, student {student.classes})"
+        )
+
+
+def _check_branches(student: Network, teacher: Network) -> None:
+    """Raise ValueError if the teacher has not the student's residual branches, or they can't be dropped."""
+    if student.depth != teacher.depth:
+        raise ValueError(
+            f"shared_drop_path: the teacher has {teacher.depth} blocks, the student {student.depth}, so they have "
+            "different branches to drop: leave it out"
+        )
+    if teacher.differences:
+        raise ValueError(
+            f"shared_drop_path: no branch can be dropped in a teacher with {', '.join(teacher.differences)}: "
+            "leave it out"
         )
 
 

@@ -56,8 +56,10 @@ class RunSpec(Spec):
         equal = self.teacher is not None and self.teacher.network.heads == self.network.heads
         every = self.transfer.different_heads == self.network.heads
         idle = {"heads": whole, "different_heads": every, "teacher_heads": equal}
-        reset = {name: None for name, is_idle in idle.items() if is_idle}
-        if any(getattr(self.transfer, name) is not None for name in reset):
+        reset: dict[str, Any] = {name: None for name, is_idle in idle.items() if is_idle}
+        if self.recipe.drop_path == 0:
+            reset["shared_drop_path"] = False
+        if any(getattr(self.transfer, name) != value for name, value in reset.items()):
             changed["transfer"] = self.transfer.model_copy(update=reset)
         return changed
 

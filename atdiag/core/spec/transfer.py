@@ -82,6 +82,9 @@ class Transfer(Spec):
     """Factor of the transfer loss; None for copy."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Temperature that divides both networks' logits (``logits``)."""
+    shared_drop_path: bool = False
+    """Whether the teacher drops the residual branches that drop path drops in its student, in training (Li et al.'s
+    code does). False: the teacher is whole."""
 
     def canonical(self) -> dict[str, Any]:
         """Fill in what a method implies, sort the pairs of blocks, and reduce an empty transfer to "none"."""

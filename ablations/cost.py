@@ -9,6 +9,7 @@ This is no experiment with arms and seeds: what varies is the machine, so interv
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -47,13 +48,17 @@ class Costs:
     """What each method transfers, and what a step of it costs on one machine."""
 
     specs: Mapping[str, RunSpec]
-    """By method, the baseline first."""
-    batch: int
+    """By method, the baseline first; their batch is that of a step."""
     seconds: Mapping[str, list[float]] = field(default_factory=dict)
     """Of a step by method and round; empty: not measured."""
     memory: Mapping[str, float] = field(default_factory=dict)
     """MiB that a step needs above the resident networks; empty: not measured."""
     machine: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """The images of a step."""
+        return self.specs[BASELINE].recipe.batch_size
 
     @property
     def teacher(self) -> Teacher:
@@ -100,7 +105,23 @@ def planned(lab: Lab, teacher: str | None = None, batch: int | None = None) -> C
     size = BATCHES.get(profile.name, kd.recipe.batch_size) if batch is None else batch
     if size < 1:
         raise UserError(f"`batch` {size} is no number of images", "give one or more")
-    return Costs({name: kd if name == KD else specs[name] for name in (BASELINE, *METHODS)}, size)
+    return Costs({name: _at(kd if name == KD else specs[name], size) for name in (BASELINE, *METHODS)})
+
+
+def _at(spec: RunSpec, batch: int) -> RunSpec:
+    return spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"batch_size": batch})})
+
+
+def step(spec: RunSpec) -> str:
+    """Return what one step trains: everything on which its cost depends but the machine (a ``StepOf``, as JSON)."""
+    shown = spec.teacher if spec.transfer.method != "none" else None
+    parts = {
+        "network": spec.network.model_dump(mode="json"),
+        "teacher": None if shown is None else shown.network.model_dump(mode="json"),
+        "transfer": spec.transfer.model_dump(mode="json"),
+        "batch": spec.recipe.batch_size,
+    }
+    return json.dumps(parts)
 
 
 def seconds_needed(costs: Costs, repeats: int, flops_per_second: float) -> float:
@@ -135,7 +156,7 @@ def measured(
     total = repeats + len(costs.specs)
     tell = on_step or (lambda done, total: None)
     try:
-        each = {name: _step_of(spec, costs.batch) for name, spec in costs.specs.items()}
+        each = {name: steps.StepOf.model_validate_json(step(spec)) for name, spec in costs.specs.items()}
         used = {}
         for done, (name, one) in enumerate(each.items()):
             tell(done, total)
@@ -148,19 +169,7 @@ def measured(
     finally:
         torch.set_num_threads(before)
     memory = {name: value for name, value in used.items() if value is not None}
-    return Costs(costs.specs, costs.batch, seconds, memory, machine)
-
-
-def _step_of(spec: RunSpec, batch: int) -> Any:
-    from atdiag.training.steps import StepOf
-
-    shown = spec.teacher if spec.transfer.method != "none" else None
-    return StepOf(
-        network=spec.network,
-        teacher=None if shown is None else shown.network,
-        transfer=spec.transfer,
-        batch=batch,
-    )
+    return Costs(costs.specs, seconds, memory, machine)
 
 
 def findings(costs: Costs) -> list[Judged]:

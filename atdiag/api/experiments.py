@@ -5,7 +5,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -233,13 +233,21 @@ def _is_file(reference: str) -> bool:
 
 
 def check_overrides(
-    plan: Callable[[Lab], list[RunSpec]], specs: list[RunSpec], settings: Settings, sets: list[str]
+    plan: Callable[[Lab], list[RunSpec]],
+    specs: list[RunSpec],
+    settings: Settings,
+    sets: list[str],
+    asked: Callable[[RunSpec], Hashable] = lambda spec: spec.id,
+    unchanged: str = "none of this experiment's runs",
 ) -> None:
-    """Raise UserError for a setting given with --set that changes none of the planned runs (``specs``)."""
+    """Raise UserError for a setting given with --set that changes none of the planned runs (``specs``).
+
+    asked: what the command asks of a run; the runs themselves unless given. unchanged: how the message calls it.
+    """
     from atdiag.study import settings as profiles
     from atdiag.study.builder import Lab
 
-    ids = {spec.id for spec in specs}
+    known = {asked(spec) for spec in specs}
     for name in (item.partition("=")[0].strip() for item in sets):
         plain = profiles.without(settings, name)
         if plain is None or plain == settings.profile or _is_so(name, specs, settings):
@@ -249,8 +257,8 @@ def check_overrides(
             without = plan(Lab(replace(settings, profile=plain, overrides=others)))
         except UserError:
             continue
-        if ids == {spec.id for spec in without}:
-            raise UserError(f"{name} has no effect here: it changes none of this experiment's runs", "leave it out")
+        if known == {asked(spec) for spec in without}:
+            raise UserError(f"{name} has no effect here: it changes {unchanged}", "leave it out")
 
 
 def check_classes(several: Sequence[Series], settings: Settings) -> None:

@@ -19,10 +19,11 @@ from atdiag.study.builder import Lab  # light: every ablation imports it
 
 if TYPE_CHECKING:
     from ablations.cost import Costs
+    from atdiag.core.spec import RunSpec
     from atdiag.reports.writers import Written
     from atdiag.study.claims import Judged
 
-_OPTIONS = ("profile", "set_", "json_", "out", "device")
+_OPTIONS = ("profile", "data", "set_", "json_", "out", "device")
 _HEAD = ("step", "as maps", "as q, k", "ms", "time / scratch [95 %]", "MiB", "memory / scratch")
 
 
@@ -57,19 +58,26 @@ def cost(
 def _cost(
     make: partial[tuple[Costs, int | None]],
     profile: str | None,
+    data: str | None,
     set_: list[str],
     json_: bool,
     out: Path | None,
     device: str | None,
 ) -> None:
-    from ablations.cost import findings
+    from ablations.cost import findings, step
+    from atdiag.api.experiments import check_overrides
     from atdiag.core import paths
     from atdiag.reports import tables
     from atdiag.reports.document import plain
     from atdiag.study import settings as profiles
 
-    settings = profiles.resolve(profile, sets=set_, training=False)
+    settings = profiles.resolve(profile, sets=set_, data=data, training=False)
     costs, repeats = make(Lab(settings))
+
+    def again(lab: Lab) -> list[RunSpec]:
+        return list(make(lab)[0].specs.values())
+
+    check_overrides(again, list(costs.specs.values()), settings, set_, step, "no step")
     folder = out.expanduser() if out else Path("results") / f"cost-{plain(costs.teacher.name)}-{settings.profile.name}"
     paths.writable(folder, "out")
     costs, told = taken(costs, device or settings.profile.device, settings.profile.threads, repeats)

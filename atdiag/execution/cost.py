@@ -145,8 +145,10 @@ def measured_speed(store: Store, device: str, newest: int = 30, default: float |
 
     Of a run over several ranks, that of one of them. default: None for :func:`usual`.
     """
-    found = []
-    for run in store.list()[-newest:]:
+    found: list[float] = []
+    for run in reversed(store.list()):
+        if len(found) == newest:
+            break
         # A damaged run, or one of a version that recorded less, is reported where it is used.
         with contextlib.suppress(DamagedRunError, FileNotFoundError, KeyError, TypeError):
             spec, result = run.spec, run.result()

@@ -39,24 +39,38 @@ def bar(*columns: ProgressColumn) -> Bar | NotebookBar:
 
 @contextlib.contextmanager
 def counted(description: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar inside the context; yields the callback (done, total)."""
-    with bar() as shown:
-        task = shown.add_task(description, total=total)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+    """Show a progress bar inside the context, elsewhere than on a terminal a line a minute.
+
+    Yields the callback (done, total).
+    """
+    with staged() as report:
+        report(Progress(0, total or 0, doing=description))
+        yield lambda done, total: report(Progress(done, total, doing=description))
 
 
 @contextlib.contextmanager
 def staged() -> Iterator[OnProgress]:
-    """Show a named progress bar for each stage in turn."""
+    """Show a named progress bar for each stage in turn, elsewhere than on a terminal a line a minute."""
+    said_at = time.monotonic()
     with bar() as shown:
         tasks: dict[str, int] = {}
 
         def report(now: Progress) -> None:
+            nonlocal said_at
             if now.doing not in tasks:
                 tasks[now.doing] = shown.add_task(now.doing, total=None)
             shown.update(tasks[now.doing], completed=now.done, total=now.total or None)  # type: ignore[arg-type]
+            if not _is_watched(shown) and time.monotonic() - said_at >= _MINUTE:
+                said_at = time.monotonic()
+                of = f" of {now.total:,}" if now.total else ""
+                shown.console.print(f"{now.doing}: {now.done:,}{of}", highlight=False, markup=False)
 
         yield report
+
+
+def _is_watched(shown: Bar | NotebookBar) -> bool:
+    """Return whether a bar is seen, on a terminal or in a notebook."""
+    return shown.console.is_terminal or shown.console.is_jupyter
 
 
 @contextlib.contextmanager
@@ -88,7 +102,7 @@ def training(runs: int, unfinished: Callable[[], int]) -> Iterator[OnProgress]:
             rate = f"{now.images / elapsed:.0f} images/s" if now.images and elapsed else ""
             text = f"{runs - unfinished()}/{runs} runs" if now.total else now.doing
             shown.update(task, completed=now.done, total=now.total or None, rate=rate, description=text)
-            if shown.console.is_terminal or shown.console.is_jupyter:
+            if _is_watched(shown):
                 return
             if text != said or looked - said_at >= _MINUTE:
                 more = f", {_far(now, looked - begun)}" if text == said else ""

@@ -37,6 +37,18 @@ def test_bars_print_nothing_without_a_terminal(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_long_work_says_how_far_it_is_once_a_minute(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.counted("reading", 2000) as count, console.staged() as stage:
+        for now[0] in (30.0, 61.0, 80.0, 120.0, 122.0):
+            count(int(10 * now[0]), 2000)
+            stage(Progress(int(now[0]), 0, doing="maps"))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == ["reading: 610 of 2,000", "maps: 61", "reading: 1,220 of 2,000", "maps: 122"]
+
+
 def test_paths_are_printed_literally(capsys):
     console.show_files([Path("[bold]a"), Path("b c")])
     assert capsys.readouterr().out == "  [bold]a\n  b c\n"

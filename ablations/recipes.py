@@ -15,7 +15,7 @@ import typer
 from ablations import claims, gains
 from atdiag.core.selection import choose
 from atdiag.core.spec import Teacher
-from atdiag.networks.registry import teachers
+from atdiag.networks.registry import stored, teachers
 from atdiag.study.builder import Lab
 from atdiag.study.claims import Judged, Verdict
 from atdiag.study.protocol import METHODS, Report, Series
@@ -103,7 +103,10 @@ def units(reports: Sequence[Report]) -> tuple[Unit, ...]:
 
 
 def facts(families: Sequence[Unit]) -> list[Fact]:
-    """Return every binary fact by family; a fact is missing where sizes differ in it or the recipe is unknown."""
+    """Return every binary fact by family; a fact is missing where sizes differ in it or the recipe is unknown.
+
+    Facts of a recipe that all families share are left out: they can explain no split.
+    """
     from atdiag.stats.association import Fact
 
     every = [teacher for family in families for teacher in family.teachers]
@@ -116,14 +119,19 @@ def facts(families: Sequence[Unit]) -> list[Fact]:
             said = {_value(kind, name, one) for one in family.teachers}
             if len(said) == 1 and (value := said.pop()) is not None:
                 has[family.name] = value
-        found.append(Fact(name, kind, has))
+        if kind == "architecture" or len(set(has.values())) > 1:
+            found.append(Fact(name, kind, has))
     return found
 
 
 def recipe(teacher: Teacher) -> dict[str, bool]:
-    """Return facts of a published teacher's pre-training; none for a miniature or a user's own teacher."""
+    """Return facts of a teacher's pre-training: from the registry, or as atdiag trained it; none where unknown."""
     name = teacher.name.partition("@")[0]
-    if teachers.is_miniature(teacher) or not teachers.is_published(name):
+    here = "supervised" if teachers.is_miniature(teacher) else stored.objective(teacher)
+    if here is not None:
+        known = {f"objective: {word}": word == here for word in ("supervised", "masked")}
+        return {"labels": here == "supervised", "masking": here == "masked", **known}
+    if not teachers.is_published(name):
         return {}
     row = teachers.row(name)
     out = {
@@ -226,9 +234,10 @@ def _no_split(families: Sequence[Unit], found: Sequence[TestedFact]) -> str:
     if found and not any(one.fails[0] + one.fails[1] and one.gains[0] + one.gains[1] for one in found):
         reasons = reasons or ["the facts are not known of families on both sides"]
     if not found:
-        miniature = all(teachers.is_miniature(one) for family in families for one in family.teachers)
-        shared = "all miniatures share one recipe" if miniature else "no recipe here is in the registry"
-        reasons = [shared, *reasons]
+        every = [one for family in families for one in family.teachers]
+        shared = "these teachers share their recipe" if any(map(recipe, every)) else "no recipe here is known"
+        miniature = all(map(teachers.is_miniature, every))
+        reasons = ["all miniatures share one recipe" if miniature else shared, *reasons]
     return "; ".join(reasons)
 
 

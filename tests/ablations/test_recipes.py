@@ -9,11 +9,16 @@ from ablations import recipes as ablation
 from ablations.recipes import Unit, architecture, facts, findings, recipe, recipes, units, verdict
 from atdiag.cli import experiments
 from atdiag.core.errors import UserError
+from atdiag.core.runs import Store
+from atdiag.core.spec import Transfer
+from atdiag.networks.model import students
 from atdiag.networks.registry import teachers
+from atdiag.networks.weights.loading import save
 from atdiag.stats.contrasts import Estimate
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, ArmResult, Report
 from atdiag.study.settings import resolve
+from tests.training.conftest import Bench
 
 FAILING = ("dinov2", "dinov2_reg", "clip", "beitv2")
 """The families of which the 2026 paper says so."""
@@ -105,9 +110,12 @@ def test_every_pre_training_data_set_has_a_size_and_every_term_is_used():
     assert all(any(word in row.objective for word in ablation.OBJECTIVES) for row in rows)
 
 
-def test_a_miniature_has_an_architecture_but_no_recipe_of_its_own():
+SUPERVISED = {"labels": True, "masking": False, "objective: supervised": True, "objective: masked": False}
+
+
+def test_a_miniature_has_an_architecture_and_the_recipe_of_all_miniatures():
     mini, paper = lab().teacher("clip_b"), lab("paper").teacher("clip_b")
-    assert recipe(mini) == {}
+    assert recipe(mini) == SUPERVISED and SUPERVISED.keys() < recipe(paper).keys()
     assert {"pre_norm", "quick_gelu"} <= architecture(mini).keys()
     assert "ln_eps" in architecture(paper) and "ln_eps" not in architecture(mini)
 
@@ -135,6 +143,38 @@ def test_facts_that_differ_between_sizes_do_not_describe_the_family():
     assert found["layer_scale"] == {
         name: name in (*FAILING, *OURS) and name not in without for name in found["layer_scale"]
     }
+
+
+def masked(tmp_path, name):
+    """A masked autoencoder of a miniature's architecture, as ``atdiag pretrain`` writes it."""
+    path = tmp_path / f"{name}-mae.safetensors"
+    vit = students.build(teachers.miniature_network(name).model_copy(update={"classes": 1}), 0)
+    save(vit, path, {"recipe": {}, "masked": {}})
+    return lab().teacher(str(path))
+
+
+def test_teachers_that_saw_no_label_give_the_recipe_something_to_explain(tmp_path):
+    own = masked(tmp_path, "dinov2_s")
+    assert recipe(own) == {name: not value for name, value in SUPERVISED.items()}
+    reported = units(reports("mini", {}))
+    others = [Unit(f"mae {i}", (own,), ("fails",)) for i in range(4)]
+    found = {one.fact.name: one for one in ablation.tested([*reported, *others])}
+    assert {one.fact.kind for one in found.values()} == {"recipe", "architecture"}
+    assert found["masking"].separates and found["masking"].clear
+    assert sorted(other.name for other in found["masking"].same) == sorted(SUPERVISED.keys() - {"masking"})
+    assert not found["layer_scale"].separates
+    (tmp_path / "dinov2_s-mae.safetensors").unlink()
+    assert recipe(own) == {}
+
+
+def test_a_run_without_a_transfer_has_a_recipe_and_one_with_it_has_none(tmp_path):
+    def own(**parts):
+        run = Store(tmp_path).create(Bench.spec(**parts))
+        run.weights.write_bytes(b"")
+        return lab().teacher("deit_b").model_copy(update={"name": f"run:{run.id}@{run.weights}", "profile": "own"})
+
+    assert recipe(own()) == SUPERVISED
+    assert recipe(own(transfer=Transfer(method="distill", layers=(0,)))) == {}
 
 
 # --- outcomes ------------------------------------------------------------------------------------------------------

@@ -92,6 +92,32 @@ def teacher(reference: str, image_size: int | None, real: bool) -> Teacher:
     return found
 
 
+def objective(found: Teacher) -> str | None:
+    """Return how a network of :func:`atdiag.pretrain`, or of a run without a transfer, was trained.
+
+    ``supervised`` or ``masked``; None where it is not known, as of a file that is not here.
+    """
+    if not found.name.startswith(OURS):
+        return None
+    path = sources.split_reference(found.name)[1]
+    if path is None or not path.is_file():
+        return None
+    if (run := run_of(path)) is not None:
+        try:
+            spec = run.spec
+        except DamagedRunError:
+            return None
+        plain = spec.transfer.method == "none" and spec.init.source == "scratch" and spec.planted is None
+        return ("masked" if spec.masked else "supervised") if plain else None
+    try:
+        header = sources.metadata(path)
+    except ValueError:
+        return None
+    if "recipe" not in header or "planted" in header:
+        return None
+    return "masked" if "masked" in header else "supervised"
+
+
 # --- runs ----------------------------------------------------------------------------------------------------------
 
 

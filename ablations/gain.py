@@ -27,7 +27,7 @@ from atdiag.core.spec import Network, Teacher
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, Arm, Contrast, Report, Study
 from atdiag.study.registry import ablation
-from atdiag.study.verdicts import agree, effect, no_verdict, verb_phrase
+from atdiag.study.verdicts import agree, effect, no_verdict, odds, verb_phrase
 
 WARMUP = 0.1
 """Share of the training over which the branch grows."""
@@ -68,7 +68,8 @@ def gain(
 
     def contrasts(one: Variant) -> tuple[Contrast, ...]:
         weights = {f"{one.name} + {transfer}": 1, f"{one.name}, scratch": -1, plain: -1, BASELINE: 1}
-        return (Contrast(changed(one.name), weights), Contrast(f"{changed(one.name)}, log-odds", weights, "log-odds"))
+        name = changed(one.name)
+        return Contrast(name, weights), Contrast(odds(name), weights, "log-odds")
 
     def verdict(report: Report) -> str:
         whole = verb_phrase(report.row(plain).contrast_or_raise(), "helps", "hurts")
@@ -165,8 +166,8 @@ def _notes(source: Teacher, own: tuple[float, ...] | None) -> tuple[str, str]:
 
 
 def _said(report: Report, name: str) -> str:
-    points, odds = report.contrasts[changed(name)], report.contrasts[f"{changed(name)}, log-odds"]
-    numbers = f"{name} {effect(points)}, {effect(odds)}"
+    points, other = report.contrasts[changed(name)], report.contrasts[odds(changed(name))]
+    numbers = f"{name} {effect(points)}, {effect(other)}"
     if why := no_verdict(points):
         return f"{numbers} (undecided {why})"
-    return numbers if agree(points, odds) else f"{numbers} (not clear on both scales)"
+    return numbers if agree(points, other) else f"{numbers} (not clear on both scales)"

@@ -32,7 +32,7 @@ from atdiag.core.spec import Teacher
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, METHODS, Arm, Contrast, Report, Series, Study
 from atdiag.study.registry import ablation
-from atdiag.study.verdicts import agree, effect, no_verdict, outcome
+from atdiag.study.verdicts import agree, effect, no_verdict, odds, outcome
 
 MINI = "1000x4,2500x4"
 MATCHED = 2.0
@@ -190,11 +190,6 @@ def _notes(design: Design) -> tuple[str, ...]:
             "Teachers of one architecture can't be told apart without their weights: the plan counts one's runs."
         )
     return tuple(notes)
-
-
-def odds(name: str) -> str:
-    """Return the name of a contrast in log-odds."""
-    return f"{name}, log-odds"
 
 
 def _weights(design: Design, method: str) -> dict[str, Mapping[str, float]]:

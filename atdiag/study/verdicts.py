@@ -22,6 +22,11 @@ def outcome(estimate: Estimate) -> Outcome:
     return "undecided" if not estimate.clear else "gains" if estimate.value > 0 else "fails"
 
 
+def odds(name: str) -> str:
+    """Return the name of a contrast's counterpart in log-odds."""
+    return f"{name}, log-odds"
+
+
 def agree(one: Estimate, other: Estimate) -> bool:
     """Return whether two estimates, as of one contrast on two scales, are both clear and of one sign."""
     return one.clear and other.clear and one.value * other.value > 0

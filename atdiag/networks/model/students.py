@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -52,12 +53,14 @@ def freeze_unused(student: ViT, transfer: Transfer) -> None:
                 parameter.requires_grad_(False)
 
 
+@cache
 def parameters(network: Network) -> int:
     """Return the number of a network's parameters, without allocating them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in ViT(network).parameters())
 
 
+@cache
 def flops(network: Network) -> int:
     """Return the floating-point operations of one forward pass for one image, without allocating anything.
 

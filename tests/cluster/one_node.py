@@ -43,11 +43,14 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 MaxArraySize={array}
 OverTimeLimit=0
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=1000 State=UNKNOWN
-PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
-PartitionName=short Nodes={host} MaxTime=5 State=UP
+PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=short Nodes={host} MaxTime=5 State=UP PriorityTier=1
+PartitionName=urgent Nodes={host} MaxTime=5 State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -103,7 +106,7 @@ def stop(folder: Path) -> None:
     folder = folder.resolve()
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        subprocess.run(["scancel", "--partition=debug,short"], env=environment, timeout=10, capture_output=True)
+        subprocess.run(["scancel", "--partition=debug,short,urgent"], env=environment, timeout=10, capture_output=True)
         for _ in range(40):
             seen = subprocess.run(["squeue", "-h"], env=environment, timeout=10, capture_output=True, text=True)
             if seen.returncode or not seen.stdout.strip():

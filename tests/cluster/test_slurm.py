@@ -161,6 +161,22 @@ def test_near_its_time_limit_a_task_writes_a_checkpoint_and_goes_back_to_the_que
     assert digests([spec], store) == digests([spec], Store(tmp_path / "here"))
 
 
+def test_a_job_that_preempts_it_puts_a_task_back_into_the_queue(cluster, tmp_path):
+    """A partition of higher priority takes the node: SLURM ends the task and starts it again after that job."""
+    (spec,), store = scratch(epochs=60), Store(tmp_path / "runs")
+    executor = submitted([spec], store)
+    until(lambda: store.run(spec).checkpoint.exists())
+    command("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
+    until(lambda: store.run(spec).state == "interrupted")
+    wait(executor)
+    log = (executor.submitted[0].folder / "task-0.log").read_text()
+    assert "start 1" in log
+    result = store.run(spec).result()
+    assert 0 < result["origin"]["from_step"] < result["steps"] == 120
+    execute([spec], Store(tmp_path / "here"), ONE, executor=InProcessExecutor())
+    assert digests([spec], store) == digests([spec], Store(tmp_path / "here"))
+
+
 def test_a_node_that_fails_loses_nothing(cluster, tmp_path):
     (spec,), store = scratch(epochs=100), Store(tmp_path / "runs")
     executor = submitted([spec], store)

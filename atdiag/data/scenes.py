@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib import util
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,11 +67,21 @@ class Scenes:
 
 @cache
 def _sources() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return scikit-learn's digits as uint8 [1797, 8, 8] in 0..255, and their labels."""
-    from sklearn.datasets import load_digits
+    """Return scikit-learn's digits as uint8 [1797, 8, 8] in 0..255, and their labels.
 
-    digits = load_digits()
-    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
+    Read from its file of them, since importing scikit-learn takes seconds in every training process.
+    """
+    package = util.find_spec("sklearn")
+    file = Path((package and package.origin) or "").parent / "datasets" / "data" / "digits.csv.gz"
+    if file.exists():
+        rows = np.loadtxt(file, delimiter=",", dtype=np.int64)  # 64 pixels in 0..16 and the label
+        pixels, labels = rows[:, :-1].reshape(-1, DIGIT, DIGIT), rows[:, -1]
+    else:  # an installation in an archive, or a scikit-learn that keeps it elsewhere
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels, labels = digits.images, digits.target.astype(np.int64)
+    return np.round(pixels * (255 / 16)).astype(np.uint8), labels
 
 
 @cache

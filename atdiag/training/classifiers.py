@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedShuffleSplit
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from atdiag.core import randomness
@@ -61,6 +59,8 @@ def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
     By scikit-learn's ``StandardScaler``: constant features are only centred, including those whose spread is mere
     rounding error.
     """
+    from sklearn.preprocessing import StandardScaler  # it imports SciPy and pandas, which most training never needs
+
     scaler = StandardScaler().fit(_array(train))
     rounding = 10 * torch.finfo(train.dtype).eps * np.abs(scaler.mean_).clip(1e-30)
     scaler.scale_[np.sqrt(scaler.var_) <= rounding] = 1.0
@@ -143,6 +143,8 @@ def hold_out(
     A cluster has the class of its first image. At least as many clusters as there are classes are held out. None if a
     class has only one cluster, which can't be both fitted and held out.
     """
+    from sklearn.model_selection import StratifiedShuffleSplit
+
     _, first, index = np.unique(clusters, return_index=True, return_inverse=True)
     of_cluster = labels[first]
     classes, sizes = np.unique(of_cluster, return_counts=True)

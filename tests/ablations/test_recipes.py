@@ -1,6 +1,6 @@
 """The recipes ablation: what failing families have in common, and what so few families can show."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -39,16 +39,15 @@ def estimate(value, seeds=3) -> Estimate:
     )  # fmt: skip
 
 
-SERIES = {
-    profile: experiments.spread(partial(recipes, teacher="all", transfer="copy"), lab(profile))
-    for profile in ("mini", "paper")
-}
+@cache
+def series(profile):
+    return experiments.spread(partial(recipes, teacher="all", transfer="copy"), lab(profile))
 
 
 def reports(profile, effects, seeds=3) -> list[Report]:
     """Make reports on all teachers of a profile: ``effects`` by teacher or family, +3 for the others."""
     out = []
-    for study in SERIES[profile].studies:
+    for study in series(profile).studies:
         name = study.teacher.name
         value = float(effects.get(name, effects.get(teachers.family(name), 3.0)))
         rows = (ArmResult(BASELINE, 50.0, seeds, ()), ArmResult("copy", 50 + value, seeds, (), estimate(value, seeds)))
@@ -73,9 +72,9 @@ def test_runs_are_shared_with_the_benchmark(transfer):
 
 
 def test_all_teachers_are_analysed_together():
-    series = SERIES["mini"]
-    assert [study.teacher.name for study in series.studies] == list(teachers.miniatures())
-    assert (series.figure, series.findings) == ("recipes", findings)
+    mini = series("mini")
+    assert [study.teacher.name for study in mini.studies] == list(teachers.miniatures())
+    assert (mini.figure, mini.findings) == ("recipes", findings)
 
 
 @pytest.mark.parametrize(

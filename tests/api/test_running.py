@@ -36,6 +36,8 @@ def clean(monkeypatch, tmp_path):
 
 SCRIPT = """
 import atdiag
+from atdiag.execution import devices
+devices.available_cores = lambda: 1  # one worker: a second one takes seconds to start
 answer = atdiag.run("reinit", teacher="deit_s", module="attn", seeds=1, settings={settings}, runs="runs")
 print("once", len(answer.runs), answer.frame().name.tolist())
 """

@@ -4,6 +4,8 @@ import signal
 
 import pytest
 
+from atdiag.reports import writers
+
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
@@ -29,3 +31,12 @@ def folder(tmp_path, monkeypatch):
 def at_tmp_path(tmp_path, monkeypatch):
     """Change to the test's own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Write figures as PNG alone: each again as PDF takes most of a command's time.
+
+    With PDFs in test_inspect, test_probes, test_experiments, test_reproduce and test_diagnose, which look at them.
+    """
+    monkeypatch.setattr(writers, "FIGURE_KINDS", ("png",))

@@ -13,6 +13,7 @@ import timm
 from PIL import Image
 from safetensors.torch import save_file
 
+from atdiag.reports import writers
 from tests.commands import SETS, atdiag, in_this_process, wrong
 
 LOOK = ("--layers", "11", "--images", "40", "--train", "60", "--device", "cpu", "--json")
@@ -28,13 +29,14 @@ def home(tmp_path_factory):
     }
     with contextlib.chdir(here), pytest.MonkeyPatch.context() as patch:
         in_this_process(patch)
+        patch.setattr(writers, "FIGURE_KINDS", ("png",))
         patch.setenv("ATDIAG_DATA", "")
         answers = {name: json.loads(atdiag(*line, *SETS, "--json").splitlines()[-1]) for name, line in lines.items()}
     return here, answers
 
 
 @pytest.fixture
-def at_home(home, monkeypatch):
+def at_home(home, monkeypatch, pictures):
     monkeypatch.chdir(home[0])
     return home[1]
 

@@ -45,7 +45,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _there(place, monkeypatch, tmp_path):
+def _there(place, monkeypatch, tmp_path, pictures):
     monkeypatch.chdir(place)
     monkeypatch.setenv("ATDIAG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ATDIAG_RUNS", str(tmp_path / "runs"))

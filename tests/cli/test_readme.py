@@ -32,7 +32,7 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize("line", sorted(set(typed())))
-def test_every_line_of_the_readme_runs(line, folder):
+def test_every_line_of_the_readme_runs(line, folder, pictures):
     words = line.split()[1:]
     if words[0] == "pretrain":
         words = ["pretrain", "--help"]

@@ -19,7 +19,7 @@ from tests.commands import atdiag, wrong
 CPU = ("--device", "cpu", "--images", "0,1,2")
 
 
-pytestmark = pytest.mark.usefixtures("at_tmp_path")
+pytestmark = pytest.mark.usefixtures("at_tmp_path", "pictures")
 
 
 @pytest.fixture(scope="module")

@@ -52,8 +52,10 @@ def build(source: Source, image_size: int, *, meta: bool, as_is: bool = False) -
     given = dict(source.arguments)
     if (eps := given.pop("norm_eps", None)) is not None:
         given["norm_layer"] = partial(torch.nn.LayerNorm, eps=eps)
+    from atdiag.networks.timm import shapes
+
     try:
-        with torch.device("meta" if meta else "cpu"):
+        with shapes.without_values() if meta else torch.device("cpu"):
             model: nn.Module = timm.create_model(source.model, img_size=image_size, **given)
     except TypeError:  # its constructor takes no image size: find out what it is
         raise UserError(f"{source.name} can't be a teacher: {_why_not(source)}") from None
@@ -79,11 +81,10 @@ def build(source: Source, image_size: int, *, meta: bool, as_is: bool = False) -
 def _why_not(source: Source) -> str:
     """Explain why a network that can't be built for an image size can't be a teacher."""
     import timm
-    import torch
 
-    from atdiag.networks.timm import inspection
+    from atdiag.networks.timm import inspection, shapes
 
-    with torch.device("meta"):
+    with shapes.without_values():
         model = timm.create_model(source.model, **source.arguments)
     return inspection.why_not(model) or "timm's constructor of it takes no image size"
 

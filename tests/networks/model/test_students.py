@@ -284,13 +284,14 @@ def test_head_rows_choose_the_teachers_classes(perturbed, small_images):
 
 def test_the_number_of_parameters_is_that_of_the_network():
     for names in ((), ALL, PARTS):
-        network = with_components(*names)
+        network = with_components(*names).model_copy(update={"depth": 5})
         assert students.parameters(network) == sum(p.numel() for p in students.build(network, 0).parameters())
 
 
 @pytest.mark.parametrize("names", [(), ("registers", "rel_pos_bias", "no_k_bias"), ("mean_pool", "layer_scale")])
-def test_flops_count_two_per_multiplication(names):
-    network = with_components(*names)
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_flops_count_two_per_multiplication(names, depth):
+    network = with_components(*names).model_copy(update={"depth": depth})
     n, c, hidden = network.tokens, network.width, int(network.width * network.mlp_ratio)
     patches = network.grid**2 * c * network.channels * network.patch_size**2
     block = n * c * 3 * c + 2 * n * n * c + n * c * c + 2 * n * c * hidden

@@ -29,6 +29,7 @@ from ablations.pace import TrainingBudget, budgets_of, budgets_option, under
 from atdiag.core.errors import UserError
 from atdiag.core.selection import choose, comma_separated
 from atdiag.core.spec import Teacher
+from atdiag.core.text import count
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import BASELINE, METHODS, Arm, Contrast, Report, Series, Study
 from atdiag.study.registry import ablation
@@ -173,6 +174,7 @@ def _study(lab: Lab, design: Design, budget: TrainingBudget, probes: Sequence[Ar
         figure="source",
         label=str(budget),
         notes=_notes(design),
+        subject=f"{count(len(design.teachers), 'teacher')} ({', '.join(pair.name for pair in design.pairs)})",
         curve={BASELINE: budget.seen},
         short_on_purpose=short,
     )

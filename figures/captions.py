@@ -53,7 +53,7 @@ def shared_options(reports: Sequence[Report]) -> dict[str, str]:
 
 
 def _subject(reports: Sequence[Report]) -> str:
-    labels = list(dict.fromkeys(report.study.teacher.label for report in reports))
+    labels = list(dict.fromkeys(report.study.subject for report in reports))
     profile = reports[0].profile
     whom = labels[0] if len(labels) == 1 else f"{len(labels)} teachers{_scale(reports)}"
     return whom if profile == "paper" or whom.endswith(f"({profile})") else f"{whom}, profile {profile}"

@@ -32,8 +32,8 @@ def title(series: Series) -> str:
 
 
 def subject(series: Series) -> str:
-    """Return a series' teacher, or the number of its teachers."""
-    labels = list(dict.fromkeys(study.teacher.label for study in series.studies))
+    """Return who teaches in a series: one teacher, those that a study compares, or their number."""
+    labels = list(dict.fromkeys(study.subject for study in series.studies))
     return labels[0] if len(labels) == 1 else f"{len(labels)} teachers"
 
 

@@ -124,11 +124,14 @@ class Study:
     """Notes for readers on how the arms were made."""
     curve: Mapping[str, int] = field(default_factory=dict)
     """Arm -> its position on the horizontal axis, for a figure that has one."""
+    subject: str = ""
+    """Who teaches, for a title, where a study compares several teachers; by default its ``teacher``."""
     short_on_purpose: bool = False
     """Whether the study varies training length: a baseline near chance is then reported, but keeps its verdicts."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.teacher.label)
+        object.__setattr__(self, "subject", self.subject or self.teacher.label)
         notes = list(self.notes)
         if differences := self.teacher.network.differences:
             notes.append(f"{self.teacher.label} also has {', '.join(differences)}, which no student here is given.")

@@ -42,7 +42,7 @@ AFTER_THE_BLOCKS = ("attention_pool", "mean_pool")
 
 _NOTES = (
     "The unit is a family: its sizes share recipe and architecture. A family whose sizes disagree, or of which one is "
-    "undecided, does not count.",
+    "undecided, does not count, nor does one that fails and is by itself below the student from scratch.",
     "Each fact is tested alone against the outcomes (Fisher's exact test, two-sided; Holm over the distinct splits of "
     "the families that facts make, without those that so few families can't make clear). Combinations of facts, and "
     "facts that are not in the registry, are not tested; families are no random sample.",
@@ -59,7 +59,7 @@ class Unit:
     teachers: tuple[Teacher, ...]
     """Its sizes."""
     outcomes: tuple[str, ...]
-    """Outcome of each: gains, fails or undecided."""
+    """Outcome of each: gains, fails, undecided or too weak."""
 
     @property
     def outcome(self) -> str:
@@ -96,10 +96,17 @@ def units(reports: Sequence[Report]) -> tuple[Unit, ...]:
         Unit(
             name,
             tuple(one.study.teacher for one in some),
-            tuple(outcome(one.rows[1].contrast_or_raise()) for one in some),
+            tuple(map(_outcome, some)),
         )
         for name, some in by.items()
     )
+
+
+def _outcome(report: Report) -> str:
+    """Return a teacher's outcome; ``too weak`` if it fails and is by itself below the baseline, which explains that."""
+    found = outcome(report.rows[1].contrast_or_raise())
+    weak = report.reference is not None and report.reference.top1 < report.rows[0].top1
+    return "too weak" if found == "fails" and weak else found
 
 
 def facts(families: Sequence[Unit]) -> list[Fact]:
@@ -208,7 +215,7 @@ def judge_facts(found: Sequence[TestedFact], kind: Kind) -> Verdict:
 def verdict(reports: Sequence[Report]) -> str:
     """Return the families' outcomes, and the facts that come closest to separating them."""
     families = units(reports)
-    words = {"gains": "gain", "fails": "fail"}
+    words = {"gains": "gain", "fails": "fail", "too weak": "too weak to teach, below the baseline by themselves"}
     counts = [
         f"{len(some)} {words.get(kind, kind)} ({', '.join(some)})" for kind, some in _sides(families).items() if some
     ]
@@ -223,7 +230,7 @@ def verdict(reports: Sequence[Report]) -> str:
 
 
 def _sides(families: Sequence[Unit]) -> dict[str, list[str]]:
-    kinds = ("gains", "fails", "undecided", "sizes disagree")
+    kinds = ("gains", "fails", "undecided", "sizes disagree", "too weak")
     return {kind: [one.name for one in families if one.outcome == kind] for kind in kinds}
 
 
@@ -267,5 +274,5 @@ def _limits(families: Sequence[Unit]) -> str:
     sides = _sides(families)
     fails, gains_ = len(sides["fails"]), len(sides["gains"])
     best = f"{fails} of {fails + gains_} families against {gains_}: at best p = {least(fails, gains_, fails):.2g}"
-    left = [f"{kind}: {', '.join(sides[kind])}" for kind in ("undecided", "sizes disagree") if sides[kind]]
+    left = [f"{kind}: {', '.join(sides[kind])}" for kind in ("undecided", "sizes disagree", "too weak") if sides[kind]]
     return "; ".join([best, *left])

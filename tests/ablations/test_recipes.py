@@ -1,5 +1,6 @@
 """The recipes ablation: what failing families have in common, and what so few families can show."""
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -196,6 +197,23 @@ def test_a_family_is_one_unit():
 def test_a_family_with_an_undecided_size_has_no_common_outcome():
     (unit,) = (unit for unit in units(reports("mini", {"dinov2_s": 0, "dinov2_b": -3})) if unit.name == "dinov2")
     assert unit.outcome == "sizes disagree"
+
+
+def test_a_teacher_below_the_baseline_is_no_failure_to_explain():
+    weak, strong = (
+        [
+            replace(one, reference=ArmResult("itself", top1, 1, ()))
+            for one in reports("mini", {"clip": -3.0, "deit": -3.0})
+        ]
+        for top1 in (49.0, 51.0)
+    )
+    assert {unit.name: unit.outcome for unit in units(weak)} | {"clip": "fails", "deit": "fails"} == {
+        unit.name: unit.outcome for unit in units(strong)
+    }
+    assert {unit.outcome for unit in units(weak)} == {"gains", "too weak"}
+    said = verdict(weak)
+    assert "2 too weak to teach, below the baseline by themselves (deit, clip)" in said and "closest" not in said
+    assert all(one.note.endswith("no family fails") for one in findings(weak))
 
 
 # --- what is concluded ---------------------------------------------------------------------------------------------

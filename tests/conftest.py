@@ -2,7 +2,6 @@ import os
 
 import pytest
 import torch
-from fontTools import subset
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
@@ -22,15 +21,3 @@ settings.load_profile("atdiag")
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def plain_fonts():
-    """Embed fonts in PDFs without the tables that only typesetters read: half the time that writing a figure takes.
-
-    With them in tests/figures/test_settings.py, whose processes are without this.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        dropped = [*subset.Options()._drop_tables_default, "GDEF", "GPOS", "GSUB"]
-        patch.setattr(subset.Options, "_drop_tables_default", dropped)
-        yield

@@ -83,7 +83,11 @@ def planned(lab: Lab, teacher: str | None = None, batch: int | None = None) -> C
     UserError for an unknown teacher, and for settings with which a step can't be measured.
     """
     profile = lab.settings.profile
-    name = teacher or TEACHERS.get(profile.name, "deit_s")
+    name = TEACHERS.get(profile.name, "deit_s") if teacher is None else teacher
+    if not name:
+        raise UserError("`teacher` is empty", f"name one, such as {TEACHERS.get(profile.name, 'deit_s')}")
+    if batch is not None and "recipe.batch_size" in lab.settings.overrides:
+        raise UserError("`batch` and `recipe.batch_size` both say how many images a step has", "leave one of them out")
     if "," in name or name == "all":
         raise UserError(f"`teacher` {name}: costs are those of one teacher", "name one")
     if profile.transfer.average == "examples" or profile.transfer.different_heads is not None:
@@ -130,6 +134,15 @@ def seconds_needed(costs: Costs, repeats: int, flops_per_second: float) -> float
     return (repeats + 4) * steps + _PROCESS * len(costs.specs)
 
 
+def check_repeats(repeats: int) -> None:
+    """Raise UserError for too few rounds for an interval."""
+    if repeats < FEWEST_REPEATS:
+        raise UserError(
+            f"`repeats` {repeats}: too few for an interval of a median",
+            f"give {FEWEST_REPEATS} or more, or 0 to count only",
+        )
+
+
 def measured(
     costs: Costs,
     device: str,
@@ -141,11 +154,7 @@ def measured(
 
     Raises UserError for too few repeats, and for a batch that does not fit.
     """
-    if repeats < FEWEST_REPEATS:
-        raise UserError(
-            f"`repeats` {repeats}: too few for an interval of a median",
-            f"give {FEWEST_REPEATS} or more, or 0 to count only",
-        )
+    check_repeats(repeats)
     import torch
 
     from atdiag.training import steps

@@ -6,8 +6,10 @@ Part of the command line: imports nothing heavy before a command is called.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,6 +68,7 @@ def _cost(
 ) -> None:
     from ablations.cost import findings, step
     from atdiag.api.experiments import check_overrides
+    from atdiag.api.sessions import stem
     from atdiag.core import paths
     from atdiag.reports import tables
     from atdiag.reports.document import plain
@@ -86,7 +89,8 @@ def _cost(
     console.show_table(tables.claims_table(judged))
     for note in [*told, *_notes(costs)]:
         typer.echo(f"- {note}")
-    written = write(costs, judged, folder)
+    name = stem(f"batch-{costs.batch}", *map(step, costs.specs.values()))
+    written = write(costs, judged, folder, name, settings.overrides)
     console.show_files([path for path in written.files if path.suffix in (".md", ".png")])
     if json_:
         typer.echo(json.dumps(record(costs, judged) | written.record()))
@@ -97,7 +101,7 @@ def taken(costs: Costs, device: str | None, threads: int | None, repeats: int | 
 
     repeats: None for the usual number, and for none at all where that would take long; 0: measure nothing.
     """
-    from ablations.cost import PATIENCE, REPEATS, measured, seconds_needed
+    from ablations.cost import PATIENCE, REPEATS, check_repeats, measured, seconds_needed
     from atdiag.execution import bench, devices
     from atdiag.execution import cost as estimates
 
@@ -109,14 +113,21 @@ def taken(costs: Costs, device: str | None, threads: int | None, repeats: int | 
     if repeats is None and needed > PATIENCE:
         why = f"Not measured: on {at} it would take about {text.duration(needed)}. --repeats {REPEATS} measures, too."
         return costs, [why]
+    check_repeats(REPEATS if repeats is None else repeats)
     rounds = text.count(REPEATS if repeats is None else repeats, "round")
     typer.echo(f"a step of {len(costs.specs)} methods on {at}, {rounds}: about {text.duration(needed)}", err=True)
     with console.counted(f"a step of each method on {at}") as report:
         return measured(costs, at, threads, REPEATS if repeats is None else repeats, report), []
 
 
-def write(costs: Costs, judged: list[Judged], folder: Path) -> Written:
-    """Write table, claims and, if costs were measured, the figure."""
+def write(
+    costs: Costs,
+    judged: list[Judged],
+    folder: Path,
+    name: str = "cost",
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> Written:
+    """Write table, claims and, if costs were measured, the figure. overrides: settings that the table names."""
     import pandas as pd
 
     from ablations.cost import METHODS
@@ -126,7 +137,17 @@ def write(costs: Costs, judged: list[Judged], folder: Path) -> Written:
 
     rows = record(costs, judged)["methods"]
     head = [f"| {' | '.join(_HEAD)} |", f"|{' --- |' * len(_HEAD)}"]
-    lines = [*head, *(f"| {' | '.join(cells)} |" for cells in _cells(costs)), "", *tables.claims_markdown(judged), ""]
+    said = [f"cost of {costs.teacher.label}, batch {costs.batch}"]
+    said += [f"{setting}={value}" for setting, value in overrides.items()]
+    lines = [
+        f"{', '.join(said)}:",
+        "",
+        *head,
+        *(f"| {' | '.join(cells)} |" for cells in _cells(costs)),
+        "",
+        *tables.claims_markdown(judged),
+        "",
+    ]
     texts = {
         "csv": pd.DataFrame(rows).to_csv(index=False),
         "md": "\n".join([*lines, *(f"- {note}" for note in _notes(costs)), ""]),
@@ -135,7 +156,7 @@ def write(costs: Costs, judged: list[Judged], folder: Path) -> Written:
     memory = {name: value for name in METHODS if (value := costs.memory_of(name)) is not None}
     times = {name: costs.time_of(name) for name in METHODS} if costs.seconds else {}
     figures = {"": lambda: draw(title, times, memory, BASELINE)} if times else {}
-    return writers.write(folder, "cost", texts, record(costs, judged), figures)
+    return writers.write(folder, name, texts, record(costs, judged), figures)
 
 
 def record(costs: Costs, judged: list[Judged]) -> dict[str, Any]:

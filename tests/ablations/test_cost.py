@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ablations import claims
-from ablations.cost import METHODS, as_kd, findings, measured, planned, seconds_needed
+from ablations.cost import METHODS, as_kd, findings, measured, planned, seconds_needed, step
 from atdiag.core.errors import UserError
 from atdiag.core.spec import Network, Transfer
 from atdiag.execution.cost import activations
@@ -169,6 +169,8 @@ def test_the_figure_shows_times_and_memory():
         ("deit_s,deit_b", (), None, "costs are those of one teacher"),
         ("deit_s", (), 0, "`batch` 0 is no number"),
         ("deit_s", ("transfer.average=examples",), None, "need the teacher's weights"),
+        ("", (), None, "`teacher` is empty: name one, such as deit_s"),
+        ("deit_s", ("recipe.batch_size=8",), 4, "both say how many images a step has: leave one of them out"),
     ],
 )
 def test_bad_input(teacher, sets, batch, message):
@@ -179,3 +181,14 @@ def test_bad_input(teacher, sets, batch, message):
 def test_too_few_rounds_are_refused():
     with pytest.raises(UserError, match="`repeats` 5: too few for an interval of a median"):
         measured(MINI, "cpu", 1, 5)
+
+
+def test_a_step_is_what_its_cost_depends_on():
+    def steps_of(*sets):
+        return {name: step(spec) for name, spec in planned(lab(*sets), "deit_s").specs.items()}
+
+    usual = steps_of()
+    assert steps_of("recipe.lr=0.1", "data.train=640") == usual
+    fewer = steps_of("transfer.layers=top:3")
+    assert {name for name in usual if fewer[name] != usual[name]} == {"copy", "distill"}
+    assert all(steps_of("recipe.batch_size=8")[name] != usual[name] for name in usual)

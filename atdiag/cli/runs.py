@@ -215,22 +215,21 @@ def runs_diff(
         typer.echo(json.dumps({"runs": [one.id, other.id], **found}))
         return
     from rich import box
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", f"{one.id[:12]} ({one.state})", f"{other.id[:12]} ({other.state})"):
         table.add_column(name, overflow="fold", no_wrap=not name)
     for title, rows in found.items():
         table.add_section()
-        table.add_row(f"[bold]{title}[/bold]", *([] if rows else ["no difference"]))
+        table.add_row(Text(title, style="bold"), *([] if rows else ["no difference"]))
         for name, *values in rows:
-            table.add_row(f"  {name}", *("" if v is None else _escaped(v) for v in values))
+            table.add_row(f"  {name}", *("" if v is None else _shown(v) for v in values))
     console.show_table(table, highlight=False)
 
 
-def _escaped(value: Any) -> str:
-    from rich.markup import escape
-
-    return escape(value if isinstance(value, str) else json.dumps(value))
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @app.command("export")

@@ -103,7 +103,7 @@ def show(result: Result, tables: Sequence[Table], json_: bool) -> None:
     for one in tables:
         console.show_table(one)
     for note in result.notes:
-        terminal.print(f"- {note}", style="dim", highlight=False)
+        terminal.print(f"- {note}", style="dim", highlight=False, markup=False)
     if result.written is not None:
         console.show_files(result.written.files)
     if json_:

@@ -107,7 +107,7 @@ def training(runs: int, unfinished: Callable[[], int]) -> Iterator[OnProgress]:
             if text != said or looked - said_at >= _MINUTE:
                 more = f", {_far(now, looked - begun)}" if text == said else ""
                 said, said_at = text, looked
-                shown.console.print(f"{text}{more} {rate}".rstrip(), highlight=False)
+                shown.console.print(f"{text}{more} {rate}".rstrip(), highlight=False, markup=False)
 
         yield report
 
@@ -134,14 +134,14 @@ def show_table(table: Table, highlight: bool = True) -> None:
     """Print a table that no terminal cuts: one that needs more columns than there are is wrapped by the terminal."""
     from rich.console import Console
 
-    fitting = Console()
+    fitting = Console(markup=False)  # names of files, classes and arms may have brackets
     wide = fitting.options.update(max_width=10_000)
     for column in table.columns:
         if column.no_wrap:  # which alone does not keep rich from cutting it
             cells = [fitting.measure(cell, options=wide).maximum for cell in (column.header, *column.cells)]
             column.min_width = max(column.min_width or 0, *cells)
     needed = fitting.measure(table, options=wide).minimum
-    Console(width=max(fitting.width, needed)).print(table, highlight=highlight)
+    Console(width=max(fitting.width, needed), markup=False).print(table, highlight=highlight)
 
 
 def show_reading(
@@ -152,9 +152,10 @@ def show_reading(
     steps: lines after the notes, on what would settle what is undecided.
     """
     from rich.console import Console
+    from rich.text import Text
 
-    console = Console()
-    console.print(f"\n[bold]Verdict[/bold]  {spoken(reading.verdict)}\n", highlight=False)
+    console = Console(markup=False)
+    console.print(Text.assemble("\n", ("Verdict", "bold"), f"  {spoken(reading.verdict)}\n"))
     show_table(tables.terminal(reading))
     if tested := [one for one in reading.judged if one.verdict != "not testable here"]:
         show_table(tables.claims_table(tested))
@@ -162,7 +163,7 @@ def show_reading(
         console.print(f"- {spoken(note)}", style="dim", highlight=False)
     console.print()
     for step in steps:
-        console.print(step, highlight=False, markup=False, soft_wrap=True)
+        console.print(step, highlight=False, soft_wrap=True)
     if steps:
         console.print()
     show_files(files)

@@ -140,6 +140,7 @@ def terminal(reading: Reading) -> Table:
     """Return the table for the terminal: a section for each study."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title(reading.series), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.collapse_padding, table.pad_edge = True, False
@@ -151,7 +152,7 @@ def terminal(reading: Reading) -> Table:
     several = len(reading.reports) > 1
     for report in reading.reports:
         if several:
-            table.add_row(f"[bold]{report.study.label}[/bold]")
+            table.add_row(Text(report.study.label, style="bold"))
         count = len(report.rows)
         for i, cells in enumerate(_lines(reading, report)):
             itself = report.reference is not None and i == count

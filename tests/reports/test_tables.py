@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from ablations.benchmark import benchmark
 from atdiag.cli.experiments import spread
 from atdiag.core.runs import Store
-from atdiag.reports import document, tables
+from atdiag.reports import console, document, tables
 from atdiag.study.aggregate import read
 from atdiag.study.claims import Judged
 from atdiag.study.protocol import BASELINE, Reading
@@ -27,15 +28,26 @@ def reading(tmp_path) -> Reading:
 
 
 def test_tables_fit_a_terminal_and_name_every_study(reading):
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(tables.terminal(reading))
-    text = console.export_text()
+    terminal = Console(width=80, record=True, file=io.StringIO())
+    terminal.print(tables.terminal(reading))
+    text = terminal.export_text()
     assert all(len(line) <= 80 for line in text.splitlines())
     for report in reading.reports:
         assert report.study.label in text
         assert f"{report.study.label} itself" in text
     assert text.count("copy") >= 2
     assert "…" not in text
+
+
+def test_brackets_in_names_verdicts_and_notes_are_printed_as_they_are(reading, capsys):
+    first, *others = reading.reports
+    named = replace(first, study=replace(first.study, label="my[bold]vit [a]", notes=("from [b] of [dim]x",)))
+    shown = replace(reading, reports=(named, *others), verdict="zero at 5 [fewer than all tried, 638]")
+    console.show_reading(shown, [])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Verdict zero at 5 [fewer than all tried, 638]" in out
+    assert "my[bold]vit [a] scratch" in out
+    assert "- from [b] of [dim]x" in out
 
 
 def test_every_run_is_listed_behind_the_tables(reading):

@@ -30,6 +30,11 @@ def check(profile: Profile) -> None:
     data = profile.data
     if profile.transfer.weight == 0:
         raise UserError("transfer.weight=0 transfers nothing", "give a positive weight")
+    if profile.transfer.shared_drop_path and not any(recipe.drop_path for recipe in profile.recipe.values()):
+        raise UserError(
+            "transfer.shared_drop_path: no student drops a branch that its teacher could drop",
+            "add recipe.drop_path=0.1",
+        )
     for recipe in profile.recipe.values():
         values = {
             "data.train": data.train,

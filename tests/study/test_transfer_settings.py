@@ -1,5 +1,11 @@
 """Settings of the transfer."""
 
+from pathlib import Path
+
+import pytest
+
+from atdiag.core.errors import UserError
+from atdiag.study.settings import resolve
 from atdiag.study.transfer_settings import TransferSettings
 
 
@@ -18,3 +24,14 @@ def test_a_teacher_shares_its_students_drop_path_in_every_transfer():
     form = TransferSettings(shared_drop_path=True)
     for method in ("copy", "distill", "logits", "features"):
         assert form.transfer(method, 12, 3).shared_drop_path
+
+
+def test_a_teacher_can_drop_only_branches_that_students_drop():
+    def mini(*sets):
+        return resolve(
+            "mini", sets=("transfer.shared_drop_path=true", *sets), environment={}, folder=Path("/nonexistent")
+        )
+
+    with pytest.raises(UserError, match="no student drops a branch that its teacher could drop: add"):
+        mini()
+    assert mini("recipe.distill.drop_path=0.1").profile.transfer.shared_drop_path

@@ -6,7 +6,7 @@ is a family, because its sizes share recipe and architecture and are not indepen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -105,8 +105,7 @@ def units(reports: Sequence[Report]) -> tuple[Unit, ...]:
 def _outcome(report: Report) -> str:
     """Return a teacher's outcome; ``too weak`` if it fails and is by itself below the baseline, which explains that."""
     found = outcome(report.rows[1].contrast_or_raise())
-    weak = report.reference is not None and report.reference.top1 < report.rows[0].top1
-    return "too weak" if found == "fails" and weak else found
+    return "too weak" if found == "fails" and report.weak else found
 
 
 def facts(families: Sequence[Unit]) -> list[Fact]:
@@ -116,18 +115,21 @@ def facts(families: Sequence[Unit]) -> list[Fact]:
     """
     from atdiag.stats.association import Fact
 
-    every = [teacher for family in families for teacher in family.teachers]
-    names: list[tuple[Kind, str]] = [("recipe", name) for teacher in every for name in recipe(teacher)]
-    names += [("architecture", name) for teacher in every for name in architecture(teacher)]
     found = []
-    for kind, name in dict.fromkeys(names):
-        has: dict[str, bool] = {}
-        for family in families:
-            said = {_value(kind, name, one) for one in family.teachers}
-            if len(said) == 1 and (value := said.pop()) is not None:
-                has[family.name] = value
-        if kind == "architecture" or len(set(has.values())) > 1:
-            found.append(Fact(name, kind, has))
+    kinds: tuple[tuple[Kind, Callable[[Teacher], dict[str, bool]], bool | None], ...] = (
+        ("recipe", recipe, None),
+        ("architecture", architecture, False),  # a component appears only for networks that have it; all others lack it
+    )
+    for kind, facts_of, otherwise in kinds:
+        known = {family.name: [facts_of(one) for one in family.teachers] for family in families}
+        for name in dict.fromkeys(name for several in known.values() for one in several for name in one):
+            has: dict[str, bool] = {}
+            for family, several in known.items():
+                said = {one.get(name, otherwise) for one in several}
+                if len(said) == 1 and (value := said.pop()) is not None:
+                    has[family] = value
+            if kind == "architecture" or len(set(has.values())) > 1:
+                found.append(Fact(name, kind, has))
     return found
 
 
@@ -162,11 +164,6 @@ def architecture(teacher: Teacher) -> dict[str, bool]:
     out = dict.fromkeys(parts, True) | {"no_class_token": not network.class_token}
     inner = any(part not in AFTER_THE_BLOCKS for part in parts)
     return out | {"any component": bool(parts), "any component up to the last block": inner}
-
-
-def _value(kind: Kind, name: str, teacher: Teacher) -> bool | None:
-    # A component appears only for networks that have it; all others lack it.
-    return recipe(teacher).get(name) if kind == "recipe" else architecture(teacher).get(name, False)
 
 
 def tested(families: Sequence[Unit]) -> list[TestedFact]:

@@ -120,10 +120,9 @@ def _train(ready: PreparedDiagnosis, specs: Sequence[RunSpec]) -> None:
 def _tell(said: Said, teacher: str) -> None:
     """Print the verdict on one screen."""
     from rich.console import Console
-    from rich.markup import escape
 
     terminal = Console()
-    terminal.print(f"\n[bold]Verdict[/bold]  {escape(said.headline)}\n", highlight=False)
+    console.show_verdict(said.headline)
     width = max(len(what) for what, _ in said.numbers)
     for what, number in said.numbers:
         typer.echo(f"  {what:{width}}  {number}")

@@ -144,6 +144,14 @@ def show_table(table: Table, highlight: bool = True) -> None:
     Console(width=max(fitting.width, needed), markup=False).print(table, highlight=highlight)
 
 
+def show_verdict(text: str) -> None:
+    """Print a verdict, with an empty line above and below."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console().print(Text.assemble("\n", ("Verdict", "bold"), f"  {text}\n"))
+
+
 def show_reading(
     reading: Reading, files: Sequence[Path], spoken: Callable[[str], str] = str, steps: Sequence[str] = ()
 ) -> None:
@@ -152,10 +160,9 @@ def show_reading(
     steps: lines after the notes, on what would settle what is undecided.
     """
     from rich.console import Console
-    from rich.text import Text
 
     console = Console(markup=False)
-    console.print(Text.assemble("\n", ("Verdict", "bold"), f"  {spoken(reading.verdict)}\n"))
+    show_verdict(spoken(reading.verdict))
     show_table(tables.terminal(reading))
     if tested := [one for one in reading.judged if one.verdict != "not testable here"]:
         show_table(tables.claims_table(tested))

@@ -222,8 +222,8 @@ def _which_weights(origin: Mapping[str, Any] | None) -> str:
 
 
 def _handicap(report: Report) -> str:
-    """Return a note if the teacher is weaker than the baseline, which makes any transfer look like a failure."""
-    if report.reference is None or report.reference.top1 >= report.rows[0].top1:
+    """Return a note if the teacher is weaker than the baseline."""
+    if report.reference is None or not report.weak:
         return ""
     how = ", linear probe" if report.study.reference is not None and report.study.reference.probed else ""
     return (

@@ -308,6 +308,11 @@ class Report:
     """How far the baseline is above chance; None: not checked."""
 
     @property
+    def weak(self) -> bool:
+        """Whether the teacher itself is below the baseline, which makes any transfer look like a failure."""
+        return self.reference is not None and self.reference.top1 < self.rows[0].top1
+
+    @property
     def undertrained(self) -> bool:
         """Whether the baseline is so near chance that no conclusion is possible."""
         return self.footing is not None and self.footing.undertrained and not self.study.short_on_purpose

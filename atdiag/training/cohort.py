@@ -32,7 +32,7 @@ from atdiag.networks.model.vit import ViT
 from atdiag.networks.timm.wrapping import Foreign
 from atdiag.training import compiled, determinism, evaluation, provenance
 from atdiag.training.branches import teacher_drops, teacher_factors
-from atdiag.training.claims import Status, claim
+from atdiag.training.claiming import Status, claim
 from atdiag.training.pulse import Pulse
 from atdiag.training.ranks import ALONE, RankGroup
 from atdiag.training.teacher_facts import TeacherFacts

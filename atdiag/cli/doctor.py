@@ -24,6 +24,7 @@ def doctor(runs: Runs = None, bench: _Bench = False, json_: Json = False) -> Non
     Also that fused and explicit attention agree on it.
     """
     from rich.console import Console
+    from rich.text import Text
 
     from atdiag.study import settings as profiles
     from atdiag.training import checkup
@@ -32,8 +33,8 @@ def doctor(runs: Runs = None, bench: _Bench = False, json_: Json = False) -> Non
     if bench:
         findings += [checkup.Finding(f"speed of {device}", said) for device, said in _speeds().items()]
     for finding in findings:
-        mark = "[green]ok[/green]  " if finding.ok else "[red]BAD[/red] "
-        Console().print(f"{mark} {finding.what}: {finding.found}", highlight=False)
+        mark = ("ok  ", "green") if finding.ok else ("BAD ", "red")
+        Console().print(Text.assemble(mark, f" {finding.what}: {finding.found}"))
     if json_:
         typer.echo(json.dumps([{"what": f.what, "found": f.found, "ok": f.ok} for f in findings]))
     if not all(finding.ok for finding in findings):

@@ -151,12 +151,12 @@ def peak(step: Step, device: torch.device) -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
     MEMORY.write_text("5")  # reset the peak (man 5 proc)
-    resident = _status("VmRSS")
+    resident = process_mib("VmRSS")
     step()
-    return _status("VmHWM") - resident
+    return process_mib("VmHWM") - resident
 
 
-def _status(field: str) -> float:
+def process_mib(field: str) -> float:
     """Return MiB of this process: VmRSS for current memory, VmHWM for the peak. Linux only."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024

@@ -5,8 +5,9 @@
 
     1  doctor; copy and every loss equal to the CPU's float64; which SDPA kernel runs; no synchronisation, no graph
        break, no recompilation
-    2  transfer_cost.py: ViT-B and ViT-S, bf16, compiled
-    3  cohort.py and loader.py with ViT-S, on Imagenette-128 where it is found
+    2  transfer_cost.py: ViT-B and ViT-S, bf16, compiled; atdiag cost: ViT-L, as in Li et al. 2024
+    3  similarity.py: all pairs of heads of two ViT-B on 10,000 images; cohort.py and loader.py with ViT-S, on
+       Imagenette-128 where it is found
     4  killed and resumed, out of memory and the suggested micro-batch, the tests marked cuda, deterministic.py
     5  a mini study equal to the CPU's within noise
     6  both real ViT-Ti on Imagenette-128: scratch, copy, distill, fine-tune; one seed. 7: two seeds, 8: three
@@ -41,7 +42,9 @@ def costs(record: Record) -> None:
     if record.toy:
         toy = ("--size", "ti", "--tokens", "65", "--batch", "1", "--depth", "1", "--repeats", "1", "--no-memory")
         record.measure("cost, toy", lambda: record.script("transfer_cost", *toy))
+        record.measure("atdiag cost", partial(study.methods, record))
         return
+    record.measure("atdiag cost, ViT-L, batch 16", partial(study.methods, record))
     for size, tokens, batch in COSTS:
         words = ("--device", record.device.type, "--size", size, "--tokens", str(tokens), "--batch", str(batch))
         name = f"cost, ViT-{size.upper()}, {tokens} tokens, batch {batch}"
@@ -52,6 +55,8 @@ def throughput(record: Record, data: Path) -> None:
     """Measure part 3."""
     device = record.device.type
     if record.toy:
+        few = ("--images", "20", "--tokens", "65", "--depth", "1")
+        record.measure("similarity", lambda: record.script("similarity", *few))
         toy = ("--steps", "6", "--batch", "8", "--repeats", "1")
         record.measure("cohort", lambda: record.script("cohort", *toy))
         sizes = ("--network", "mini", "--size", "32", "--batch", "8", "--steps", "2", "--repeats", "1", "--workers")
@@ -63,9 +68,10 @@ def throughput(record: Record, data: Path) -> None:
         words = ["--data", "imagenette", "--size", "s", "--batch", "256"]
     except SkippedError:
         words = []  # the embedded data; the result names the data set
-    settings = ("--device", device, "--threads", "8", "--repeats", "3")
+    record.measure("similarity", lambda: record.script("similarity", "--device", device))
+    settings = ("--device", device, "--threads", "8", "--repeats", "2")
     record.measure("cohort", lambda: record.script("cohort", *words, *settings))
-    loader = ("--device", device, "--network", "vit_s", "--batch", "256", "--steps", "20", "--workers", "8", "16")
+    loader = ("--device", device, "--network", "vit_s", "--batch", "256", "--steps", "20", "--workers")
     record.measure("loader", lambda: record.script("loader", *loader))
 
 

@@ -66,6 +66,15 @@ def mini(record: Record) -> dict[str, Any]:
     return {**out, "differences": differences, "top1": top1}
 
 
+def methods(record: Record) -> dict[str, Any]:
+    """Run ``atdiag cost``: time and memory of a step by method, of the published MAE ViT-L; of a miniature as a toy."""
+    line = [*ATDIAG, "cost", "--json", "--device", record.device.type]
+    with tempfile.TemporaryDirectory() as name:
+        line += ["--out", name]
+        line += ["--repeats", "6", "--batch", "2"] if record.toy else ["--teacher", "mae_l", "--profile", "paper"]
+        return _document(run(line, record.left + 60).stdout)
+
+
 def test_data() -> Path:
     """Return the folder with the images and both teachers. Raises SkippedError if it is not given or incomplete."""
     if not (named := os.environ.get("ATDIAG_TEST_DATA")):

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from atdiag.core import paths
 from benchmarks.gpu import archive, equality, faults, study
@@ -51,12 +52,21 @@ def costs(record: Record) -> None:
         record.measure(name, partial(record.script, "transfer_cost", *words))
 
 
+def heads(record: Record, *words: str) -> Any:
+    """Compare the heads of two networks, which nnsight reads. Raises SkippedError without it."""
+    try:
+        import nnsight  # noqa: F401  only whether it is there
+    except ImportError:
+        raise SkippedError("nnsight is not installed here") from None
+    return record.script("similarity", *words)
+
+
 def throughput(record: Record, data: Path) -> None:
     """Measure part 3."""
     device = record.device.type
     if record.toy:
         few = ("--images", "20", "--tokens", "65", "--depth", "1")
-        record.measure("similarity", lambda: record.script("similarity", *few))
+        record.measure("similarity", partial(heads, record, *few))
         toy = ("--steps", "6", "--batch", "8", "--repeats", "1")
         record.measure("cohort", lambda: record.script("cohort", *toy))
         sizes = ("--network", "mini", "--size", "32", "--batch", "8", "--steps", "2", "--repeats", "1", "--workers")
@@ -68,8 +78,8 @@ def throughput(record: Record, data: Path) -> None:
         words = ["--data", "imagenette", "--size", "s", "--batch", "256"]
     except SkippedError:
         words = []  # the embedded data; the result names the data set
-    record.measure("similarity", lambda: record.script("similarity", "--device", device))
-    settings = ("--device", device, "--threads", "8", "--repeats", "2")
+    record.measure("similarity", partial(heads, record, "--device", device))
+    settings = ("--device", device, "--threads", "8", "--repeats", "1")
     record.measure("cohort", lambda: record.script("cohort", *words, *settings))
     loader = ("--device", device, "--network", "vit_s", "--batch", "256", "--steps", "20", "--workers")
     record.measure("loader", lambda: record.script("loader", *loader))

@@ -23,7 +23,7 @@ from atdiag.core import progress
 from atdiag.core.options import ExecutionOptions
 from atdiag.core.runs import Store
 from atdiag.core.spec import Data, Network, Recipe, RunSpec, Seed, Teacher, Transfer
-from atdiag.data import sources
+from atdiag.data import loader, sources
 from atdiag.data.loader import Stream
 from atdiag.networks.model import students
 from atdiag.networks.model.vit import ViT
@@ -85,7 +85,9 @@ def parts(specs: list[RunSpec], load: Any, device: torch.device, steps: int) -> 
             for network in (teacher, *(member.student for member in members)):
                 compiled.compile_blocks(network)
         found: dict[str, list[float]] = {"batch": [], "teacher": [], **{str(i): [] for i in range(len(specs))}}
-        batches = stream.batches(0, steps + 3)
+        # As a cohort does it: with workers the batch of the next step is made during this one.
+        workers = loader.default_workers(stream.images, specs[0].recipe, device)
+        batches = stream.batches(0, steps + 3, workers, device.type == "cuda")
         for turn in range(steps + 3):
             clock = Clock(device)
             batch = next(batches).to(device)

@@ -62,15 +62,18 @@ class Record:
         """Seconds until the part should end."""
         return self.deadline - time.monotonic()
 
-    def measure(self, name: str, work: Callable[[], Any]) -> None:
-        """Take a measurement, unless it was taken before or time is up, and save it."""
+    def measure(self, name: str, work: Callable[[], Any], late: bool = False) -> None:
+        """Take a measurement, unless it was taken before or time is up, and save it.
+
+        late: also when time is up, for what must not be left undone.
+        """
         if self.only and not any(text in name for text in self.only):
             return
         before = self.document["measurements"].get(name, {})
         if before.get("status") in DONE:
             self._say(name, f"{before['status']} before")
             return
-        if self.left <= 0:
+        if self.left <= 0 and not late:
             self._keep(name, {"status": "not begun", "reason": "the part's time was over: the same line goes on"})
             return
         begin = time.monotonic()

@@ -14,6 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from atdiag.core.runs import Store
 from benchmarks.gpu import archive
 from benchmarks.gpu.record import PROJECT, Record, SkippedError, run
@@ -41,7 +44,9 @@ def _document(said: str) -> dict[str, Any]:
 
 
 def mini(record: Record) -> dict[str, Any]:
-    """Compare the same mini study on device and CPU: the difference of each run's accuracy, and whether it is noise.
+    """Compare the same mini study on device and CPU: each run's accuracy, and whether its difference is noise.
+
+    Also the largest difference between two of a run's weights: rounding alone, if no image is classified differently.
 
     Runs are paired by their ids; noise means that a t test of their differences does not reject zero.
     """
@@ -50,20 +55,28 @@ def mini(record: Record) -> dict[str, Any]:
     seeds, sets = ("2", TOY) if record.toy else ("3", ())
     with tempfile.TemporaryDirectory() as name:
         top1: dict[str, dict[str, float]] = {}
+        weights: dict[str, dict[str, dict[str, Tensor]]] = {}
+        trained_on: dict[str, list[str]] = {}
         for side, device in (("device", record.device.type), ("cpu", "cpu")):
             where = ["--runs", f"{name}/{side}", "--out", f"{name}/{side}-out", "--device", device]
             line = [*ATDIAG, "benchmark", "--teacher", "deit_s", "--methods", "copy,distill", "--seeds", seeds]
             run([*line, *where, *_sets(sets)], record.left + 60, OMP_NUM_THREADS="1")
             found = Store(Path(name) / side).list()
             top1[side] = {one.id: one.result()["top1"] for one in found}
+            trained_on[side] = sorted({one.result()["environment"]["device"] for one in found})
+            weights[side] = {one.id: load_file(one.weights) for one in found if one.result()["steps"]}
     assert top1["device"].keys() == top1["cpu"].keys(), "the two studies trained other runs"
     differences = {name: top1["device"][name] - top1["cpu"][name] for name in top1["cpu"]}
     values = list(differences.values())
+    apart = {
+        name: max(float((one - weights["cpu"][name][key]).abs().max()) for key, one in state.items())
+        for name, state in weights["device"].items()
+    }
     out = {"runs": len(values), "mean_points": statistics.mean(values), "largest_points": max(map(abs, values))}
     if len(set(values)) > 1:
         out["p"] = float(ttest_1samp(values, 0.0).pvalue)
         assert out["p"] >= P_AT_LEAST, {**out, "differences": differences}
-    return {**out, "differences": differences, "top1": top1}
+    return {**out, "trained_on": trained_on, "weights_apart": apart, "differences": differences, "top1": top1}
 
 
 def methods(record: Record) -> dict[str, Any]:
@@ -72,7 +85,9 @@ def methods(record: Record) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         line += ["--out", name]
         line += ["--repeats", "6", "--batch", "2"] if record.toy else ["--teacher", "mae_l", "--profile", "paper"]
-        return _document(run(line, record.left + 60).stdout)
+        found = _document(run(line, record.left + 60).stdout)
+    found.pop("files")  # of a folder that is gone
+    return found
 
 
 def test_data() -> Path:
@@ -153,4 +168,4 @@ def part(record: Record, runs: Path) -> None:
         return
     record.measure("small study", partial(small, record, runs, record.part - 5))
     record.document["measurements"].pop("packed", None)  # the folder's contents change with every visit
-    record.measure("packed", partial(pack, record, runs))
+    record.measure("packed", partial(pack, record, runs), late=True)  # unpacked runs would be lost with the machine

@@ -353,4 +353,6 @@ def describe(fault: ValidationError, given: Collection[str] = ()) -> str:
             parts[-1] += f"[{entry}]"
     elif first["type"] == "tuple_type":
         message = "write a list, as [0.9,0.95]"
+    elif first["type"] in ("bool_type", "bool_parsing"):
+        message = "write true or false"
     return f"{'.'.join(parts)}={short(value)}: {message[0].lower()}{message[1:]}"

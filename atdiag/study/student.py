@@ -69,7 +69,7 @@ def parse(text: str, profile: str) -> StudentSize:
         return StudentSize(text, **known[text], mlp_ratio=4.0)
     if "=" in text and not text.startswith("timm:") and "@" not in text and "/" not in text:
         return _typed(text)
-    if re.fullmatch(r"[a-z]", text):
+    if re.fullmatch(r"[a-z]|\d+", text):
         raise UserError(f"`student` {text!r}: profile {profile} has the sizes {', '.join(known)}", _EXAMPLE)
     try:
         found = sizes.network(text, profile)

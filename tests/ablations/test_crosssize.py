@@ -137,6 +137,7 @@ def test_start_weights_do_not_pass_between_sizes():
         ("width=0", "not a whole number above 0"),
         ("width=32,heads", "'heads' is not NAME=NUMBER"),
         ("l", "profile mini has the sizes s, b"),
+        ("6", "profile mini has the sizes s, b"),
         ("", "`student` is empty"),
         ("timm:vit_smal_patch16_224", "did you mean 'vit_small_patch16_224'"),
         ("hub", "is a specimen"),

@@ -149,6 +149,7 @@ def test_overrides_do_not_change_the_profile():
         (["recipe.lr=fast"], "recipe.lr='fast': input should be a valid number"),
         (["recipe.betas=[0.9]"], "recipe.betas=[0.9]: a list of more numbers is needed, as [0.9,0.95]"),
         (["recipe.betas=0.9"], "recipe.betas=0.9: write a list, as [0.9,0.95]"),
+        (["recipe.flip=maybe"], "recipe.flip='maybe': write true or false"),
         (["recipe.betas=[0.9, 1]"], "recipe.betas[1]=1: input should be less than 1"),
         (["recipe.precision=fp16"], "recipe.precision='fp16': input should be 'float32' or 'bfloat16'"),
         (["recipe.clip_grad=0"], "recipe.clip_grad=0: input should be greater than 0"),

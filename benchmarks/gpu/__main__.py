@@ -73,7 +73,7 @@ def throughput(record: Record, data: Path) -> None:
         record.measure("loader", lambda: record.script("loader", "--device", "cpu", *sizes))
         return
     try:
-        paths.look_in(found := study.images(study.test_data(), data))
+        paths.look_in(found := study.images(study.test_data(()), data))
         os.environ[paths.DATA] = str(found)
         words = ["--data", "imagenette", "--size", "s", "--batch", "256"]
     except SkippedError:

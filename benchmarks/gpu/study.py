@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,12 @@ def methods(record: Record) -> dict[str, Any]:
     return found
 
 
-def test_data() -> Path:
-    """Return the folder with the images and both teachers. Raises SkippedError if it is not given or incomplete."""
+def test_data(files: Collection[str] = tuple(TEACHERS.values())) -> Path:
+    """Return the folder with the images and some files. Raises SkippedError if it is not given or lacks one."""
     if not (named := os.environ.get("ATDIAG_TEST_DATA")):
         raise SkippedError("ATDIAG_TEST_DATA names no folder")
     folder = Path(named)
-    if missing := [name for name in TEACHERS.values() if not (folder / name).is_file()]:
+    if missing := [name for name in files if not (folder / name).is_file()]:
         raise SkippedError(f"{folder} lacks {', '.join(missing)}")
     return folder
 

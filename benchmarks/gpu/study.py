@@ -129,6 +129,8 @@ def small(record: Record, runs: Path, seeds: int) -> dict[str, Any]:
         folder = test_data()
         names = ",".join(f"timm:{model}@{folder / file}" for model, file in TEACHERS.items())
         line += ["--profile", "small", "--teacher", names, "--data-dir", str(images(folder, runs.parent / "data"))]
+        # A process for each teacher's cohort: a single ViT-Ti leaves a GPU waiting for the host.
+        line += ["--per-device", str(len(TEACHERS))]
     environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with subprocess.Popen(line, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -147,14 +147,15 @@ def _reproduce(
     begun = time.monotonic()
     experiments.train(every, plan, session)
     readings = {name: session.reading(series) for name, series in analyses.series.items()}
-    written = _write_all(readings, folder)
+    files = [*_write_all(readings, folder).files]
     judged = [*_judged(readings), *_untestable(analyses)]
     if "2024" in analyses.papers:
-        judged += _cost(session, folder / "cost")
+        costs, of_costs = _cost(session, folder / "cost")
+        judged, files = [*judged, *costs], [*files, *of_costs.files]
     summary = _write_summary(judged, readings, folder)
     _tell(judged, session)
     typer.echo(f"{text.duration(time.monotonic() - begun)} in all\n")
-    console.show_files([path for path in (*written.files, *summary.files) if path.suffix in (".md", ".png")])
+    console.show_files([path for path in (*files, *summary.files) if path.suffix in (".md", ".png")])
     if json_:
         typer.echo(json.dumps(json.loads((folder / "summary.json").read_text())))
 
@@ -194,7 +195,7 @@ def _folder(name: str, session: ExperimentSession, out: Path | None) -> Path:
     return folder
 
 
-def _cost(session: ExperimentSession, folder: Path) -> list[Judged]:
+def _cost(session: ExperimentSession, folder: Path) -> tuple[list[Judged], Written]:
     """Measure what transfer costs on this machine, each time anew, write it, and judge the claim.
 
     Where a cluster trains, this machine is none that trains: nothing is measured.
@@ -208,8 +209,7 @@ def _cost(session: ExperimentSession, folder: Path) -> list[Judged]:
     for note in told:
         typer.echo(f"cost: {note}")
     judged = findings(taken)
-    cost.write(taken, judged, folder)
-    return judged
+    return judged, cost.write(taken, judged, folder)
 
 
 def _show(analyses: Analyses, plan: Plan, session: ExperimentSession) -> None:
@@ -301,6 +301,11 @@ def _write_summary(judged: Sequence[Judged], readings: dict[str, Reading], folde
     return writers.write(folder, "summary", texts, report, figures={})
 
 
+def _of(verdict: str, number: int) -> str:
+    """Return a verdict as that of a number of claims: 1 holds, 2 hold."""
+    return verdict if number == 1 else {"holds": "hold", "does not hold": "do not hold"}.get(verdict, verdict)
+
+
 def _tell(judged: Sequence[Judged], session: ExperimentSession) -> None:
     from collections import Counter
 
@@ -309,7 +314,7 @@ def _tell(judged: Sequence[Judged], session: ExperimentSession) -> None:
     console.show_table(tables.claims_table(judged))
     counted = Counter(one.verdict for one in judged)
     seeds = count(len(session.settings.seeds), "seed")
-    summary = ", ".join(f"{number} {verdict}" for verdict, number in counted.most_common())
+    summary = ", ".join(f"{number} {_of(verdict, number)}" for verdict, number in counted.most_common())
     typer.echo(f"{len(judged)} claims at profile {session.settings.profile.name}, {seeds}: {summary}.")
     if session.settings.profile.name == "mini":
         typer.echo("Profile mini is a working example: miniatures are no evidence about the published teachers.")

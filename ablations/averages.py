@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ablations import claims
+from atdiag.core.errors import UserError
 from atdiag.core.selection import choose, comma_separated
 from atdiag.study.builder import Lab
 from atdiag.study.protocol import Arm, Contrast, Report, Study
@@ -41,6 +42,8 @@ def averages(
     names = comma_separated(over, "over", "examples,queries")
     for name in names:
         choose(name, DIMENSIONS, "over")
+    if lab.settings.profile.transfer.average is not None:
+        raise UserError("`transfer.average` averages the maps that averaged ones are compared with", "leave it out")
     source = lab.teacher(teacher)
     student = lab.student(source)
 

@@ -50,8 +50,9 @@ def test_verdicts_name_what_is_lost():
         (lambda: tensors(lab(), "deit_s", tensors="map,z"), "`tensors` 'z'"),
         (lambda: tensors(lab(), "deit_s", methods="copi"), "`methods` 'copi', did you mean 'copy'"),
         (lambda: averages(lab(), "deit_s", over="exemples"), "`over` 'exemples', did you mean 'examples'"),
+        (lambda: averages(lab("transfer.average=heads"), "deit_s"), "`transfer.average` averages the maps"),
     ],
 )
-def test_unknown_names(make, message):
+def test_what_is_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

@@ -31,16 +31,14 @@ from atdiag.core.spec import Network
 from atdiag.networks.model import students
 from atdiag.training import evaluation, steps
 from atdiag.training.provenance import environment
+from benchmarks.transfer_cost import GRIDS, SIZES
 
-SIZES = {"ti": (192, 3), "s": (384, 6), "b": (768, 12)}
 FLAT = 1.25
 """Ten times as many images may take this multiple of the memory at most.
 
 nnsight leaves a batch's tensors in reference cycles, so that those of a few batches wait for Python's collector; with
 more images they are not more.
 """
-_DRAWN = 64
-"""Different images; they repeat."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,12 @@ def compare(network: Network, device: torch.device, count: int) -> tuple[float, 
     )
     one.to(device)
     other.to(device)
-    size = (_DRAWN, network.channels, network.image_size, network.image_size)
+    size = (BATCH, network.channels, network.image_size, network.image_size)
     pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     pictures = ImageSet(tuple(map(str, range(count))), Noise(pixels))
     before = 0
     if device.type == "cuda":
-        similarity(one, other, ImageSet(pictures.names[:_DRAWN], Noise(pixels)))  # warm up
+        similarity(one, other, ImageSet(pictures.names[:BATCH], Noise(pixels)))  # warm up
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -93,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", choices=SIZES, help="default: ti on a CPU, b on CUDA")
-    parser.add_argument("--tokens", type=int, default=197, choices=(65, 197, 577))
+    parser.add_argument("--tokens", type=int, default=197, choices=GRIDS)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--images", type=int, help="default: 640 on a CPU, 10,000 on CUDA; first a tenth")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -106,7 +104,7 @@ def main() -> None:
         parser.error("there is no CUDA device here")
     asked.size = asked.size or ("ti" if device.type == "cpu" else "b")
     width, heads = SIZES[asked.size]
-    side = 16 * round((asked.tokens - 1) ** 0.5)
+    side = 16 * GRIDS[asked.tokens]
     network = Network(image_size=side, patch_size=16, width=width, depth=asked.depth, heads=heads, classes=10)
     if asked.alone:
         print(json.dumps(compare(network, device, asked.alone)))
